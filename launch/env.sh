@@ -1,0 +1,52 @@
+# source launch/env.sh        (bash, from any directory)
+#
+# Leaves an activated, complete environment: .venv with the packages of constraints.txt and DeepSpeed's ops compiled. The first time
+# takes a few minutes; afterwards it returns at once. Settings, all optional:
+#   PYTHON=python3.12          the interpreter that makes .venv (3.11 or newer)
+#   PIP_INDEX_URL, PIP_...     pip's own settings are respected, e.g. an index with CPU-only builds of torch
+
+_posttrain_setup() {
+    local root python stamp wanted log
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+    stamp="$root/.venv/complete"
+    wanted="$(cat "$root/constraints.txt" "$root/setup.py" "$root/launch/build_ops.py" | cksum)"
+
+    # DeepSpeed caches compiled ops per user under a name without a version: two versions on one machine break each other. So the
+    # cache lives inside this environment.
+    export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions"
+
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        # shellcheck disable=SC1091
+        source "$root/.venv/bin/activate"
+        return
+    fi
+
+    python="${PYTHON:-}"
+    if [ -z "$python" ]; then
+        for python in python3 python3.13 python3.12 python3.11 ""; do
+            [ -n "$python" ] && "$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+        done
+    fi
+    [ -n "$python" ] || { echo "env.sh: no Python 3.11 or newer with the venv module was found; name one with PYTHON=..." >&2; return 1; }
+    command -v c++ >/dev/null || { echo "env.sh: DeepSpeed compiles its ops; install a C++ compiler (Debian: g++)" >&2; return 1; }
+
+    log="$root/.venv/setup.log"
+    (
+        flock 9 || exit 1 # two terminals may ask for the environment at once
+        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+        echo "Setting up $root/.venv (once; a few minutes). Log: $log"
+        { [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"; } &&
+            source "$root/.venv/bin/activate" &&
+            echo "  installing torch ..." &&
+            pip install -q -c "$root/constraints.txt" torch numpy setuptools wheel >"$log" 2>&1 &&
+            echo "  installing deepspeed, transformers, datasets ..." &&
+            pip install -q -c "$root/constraints.txt" -e "$root[dev]" >>"$log" 2>&1 &&
+            echo "  compiling DeepSpeed's ops ..." &&
+            python "$root/launch/build_ops.py" >>"$log" 2>&1 &&
+            echo "$wanted" >"$stamp"
+    ) 9>"$root/.setup.lock" || { echo "env.sh: set-up failed; the end of $log:" >&2; tail -n 15 "$log" >&2; return 1; }
+    # shellcheck disable=SC1091
+    source "$root/.venv/bin/activate"
+}
+
+_posttrain_setup

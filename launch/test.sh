@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets the environment up where that is still to be done, and runs the tests. Arguments go to pytest:
+#   bash launch/test.sh -m "not slow"       the quick loop, under a minute
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/env.sh
+ruff check .
+ruff format --check .
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
+exec python -m pytest "$@"

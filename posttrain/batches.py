@@ -1,0 +1,79 @@
+"""The plan: which examples are in step N and how they are cut into micro-batches. Pure functions of numbers, the same on all ranks.
+
+An optimizer step is `batch` examples drawn by (seed, epoch, step) alone, so the loss curve cannot depend on the number of GPUs and
+resuming is arithmetic. How those examples are dealt to ranks and packed decides speed and memory only. Because every rank computes
+the whole plan from the lengths, all know the step's totals and the (equal) number of micro-batches without communicating.
+"""
+
+import math
+
+import numpy as np
+
+PLAN_VERSION = 1  # stored in checkpoints; a plan that would deal other examples gets another number
+
+
+def steps_per_epoch(num_examples: int, batch: int) -> int:
+    """The last step of an epoch is short where batch does not divide num_examples; nothing is dropped."""
+    return math.ceil(num_examples / batch)
+
+
+def step_examples(num_examples: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the examples of optimizer step `step` (1-based)."""
+    epoch, within = divmod(step - 1, steps_per_epoch(num_examples, batch))
+    # RandomState, because NumPy guarantees its streams for ever (NEP 19); a Generator's may change between versions
+    order = np.random.RandomState([seed, epoch]).permutation(num_examples)
+    return order[within * batch : (within + 1) * batch]
+
+
+def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int) -> list[list[list[int]]]:
+    """Cut one step: result[rank][i] is a list of positions into `lengths`, at most max_tokens tokens together.
+
+    Every rank gets the same number of micro-batches, since ZeRO and the collectives need that; a rank with fewer examples than
+    micro-batches gets empty ones. Raises ValueError for an example that is longer than max_tokens.
+    """
+    if len(lengths) and lengths.max() > max_tokens:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit into max_tokens_per_gpu={max_tokens}")
+    ranks = [_pack(share, lengths, max_tokens) for share in _deal(lengths, world_size)]
+    count = max(1, *map(len, ranks))
+    for bins in ranks:
+        while len(bins) < count:
+            fullest = max(bins, key=len, default=[])
+            half = len(fullest) // 2  # splitting beats idling; an empty micro-batch is left only where nothing can be split
+            bins.append(fullest[:half])
+            del fullest[:half]
+    return ranks
+
+
+def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_size: int) -> list[int]:
+    """Examples that together are at least as many tokens as any micro-batch of any step: what decides whether memory suffices."""
+    longest = np.argsort(-lengths, kind="stable")[:batch]
+    # greedy dealing leaves no rank more than one example above the mean
+    limit = min(max_tokens, math.ceil(lengths[longest].sum() / world_size) + lengths[longest[0]])
+    fits = np.cumsum(lengths[longest]) <= limit
+    return [int(index) for index in longest[fits]]
+
+
+def _deal(lengths: np.ndarray, world_size: int) -> list[list[int]]:
+    """Longest first, each to the rank with the fewest tokens so far."""
+    shares, loads = [[] for _ in range(world_size)], [0] * world_size
+    for position in np.argsort(-lengths, kind="stable"):
+        rank = loads.index(min(loads))
+        shares[rank].append(int(position))
+        loads[rank] += int(lengths[position])
+    return shares
+
+
+def _pack(positions: list[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """First-fit into bins of max_tokens; positions come longest first, which makes it first-fit-decreasing."""
+    bins, loads = [], []
+    for position in positions:
+        length = int(lengths[position])
+        for i, load in enumerate(loads):
+            if load + length <= max_tokens:
+                bins[i].append(position)
+                loads[i] += length
+                break
+        else:
+            bins.append([position])
+            loads.append(length)
+    return bins

@@ -1,0 +1,168 @@
+"""Prepared data: the folder that data_prep/ writes, and the packed micro-batches that the model sees.
+
+    DIR/manifest.json     what it is: kind, tokenizer and template identity, counts, ledger; written last, so its presence means complete
+    DIR/train, DIR/validation   Arrow tables, memory-mapped
+    DIR/tokenizer/        the tokenizer that made the ids
+
+SFT rows: input_ids, labels (IGNORE where not trained), num_trained, source. DPO rows: prompt, chosen, rejected, source.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from posttrain.attention import Packing, Segment, pack, to_device
+from posttrain.chat import IGNORE
+
+FORMAT = 1
+COLUMNS = {"sft": ("input_ids", "labels", "num_trained", "source"), "dpo": ("prompt", "chosen", "rejected", "source")}
+
+
+class MicroBatch(NamedTuple):
+    """One row of T packed tokens. N positions are trained; A answers are told apart (SFT: examples; DPO: chosen, rejected, ...)."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), from 0 in each example
+    packing: Packing
+    rows: torch.Tensor  # (N,) row whose hidden state predicts the target
+    targets: torch.Tensor  # (N,)
+    answers: torch.Tensor  # (N,) index of the answer that the target belongs to
+    num_answers: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {n: v.to(device, non_blocking=True) for n, v in self._asdict().items() if isinstance(v, torch.Tensor)}
+        return self._replace(packing=to_device(self.packing, device), **moved)
+
+
+class Split:
+    """One memory-mapped table with the lengths that the plan needs."""
+
+    def __init__(self, path: Path, kind: str, share_prompt: bool):
+        self.table = datasets.load_from_disk(str(path))
+        self.kind, self.share_prompt = kind, share_prompt
+        if kind == "sft":
+            self.lengths = self._list_lengths("input_ids")  # tokens of each example, as packed
+            self.trained = self.table.with_format("numpy")["num_trained"][:]
+        else:
+            prompt, chosen, rejected = (self._list_lengths(name) for name in ("prompt", "chosen", "rejected"))
+            self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected
+            self.trained = chosen
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def micro_batch(self, indices) -> MicroBatch:
+        """The examples packed into one row, in the given order; without any, one token that nothing is trained on."""
+        builder = _Builder()
+        for index in indices:
+            example = self.table[int(index)]
+            if self.kind == "sft":
+                builder.add_sequence(example["input_ids"], example["labels"])
+            else:
+                builder.add_pair(example["prompt"], example["chosen"], example["rejected"], self.share_prompt)
+        if not builder.input_ids:
+            builder.add_sequence([0], [IGNORE])
+            builder.num_answers = 0
+        return builder.build()
+
+    def _list_lengths(self, column: str) -> np.ndarray:
+        return pc.list_value_length(self.table.data.column(column)).to_numpy().astype(np.int64)
+
+
+class PreparedData(NamedTuple):
+    train: Split
+    validation: Split
+    manifest: dict
+
+
+def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
+    """The prepared data in `directory`. Raises ValueError, naming the command `make`, where it is missing, half-written or of another kind."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT or manifest["kind"] != kind:
+            seen = f"format {manifest['format']}, {manifest['kind']} data"
+            raise ValueError(f"{path} holds {seen}; this command needs format {FORMAT}, {kind} data. Make it with\n    {make}")
+        splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
+    except (OSError, KeyError, json.JSONDecodeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
+    return PreparedData(*splits, manifest)
+
+
+def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> Split:
+    if not count:
+        return _Empty()
+    split = Split(path / name, kind, share_prompt)
+    if len(split) != count or any(column not in split.table.column_names for column in COLUMNS[kind]):
+        raise KeyError(f"{name} has {len(split)} rows of {split.table.column_names}, the manifest says {count} of {COLUMNS[kind]}")
+    return split
+
+
+class _Empty:
+    """A split without rows (Arrow folders cannot be empty): nothing to validate on."""
+
+    lengths = trained = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return 0
+
+
+class _Builder:
+    """Appends examples to one row. A token at row i is predicted by the hidden state of the row before it in its own example."""
+
+    def __init__(self):
+        self.input_ids, self.positions, self.segments = [], [], []
+        self.rows, self.targets, self.answers = [], [], []
+        self.num_answers = 0
+
+    def add_sequence(self, ids: list[int], labels: list[int]) -> None:
+        start = self._append(ids, 0)
+        trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]  # an example's first token has nothing to predict it
+        self._train([start + i - 1 for i in trained], [labels[i] for i in trained])
+
+    def add_pair(self, prompt: list[int], chosen: list[int], rejected: list[int], share_prompt: bool) -> None:
+        start = self._append(prompt + chosen, 0)
+        last = start + len(prompt) - 1  # the prompt's last row predicts the first token of both answers
+        self._train(range(last, last + len(chosen)), chosen)
+        if not share_prompt:
+            start = self._append(prompt + rejected, 0)
+            self._train(range(start + len(prompt) - 1, start + len(prompt) + len(rejected) - 1), rejected)
+            return
+        own = self._append(rejected, len(prompt), prefix=(start, start + len(prompt)))
+        self._train([last, *range(own, own + len(rejected) - 1)], rejected)
+
+    def _append(self, ids: list[int], position: int, prefix: tuple[int, int] = (0, 0)) -> int:
+        start = len(self.input_ids)
+        self.input_ids += ids
+        self.positions += range(position, position + len(ids))
+        self.segments.append(Segment(start, start + len(ids), *prefix))
+        return start
+
+    def _train(self, rows, targets) -> None:
+        self.rows += rows
+        self.targets += targets
+        self.answers += [self.num_answers] * len(targets)
+        self.num_answers += 1
+
+    def build(self) -> MicroBatch:
+        def tensor(values):
+            return torch.tensor(values, dtype=torch.int64)
+
+        return MicroBatch(
+            tensor(self.input_ids)[None],
+            tensor(self.positions)[None],
+            pack(self.segments),
+            tensor(self.rows),
+            tensor(self.targets),
+            tensor(self.answers),
+            self.num_answers,
+        )

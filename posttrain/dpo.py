@@ -1,0 +1,50 @@
+"""Direct Preference Optimization of an SFT checkpoint, against itself frozen as the reference.
+
+deepspeed --num_gpus 8 posttrain/dpo.py [RECIPE.yaml] [--key=value ...]
+python posttrain/dpo.py ...                  the same on one device; --help lists every key
+"""
+
+import sys
+
+from posttrain import data
+from posttrain.config import DPORecipe, load_recipe
+from posttrain.engine import (
+    build_engine,
+    build_reference,
+    check_versions,
+    checkpoint_function,
+    launch_shape,
+    read_ds_config,
+    start_distributed,
+)
+from posttrain.loop import check_lengths, train
+from posttrain.objectives import DPO
+from posttrain.policy import load_policy, load_tokenizer
+from posttrain.run import Run, already_finished, main, resolve
+
+
+def dpo() -> None:
+    check_versions()
+    recipe = load_recipe(DPORecipe, "dpo_qwen3_1.8b", sys.argv[1:])
+    rank, world_size = launch_shape()
+    recipe = resolve(recipe, "dpo", world_size)
+    if already_finished(recipe, rank):
+        return
+
+    ds_config = read_ds_config(recipe.ds_config)
+    make = f"python data_prep/prepare_dpo.py --dataset ultrafeedback --output_dir {recipe.dpo_data_dir}"
+    prepared = data.load(recipe.dpo_data_dir, "dpo", make, recipe.share_prompt)
+    check_lengths(recipe, prepared)
+    tokenizer = load_tokenizer(recipe, prepared.manifest)
+    device = start_distributed()
+    reference = None
+    if not recipe.reference_free:
+        reference = build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
+    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(ds_config))
+    engine = build_engine(policy, recipe, ds_config)
+    run = Run(recipe, "dpo", rank)
+    train(recipe, engine, prepared, DPO(engine, reference, recipe), tokenizer, run, choices)
+
+
+if __name__ == "__main__":
+    main(dpo)

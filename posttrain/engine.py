@@ -1,0 +1,228 @@
+"""DeepSpeed engines from a recipe and a JSON file: the one place where the two are merged, and the one that knows DeepSpeed's inside.
+
+How a step's loss is scaled. DeepSpeed averages gradients over W ranks; wanted is the gradient of sum(losses) / total over all ranks
+and micro-batches. So each micro-batch contributes loss_sum * W / total with scale_wrt_gas=False, and only the last one of a step
+is a gradient-accumulation boundary: any number of micro-batches a step, in every ZeRO stage.
+"""
+
+import json
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from packaging.version import Version
+from torch import distributed as dist
+
+from posttrain.config import REPOSITORY, Recipe, nearest
+
+# 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
+# Adam hides it; clipping and gradient norms do not.
+OLDEST_DEEPSPEED = "0.19.8"
+
+# What a ds_config may say. DeepSpeed's top level is an unchecked dict: it takes a misspelt key in silence.
+JSON_KEYS = {
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "activation_checkpointing",
+    "communication_data_type",
+    "aio",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+    "compile",
+}
+RECIPE_OWNS = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "max_tokens_per_gpu",
+    "gradient_accumulation_steps": "global_batch_size",
+    "optimizer": "learning_rate, weight_decay, beta1 and beta2",
+    "scheduler": "learning_rate, min_lr, warmup_iters and lr_decay_iters",
+    "gradient_clipping": "grad_clip",
+    "bf16": "dtype",
+    "bfloat16": "dtype",
+    "fp16": "dtype",
+    "amp": "dtype",
+    "data_types": "dtype",
+    "torch_autocast": "dtype",
+    "tensorboard": "out_dir",
+    "wandb": "wandb_log",
+    "csv_monitor": "out_dir",
+    "steps_per_print": "log_interval",
+}
+ACTIVATION_KEYS = {
+    "partition_activations",
+    "contiguous_memory_optimization",
+    "cpu_checkpointing",
+    "number_checkpoints",
+    "synchronize_checkpoint_boundary",
+    "profile",
+}
+
+
+def check_versions() -> None:
+    """Refuse a DeepSpeed that computes wrong gradients."""
+    if Version(version("deepspeed")) < Version(OLDEST_DEEPSPEED):
+        raise ValueError(
+            f"deepspeed {version('deepspeed')} scales gradients wrongly under accumulation; "
+            f"{OLDEST_DEEPSPEED} or newer is needed: pip install -c constraints.txt deepspeed"
+        )
+
+
+def launch_shape() -> tuple[int, int]:
+    """Rank and world size from the launcher's environment; alone without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_distributed() -> torch.device:
+    """Join the process group and take this rank's device. All ranks."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
+    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free one
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def check_devices(wanted: int, visible: int) -> None:
+    if wanted > visible:
+        raise ValueError(f"--num_gpus asks for {wanted} GPUs on this machine, {visible} are visible; use --num_gpus {visible} or fewer")
+
+
+def read_ds_config(path: str) -> dict:
+    """A checked ds_configs/*.json. Raises ValueError for keys that the recipe owns, that DeepSpeed does not know, or left at "auto"."""
+    place = Path(path) if Path(path).is_file() else REPOSITORY / path
+    if not place.is_file():
+        shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json")))
+        raise FileNotFoundError(f"there is no ds_config at {path}. Shipped in ds_configs: {shipped}")
+    try:
+        config = json.loads(place.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} should hold a JSON object, saw {type(config).__name__}")
+    for name in config:
+        if name in RECIPE_OWNS:
+            raise ValueError(f"{path} sets {name}, which belongs to the recipe: remove it there and set {RECIPE_OWNS[name]} instead")
+        if name not in JSON_KEYS:
+            raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
+    if '"auto"' in json.dumps(config):
+        raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would take a default in silence')
+    unknown = set(config.get("activation_checkpointing", {})) - ACTIVATION_KEYS
+    if unknown:
+        name = min(unknown)
+        raise ValueError(f"{path}: activation_checkpointing has no key {name}.{nearest(name, ACTIVATION_KEYS)}")
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValueError as error:
+        raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
+    return config
+
+
+def merge(recipe: Recipe, json_config: dict) -> dict:
+    """DeepSpeed's whole configuration."""
+    if recipe.activation_checkpointing == "none" and "activation_checkpointing" in json_config:
+        raise ValueError(
+            f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: none. "
+            "Set it to full, or remove the section"
+        )
+    if recipe.activation_checkpointing == "selective" and "activation_checkpointing" in json_config:
+        raise ValueError(f"{recipe.ds_config}: its activation_checkpointing section applies to full checkpointing only, not to selective")
+    bf16 = recipe.dtype == "bfloat16"
+    config = {
+        **json_config,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the loop sets every boundary itself
+        "gradient_clipping": recipe.grad_clip,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": None,
+    }
+    if bf16:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default accumulates in bf16
+    return config
+
+
+def checkpoint_function(json_config: dict):
+    """DeepSpeed's activation checkpointing as its JSON section configures it; None without a section."""
+    if "activation_checkpointing" not in json_config:
+        return None
+    deepspeed.checkpointing.configure(None, deepspeed_config=json_config)  # without this call the section would do nothing
+    return deepspeed.checkpointing.checkpoint
+
+
+def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict):
+    """The training engine. All ranks."""
+    config = merge(recipe, json_config)
+    policy.train()
+    groups = _parameter_groups(policy, recipe.weight_decay)
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=_optimizer(groups, recipe, json_config), config=config)
+    return engine
+
+
+def build_reference(policy: torch.nn.Module, recipe: Recipe):
+    """The frozen reference in its own engine: ZeRO-3, no optimizer. All ranks."""
+    config = merge(recipe.model_copy(update={"activation_checkpointing": "none"}), read_ds_config("ds_configs/zero3_inference.json"))
+    policy.eval().requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=policy, config={**config, "gradient_clipping": 0.0, "data_types": {}})
+    engine.eval()
+    return engine
+
+
+def train_micro_batch(engine, loss: torch.Tensor, is_last: bool) -> None:
+    """Backward of one micro-batch's share of the loss (already divided by the step's total), and the update after the last. All ranks."""
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+    engine.grad_norm = _fp32_grad_norm(engine) if is_last else None
+    engine.step()
+
+
+def grad_norm(engine) -> float:
+    """Global gradient norm of the last step, before clipping."""
+    norm = engine.get_global_grad_norm() if engine.grad_norm is None else engine.grad_norm
+    return float(norm)
+
+
+def _fp32_grad_norm(engine) -> torch.Tensor | None:
+    """DeepSpeed reports none for float32 at ZeRO-0, where each rank holds all averaged gradients: computed here."""
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def set_learning_rate(engine, value: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
+    """The wrapped model's weights by name, on the CPU of rank 0 (None elsewhere), one tensor gathered at a time. All ranks."""
+    state = {}
+    for name, parameter in engine.module.model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            if dist.get_rank() == 0:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    return state if dist.get_rank() == 0 else None
+
+
+def _parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices only, as usual for transformers."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _optimizer(groups, recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
+    settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
+    offload = json_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
+    return torch.optim.AdamW(groups, **settings, fused=True)

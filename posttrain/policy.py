@@ -1,0 +1,223 @@
+"""The model: loaded from any accepted form, wrapped so that its forward pass gives log-probs of trained tokens, and written out.
+
+`Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from posttrain import attention, chat, ckpt_pt, tokenization
+from posttrain.checks import same_on_all_ranks, weights_fingerprint
+from posttrain.config import DPORecipe, Recipe, SFTRecipe
+from posttrain.data import MicroBatch, _Builder
+from posttrain.logprob import LogProbHead
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+HOW_TO_MAKE = {
+    SFTRecipe: "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
+    "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b",
+    DPORecipe: "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH",
+}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
+
+
+class Policy(nn.Module):
+    """A causal language model that answers with log-probs. Its `model` stays an ordinary transformers model."""
+
+    def __init__(self, model: PreTrainedModel, attention_name: str):
+        super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
+        head.__class__ = LogProbHead
+        model.set_attn_implementation(attention_name)
+        model.config.use_cache = False
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Float32 log-probs (N,) of the micro-batch's targets."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
+        ).last_hidden_state
+        return self.model.get_output_embeddings()(hidden[0].index_select(0, batch.rows), batch.targets)
+
+
+def load_model(path: str, dtype: torch.dtype, how_to_make: str) -> PreTrainedModel:
+    """The base model at `path`: a Hugging Face folder, a hub name, or a ckpt.pt file. Raises FileNotFoundError with `how_to_make`."""
+    place = Path(path)
+    if ckpt_pt.is_ckpt_pt(path):
+        if not place.is_file():
+            raise FileNotFoundError(f"there is no model at {path}. {how_to_make}")
+        return ckpt_pt.load_ckpt_pt(path, dtype)
+    is_hub_name = path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir()
+    if not is_hub_name and not (place / "config.json").is_file():
+        seen = "a folder without config.json" if place.is_dir() else "nothing"
+        raise FileNotFoundError(f"there is no model at {path} (found {seen}). {how_to_make}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"the model at {path} cannot be loaded: {error}. {how_to_make}") from error
+
+
+def load_tokenizer(recipe: Recipe, manifest: dict):
+    """The recipe's tokenizer; else what lies beside the checkpoint; else the one that prepared the data.
+
+    Raises ValueError unless it is the tokenizer, with the chat format, that the data was prepared with.
+    """
+    tokenizer = tokenization.load_tokenizer(recipe.tokenizer or _beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"))
+    identity = {"tokenizer": tokenization.fingerprint(tokenizer), "template": chat.template_hash(tokenizer)}
+    for what, value in identity.items():
+        if manifest[what] != value:
+            raise ValueError(
+                f"{recipe.data_dir} was prepared with another {what} ({manifest[what]}) than this model's ({value}): its token ids would "
+                "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
+            )
+    return tokenizer
+
+
+def _beside(model_path: str) -> str | None:
+    """The tokenizer that lies beside a checkpoint, if any."""
+    folder = Path(model_path).parent if ckpt_pt.is_ckpt_pt(model_path) else Path(model_path)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(folder)
+    if (folder / "tokenizer.model").is_file():
+        return str(folder / "tokenizer.model")
+    return None
+
+
+def load_policy(
+    recipe: Recipe, tokenizer, device: torch.device, checkpoint_function=None, frozen: bool = False
+) -> tuple["Policy", list[str]]:
+    """The recipe's model as a Policy on the device, with its kernels chosen, and a line for each choice. All ranks."""
+    dtype = getattr(torch, recipe.dtype)
+    model = load_model(recipe.model_path, dtype, HOW_TO_MAKE[type(recipe)])
+    choices = []
+    if added := tokenization.grow_embeddings(model, tokenizer):
+        choices.append(f"embeddings: {added} rows added for tokens that the checkpoint lacks, at the mean of the others")
+    if recipe.dropout:
+        _set_dropout(model, recipe.dropout)
+        choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
+    name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout)
+    choices.append(f"attention: {name} ({reason})")
+    if recipe.checks == "on":
+        same_on_all_ranks("weights", weights_fingerprint(model))
+    policy = build_policy(model.to(device), name, recipe.checks == "on")
+    if not frozen:
+        checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
+    if recipe.compile:
+        for layer in model.base_model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        choices.append("torch.compile: each decoder layer")
+    return policy, choices
+
+
+def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
+    """Attention dropout, the only one that these architectures have."""
+    if not hasattr(model.config, "attention_dropout"):
+        raise ValueError(f"{type(model).__name__} has no attention dropout; set dropout: 0")
+    model.config.attention_dropout = dropout
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+
+
+def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
+    """Wrap the model. An architecture that is not in ARCHITECTURES must prove itself; with `checks` the known ones must, too."""
+    known = type(model).__name__ in ARCHITECTURES
+    sliding = [kind for kind in getattr(model.config, "layer_types", None) or () if kind != "full_attention"]
+    if sliding or (getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)):
+        raise ValueError(f"{type(model).__name__} uses {sliding[0] if sliding else 'sliding-window attention'}, which packing does not do")
+    if known and not checks:
+        return Policy(model, attention_name)
+    sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
+    with torch.no_grad():
+        plain = torch.cat([_plain_logps(model, ids) for ids in sample])
+        policy = Policy(model, attention_name)
+        builder = _Builder()
+        for ids in sample:
+            builder.add_sequence(ids.tolist(), ids.tolist())
+        packed = policy(builder.build().to(plain.device)).cpu()
+    difference = (plain.cpu() - packed).abs().max().item()
+    if not difference <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats a token "
+            f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
+            f"known to work: {', '.join(ARCHITECTURES)}"
+        )
+    return policy
+
+
+def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs of ids[1:] by the untouched transformers model."""
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids[None]).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
+    """Recompute activations in backward. `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how."""
+    if mode == "none":
+        return
+    if deepspeed_checkpoint is not None:
+        function = deepspeed_checkpoint
+    elif mode == "full":
+        function = partial(torch_checkpoint.checkpoint, use_reentrant=False)
+    else:
+        contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, _keep_matrix_products)
+        function = partial(torch_checkpoint.checkpoint, use_reentrant=False, context_fn=contexts)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+
+EXPENSIVE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def _keep_matrix_products(_, op, *args, **kwargs):
+    """Selective checkpointing: products and attention are kept, what is cheap (norms, activations, rotations) is recomputed."""
+    policy = torch_checkpoint.CheckpointPolicy
+    return policy.MUST_SAVE if op in EXPENSIVE else policy.PREFER_RECOMPUTE
+
+
+def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder that loads in plain transformers and stops at <|im_end|>. Rank 0 only.
+
+    state_dict holds the wrapped model's own names, on the CPU. The folder appears whole or not at all.
+    """
+    staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    model = policy.model
+    if model.config.tie_word_embeddings:
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
+
+    # the tokenizer keeps its own end token, so that its identity does not change: generation_config says where to stop
+    stops = [tokenizer.convert_tokens_to_ids(chat.IM_END)]
+    if tokenizer.eos_token_id not in (None, *stops):
+        stops.append(tokenizer.eos_token_id)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(**special, max_new_tokens=512).save_pretrained(staging)
+    config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True, **special})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(staging)
+    tokenizer.chat_template = chat.chat_template(tokenizer)
+    tokenizer.save_pretrained(staging)
+    save_torch_state_dict(state_dict, staging, max_shard_size="5GB")
+
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    staging.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,218 @@
+"""A run is a directory: recipe, metrics, TensorBoard events, checkpoints and the final model. Also the terminal and the way out.
+
+runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions
+runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard
+runs/NAME/checkpoints/      step_000200/ ... to go on from
+runs/NAME/final/            the result, a Hugging Face folder
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
+
+from posttrain.batches import PLAN_VERSION
+from posttrain.config import Recipe
+
+# Changing these between two starts of a run changes speed, memory or what is shown, never the curve.
+MAY_CHANGE = {
+    "max_tokens_per_gpu",
+    "ds_config",
+    "activation_checkpointing",
+    "compile",
+    "kernels",
+    "share_prompt",
+    "eval_interval",
+    "eval_iters",
+    "eval_only",
+    "log_interval",
+    "save_interval",
+    "checks",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "batch_size",
+    "gradient_accumulation_steps",
+}
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
+    """The recipe with global_batch_size settled, checked against the run that out_dir may already hold. Writes nothing."""
+    form = {"batch_size": recipe.batch_size, "gradient_accumulation_steps": recipe.gradient_accumulation_steps}
+    batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
+    out_dir = Path(recipe.out_dir)
+    if (out_dir / "run.json").is_file():
+        stored = json.loads((out_dir / "run.json").read_text())
+        if stored["kind"] != kind:
+            raise ValueError(f"{out_dir} holds a {stored['kind']} run; give another --out_dir")
+        if stored["plan_version"] != PLAN_VERSION:
+            raise ValueError(
+                f"{out_dir} was made with plan version {stored['plan_version']}, this is {PLAN_VERSION}; finish it with that code"
+            )
+        was = yaml.safe_load((out_dir / "recipe.yaml").read_text())
+        if recipe.global_batch_size is None and stored["batch_form"] == form:
+            batch = was["global_batch_size"]  # set once, when the run was created, whatever the number of GPUs is now
+        recipe = recipe.model_copy(update={"global_batch_size": batch})
+        changed = [
+            f"    {name}: {was.get(name)!r} -> {value!r}"
+            for name, value in recipe.model_dump().items()
+            if name not in MAY_CHANGE and was.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{out_dir} holds a run of another recipe, which goes on only as it began:\n" + "\n".join(changed) + "\n"
+                "Undo these changes, or start a new run with another --out_dir"
+            )
+    elif out_dir.exists() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
+    return recipe.model_copy(update={"global_batch_size": batch})
+
+
+def already_finished(recipe: Recipe, rank: int) -> bool:
+    """Whether final/ is there, which is written last and whole. Says so on rank 0."""
+    final = Path(recipe.out_dir) / "final"
+    if recipe.eval_only or not final.is_dir():
+        return False
+    if rank == 0:
+        console.print(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir", markup=False)
+    return True
+
+
+class Run:
+    """The run's directory on rank 0; on other ranks every method does nothing."""
+
+    def __init__(self, recipe: Recipe, kind: str, rank: int):
+        self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
+        self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
+        self.progress = self.tensorboard = self.wandb = None
+        if rank == 0 and not recipe.eval_only:
+            self._create(kind)
+
+    def _create(self, kind: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "run.json").exists():
+            return
+        settled = self.recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None}
+        (self.path / "recipe.yaml").write_text(yaml.safe_dump(settled, sort_keys=False))
+        form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
+        packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
+        facts = {"kind": kind, "plan_version": PLAN_VERSION, "batch_form": form, "packages": packages}
+        (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
+
+    def start(self, first_step: int, total_steps: int) -> None:
+        """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam."""
+        if self.rank:
+            return
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) < first_step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+        self.metrics_file = metrics.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else None)
+        self.tensorboard.add_text("recipe", f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```")
+        if self.recipe.wandb_log:
+            self.wandb = _start_wandb(self.recipe)
+        if console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.percentage:.0f}% | time left"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console)
+            self.bar = self.progress.add_task("", total=total_steps, completed=first_step - 1)
+            self.progress.start()
+        self.total_steps, self.step_seconds = total_steps, []
+
+    def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""
+        if self.rank:
+            return
+        self.metrics_file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if self.wandb:
+            self.wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+
+    def step_line(self, step: int, metrics: dict[str, float]) -> None:
+        if self.rank:
+            return
+        self.step_seconds.append(metrics["step_ms"] / 1000)
+        if self.progress:
+            self.progress.update(self.bar, completed=step)
+        if step % self.recipe.log_interval and step != self.total_steps:
+            return
+        recent = self.step_seconds[-20:]
+        left = (self.total_steps - step) * sum(recent) / len(recent)
+        parts = [f"step {step}/{self.total_steps}", f"loss {metrics['loss']:.4f}"]
+        if "rewards/margins" in metrics:
+            parts.append(f"margin {metrics['rewards/margins']:.3f}  accuracy {metrics['rewards/accuracies']:.2f}")
+        parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+        self.say(" | ".join(parts) + ("" if self.progress else f" | {_duration(left)} left"))
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.rank or self.tensorboard is None:
+            return
+        if self.progress:
+            self.progress.stop()
+        self.metrics_file.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def main(script: Callable[[], None]) -> None:
+    """Run a script's main function on this rank. A user's mistake ends with one message from rank 0 and a non-zero exit on all ranks."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        script()
+    except (ValueError, OSError, SafetensorError) as error:
+        _fail(rank, f"error: {error}", traceback.format_exc())
+    except Exception:
+        _fail(rank, traceback.format_exc(), "")
+
+
+def _fail(rank: int, message: str, details: str) -> None:
+    """Other ranks wait: mostly they failed alike, and the launcher ends them once rank 0 is gone. One that failed alone speaks after all."""
+    if rank:
+        time.sleep(5)
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
+    if details and os.environ.get("POSTTRAIN_TRACEBACK"):
+        print(details, file=sys.stderr, flush=True)
+    os._exit(1)  # no interpreter shutdown: a process group with a dead peer would hang there
+
+
+def _start_wandb(recipe: Recipe):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs the wandb package: pip install wandb") from None
+    name = recipe.wandb_run_name or Path(recipe.out_dir).name
+    return wandb.init(project=recipe.wandb_project, name=name, dir=recipe.out_dir, config=recipe.model_dump())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line that a crash cut in half counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

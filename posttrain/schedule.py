@@ -1,0 +1,18 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+from posttrain.config import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (1-based): linear warmup, then cosine to min_lr, then min_lr."""
+    if step <= recipe.warmup_iters:
+        return recipe.learning_rate * step / (recipe.warmup_iters + 1)
+    if not recipe.decay_lr:
+        return recipe.learning_rate
+    end = recipe.lr_decay_iters or total_steps
+    if step >= end:
+        return recipe.min_lr
+    progress = (step - recipe.warmup_iters) / (end - recipe.warmup_iters)
+    return recipe.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (recipe.learning_rate - recipe.min_lr)

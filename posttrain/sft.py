@@ -1,0 +1,38 @@
+"""Supervised fine-tuning of a base model on conversations.
+
+deepspeed --num_gpus 8 posttrain/sft.py [RECIPE.yaml] [--key=value ...]
+python posttrain/sft.py ...                  the same on one device; --help lists every key
+"""
+
+import sys
+
+from posttrain import data
+from posttrain.config import SFTRecipe, load_recipe
+from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
+from posttrain.loop import check_lengths, train
+from posttrain.objectives import SFT
+from posttrain.policy import load_policy, load_tokenizer
+from posttrain.run import Run, already_finished, main, resolve
+
+
+def sft() -> None:
+    check_versions()
+    recipe = load_recipe(SFTRecipe, "sft_qwen3_1.8b", sys.argv[1:])
+    rank, world_size = launch_shape()
+    recipe = resolve(recipe, "sft", world_size)
+    if already_finished(recipe, rank):
+        return
+
+    ds_config = read_ds_config(recipe.ds_config)
+    prepared = data.load(recipe.sft_data_dir, "sft", f"python data_prep/prepare_sft.py --dataset alpaca --output_dir {recipe.sft_data_dir}")
+    check_lengths(recipe, prepared)
+    tokenizer = load_tokenizer(recipe, prepared.manifest)
+    device = start_distributed()
+    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(ds_config))
+    engine = build_engine(policy, recipe, ds_config)
+    run = Run(recipe, "sft", rank)
+    train(recipe, engine, prepared, SFT(engine), tokenizer, run, choices)
+
+
+if __name__ == "__main__":
+    main(sft)

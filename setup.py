@@ -1,0 +1,33 @@
+"""Package metadata. Set up a working environment with `source launch/env.sh`, which installs this in editable mode.
+
+Packages are named one by one: the scripts read ds_configs/ and recipes/ from the checkout, so only an editable install is supported.
+"""
+
+from setuptools import setup
+
+setup(
+    name="posttrain",
+    version="0.1.0",
+    description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["posttrain", "data_prep"],
+    package_data={"posttrain": ["recipes/*.yaml"]},
+    install_requires=[
+        "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine.py
+        "torch>=2.11",
+        "transformers>=5.17",
+        "datasets",
+        "sentencepiece",
+        "protobuf",  # reads SentencePiece model files
+        "tensorboard",
+        "pydantic>=2",  # recipes: typed, every key documented, unknown keys refused
+        "pyyaml",
+        "rich",  # the live progress line and the tables in the terminal
+        "ninja",  # DeepSpeed compiles its ops with it
+    ],
+    extras_require={
+        "dev": ["pytest", "ruff", "hypothesis", "matplotlib"],  # matplotlib: the quickstart's picture
+        "wandb": ["wandb"],
+    },
+)
