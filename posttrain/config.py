@@ -67,7 +67,7 @@ class Recipe(BaseModel):
 
     ds_config: str = key("ds_configs/zero1.json", "DeepSpeed JSON: sharding, offload and communication only")
     activation_checkpointing: Literal["none", "selective", "full"] = key(
-        "none", "recompute activations in backward: nothing, all but matrix products, or everything"
+        "none", "recompute in backward: nothing, the feed-forward blocks, or whole layers; saves memory, costs time"
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     kernels: Literal["auto", "torch"] = key("auto", "auto: the fastest kernels this machine has; torch: plain PyTorch ones")
@@ -165,9 +165,8 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
         raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
-    if isinstance(recipe, DPORecipe):
-        if recipe.dropout:
-            raise ValueError("dropout must be 0 in DPO: policy and reference would differ before the first step")
+    if isinstance(recipe, DPORecipe) and recipe.dropout:
+        raise ValueError("dropout must be 0 in DPO: policy and reference would differ before the first step")
 
 
 def help_text(kind: type[Recipe], default: str) -> str:

@@ -81,7 +81,10 @@ class PreparedData(NamedTuple):
 
 
 def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
-    """The prepared data in `directory`. Raises ValueError, naming the command `make`, where it is missing, half-written or of another kind."""
+    """The prepared data in `directory`.
+
+    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")

@@ -40,7 +40,7 @@ def dpo() -> None:
     reference = None
     if not recipe.reference_free:
         reference = build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
-    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(ds_config))
+    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank)
     train(recipe, engine, prepared, DPO(engine, reference, recipe), tokenizer, run, choices)

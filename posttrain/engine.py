@@ -8,11 +8,13 @@ is a gradient-accumulation boundary: any number of micro-batches a step, in ever
 import json
 import logging
 import os
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import deepspeed
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from packaging.version import Version
@@ -88,9 +90,16 @@ def start_distributed() -> torch.device:
     if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free one
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet_libraries()
     deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.current_device_name())
+
+
+def _quiet_libraries() -> None:
+    """Their progress is not the run's: warnings and errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed 0.19.8 calls deprecated collectives
 
 
 def check_devices(wanted: int, visible: int) -> None:
@@ -137,25 +146,33 @@ def merge(recipe: Recipe, json_config: dict) -> dict:
         )
     if recipe.activation_checkpointing == "selective" and "activation_checkpointing" in json_config:
         raise ValueError(f"{recipe.ds_config}: its activation_checkpointing section applies to full checkpointing only, not to selective")
-    bf16 = recipe.dtype == "bfloat16"
     config = {
         **json_config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop sets every boundary itself
         "gradient_clipping": recipe.grad_clip,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": recipe.dtype == "bfloat16"},
         "steps_per_print": None,
     }
-    if bf16:
+    if accumulates_in_fp32(recipe, json_config):
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default accumulates in bf16
     return config
 
 
-def checkpoint_function(json_config: dict):
+def accumulates_in_fp32(recipe: Recipe, json_config: dict) -> bool:
+    """Gradients of several micro-batches add up in float32, except at ZeRO-0 in bfloat16, where DeepSpeed 0.19.8 refuses to."""
+    return recipe.dtype == "float32" or json_config.get("zero_optimization", {}).get("stage", 0) > 0
+
+
+def checkpoint_function(recipe: Recipe, json_config: dict):
     """DeepSpeed's activation checkpointing as its JSON section configures it; None without a section."""
     if "activation_checkpointing" not in json_config:
         return None
-    deepspeed.checkpointing.configure(None, deepspeed_config=json_config)  # without this call the section would do nothing
+    if json_config["activation_checkpointing"].get("cpu_checkpointing") and get_accelerator().device_name() == "cpu":
+        # DeepSpeed 0.19.8 would take its "copy" of an activation, then empty the original, which is the same tensor here
+        raise ValueError(f"{recipe.ds_config}: cpu_checkpointing moves activations from a GPU to the CPU; here the model is on the CPU")
+    # without this call the section would do nothing: the engine never reads it
+    deepspeed.checkpointing.configure(None, deepspeed_config=merge(recipe, json_config))
     return deepspeed.checkpointing.checkpoint
 
 

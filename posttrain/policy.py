@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from posttrain import attention, chat, ckpt_pt, tokenization
@@ -21,9 +21,14 @@ from posttrain.logprob import LogProbHead
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 HOW_TO_MAKE = {
-    SFTRecipe: "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
-    "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b",
-    DPORecipe: "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH",
+    SFTRecipe: (
+        "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
+        "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
+    ),
+    DPORecipe: (
+        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\n"
+        "or name one with --sft_checkpoint_path=PATH"
+    ),
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
 
@@ -162,33 +167,17 @@ def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
-    """Recompute activations in backward. `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how."""
-    if mode == "none":
-        return
-    if deepspeed_checkpoint is not None:
-        function = deepspeed_checkpoint
-    elif mode == "full":
-        function = partial(torch_checkpoint.checkpoint, use_reentrant=False)
-    else:
-        contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, _keep_matrix_products)
-        function = partial(torch_checkpoint.checkpoint, use_reentrant=False, context_fn=contexts)
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    """Recompute activations in backward: whole layers (full), or the feed-forward blocks, which hold most of them (selective).
 
-
-EXPENSIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-}
-
-
-def _keep_matrix_products(_, op, *args, **kwargs):
-    """Selective checkpointing: products and attention are kept, what is cheap (norms, activations, rotations) is recomputed."""
-    policy = torch_checkpoint.CheckpointPolicy
-    return policy.MUST_SAVE if op in EXPENSIVE else policy.PREFER_RECOMPUTE
+    `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how. Recomputing only what is cheap, by torch's selective
+    contexts, is not possible under ZeRO-3: its gathering inside the recomputed region changes the sequence of operations (torch 2.13).
+    """
+    if mode == "full":
+        function = deepspeed_checkpoint or partial(checkpoint, use_reentrant=False)
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    elif mode == "selective":
+        for layer in model.base_model.layers:
+            layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
 
 
 def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:

@@ -185,7 +185,7 @@ def main(script: Callable[[], None]) -> None:
 
 
 def _fail(rank: int, message: str, details: str) -> None:
-    """Other ranks wait: mostly they failed alike, and the launcher ends them once rank 0 is gone. One that failed alone speaks after all."""
+    """Rank 0 speaks. Others mostly failed alike and are ended by the launcher while they wait; one that failed alone speaks after all."""
     if rank:
         time.sleep(5)
         message = f"rank {rank}: {message}"

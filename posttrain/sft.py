@@ -28,7 +28,7 @@ def sft() -> None:
     check_lengths(recipe, prepared)
     tokenizer = load_tokenizer(recipe, prepared.manifest)
     device = start_distributed()
-    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(ds_config))
+    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "sft", rank)
     train(recipe, engine, prepared, SFT(engine), tokenizer, run, choices)

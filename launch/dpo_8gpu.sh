@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# DPO on the GPUs of this machine. Environment: NUM_GPUS (8), RECIPE. Everything else goes to posttrain/dpo.py:
+#   bash launch/dpo_8gpu.sh --beta=0.05 --out_dir=runs/beta0.05
+#   NUM_GPUS=2 bash launch/dpo_8gpu.sh ...       two GPUs, or two processes on a machine without any
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/launch/env.sh"
+exec deepspeed --num_gpus "${NUM_GPUS:-8}" "$root/posttrain/dpo.py" ${RECIPE:+"$RECIPE"} "$@"

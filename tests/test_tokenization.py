@@ -1,0 +1,238 @@
+"""Tokenizers: a .model file means what SentencePiece says it means, chat tokens are there, embeddings grow to hold them."""
+
+import itertools
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from posttrain.chat import IM_END, IM_START, encode_text, render, text_prefix
+from posttrain.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
+
+WORDS = ["the", "little", "girl", "Lily", "went", "to", "a", "big", "park", "and", "saw", "one", "red", "ball", "many", "there"]
+WORDS += ["other", "named", "aaaa", "----", "<s>", "<|im_start|>"]
+ODD = ["\n", "\t", "  ", "   ", " ", "é", "e\u0301", "日本", "🙂", "👩\u200d👧", "\r\n", "\u3000", "\x00", "▁", "<unk>", "ﬁ", "aaa"]
+ODD += ["<0x0A>", "</s>"]
+
+
+def corpus():
+    draw = random.Random(0)
+    for _ in range(600):
+        yield " ".join(draw.choice(WORDS) for _ in range(draw.randint(3, 12))).capitalize() + ". é" + " " * draw.randint(0, 3)
+
+
+def texts(count):
+    draw = random.Random(1)
+    for _ in range(count):
+        pieces = [draw.choice(draw.choice((ODD, WORDS))) + draw.choice(("", " ")) for _ in range(draw.randint(0, 20))]
+        yield "".join(pieces)
+
+
+def train(folder, name="tok", size=160, **options):
+    """A small SentencePiece model; its path as text."""
+    defaults = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    options = {**defaults, "hard_vocab_limit": False, "minloglevel": 3, "num_threads": 1, **options}
+    size += 256 * bool(options.get("byte_fallback"))
+    SentencePieceTrainer.train(sentence_iterator=corpus(), model_prefix=str(folder / name), vocab_size=size, **options)
+    return str(folder / f"{name}.model")
+
+
+def load(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("bpe"), byte_fallback=True)
+
+
+def assert_same_ids(path, tokenizer, count=100):
+    words = SentencePieceProcessor(model_file=path)
+    for text in texts(count):
+        assert encode_text(tokenizer, text) == words.encode(text), repr(text)
+
+
+SETTINGS = list(itertools.product(["bpe", "unigram"], ["identity", "nmt_nfkc"], [True, False], [True, False], [True, False]))
+
+
+@pytest.mark.parametrize(("kind", "rule", "prefix", "squeeze", "byte_fallback"), SETTINGS)
+def test_ids_are_those_of_sentencepiece_also_after_saving(tmp_path, kind, rule, prefix, squeeze, byte_fallback):
+    options = {"add_dummy_prefix": prefix, "remove_extra_whitespaces": squeeze, "byte_fallback": byte_fallback}
+    path = train(tmp_path, model_type=kind, normalization_rule_name=rule, **options)
+    tokenizer = load(path)
+    assert tokenizer.is_fast == (kind == "bpe" and rule == "identity")
+    assert_same_ids(path, tokenizer)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for again in (AutoTokenizer.from_pretrained(tmp_path / "saved"), load(tmp_path / "saved")):
+        assert_same_ids(path, again, 40)
+        assert fingerprint(again) == fingerprint(tokenizer)
+        assert again.convert_tokens_to_ids([IM_START, IM_END]) == tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+        assert text_prefix(again) == text_prefix(tokenizer) == [1]
+
+
+@pytest.mark.parametrize("options", [{"user_defined_symbols": ["<sep>"]}, {"control_symbols": [IM_START, IM_END]}])
+def test_extra_symbols_keep_their_ids(tmp_path, options):
+    path = train(tmp_path, **options)
+    tokenizer, words = load(path), SentencePieceProcessor(model_file=path)
+    assert_same_ids(path, tokenizer)
+    for symbol in next(iter(options.values())):
+        assert tokenizer.convert_tokens_to_ids(symbol) == words.piece_to_id(symbol)
+        assert encode_text(tokenizer, f"a {symbol} b") == words.encode(f"a {symbol} b")
+    assert len(tokenizer) == words.get_piece_size() + (0 if IM_START in options.get("control_symbols", ()) else 2)
+
+
+def test_a_symbol_that_text_could_forge_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="user-defined symbols"):
+        load_tokenizer(train(tmp_path, user_defined_symbols=[IM_START]))
+
+
+def test_overlapping_joins_go_as_in_sentencepiece(tmp_path):
+    """Random vocabularies of overlapping pieces over one or two letters, scores in random order."""
+    base, draw = sentencepiece_model_pb2.ModelProto.FromString(Path(train(tmp_path, "base")).read_bytes()), random.Random(2)
+    control = [piece for piece in base.pieces if piece.type != base.SentencePiece.NORMAL]
+    for letters in ["a", "ab", "aab"] * 10:
+        made = {"".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(draw.randint(3, 16))}
+        del base.pieces[:]
+        base.pieces.extend(control)
+        for score, piece in enumerate([*draw.sample(sorted(made), len(made)), "▁", "a", "b"]):
+            base.pieces.add(piece=piece, score=-float(score))
+        (tmp_path / "made.model").write_bytes(base.SerializeToString())
+        tokenizer, words = load(tmp_path / "made.model"), SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+        assert tokenizer.is_fast
+        for text in ("".join(draw.choices(letters + " ", k=draw.randint(4, 30))) for _ in range(40)):
+            assert encode_text(tokenizer, text) == words.encode(text), (text, made)
+
+
+def test_the_proof_at_load_names_the_text_that_differs(model_file, monkeypatch):
+    monkeypatch.setattr("posttrain.tokenization._merges", lambda proto: [])
+    with pytest.raises(ValueError, match=r"for the text 'a' SentencePiece gives \[.*\], transformers"):
+        load_tokenizer(model_file)
+
+
+def test_a_slower_tokenizer_is_announced(tmp_path):
+    with pytest.warns(UserWarning, match="a model type other than BPE"):
+        load_tokenizer(train(tmp_path, model_type="unigram"))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_text_comes_back_from_its_ids(tmp_path, kind):
+    tokenizer = load(train(tmp_path, model_type=kind, byte_fallback=True))
+    for text in ("Lily saw\n\nthe 日本 🙂  ball. \n", "a", "", "park é\t"):
+        assert tokenizer.decode(encode_text(tokenizer, text)) == text
+    ids = render(tokenizer, [{"role": "user", "content": "the ball"}, {"role": "assistant", "content": "a park\n"}]).input_ids
+    shown = tokenizer.decode(ids)
+    assert "the ball<|im_end|>" in shown and "assistant\na park\n<|im_end|>" in shown
+    assert "<|im" not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_chat_markers_in_text_stay_text(model_file):
+    tokenizer = load(model_file)
+    markers = {*tokenizer.convert_tokens_to_ids([IM_START, IM_END])}
+    assert not markers & {*encode_text(tokenizer, "x<|im_end|>\n<|im_start|>assistant\n")}
+    assert tokenizer(IM_START, add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids([IM_START])
+
+
+def test_special_tokens_come_from_the_file(tmp_path):
+    tokenizer = load(train(tmp_path, bos_id=-1, pad_id=3, eos_id=1, unk_id=0))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (None, 1, 0, 3)
+    assert tokenizer("")["input_ids"] == []
+
+
+def test_a_missing_pad_token_costs_no_new_token(model_file):
+    tokenizer = load(model_file)
+    assert tokenizer.pad_token == IM_END
+    assert len(tokenizer) == SentencePieceProcessor(model_file=model_file).get_piece_size() + 2
+
+
+def test_shared_model_file_encodes_as_sentencepiece_does(shared_data):
+    path = str(shared_data / "seed_checkpoint" / "tok512.model")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.is_fast and len(tokenizer) == 514 and text_prefix(tokenizer) == [1]
+    assert_same_ids(path, tokenizer, 500)
+
+
+def test_shared_hugging_face_tokenizers(shared_data, tmp_path):
+    tokenizer = load_tokenizer(shared_data / "minimind_tokenizer")
+    assert len(tokenizer) == 6400 and tokenizer.convert_tokens_to_ids([IM_START, IM_END]) == [1, 2]
+    tokenizer.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        load_tokenizer(shared_data / "qwen_tokenizer")
+
+
+def test_a_bare_model_file_in_a_folder_is_read(tmp_path):
+    path = train(tmp_path, "tokenizer")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert_same_ids(path, load(tmp_path), 40)
+
+
+def test_chat_tokens_and_padding_are_added_to_a_folder_that_lacks_them(model_file, tmp_path):
+    plain = AutoTokenizer.from_pretrained(_folder_without_chat_tokens(model_file, tmp_path))
+    assert IM_START not in plain.get_vocab() and plain.pad_token is None
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.convert_tokens_to_ids([IM_START, IM_END]) == [len(plain), len(plain) + 1]
+    assert tokenizer.pad_token == IM_END and fingerprint(tokenizer) != fingerprint(plain)
+
+
+def _folder_without_chat_tokens(model_file, folder):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(Path(model_file).read_bytes())
+    _fast(proto, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c", "tests/nowhere", "org/name.model", "~/x"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("the hub was contacted"))
+    with pytest.raises(FileNotFoundError, match="expected a folder with"):
+        load_tokenizer(path)
+
+
+def test_an_unreachable_hub_is_one_clear_message(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="hub cannot be reached"):
+        load_tokenizer("no-such-org/no-such-name")
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    (tmp_path / "broken.model").write_bytes(b"\x00\x01 not a model")
+    (tmp_path / "words.txt").write_text("x")
+    for path, message in ((tmp_path / "broken.model", "not a SentencePiece"), (tmp_path / "words.txt", "is not a tokenizer")):
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer.*found broken\.model, words\.txt"):
+        load_tokenizer(tmp_path)
+
+
+def test_different_tokenizers_have_different_fingerprints(tmp_path, model_file):
+    other = train(tmp_path, byte_fallback=True, add_dummy_prefix=False)
+    assert len({fingerprint(load(path)) for path in (model_file, other)}) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_embedding_rows_are_the_mean_and_the_rest_is_untouched(model_file, tied):
+    tokenizer = load(model_file)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) - 2, tie_word_embeddings=tied, **sizes))
+    old = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.lm_head)]
+    state = torch.get_rng_state()
+    assert grow_embeddings(model, tokenizer) == 2
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.config.vocab_size == model.lm_head.out_features == len(tokenizer)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    for before, layer in zip(old, (model.get_input_embeddings(), model.lm_head), strict=True):
+        assert torch.equal(layer.weight[:-2], before)
+        torch.testing.assert_close(layer.weight[-2:], before.mean(0).expand(2, -1))
+    assert model(torch.tensor([[len(tokenizer) - 1]])).logits.shape[-1] == len(tokenizer)
+    assert grow_embeddings(model, tokenizer) == 0
+
+
+def test_embeddings_with_spare_rows_do_not_shrink(model_file):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes))
+    assert grow_embeddings(model, load(model_file)) == 0 and model.config.vocab_size == 2000
