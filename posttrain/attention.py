@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-SDPA, VARLEN = "posttrain_sdpa", "posttrain_varlen"  # names in transformers' registry
+# names in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
+SEGMENTS, VARLEN = "posttrain_segments", "posttrain_varlen"
 
 
 class Segment(NamedTuple):
@@ -49,11 +50,11 @@ def to_device(packing: Packing, device: torch.device) -> Packing:
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
     """The attention implementation's registered name, and why it was chosen."""
     if kernels == "torch":
-        return SDPA, "kernels=torch"
+        return SEGMENTS, "kernels=torch"
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
-        return SDPA, "variable-length flash attention needs an Ampere or newer GPU"
+        return SEGMENTS, "variable-length flash attention needs an Ampere or newer GPU"
     if dtype == torch.float32 or dropout:
-        return SDPA, "variable-length flash attention takes bfloat16 and no dropout"
+        return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
     return VARLEN, "one kernel for all examples of a micro-batch"
 
 
@@ -114,5 +115,5 @@ def _offsets(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
 
 
-AttentionInterface.register(SDPA, attend_per_segment)
+AttentionInterface.register(SEGMENTS, attend_per_segment)
 AttentionInterface.register(VARLEN, attend_varlen)

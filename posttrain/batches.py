@@ -45,12 +45,17 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int) -> list
 
 
 def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_size: int) -> list[int]:
-    """Examples that together are at least as many tokens as any micro-batch of any step: what decides whether memory suffices."""
-    longest = np.argsort(-lengths, kind="stable")[:batch]
-    # greedy dealing leaves no rank more than one example above the mean
-    limit = min(max_tokens, math.ceil(lengths[longest].sum() / world_size) + lengths[longest[0]])
-    fits = np.cumsum(lengths[longest]) <= limit
-    return [int(index) for index in longest[fits]]
+    """Examples (some may come twice) with as many tokens as any micro-batch of any step can have: what decides whether memory suffices."""
+    order = np.argsort(lengths, kind="stable")
+    ascending = lengths[order]
+    # greedy dealing leaves no rank more than one example above the mean of a step's tokens
+    room = min(max_tokens, math.ceil(ascending[-batch:].sum() / world_size) + int(ascending[-1]))
+    chosen = []
+    while room >= ascending[0]:
+        longest_that_fits = int(np.searchsorted(ascending, room, side="right")) - 1
+        chosen.append(int(order[longest_that_fits]))
+        room -= int(ascending[longest_that_fits])
+    return chosen
 
 
 def _deal(lengths: np.ndarray, world_size: int) -> list[list[int]]:

@@ -26,8 +26,7 @@ HOW_TO_MAKE = {
         "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
     ),
     DPORecipe: (
-        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\n"
-        "or name one with --sft_checkpoint_path=PATH"
+        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
     ),
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
@@ -136,9 +135,10 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
     """Wrap the model. An architecture that is not in ARCHITECTURES must prove itself; with `checks` the known ones must, too."""
     known = type(model).__name__ in ARCHITECTURES
-    sliding = [kind for kind in getattr(model.config, "layer_types", None) or () if kind != "full_attention"]
-    if sliding or (getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)):
-        raise ValueError(f"{type(model).__name__} uses {sliding[0] if sliding else 'sliding-window attention'}, which packing does not do")
+    if sliding := _sliding_window(model.config):
+        raise ValueError(
+            f"{type(model).__name__} uses {sliding}, which packed attention does not do; known to work: {', '.join(ARCHITECTURES)}"
+        )
     if known and not checks:
         return Policy(model, attention_name)
     sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
@@ -157,6 +157,15 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
             f"known to work: {', '.join(ARCHITECTURES)}"
         )
     return policy
+
+
+def _sliding_window(config) -> str | None:
+    """The kind of attention layer that looks back only so far, if the model has one."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return next((kind for kind in kinds if kind != "full_attention"), None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return f"a sliding window of {window} tokens" if window else None
 
 
 def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

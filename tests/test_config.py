@@ -1,0 +1,134 @@
+"""Recipes: every shipped one loads, every mistake is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.config import DPORecipe, SFTRecipe, build_recipe, help_text, load_recipe
+
+SFT = {"checkpoint_path": "base", "sft_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
+DPO = {"sft_checkpoint_path": "sft", "dpo_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
+RECIPES = sorted((Path(__file__).parents[1] / "posttrain" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    kind = SFTRecipe if path.name.startswith("sft") else DPORecipe
+    assert load_recipe(kind, "unused", [str(path)]).out_dir.startswith("runs/")
+
+
+def test_the_default_recipe_carries_the_documented_values():
+    recipe = load_recipe(SFTRecipe, "sft_qwen3_1.8b", [])
+    assert (recipe.global_batch_size, recipe.learning_rate, recipe.min_lr) == (128, 2e-5, 2e-6)
+    assert (recipe.warmup_iters, recipe.weight_decay, recipe.beta1, recipe.beta2) == (100, 0.01, 0.9, 0.95)
+    assert (recipe.grad_clip, recipe.dropout, recipe.max_iters, recipe.dtype) == (1.0, 0.0, 3000, "bfloat16")
+    recipe = load_recipe(DPORecipe, "dpo_qwen3_1.8b", [])
+    assert (recipe.beta, recipe.global_batch_size, recipe.learning_rate, recipe.min_lr, recipe.max_iters) == (0.1, 128, 5e-7, 1e-7, 1000)
+
+
+def test_the_keys_of_the_replaced_system_are_all_there():
+    old = {"out_dir", "batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip"}
+    old |= {
+        "max_iters",
+        "warmup_iters",
+        "lr_decay_iters",
+        "decay_lr",
+        "dropout",
+        "eval_interval",
+        "eval_iters",
+        "log_interval",
+        "eval_only",
+    }
+    old |= {"compile", "dtype", "wandb_log", "wandb_project", "wandb_run_name"}
+    assert {*old, "checkpoint_path", "sft_data_dir"} <= set(SFTRecipe.model_fields)
+    assert {*old, "sft_checkpoint_path", "dpo_data_dir", "beta", "label_smoothing", "reference_free"} <= set(DPORecipe.model_fields)
+
+
+def test_overrides_are_typed_like_the_yaml():
+    recipe = build_recipe(SFTRecipe, SFT, {"learning_rate": "3e-4", "compile": "True", "max_iters": "7", "tokenizer": "none"})
+    assert (recipe.learning_rate, recipe.compile, recipe.max_iters, recipe.tokenizer) == (3e-4, True, 7, None)
+
+
+def test_none_is_a_choice_where_it_is_one():
+    assert build_recipe(SFTRecipe, SFT, {"activation_checkpointing": "none"}).activation_checkpointing == "none"
+
+
+def test_a_resolved_recipe_is_a_recipe():
+    recipe = build_recipe(SFTRecipe, SFT, {})
+    assert build_recipe(SFTRecipe, yaml.safe_load(yaml.safe_dump(recipe.model_dump())), {}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (SFTRecipe, {"lerning_rate": "1"}, "unknown key 'lerning_rate'. Did you mean learning_rate?"),
+        (SFTRecipe, {"max_iters": "2.5"}, "max_iters='2.5': Input should be a valid integer"),
+        (SFTRecipe, {"learning_rate": "fast"}, "learning_rate='fast'"),
+        (SFTRecipe, {"learning_rate": "-1"}, "greater than 0"),
+        (SFTRecipe, {"dtype": "float16"}, "'bfloat16' or 'float32'"),
+        (SFTRecipe, {"compile": "perhaps"}, "compile='perhaps'"),
+        (SFTRecipe, {"beta": "0.1"}, "unknown key 'beta'. Did you mean beta"),
+        (SFTRecipe, {"epochs": "1", "max_iters": "5"}, "sets both max_iters and epochs"),
+        (SFTRecipe, {"batch_size": "4", "global_batch_size": "8"}, "sets both global_batch_size and batch_size"),
+        (SFTRecipe, {"decay_lr": "False", "min_lr": "1e-6"}, "min_lr would not be read"),
+        (SFTRecipe, {"min_lr": "1"}, "min_lr 1 is above learning_rate"),
+        (SFTRecipe, {"wandb_project": "x"}, "would not be read without wandb_log=True"),
+        (SFTRecipe, {"max_iters": "none"}, "how long to train is missing"),
+        (SFTRecipe, {"seed": "True"}, "seed='True'"),
+        (DPORecipe, {"label_smoothing": "0.5"}, "less than 0.5"),
+        (DPORecipe, {"dropout": "0.1"}, "dropout must be 0 in DPO"),
+    ],
+)
+def test_a_mistake_is_named(kind, values, message):
+    with pytest.raises(ValueError, match=".*") as error:
+        build_recipe(kind, SFT if kind is SFTRecipe else DPO, values)
+    assert message in str(error.value)
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ValueError, match="max_iters.*\n.*learning_rate"):
+        build_recipe(SFTRecipe, SFT, {"learning_rate": "fast", "max_iters": "x"})
+
+
+def test_a_true_false_value_is_not_a_number():
+    with pytest.raises(ValueError, match="not a true/false value"):
+        build_recipe(SFTRecipe, {**SFT, "learning_rate": True}, {})
+
+
+def test_the_command_line_replaces_the_other_way_to_say_the_same():
+    recipe = build_recipe(SFTRecipe, SFT, {"epochs": "2", "batch_size": "4"})
+    assert (recipe.epochs, recipe.max_iters, recipe.batch_size, recipe.global_batch_size) == (2.0, None, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_iters: 3\nmax_iters: 4", "max_iters is set twice"),
+        ("- a list", "should hold `key: value` lines"),
+        ("max_iters: [", "not valid YAML"),
+        ("max_itres: 3", "Did you mean max_iters?"),
+    ],
+)
+def test_a_broken_recipe_file_is_named(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=".*") as error:
+        load_recipe(SFTRecipe, "unused", [str(tmp_path / "recipe.yaml")])
+    assert message in str(error.value)
+    assert "recipe.yaml" in str(error.value)
+
+
+def test_command_lines_that_are_not_key_value():
+    with pytest.raises(ValueError, match="--max_iters has no value; write --max_iters=VALUE"):
+        load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--max_iters", "3"])
+    with pytest.raises(FileNotFoundError, match=r"no recipe at nowhere\.yaml. Shipped"):
+        load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["nowhere.yaml"])
+    assert load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--local_rank=3"]).max_iters == 3000
+
+
+def test_help_lists_every_key_with_its_meaning():
+    for kind in (SFTRecipe, DPORecipe):
+        text = help_text(kind, "x")
+        for name, field in kind.model_fields.items():
+            assert f"--{name}=" in text
+            assert field.description in text

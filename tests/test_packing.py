@@ -1,0 +1,95 @@
+"""Packing changes nothing: values and gradients equal the untouched transformers model's, example by example."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from posttrain import attention, data
+from posttrain.objectives import pair_logps
+from posttrain.policy import Policy, build_policy
+
+
+def plain_logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def load(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
+
+
+def test_a_packed_sft_batch_equals_transformers(tiny):
+    split = data.load(tiny.sft, "sft", "").train
+    indices = [3, 0, 11, 7]
+    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    expected = []
+    for index in indices:
+        row = split.table[index]
+        labels = torch.tensor([row["labels"]])
+        count = int((labels[:, 1:] != -100).sum())
+        assert count == row["num_trained"]
+        expected.append(-plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss * count)
+    sum(expected).backward()
+    batch = split.micro_batch(indices)
+    logps = packed(batch)
+    sums = torch.zeros(batch.num_answers).index_add(0, batch.answers, logps)
+    torch.testing.assert_close(sums, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
+    logps.sum().backward()
+    torch.testing.assert_close(gradients(packed), gradients(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
+    split = data.load(tiny.dpo, "dpo", "", share_prompt).train
+    indices = [5, 2, 9]
+    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    rows = [split.table[index] for index in indices]
+    chosen = torch.stack([plain_logps(plain, row["prompt"], row["chosen"]) for row in rows])
+    rejected = torch.stack([plain_logps(plain, row["prompt"], row["rejected"]) for row in rows])
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    ((chosen - 0.3 * rejected) * weights).sum().backward()
+    batch = split.micro_batch(indices)
+    actual = pair_logps(packed(batch), batch)
+    torch.testing.assert_close(actual.chosen, chosen.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual.rejected, rejected.detach(), rtol=1e-5, atol=1e-4)
+    ((actual.chosen - 0.3 * actual.rejected) * weights).sum().backward()
+    torch.testing.assert_close(gradients(packed), gradients(plain), rtol=1e-4, atol=1e-5)
+    assert batch.input_ids.shape[1] == split.lengths[indices].sum()
+
+
+def test_one_token_answers_and_a_long_prompt():
+    builder = data._Builder()
+    builder.add_pair(list(range(20)), [1], [2], share_prompt=True)
+    batch = builder.build()
+    assert batch.rows.tolist() == [19, 19]  # both are predicted by the prompt's last token
+    assert batch.targets.tolist() == [1, 2]
+    assert batch.position_ids[0].tolist() == [*range(20), 20, 20]
+
+
+def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny):
+    policy = Policy(load(tiny), attention.SEGMENTS)
+    batch = data.load(tiny.sft, "sft", "").train.micro_batch(np.zeros(0, np.int64))
+    assert batch.num_answers == 0
+    policy(batch).sum().backward()
+    assert gradients(policy).abs().max() == 0
+
+
+def test_known_architectures_prove_themselves_and_others_must(tiny):
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    build_policy(load(tiny), attention.SEGMENTS, checks=True)
+    build_policy(
+        MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=None)).eval(), attention.SEGMENTS, checks=True
+    )
+    with pytest.raises(ValueError, match="MistralForCausalLM uses a sliding window of 8 tokens"):
+        build_policy(
+            MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=8)).eval(), attention.SEGMENTS, checks=True
+        )
+    gemma = Gemma2Config(**small, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2, final_logit_softcapping=0.5)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM: the packed forward pass differs .* known to work"):
+        build_policy(Gemma2ForCausalLM(gemma).eval(), attention.SEGMENTS, checks=False)
