@@ -90,9 +90,20 @@ def start_distributed() -> torch.device:
     if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free one
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() == "cpu":
+        _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
     _quiet_libraries()
     deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.current_device_name())
+
+
+def _share_cores(local_size: int, rank: int) -> None:
+    """Without this every rank would start a thread on every core."""
+    cores = len(os.sched_getaffinity(0))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores // local_size))
+    if local_size > cores and rank == 0:
+        print(f"warning  {local_size} ranks share {cores} cores: right, but slow", flush=True)
 
 
 def _quiet_libraries() -> None:

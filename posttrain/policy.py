@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -196,8 +197,22 @@ def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, 
     """
     staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    model = policy.model
+    try:
+        _write_files(policy.model, state_dict, tokenizer, staging)
+    except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written: {error}. The run's checkpoints are whole: make room, and the same command writes it"
+        ) from error
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    staging.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write_files(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True)
     if model.config.tie_word_embeddings:
         state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
 
@@ -206,16 +221,10 @@ def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, 
     if tokenizer.eos_token_id not in (None, *stops):
         stops.append(tokenizer.eos_token_id)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(**special, max_new_tokens=512).save_pretrained(staging)
+    GenerationConfig(**special, max_new_tokens=512).save_pretrained(folder)
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True, **special})
     config.architectures = [type(model).__name__]
-    config.save_pretrained(staging)
+    config.save_pretrained(folder)
     tokenizer.chat_template = chat.chat_template(tokenizer)
-    tokenizer.save_pretrained(staging)
-    save_torch_state_dict(state_dict, staging, max_shard_size="5GB")
-
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    staging.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    tokenizer.save_pretrained(folder)
+    save_torch_state_dict(state_dict, folder, max_shard_size="5GB")

@@ -19,7 +19,6 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
 from posttrain.batches import PLAN_VERSION
@@ -178,7 +177,7 @@ def main(script: Callable[[], None]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         script()
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         _fail(rank, f"error: {error}", traceback.format_exc())
     except Exception:
         _fail(rank, traceback.format_exc(), "")

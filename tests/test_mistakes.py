@@ -1,0 +1,189 @@
+"""Bad input: one clear message that names what was seen and what to do; non-zero exit; nothing lost."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import launch
+from test_runs import sft_arguments
+
+from posttrain import data, dpo, engine, sft
+from posttrain.config import SFTRecipe, build_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def fails(script, monkeypatch, *arguments: str) -> str:
+    """The message with which a script's main function ends, before any process group exists."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    with pytest.raises((ValueError, OSError)) as error:
+        script()
+    return str(error.value)
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path):
+    return sft_arguments(tiny, tmp_path / "run")
+
+
+def test_missing_data_names_the_command_that_makes_it(arguments, monkeypatch, tmp_path):
+    message = fails(sft.sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/nowhere")
+    assert f"no prepared data at {tmp_path}/nowhere" in message
+    assert f"python data_prep/prepare_sft.py --dataset alpaca --output_dir {tmp_path}/nowhere" in message
+
+
+def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
+    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=./nowhere")
+    assert "no model at ./nowhere" in message
+    assert "--checkpoint_path=PATH" in message
+    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=nowhere/ckpt.pt")
+    assert "no model at nowhere/ckpt.pt" in message
+
+
+def test_dpo_without_an_sft_result_names_the_command_that_makes_it(tiny, monkeypatch, tmp_path):
+    message = fails(dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/x/final")
+    assert "deepspeed --num_gpus 8 posttrain/sft.py" in message
+
+
+@pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])
+def test_damaged_data_is_refused(tiny, tmp_path, damage):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny.sft, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if damage == "manifest":
+        (folder / "manifest.json").unlink()
+    elif damage == "half_manifest":
+        (folder / "manifest.json").write_text(json.dumps(manifest)[:40])
+    elif damage == "arrow":
+        file = next((folder / "train").glob("*.arrow"))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        change = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}[damage]
+        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match=str(folder)) as error:
+        data.load(str(folder), "sft", "THE COMMAND")
+    assert "THE COMMAND" in str(error.value)
+
+
+def test_data_of_another_tokenizer_is_refused(tiny, arguments, monkeypatch, tmp_path):
+    other = tmp_path / "tokenizer"
+    tokenizer = type(tiny.tokenizer).from_pretrained(tiny.base)
+    tokenizer.add_tokens(["lolo"])
+    tokenizer.save_pretrained(other)
+    message = fails(sft.sft, monkeypatch, *arguments, f"--tokenizer={other}")
+    assert "was prepared with another tokenizer" in message
+    assert "Prepare the data again" in message
+
+
+def test_an_example_over_the_budget_is_named(arguments, monkeypatch):
+    message = fails(sft.sft, monkeypatch, *arguments, "--max_tokens_per_gpu=30")
+    assert "sft.jsonl:" in message
+    assert "more than max_tokens_per_gpu=30" in message
+
+
+def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert "is not a run" in fails(sft.sft, monkeypatch, *arguments)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train_batch_size": 8}', "sets train_batch_size, which belongs to the recipe"),
+        ('{"bf16": {"enabled": true}}', "set dtype instead"),
+        ('{"zero_optimisation": {"stage": 2}}', "Did you mean zero_optimization?"),
+        ('{"zero_optimization": {"stagee": 2}}', "not accepted by DeepSpeed"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', 'holds "auto"'),
+        ('{"activation_checkpointing": {"cpu_checkpoint": true}}', "Did you mean cpu_checkpointing?"),
+        ('{"zero_optimization": ', "not valid JSON"),
+        ("[]", "should hold a JSON object"),
+    ],
+)
+def test_a_ds_config_that_says_too_much_is_refused(tmp_path, text, message):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ValueError, match=".*") as error:
+        engine.read_ds_config(str(tmp_path / "ds.json"))
+    assert message in str(error.value)
+
+
+def test_every_shipped_ds_config_is_accepted():
+    shipped = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(shipped) >= 6
+    for path in shipped:
+        engine.read_ds_config(str(path))
+
+
+def test_activation_checkpointing_has_one_owner():
+    values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
+    section = {"activation_checkpointing": {"partition_activations": True}}
+    with pytest.raises(ValueError, match="the recipe says activation_checkpointing: none"):
+        engine.merge(build_recipe(SFTRecipe, values, {}), section)
+    with pytest.raises(ValueError, match="not to selective"):
+        engine.merge(build_recipe(SFTRecipe, values, {"activation_checkpointing": "selective"}), section)
+
+
+def test_more_gpus_than_there_are():
+    engine.check_devices(2, 2)
+    with pytest.raises(ValueError, match="asks for 9 GPUs on this machine, 8 are visible; use --num_gpus 8"):
+        engine.check_devices(9, 8)
+
+
+@pytest.mark.slow
+def test_a_mistake_under_the_launcher_is_one_message_and_ends_all_ranks(tiny, tmp_path):
+    started = time.monotonic()
+    done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", "--lerning_rate=1"))
+    assert done.returncode != 0
+    assert done.stdout.count("Did you mean learning_rate?") == 1
+    assert "Traceback" not in done.stdout
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(tiny, tmp_path):
+    import torch
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"model": Attack(), "model_args": {}}, tmp_path / "ckpt.pt")
+    arguments = sft_arguments(tiny, tmp_path / "run", f"--checkpoint_path={tmp_path}/ckpt.pt", f"--tokenizer={tiny.base}")
+    done = launch("posttrain/sft.py", *arguments)
+    assert done.returncode != 0
+    assert done.stdout.count("error: ") == 1
+    assert "ckpt.pt" in done.stdout
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "save_interval", "kept"), [("1300k", 2, "step_000004"), ("620k", 0, "step_000006")])
+def test_a_full_disk_loses_nothing(tiny, tmp_path, size, save_interval, kept):
+    """A real full file system (a small tmpfs, so it needs root): at the third checkpoint, then at the final save."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        arguments = sft_arguments(tiny, disk / "run", f"--save_interval={save_interval}")
+        done = launch("posttrain/sft.py", *arguments)
+        assert done.returncode != 0
+        assert len(re.findall("^error: ", done.stdout, re.MULTILINE)) == 1
+        assert "are free" in done.stdout or "No space left" in done.stdout
+        assert "Traceback" not in done.stdout
+        assert max(path.name for path in (disk / "run" / "checkpoints").glob("step_*[0-9]")) == kept
+        assert not (disk / "run" / "final").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        done = launch("posttrain/sft.py", *arguments)  # with space again, the same command finishes the run
+        assert done.returncode == 0, done.stdout
+        assert f"continuing after step {int(kept.removeprefix('step_'))}" in done.stdout
+        assert (disk / "run" / "final" / "model.safetensors").is_file()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
