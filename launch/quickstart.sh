@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A base model through SFT and DPO, then a table of what each did; everything it needs is here or installed by it.
+#   bash launch/quickstart.sh            uses what an earlier call left in runs/quickstart
+#   bash launch/quickstart.sh --fresh    starts over
+# It runs two ranks: on GPUs where there are two, else on the CPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in
+    --fresh) rm -rf runs/quickstart ;;
+    "") ;;
+    *) echo "quickstart.sh takes only --fresh, saw '$1'" >&2; exit 1 ;;
+esac
+source launch/env.sh
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=2
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+elif [ "$gpus" -eq 1 ]; then
+    ranks=1
+fi
+
+out=runs/quickstart
+base=launch/quickstart/base
+mkdir -p "$out"
+[ -f "$out/world/eval.json" ] || python launch/quickstart/world.py "$out/world"
+[ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --output_dir "$out/data/sft"
+[ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --output_dir "$out/data/dpo"
+
+for stage in sft dpo; do
+    # a finished stage has final/, which is written last and whole
+    [ -d "$out/$stage/final" ] || deepspeed --log_level warning --num_gpus "$ranks" "posttrain/$stage.py" "launch/quickstart/$stage.yaml"
+done
+mkdir -p "$out/base" && cp -r "$base/." "$out/base/"
+python launch/quickstart/measure.py --base "$out/base" --sft "$out/sft/final" --dpo "$out/dpo/final" \
+    --eval "$out/world/eval.json" --out_dir "$out"
+
+cat <<END
+
+The table is in $out/results.json, the picture in $out/results.png. To try next:
+    tensorboard --logdir runs
+    python posttrain/sft.py --help
+    deepspeed --num_gpus 2 posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/beta0.1 --beta=0.1
+END

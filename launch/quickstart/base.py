@@ -1,0 +1,71 @@
+"""The blank base model of the quickstart: its tokenizer, its shape and its first weights, before it has read anything.
+
+python launch/quickstart/base.py WORLD_DIR OUT_DIR     WORLD_DIR as written by world.py; OUT_DIR gets tokenizer.model and
+                                                       a Hugging Face folder that the SFT trainer can start from
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+from world import SYLLABLES
+
+from posttrain.tokenization import load_tokenizer
+
+SEED = 1
+# 256 pieces are bytes (any text survives). The rest is just enough for single letters, syllables and the commonest words: with
+# more, whole names and invented words become pieces, and neither copying nor "I have never seen this name" generalises.
+PIECES = 720
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], path: Path) -> None:
+    """A SentencePiece BPE that keeps text as it is: no space added in front, nothing normalised, bytes for the unknown."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=PIECES, byte_fallback=True,
+        character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        unk_id=0, bos_id=-1, eos_id=1, eos_piece=END_OF_TEXT, pad_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+
+
+def training_texts(world_dir: Path) -> list[str]:
+    """The texts that decide the pieces: each syllable on its own, often, and some documents and chats for the common words."""
+
+    def rows(name):
+        return [json.loads(line) for line in (world_dir / f"{name}.jsonl").read_text().splitlines()[:600]]
+
+    syllables = [text for syllable in SYLLABLES for text in (syllable, " " + syllable, " " + syllable.capitalize())]
+    chats = [message["content"] for row in rows("sft") for message in row["messages"]]
+    return syllables * 1000 + chats + [row["text"] for row in rows("corpus")]
+
+
+def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
+    """3.2M parameters in the shape of Qwen3, float32, the same for everybody."""
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6, head_dim=32,
+        intermediate_size=512, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=end_of_text, pad_token_id=None, initializer_range=0.06,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def main(world_dir: str, out_dir: str) -> None:
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(training_texts(Path(world_dir)), out / "tokenizer.model")
+    tokenizer = load_tokenizer(out / "tokenizer.model")
+    blank_model(len(tokenizer), tokenizer.eos_token_id).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__.splitlines()[2].strip())
+    main(*sys.argv[1:])

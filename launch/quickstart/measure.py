@@ -1,0 +1,147 @@
+"""Measures base, SFT and DPO model on held-out prompts: a table, results.json and results.png.
+
+    python launch/quickstart/measure.py --base DIR --sft DIR --dpo DIR --eval eval.json --out_dir runs/quickstart
+
+Each DIR is a Hugging Face folder; eval.json is what world.py writes. Answers are generated greedily in float32 and compared
+letter by letter (world.score), so the same weights give the same table. Intervals are Wilson 95 % intervals: they hold the
+chance of the sampled prompts, not that of another training seed.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import world  # beside this script, which puts its own folder on the path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.chat import IM_END, render_prompt
+
+MODELS = ("base", "sft", "dpo")
+MEANING = {
+    "follows_instructions": "plays a word game (repeat, reverse, first, last) on unseen words, every letter right",
+    "stops": "ends its answer by itself with <|im_end|>, on all prompts",
+    "known_facts": "answers rightly about people of the corpus whom neither SFT nor DPO asked about",
+    "made_up": "anything but an admission of not knowing, about people who do not exist (lower is better)",
+    "polite": "opens politely, on word games and known people",
+}
+TOKEN_LIMIT, BATCH, SAMPLES = 40, 128, 5
+
+
+class Answer(NamedTuple):
+    text: str  # before <|im_end|>; special tokens that come earlier stay visible and make it wrong
+    stopped: bool
+
+
+class Rate(NamedTuple):
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> Rate:
+    """Rate with its 95 % interval after Wilson (1927), which stays sound at 0 and 1."""
+    rate, spread = hits / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
+    return Rate(rate, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
+@torch.inference_mode()
+def answer_all(folder: Path, prompts: list[str]) -> dict[str, Answer]:
+    """Greedy answers of one model. Prompts of equal length share a batch, so that padding cannot change an answer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    end, end_of_text = tokenizer.convert_tokens_to_ids(IM_END), tokenizer.eos_token_id
+    ids = {prompt: render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts}
+    answers = {}
+    for batch in _batches(ids):
+        width = max(len(ids[prompt]) for prompt in batch)
+        rows = torch.tensor([[end] * (width - len(ids[prompt])) + ids[prompt] for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(ids[prompt])) + [1] * len(ids[prompt]) for prompt in batch])
+        made = model.generate(
+            rows, attention_mask=mask, max_new_tokens=TOKEN_LIMIT, do_sample=False, eos_token_id=[end, end_of_text], pad_token_id=end
+        )
+        for prompt, tokens in zip(batch, made[:, width:].tolist(), strict=True):
+            cut = next((at for at, token in enumerate(tokens) if token in (end, end_of_text)), len(tokens))
+            answers[prompt] = Answer(tokenizer.decode(tokens[:cut]), tokens[cut : cut + 1] == [end])
+    return answers
+
+
+def _batches(ids: dict[str, list[int]]) -> list[list[str]]:
+    """Prompts of one length together, at most BATCH."""
+    by_length = defaultdict(list)
+    for prompt, tokens in ids.items():
+        by_length[len(tokens)].append(prompt)
+    return [group[i : i + BATCH] for _, group in sorted(by_length.items()) for i in range(0, len(group), BATCH)]
+
+
+def rates(prompts: dict[str, list[dict]], answers: dict[str, Answer]) -> dict[str, Rate]:
+    result = {}
+    for metric, items in prompts.items():
+        given = [(item, answers[item["prompt"]]) for item in items]
+        result[metric] = wilson(sum(world.score(metric, item, answer.text, answer.stopped) for item, answer in given), len(items))
+    return result
+
+
+def table(results: dict[str, dict[str, Rate]]) -> str:
+    lines = [f"{'':<22}" + "".join(f"{model:>24}" for model in MODELS) + f"{'prompts':>9}"]
+    for metric, meaning in MEANING.items():
+        cells = [results[model][metric] for model in MODELS]
+        shown = "".join(f"{f'{r.value:6.1%} [{r.low:6.1%}, {r.high:6.1%}]':>24}" for r in cells)
+        lines += [f"{metric:<22}{shown}{cells[0].n:>9}", f"    {meaning}"]
+    return "\n".join([*lines, "", "in brackets: 95 % intervals"])
+
+
+def samples(prompts: dict[str, list[dict]], answers: dict[str, dict[str, Answer]]) -> str:
+    lines = []
+    for items in (prompts["follows_instructions"][:2], prompts["known_facts"][:2], prompts["made_up"][:1]):
+        for item in items:
+            lines.append(f"> {item['prompt']}")
+            lines += [f"    {model:<5}{answers[model][item['prompt']].text!r}" for model in MODELS]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Rate]], path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    for offset, model, colour in zip((-0.27, 0, 0.27), MODELS, ("#b8bcc4", "#5b8def", "#e07b39"), strict=True):
+        cells = [results[model][metric] for metric in MEANING]
+        errors = [[100 * (r.value - r.low) for r in cells], [100 * (r.high - r.value) for r in cells]]
+        places = [index + offset for index in range(len(cells))]
+        bars = axes.bar(places, [100 * r.value for r in cells], 0.25, yerr=errors, label=model.upper(), color=colour, capsize=3)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    names = [metric.replace("_", " ") + ("\n(lower is better)" if metric == "made_up" else "") for metric in MEANING]
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylim=(0, 112), ylabel="% of prompts", title="What SFT and DPO are each for, on prompts never trained on")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=3, loc="upper right")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for model in MODELS:
+        parser.add_argument(f"--{model}", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--eval", type=Path, required=True, help="eval.json, written by world.py")
+    parser.add_argument("--out_dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    prompts = json.loads(arguments.eval.read_text())
+    every = sorted({item["prompt"] for items in prompts.values() for item in items})
+    answers = {model: answer_all(getattr(arguments, model), every) for model in MODELS}
+    results = {model: rates(prompts, answers[model]) for model in MODELS}
+    plain = {model: {metric: rate._asdict() for metric, rate in cells.items()} for model, cells in results.items()}
+    (arguments.out_dir / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
+    draw(results, arguments.out_dir / "results.png")
+    print(samples(prompts, answers), table(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

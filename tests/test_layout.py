@@ -1,0 +1,59 @@
+"""The shape of the repository: imports go down, no module shadows a library, the README's tree is the tree on disk."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
+    *("config", "losses", "schedule", "batches", "chat"),
+    *("attention", "logprob", "data", "ckpt_pt", "tokenization"),
+    *("objectives", "checks", "policy", "engine", "checkpoint", "run"),
+    "loop",
+]
+SCRIPTS = {"sft", "dpo"}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of posttrain modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "posttrain":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posttrain."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_only_go_down():
+    modules = {path.stem: path for path in (ROOT / "posttrain").glob("*.py") if path.stem != "__init__"}
+    assert set(modules) == set(FLOORS) | SCRIPTS
+    for index, name in enumerate(FLOORS):
+        assert imported(modules[name]) <= set(FLOORS[:index]), name
+
+
+def test_deepspeed_is_touched_in_two_modules_only():
+    users = {path.stem for path in (ROOT / "posttrain").glob("*.py") if re.search(r"^(import|from) deepspeed", path.read_text(), re.M)}
+    assert users <= {"engine", "checkpoint"}
+
+
+def test_no_module_shadows_a_library():
+    """Running posttrain/sft.py puts posttrain/ first on sys.path, so a module there named like a library would be taken for it."""
+    from importlib.metadata import packages_distributions
+
+    libraries = set(packages_distributions()) | set(sys.stdlib_module_names)
+    for folder in ("posttrain", "data_prep", "launch/quickstart"):
+        names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+        assert not names & libraries, folder
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    tree = (ROOT / "README.md").read_text().split("## Layout")[1]
+    for folder in ("data_prep", "posttrain"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.stem == "__init__" or path.name in tree, path
+    for name in re.findall(r"\b\w+\.(?:py|sh)\b", tree):
+        assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch")), name
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert path.stem in tree, path
