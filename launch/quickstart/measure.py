@@ -114,7 +114,9 @@ def draw(results: dict[str, dict[str, Rate]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     for offset, model, colour in zip((-0.27, 0, 0.27), MODELS, ("#b8bcc4", "#5b8def", "#e07b39"), strict=True):
         cells = [results[model][metric] for metric in MEANING]
-        errors = [[100 * (r.value - r.low) for r in cells], [100 * (r.high - r.value) for r in cells]]
+        errors = [
+            [max(0.0, 100 * side) for side in sides] for sides in zip(*((r.value - r.low, r.high - r.value) for r in cells), strict=True)
+        ]
         places = [index + offset for index in range(len(cells))]
         bars = axes.bar(places, [100 * r.value for r in cells], 0.25, yerr=errors, label=model.upper(), color=colour, capsize=3)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
