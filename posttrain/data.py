@@ -58,7 +58,7 @@ class Split:
 
     def micro_batch(self, indices) -> MicroBatch:
         """The examples packed into one row, in the given order; without any, one token that nothing is trained on."""
-        builder = _Builder()
+        builder = RowBuilder()
         for index in indices:
             example = self.table[int(index)]
             if self.kind == "sft":
@@ -119,7 +119,7 @@ class _Empty:
         return 0
 
 
-class _Builder:
+class RowBuilder:
     """Appends examples to one row. A token at row i is predicted by the hidden state of the row before it in its own example."""
 
     def __init__(self):

@@ -190,6 +190,10 @@ def checkpoint_function(recipe: Recipe, json_config: dict):
 def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict):
     """The training engine. All ranks."""
     config = merge(recipe, json_config)
+    if not accumulates_in_fp32(recipe, json_config) and dist.get_rank() == 0:
+        print(
+            "warning  at ZeRO-0 in bfloat16 DeepSpeed adds up gradients in bfloat16; ds_configs/zero1.json does it in float32", flush=True
+        )
     policy.train()
     groups = _parameter_groups(policy, recipe.weight_decay)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=_optimizer(groups, recipe, json_config), config=config)

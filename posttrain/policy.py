@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from posttrain import attention, chat, ckpt_pt, tokenization
 from posttrain.checks import same_on_all_ranks, weights_fingerprint
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
-from posttrain.data import MicroBatch, _Builder
+from posttrain.data import MicroBatch, RowBuilder
 from posttrain.logprob import LogProbHead
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -146,7 +146,7 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
     with torch.no_grad():
         plain = torch.cat([_plain_logps(model, ids) for ids in sample])
         policy = Policy(model, attention_name)
-        builder = _Builder()
+        builder = RowBuilder()
         for ids in sample:
             builder.add_sequence(ids.tolist(), ids.tolist())
         packed = policy(builder.build().to(plain.device)).cpu()

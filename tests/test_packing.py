@@ -63,7 +63,7 @@ def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
 
 
 def test_one_token_answers_and_a_long_prompt():
-    builder = data._Builder()
+    builder = data.RowBuilder()
     builder.add_pair(list(range(20)), [1], [2], share_prompt=True)
     batch = builder.build()
     assert batch.rows.tolist() == [19, 19]  # both are predicted by the prompt's last token
