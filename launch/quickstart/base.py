@@ -1,7 +1,7 @@
-"""The blank base model of the quickstart: its tokenizer, its shape and its first weights, before it has read anything.
+"""The base model of the quickstart before and after it has read: make_base.sh runs both.
 
-python launch/quickstart/base.py WORLD_DIR OUT_DIR     WORLD_DIR as written by world.py; OUT_DIR gets tokenizer.model and
-                                                       a Hugging Face folder that the SFT trainer can start from
+python launch/quickstart/base.py blank WORLD_DIR OUT_DIR       tokenizer, shape and first weights, for the SFT trainer to start from
+python launch/quickstart/base.py commit TRAINED_DIR OUT_DIR    the trained model as it is kept in the repository
 """
 
 import io
@@ -56,16 +56,22 @@ def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def main(world_dir: str, out_dir: str) -> None:
-    out = Path(out_dir)
+def write_blank(world_dir: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(training_texts(Path(world_dir)), out / "tokenizer.model")
+    train_tokenizer(training_texts(world_dir), out / "tokenizer.model")
     tokenizer = load_tokenizer(out / "tokenizer.model")
     blank_model(len(tokenizer), tokenizer.eos_token_id).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
+def write_committed(trained: Path, out: Path) -> None:
+    """The trained base in bfloat16, which halves the file in the repository."""
+    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
+    load_tokenizer(trained).save_pretrained(out)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__.splitlines()[2].strip())
-    main(*sys.argv[1:])
+    actions = {"blank": write_blank, "commit": write_committed}
+    if len(sys.argv) != 4 or sys.argv[1] not in actions:
+        sys.exit("base.py takes: blank WORLD_DIR OUT_DIR, or commit TRAINED_DIR OUT_DIR")
+    actions[sys.argv[1]](*map(Path, sys.argv[2:]))
