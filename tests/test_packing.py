@@ -62,6 +62,34 @@ def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
     assert batch.input_ids.shape[1] == split.lengths[indices].sum()
 
 
+def test_grouped_attention_equals_one_call_per_segment():
+    """Lengths of several size classes, with and without shared prefixes, grouped query heads: values and gradients."""
+    S = attention.Segment
+    segments = [S(0, 40), S(40, 45, 0, 33), S(45, 47, 0, 33), S(47, 118), S(118, 158, 47, 100), S(158, 159), S(159, 202, 158, 159)]
+    torch.manual_seed(0)
+    shapes = ((1, 4, 202, 8), (1, 2, 202, 8), (1, 2, 202, 8))
+    query, key, value = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    expected = []
+    for s in segments:
+        rows = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
+        keys, values = (x[0, :, rows].repeat_interleave(2, dim=0) for x in (key, value))
+        scores = 0.3 * query[0, :, s.start : s.end] @ keys.transpose(1, 2)
+        unseen = torch.ones(s.end - s.start, len(rows)).triu(s.prefix_end - s.prefix_start + 1).bool()
+        expected.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values)
+    expected = torch.cat(expected, dim=1).transpose(0, 1)[None]
+    packing = attention.pack(segments)
+    assert len(packing.groups[0]) < len(segments)
+    actual, _ = attention.attend_segments(None, query, key, value, None, 0.3, packing)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn_like(expected)
+    for mine, right in zip(
+        torch.autograd.grad((actual * weights).sum(), (query, key, value)),
+        torch.autograd.grad((expected * weights).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right)
+
+
 def test_one_token_answers_and_a_long_prompt():
     builder = data.RowBuilder()
     builder.add_pair(list(range(20)), [1], [2], share_prompt=True)
