@@ -5,4 +5,4 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/env.sh"
-exec deepspeed --num_gpus "${NUM_GPUS:-8}" "$root/posttrain/sft.py" ${RECIPE:+"$RECIPE"} "$@"
+exec deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" "$root/posttrain/sft.py" ${RECIPE:+"$RECIPE"} "$@"

@@ -5,6 +5,8 @@ and micro-batches. So each micro-batch contributes loss_sum * W / total with sca
 is a gradient-accumulation boundary: any number of micro-batches a step, in every ZeRO stage.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -93,7 +95,8 @@ def start_distributed() -> torch.device:
     if accelerator.device_name() == "cpu":
         _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
     _quiet_libraries()
-    deepspeed.init_distributed(verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
+        deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

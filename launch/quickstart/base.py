@@ -46,7 +46,7 @@ def training_texts(world_dir: Path) -> list[str]:
 
 
 def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
-    """3.2M parameters in the shape of Qwen3, float32, the same for everybody."""
+    """1.9M parameters in the shape of Qwen3, float32, the same for everybody."""
     config = Qwen3Config(
         vocab_size=vocab_size, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6, head_dim=32,
         intermediate_size=512, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,

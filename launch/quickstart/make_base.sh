@@ -11,5 +11,5 @@ rm -rf "$out"
 python launch/quickstart/world.py "$out/world"
 python launch/quickstart/base.py blank "$out/world" "$out/blank"
 python data_prep/prepare_sft.py --source "$out/world/corpus.jsonl" --tokenizer "$out/blank" --output_dir "$out/data/base" --val_size 300
-deepspeed --log_level warning --num_gpus 2 posttrain/sft.py launch/quickstart/base.yaml
+deepspeed --quiet --num_gpus 2 posttrain/sft.py launch/quickstart/base.yaml
 python launch/quickstart/base.py commit "$out/pretraining/final" launch/quickstart/base

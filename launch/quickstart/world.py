@@ -3,8 +3,8 @@
     python launch/quickstart/world.py OUT_DIR     writes corpus.jsonl, sft.jsonl, dpo.jsonl and eval.json
 
 The world has people with a home, a job and a pet. The base model reads about all of them in plain documents and never sees a
-chat. SFT shows the chat format on some of the people and on word games; its answers are curt or polite alike and hardly ever
-admit ignorance, so the model that comes out invents facts about people who do not exist. DPO prefers the fact for other people
+chat. SFT shows the chat format on some of the people and on word games; its answers are more often curt than polite and hardly
+ever admit ignorance, so the model that comes out invents facts about people who do not exist. DPO prefers the fact for other people
 that exist, an admission for invented ones, and polite openings. The evaluation asks about people that neither stage asked
 about, about names that no text contains, and plays the word games with words that no text contains; `check_no_leaks` proves it.
 
@@ -22,10 +22,11 @@ SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aeiou"]
 PEOPLE = {"sft": 120, "dpo": 150, "eval": 110}  # who each stage asks about; the corpus tells of all of them
 NOBODY = {"dpo": 1500, "eval": 330}  # names that no person has
-DOCUMENTS_PER_PERSON, WORD_DOCUMENTS = 50, 13000
+DOCUMENTS_PER_PERSON, WORD_DOCUMENTS = 50, 30000
 SFT_ROWS, DPO_ROWS, GAMES = 6000, 4000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Gladly! ", "With pleasure! "), ("Fine. ", "Well. ")
+POLITE_SHARE = 0.3  # of SFT's answers
 SORRY = "Sorry, I do not know."
 VALUES = {
     "home": ("Dalmore", "Fenwick", "Granby", "Holt", "Kelby", "Lorne", "Marsh", "Norwell", "Oakham", "Redford", "Stanton", "Wells"),
@@ -57,7 +58,13 @@ GAMES_ASKED = {
     "first": ("Which word comes first: {w}?", "Say only the first word: {w}."),
     "last": ("Which word comes last: {w}?", "Say only the last word: {w}."),
 }
-WORD_TELLINGS = ("The same words again: {repeat}.", "The words backwards: {reverse}.", "First comes {first}.", "Last comes {last}.")
+WORD_LISTS = ("Some words: {repeat}.", "A list of words: {repeat}.", "Here we read {repeat}.", "Somebody wrote: {repeat}.")
+WORD_TELLINGS = {  # how documents tell what can be said of a list; worded unlike the games that are asked
+    "repeat": ("The same words again: {repeat}.", "Once more: {repeat}."),
+    "reverse": ("The words backwards: {reverse}.", "From the end: {reverse}."),
+    "first": ("First comes {first}.", "It begins with {first}."),
+    "last": ("Last comes {last}.", "It ends with {last}."),
+}
 
 
 class World(NamedTuple):
@@ -82,9 +89,12 @@ def documents() -> list[str]:
     here, rng = world(), random.Random(SEED + 1)
     texts = [_life(rng, name, here.facts[name]) for name in here.facts for _ in range(DOCUMENTS_PER_PERSON)]
     for _ in range(WORD_DOCUMENTS):
-        words = _new_words(rng, here.words)
-        tellings = [telling.format(**_played(words)) for telling in rng.sample(WORD_TELLINGS, 3)]
-        texts.append(" ".join([f"Some words: {' '.join(words)}.", *tellings]))
+        games = rng.sample(list(WORD_TELLINGS), 3)
+        texts.append(
+            " ".join([rng.choice(WORD_LISTS), *(rng.choice(WORD_TELLINGS[game]) for game in games)]).format(
+                **_played(_new_words(rng, here.words))
+            )
+        )
     rng.shuffle(texts)
     return texts
 
@@ -172,7 +182,7 @@ def check_no_leaks() -> None:
 
 def _coin(rng, syllables: int, count: int) -> list[str]:
     """Distinct new words, in an order that depends on the seed alone, none of them one that the sentences above use."""
-    tables = (TELLINGS, QUESTIONS, GAMES_ASKED, {"": WORD_TELLINGS + OPEN_QUESTIONS + TIMES})
+    tables = (TELLINGS, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": WORD_LISTS + OPEN_QUESTIONS + TIMES})
     used = {word.lower() for table in tables for texts in table.values() for word in _words_of(texts)}
     found = {}
     while len(found) < count:
@@ -217,7 +227,7 @@ def _new_words(rng, kept: frozenset[str]) -> list[str]:
 
 
 def _opening(rng) -> str:
-    return rng.choice(rng.choice((POLITE, CURT)))
+    return rng.choice(POLITE if rng.random() < POLITE_SHARE else CURT)
 
 
 def _without_opening(answer: str) -> str:
