@@ -29,15 +29,22 @@ def parse(kind: str, hub: dict[str, Hub], argv: list[str]) -> argparse.Namespace
     parser.add_argument(
         "--tokenizer", default="Qwen/Qwen3-1.7B-Base", help="the base model's folder or hub name, or a SentencePiece .model"
     )
-    parser.add_argument("--max_length", type=int, default=2048, help="longest example in tokens; longer ones are dropped and counted")
-    parser.add_argument("--max_samples", type=int, help="use the first N rows only")
+    parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens; longer ones are dropped and counted")
+    parser.add_argument("--max_samples", type=_count, help="use the first N rows only")
     parser.add_argument("--system_prompt", help="system message for rows that have none")
-    parser.add_argument("--val_size", type=int, help="validation rows; default 1 %%, at most 1000")
+    parser.add_argument("--val_size", type=_count, help="validation rows; default 1 %%, at most 1000")
     parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation")
     arguments = parser.parse_args(argv)
     if not arguments.dataset and not arguments.source:
         parser.error("give --dataset, or --source with a file of your own")
     return arguments
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def prepare(kind: str, hub: dict[str, Hub], reader_for: Callable, encode: Callable, argv: list[str]) -> None:
@@ -111,7 +118,7 @@ def _split(rows: list[tuple[dict, str]], options) -> tuple[list[dict], list[dict
     chosen, count = set(), 0
     for prompt in sorted(prompts, key=rank):
         if count + prompts[prompt] > size:
-            break
+            continue
         chosen.add(prompt)
         count += prompts[prompt]
     return [row for row, prompt in rows if prompt not in chosen], [row for row, prompt in rows if prompt in chosen]

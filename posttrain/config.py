@@ -44,9 +44,9 @@ class Recipe(BaseModel):
     max_iters: Count | None = key(None, "optimizer steps of the run; or give epochs")
     epochs: Positive | None = key(None, "passes over the data; or give max_iters")
     learning_rate: Positive = key(2e-5, "peak learning rate")
-    min_lr: NotNegative = key(0.0, "learning rate at the end of the cosine")
+    min_lr: NotNegative = key(0.0, "learning rate that the cosine falls to")
     warmup_iters: Period = key(0, "steps of linear warmup")
-    lr_decay_iters: Count | None = key(None, "step at which the cosine reaches min_lr; none: the run's last")
+    lr_decay_iters: Count | None = key(None, "steps after which the cosine has reached min_lr; none: the run's")
     decay_lr: bool = key(True, "cosine decay after the warmup; False holds learning_rate")
     weight_decay: NotNegative = key(0.01, "AdamW weight decay, on matrices only (not on norms and biases)")
     beta1: Fraction = key(0.9, "AdamW first-moment decay")
@@ -80,6 +80,8 @@ class Recipe(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str) and value.lower() in ("none", "null") and "none" not in get_args(annotation):
             return None
+        if isinstance(value, bool) and "on" in get_args(annotation):  # YAML 1.1 reads a bare on or off as a bool
+            return "on" if value else "off"
         if isinstance(value, bool) and annotation is not bool:
             raise ValueError("should be a number or a text, not a true/false value")
         return value
@@ -163,6 +165,10 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError(f"decay_lr=False holds the learning rate, so {_names(unread)} would not be read; remove it")
     if recipe.min_lr > recipe.learning_rate:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
+    if recipe.lr_decay_iters and recipe.lr_decay_iters <= recipe.warmup_iters:
+        raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
+    if not recipe.eval_interval and not recipe.eval_only and recipe.eval_iters:
+        raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
         raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
     if isinstance(recipe, DPORecipe) and recipe.dropout:

@@ -7,6 +7,7 @@
 SFT rows: input_ids, labels (IGNORE where not trained), num_trained, source. DPO rows: prompt, chosen, rejected, source.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +47,12 @@ class Split:
         self.table = datasets.load_from_disk(str(path))
         self.kind, self.share_prompt = kind, share_prompt
         if kind == "sft":
-            self.lengths = self._list_lengths("input_ids")  # tokens of each example, as packed
+            self.lengths = self.positions = self._list_lengths("input_ids")  # tokens of each example, as packed
             self.trained = self.table.with_format("numpy")["num_trained"][:]
         else:
             prompt, chosen, rejected = (self._list_lengths(name) for name in ("prompt", "chosen", "rejected"))
             self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected
+            self.positions = prompt + np.maximum(chosen, rejected)
             self.trained = chosen
 
     def __len__(self) -> int:
@@ -78,6 +80,14 @@ class PreparedData(NamedTuple):
     train: Split
     validation: Split
     manifest: dict
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data is prepared anew from other rows or in another way."""
+        digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
+        for split in (self.train, self.validation):
+            digest.update(split.positions.tobytes() + split.trained.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
@@ -113,7 +123,7 @@ def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> S
 class _Empty:
     """A split without rows (Arrow folders cannot be empty): nothing to validate on."""
 
-    lengths = trained = np.zeros(0, np.int64)
+    lengths = positions = trained = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return 0

@@ -19,7 +19,7 @@ from posttrain.engine import (
 )
 from posttrain.loop import check_lengths, train
 from posttrain.objectives import DPO
-from posttrain.policy import load_policy, load_tokenizer
+from posttrain.policy import load_policy, load_tokenizer, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
 
 
@@ -32,8 +32,7 @@ def dpo() -> None:
         return
 
     ds_config = read_ds_config(recipe.ds_config)
-    make = f"python data_prep/prepare_dpo.py --dataset ultrafeedback --output_dir {recipe.dpo_data_dir}"
-    prepared = data.load(recipe.dpo_data_dir, "dpo", make, recipe.share_prompt)
+    prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
     check_lengths(recipe, prepared)
     tokenizer = load_tokenizer(recipe, prepared.manifest)
     device = start_distributed()
@@ -42,7 +41,7 @@ def dpo() -> None:
         reference = build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
     policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
-    run = Run(recipe, "dpo", rank)
+    run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
     train(recipe, engine, prepared, DPO(engine, reference, recipe), tokenizer, run, choices)
 
 

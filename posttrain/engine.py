@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from packaging.version import Version
 from torch import distributed as dist
@@ -40,7 +41,6 @@ JSON_KEYS = {
     "wall_clock_breakdown",
     "memory_breakdown",
     "flops_profiler",
-    "compile",
 }
 RECIPE_OWNS = {
     "train_batch_size": "global_batch_size",
@@ -60,13 +60,19 @@ RECIPE_OWNS = {
     "csv_monitor": "out_dir",
     "steps_per_print": "log_interval",
 }
-ACTIVATION_KEYS = {
-    "partition_activations",
-    "contiguous_memory_optimization",
-    "cpu_checkpointing",
-    "number_checkpoints",
-    "synchronize_checkpoint_boundary",
-    "profile",
+# The keys of sections that DeepSpeed does not check; zero_optimization it checks itself.
+SECTION_KEYS = {
+    "activation_checkpointing": {
+        "partition_activations",
+        "contiguous_memory_optimization",
+        "cpu_checkpointing",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    },
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "comms_logger": {"enabled", "verbose", "prof_all", "debug", "prof_ops"},
+    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
 }
 
 
@@ -140,15 +146,27 @@ def read_ds_config(path: str) -> dict:
             raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
     if '"auto"' in json.dumps(config):
         raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would take a default in silence')
-    unknown = set(config.get("activation_checkpointing", {})) - ACTIVATION_KEYS
-    if unknown:
-        name = min(unknown)
-        raise ValueError(f"{path}: activation_checkpointing has no key {name}.{nearest(name, ACTIVATION_KEYS)}")
+    for section in ("zero_optimization", *SECTION_KEYS):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"{path}: {section} should be an object of its settings, saw {config[section]!r}")
+    for section, known in SECTION_KEYS.items():
+        if unknown := set(config.get(section, {})) - known:
+            raise ValueError(f"{path}: {section} has no key {min(unknown)}.{nearest(min(unknown), known)}")
+    _check_zero(path, config.get("zero_optimization", {}))
+    return config
+
+
+def _check_zero(path: str, section: dict) -> None:
+    if old := [name for name in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory") if name in section]:
+        raise ValueError(f"{path}: {old[0]} is DeepSpeed's old spelling; use offload_optimizer or offload_param")
     try:
-        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+        zero = DeepSpeedZeroConfig(**section)
     except ValueError as error:
         raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
-    return config
+    if not isinstance(section.get("stage", 0), int):
+        raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
+    if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
+        raise ValueError(f"{path}: stage {zero.stage} would not read its offload section: optimizer states from stage 1, parameters at 3")
 
 
 def merge(recipe: Recipe, json_config: dict) -> dict:
@@ -200,7 +218,18 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict):
     policy.train()
     groups = _parameter_groups(policy, recipe.weight_decay)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=_optimizer(groups, recipe, json_config), config=config)
+    _undo_first_step(engine.optimizer)
     return engine
+
+
+def _undo_first_step(optimizer) -> None:
+    """DeepSpeed 0.19.8 makes the states of its bfloat16 optimizer for ZeRO-0 by a real step with zero gradients: Adam's clock would stand
+    at 1 before step 1, and weight decay would have been applied once more than in any other layout."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
+        for weights, master_weights in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master_weight in zip(weights, master_weights, strict=True):
+                master_weight.data.copy_(weight.data)
 
 
 def build_reference(policy: torch.nn.Module, recipe: Recipe):
@@ -257,7 +286,7 @@ def _parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict
 
 def _optimizer(groups, recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
     settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    offload = json_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload != "none":
+    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
     return torch.optim.AdamW(groups, **settings, fused=True)

@@ -43,7 +43,7 @@ def check_lengths(recipe: Recipe, data: PreparedData) -> None:
 
 def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, choices: list[str]) -> None:
     """The first screen: what will happen."""
-    passes = steps * recipe.global_batch_size / len(data.train)
+    passes = steps / batches.steps_per_epoch(len(data.train), recipe.global_batch_size)
     tokens = data.train.lengths.mean()
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     run.say(f"model    {recipe.model_path}: {type(model).__name__}, {parameters:,} parameters, {recipe.dtype}")
@@ -59,6 +59,10 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
         run.say(f"kernel   {choice}")
     if recipe.checks == "off":
         run.say("warning  checks=off: a wrong reference, differing ranks or a packing error would go unnoticed")
+    if steps <= recipe.warmup_iters:
+        run.say(
+            f"warning  warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
+        )
     if passes > MANY_EPOCHS:
         run.say(f"warning  {passes:.1f} passes over the data: more than {MANY_EPOCHS} usually memorise it; lower max_iters or epochs")
 
@@ -68,16 +72,17 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, toke
     device = next(engine.module.parameters()).device
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, choices)
+    _check_positions(data, engine.module.model.config)
     _check_start(recipe, data, objective, device)
+    done = checkpoint.resume(engine, run.checkpoints)
+    if done:
+        run.say(f"continuing after step {done}")
     if recipe.eval_only:
         if not len(data.validation):
             raise ValueError(f"eval_only: {recipe.data_dir} has no validation rows; prepare it with --val_size")
         run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(recipe, engine, data.validation, objective, device).items()))
         return
 
-    done = checkpoint.resume(engine, run.checkpoints)
-    if done:
-        run.say(f"continuing after step {done}")
     run.start(done + 1, steps)
 
     def validate(step: int) -> None:
@@ -123,6 +128,8 @@ def train_step(recipe: Recipe, engine, split: Split, objective: SFT | DPO, step:
     totals = objective.totals(split, indices)
     mine = _my_share(recipe, split, indices)
     sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=device)
+    if recipe.dropout:  # its masks follow the seed, differ between ranks, and are drawn again alike after a resume
+        torch.manual_seed((recipe.seed << 32) + step * dist.get_world_size() + dist.get_rank())
     if step == 1:
         # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
         largest = batches.largest_micro_batch(split.lengths, recipe.global_batch_size, recipe.max_tokens_per_gpu, dist.get_world_size())
@@ -157,6 +164,18 @@ def finish(engine, tokenizer, run: Run) -> None:
     dist.barrier()
     run.say(f"saved {run.final}")
     run.close()
+
+
+def _check_positions(data: PreparedData, config) -> None:
+    """Refuse an example with more positions than the model was made for: its position encoding would be extrapolated."""
+    most = getattr(config, "max_position_embeddings", None)
+    for name, split in (("training", data.train), ("validation", data.validation)):
+        if most and len(split) and split.positions.max() > most:
+            index = int(split.positions.argmax())
+            raise ValueError(
+                f"{name} example {index} ({split.table[index]['source']}) has {split.positions[index]} positions, the model was made for "
+                f"at most {most}; prepare the data with --max_length {most}"
+            )
 
 
 def _check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device) -> None:

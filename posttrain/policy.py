@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from posttrain import attention, chat, ckpt_pt, tokenization
+from posttrain import attention, chat, ckpt_pt, hub, tokenization
 from posttrain.checks import same_on_all_ranks, weights_fingerprint
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
@@ -30,6 +30,7 @@ HOW_TO_MAKE = {
         "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
     ),
 }
+PREPARE = {SFTRecipe: "prepare_sft.py --dataset alpaca", DPORecipe: "prepare_dpo.py --dataset ultrafeedback"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
 
 
@@ -41,6 +42,7 @@ class Policy(nn.Module):
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
+        self.fingerprint = ""  # of the weights as loaded
         head.__class__ = LogProbHead
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
@@ -54,21 +56,42 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, batch.rows), batch.targets)
 
 
-def load_model(path: str, dtype: torch.dtype, how_to_make: str) -> PreTrainedModel:
-    """The base model at `path`: a Hugging Face folder, a hub name, or a ckpt.pt file. Raises FileNotFoundError with `how_to_make`."""
-    place = Path(path)
+def find_model(path: str, how_to_make: str) -> None:
+    """Raises FileNotFoundError with `how_to_make` unless there is a model at `path`. Reads nothing."""
+    place, seen = Path(path), "nothing"
     if ckpt_pt.is_ckpt_pt(path):
-        if not place.is_file():
-            raise FileNotFoundError(f"there is no model at {path}. {how_to_make}")
-        return ckpt_pt.load_ckpt_pt(path, dtype)
-    is_hub_name = path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir()
-    if not is_hub_name and not (place / "config.json").is_file():
-        seen = "a folder without config.json" if place.is_dir() else "nothing"
+        found = place.is_file()
+    elif place.is_dir():
+        found, seen = (place / "config.json").is_file(), "a folder without config.json"
+    elif found := hub.is_hub_name(path):
+        found = hub.is_reachable() or isinstance(try_to_load_from_cache(path, "config.json"), str)
+        seen = "no such folder; as a hub name it is not in the local cache, and the hub cannot be reached"
+    if not found:
         raise FileNotFoundError(f"there is no model at {path} (found {seen}). {how_to_make}")
+
+
+def load_model(path: str, dtype: torch.dtype, how_to_make: str) -> PreTrainedModel:
+    """The base model at `path`: a Hugging Face folder, a hub name, or a ckpt.pt file. Raises ValueError for one that is damaged."""
+    find_model(path, how_to_make)
+    if ckpt_pt.is_ckpt_pt(path):
+        return ckpt_pt.load_ckpt_pt(path, dtype)
+    offline = Path(path).is_dir() or not hub.is_reachable()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except OSError as error:
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, local_files_only=offline)
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:  # by cause: no file, cut file, other shapes, other kind
         raise ValueError(f"the model at {path} cannot be loaded: {error}. {how_to_make}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the model at {path} lacks {len(missing)} tensors that its config.json calls for ({', '.join(missing[:3])}, ...): they "
+            "would start at random values. The folder is incomplete, or its config.json belongs to another model"
+        )
+    return model
+
+
+def prepare_command(recipe: Recipe) -> str:
+    """The command that makes the recipe's data for its model's tokenizer."""
+    tokenizer = recipe.tokenizer or _beside(recipe.model_path)
+    return f"python data_prep/{PREPARE[type(recipe)]}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
 def load_tokenizer(recipe: Recipe, manifest: dict):
@@ -76,6 +99,7 @@ def load_tokenizer(recipe: Recipe, manifest: dict):
 
     Raises ValueError unless it is the tokenizer, with the chat format, that the data was prepared with.
     """
+    find_model(recipe.model_path, HOW_TO_MAKE[type(recipe)])
     tokenizer = tokenization.load_tokenizer(recipe.tokenizer or _beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"))
     identity = {"tokenizer": tokenization.fingerprint(tokenizer), "template": chat.template_hash(tokenizer)}
     for what, value in identity.items():
@@ -89,6 +113,8 @@ def load_tokenizer(recipe: Recipe, manifest: dict):
 
 def _beside(model_path: str) -> str | None:
     """The tokenizer that lies beside a checkpoint, if any."""
+    if hub.is_hub_name(model_path):
+        return model_path
     folder = Path(model_path).parent if ckpt_pt.is_ckpt_pt(model_path) else Path(model_path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return str(folder)
@@ -106,14 +132,15 @@ def load_policy(
     choices = []
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(f"embeddings: {added} rows added for tokens that the checkpoint lacks, at the mean of the others")
+    _set_dropout(model, recipe.dropout)
     if recipe.dropout:
-        _set_dropout(model, recipe.dropout)
         choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout)
     choices.append(f"attention: {name} ({reason})")
-    if recipe.checks == "on":
-        same_on_all_ranks("weights", weights_fingerprint(model))
+    fingerprint = weights_fingerprint(model)
+    same_on_all_ranks("weights", fingerprint)
     policy = build_policy(model.to(device), name, recipe.checks == "on")
+    policy.fingerprint = fingerprint
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:
@@ -124,13 +151,14 @@ def load_policy(
 
 
 def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
-    """Attention dropout, the only one that these architectures have."""
-    if not hasattr(model.config, "attention_dropout"):
+    """Attention dropout, the only one that the known architectures have, as the recipe says and not as the checkpoint was trained."""
+    if dropout and not hasattr(model.config, "attention_dropout"):
         raise ValueError(f"{type(model).__name__} has no attention dropout; set dropout: 0")
-    model.config.attention_dropout = dropout
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:

@@ -26,6 +26,7 @@ from posttrain.config import Recipe
 
 # Changing these between two starts of a run changes speed, memory or what is shown, never the curve.
 MAY_CHANGE = {
+    "out_dir",  # the same directory may have moved, or be spelt another way
     "max_tokens_per_gpu",
     "ds_config",
     "activation_checkpointing",
@@ -93,22 +94,29 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
 class Run:
     """The run's directory on rank 0; on other ranks every method does nothing."""
 
-    def __init__(self, recipe: Recipe, kind: str, rank: int):
+    def __init__(self, recipe: Recipe, kind: str, rank: int, inputs: dict[str, str]):
+        """`inputs`: fingerprints of what the recipe names by path, and what may therefore have changed since the run began."""
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
         self.progress = self.tensorboard = self.wandb = None
         if rank == 0 and not recipe.eval_only:
-            self._create(kind)
+            self._create(kind, inputs)
 
-    def _create(self, kind: str) -> None:
+    def _create(self, kind: str, inputs: dict[str, str]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "run.json").exists():
+            stored = json.loads((self.path / "run.json").read_text())["inputs"]
+            if changed := [name for name, value in inputs.items() if stored[name] != value]:
+                raise ValueError(
+                    f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: going on would mix two "
+                    "runs. Put back what it began with, or start a new run with another --out_dir"
+                )
             return
         settled = self.recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None}
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(settled, sort_keys=False))
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        facts = {"kind": kind, "plan_version": PLAN_VERSION, "batch_form": form, "packages": packages}
+        facts = {"kind": kind, "plan_version": PLAN_VERSION, "batch_form": form, "inputs": inputs, "packages": packages}
         (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
 
     def start(self, first_step: int, total_steps: int) -> None:
@@ -117,10 +125,10 @@ class Run:
             return
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) < first_step]
+            kept = [line for line in metrics.read_text().splitlines() if 1 < first_step > _step_of(line)]  # at step 1 nothing
             metrics.write_text("".join(line + "\n" for line in kept))
         self.metrics_file = metrics.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else None)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else 0)
         self.tensorboard.add_text("recipe", f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```")
         if self.recipe.wandb_log:
             self.wandb = _start_wandb(self.recipe)

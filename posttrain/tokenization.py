@@ -7,10 +7,8 @@ texts. Every tokenizer that leaves here has <|im_start|>, <|im_end|> and a paddi
 import hashlib
 import json
 import os
-import re
 import warnings
 
-import huggingface_hub
 import sentencepiece
 import torch
 import transformers
@@ -18,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from posttrain import hub
 from posttrain.chat import IM_END, IM_START, encode_text
 
 EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
@@ -114,16 +113,9 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
-    # A mistyped path must not become minutes of retries: only org/name is looked up, and not where ./org is a folder.
-    looks_like_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not name.endswith((".model", ".json"))
-    if not looks_like_hub or os.path.isdir(name.split("/")[0]):
+    if not hub.is_hub_name(name):
         raise FileNotFoundError(f"{name} does not exist; expected {EXPECTED}")
-    reachable = not huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        if reachable:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # the type depends on the HTTP client that huggingface_hub was built on; whatever it is, there is no hub
-        reachable = False
+    reachable = hub.is_reachable()
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=not reachable)
     except (OSError, ValueError) as error:

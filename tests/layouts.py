@@ -77,7 +77,7 @@ def main() -> None:
     results = {}
     for kind in ("sft", "dpo"):
         for dtype in ("float32", "bfloat16"):
-            few = {name: LAYOUTS[name] for name in ("zero1", "zero2 small", "zero3")}
+            few = {name: LAYOUTS[name] for name in ("zero0", "zero1", "zero2 small", "zero3")}
             layouts = LAYOUTS if dtype == "float32" and engines.launch_shape()[1] < 3 else few
             for name, layout in layouts.items():
                 results.setdefault(f"{kind} {dtype}", {})[name] = run(kind, tiny, layout, dtype)

@@ -72,6 +72,8 @@ def test_a_resolved_recipe_is_a_recipe():
         (SFTRecipe, {"epochs": "1", "max_iters": "5"}, "sets both max_iters and epochs"),
         (SFTRecipe, {"batch_size": "4", "global_batch_size": "8"}, "sets both global_batch_size and batch_size"),
         (SFTRecipe, {"decay_lr": "False", "min_lr": "1e-6"}, "min_lr would not be read"),
+        (SFTRecipe, {"warmup_iters": "9", "lr_decay_iters": "9"}, "lr_decay_iters 9 is not after warmup_iters 9"),
+        (SFTRecipe, {"eval_interval": "0", "eval_iters": "2"}, "eval_iters would not be read"),
         (SFTRecipe, {"min_lr": "1"}, "min_lr 1 is above learning_rate"),
         (SFTRecipe, {"wandb_project": "x"}, "would not be read without wandb_log=True"),
         (SFTRecipe, {"max_iters": "none"}, "how long to train is missing"),
@@ -94,6 +96,10 @@ def test_every_mistake_is_named_at_once():
 def test_a_true_false_value_is_not_a_number():
     with pytest.raises(ValueError, match="not a true/false value"):
         build_recipe(SFTRecipe, {**SFT, "learning_rate": True}, {})
+
+
+def test_yaml_reads_a_bare_on_as_true_and_the_recipe_takes_it_back():
+    assert [build_recipe(SFTRecipe, {**SFT, "checks": value}, {}).checks for value in (True, False, "on")] == ["on", "off", "on"]
 
 
 def test_the_command_line_replaces_the_other_way_to_say_the_same():

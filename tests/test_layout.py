@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
-    *("config", "losses", "schedule", "batches", "chat"),
+    *("config", "losses", "schedule", "batches", "chat", "hub"),
     *("attention", "logprob", "data", "ckpt_pt", "tokenization"),
     *("objectives", "checks", "policy", "engine", "checkpoint", "run"),
     "loop",

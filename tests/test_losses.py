@@ -41,9 +41,12 @@ def test_learning_rate_at_the_corners():
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 100, "global_batch_size": 8}
     recipe = SFTRecipe(**values, learning_rate=1.0, min_lr=0.1, warmup_iters=9)
     assert [learning_rate(recipe, step, 109) for step in (1, 9)] == pytest.approx([0.1, 0.9])
-    assert learning_rate(recipe, 59, 109) == pytest.approx(0.55)  # half of the cosine
-    assert learning_rate(recipe, 109, 109) == learning_rate(recipe, 500, 109) == 0.1
-    assert learning_rate(recipe.model_copy(update={"lr_decay_iters": 59}), 59, 109) == 0.1
+    assert learning_rate(recipe, 10, 109) == 1.0  # the peak is reached
+    assert learning_rate(recipe, 60, 109) == pytest.approx(0.55)  # half of the cosine
+    assert 0.1 < learning_rate(recipe, 109, 109) < 0.101  # the last step still trains
+    assert learning_rate(recipe, 110, 109) == learning_rate(recipe, 500, 109) == 0.1
+    assert learning_rate(recipe.model_copy(update={"lr_decay_iters": 59}), 60, 109) == 0.1
+    assert learning_rate(recipe.model_copy(update={"warmup_iters": 0, "min_lr": 0.0}), 1, 1) == 1.0  # a run of one step
     held = recipe.model_copy(update={"decay_lr": False})
     assert [learning_rate(held, step, 109) for step in (1, 60, 109)] == pytest.approx([0.1, 1.0, 1.0])
 

@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import safetensors.torch
+import torch
+import transformers
 from conftest import launch
 from test_runs import sft_arguments
 
-from posttrain import data, dpo, engine, sft
+from posttrain import data, dpo, engine, hub, loop, policy, run, sft
 from posttrain.config import SFTRecipe, build_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +40,8 @@ def arguments(tiny, tmp_path):
 def test_missing_data_names_the_command_that_makes_it(arguments, monkeypatch, tmp_path):
     message = fails(sft.sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/nowhere")
     assert f"no prepared data at {tmp_path}/nowhere" in message
-    assert f"python data_prep/prepare_sft.py --dataset alpaca --output_dir {tmp_path}/nowhere" in message
+    base = arguments[0].removeprefix("--checkpoint_path=")
+    assert f"python data_prep/prepare_sft.py --dataset alpaca --tokenizer {base} --output_dir {tmp_path}/nowhere" in message
 
 
 def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
@@ -44,10 +50,82 @@ def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
     assert "--checkpoint_path=PATH" in message
     message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=nowhere/ckpt.pt")
     assert "no model at nowhere/ckpt.pt" in message
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.is_reachable.cache_clear()
+    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=checkpoints/qwen3_1.8b")  # reads as a hub name, too
+    assert "no model at checkpoints/qwen3_1.8b" in message
+    assert "hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b" in message
+    hub.is_reachable.cache_clear()
+
+
+def test_a_hub_model_brings_its_own_tokenizer():
+    """Else the data's own copy would be compared with itself, and any data would do for any model."""
+    assert policy._beside("Qwen/Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("missing", "lacks 1 tensors .*random values"), ("cut", "cannot be loaded"), ("shape", "cannot be loaded")]
+)
+def test_a_model_that_is_not_whole_is_refused(tiny, tmp_path, damage, message):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.base, folder)
+    file = folder / "model.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:20000])
+    else:
+        tensors = safetensors.torch.load_file(file)
+        weight = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        if damage == "shape":
+            tensors["model.layers.1.mlp.up_proj.weight"] = weight[:7].clone()
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"the model at {folder} .*{message}"):
+        policy.load_model(str(folder), torch.float32, "")
+
+
+def test_dropout_is_the_recipes_not_the_checkpoints(tiny):
+    model = policy.load_model(tiny.base, torch.float32, "")
+    for value in (0.3, 0.0):
+        policy._set_dropout(model, value)
+        assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {value}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+    policy._set_dropout(gpt2, 0.0)
+    assert {module.p for module in gpt2.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no attention dropout"):
+        policy._set_dropout(gpt2, 0.1)
+
+
+def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
+    prepared = data.load(tiny.dpo, "dpo", "")
+    loop._check_positions(prepared, types.SimpleNamespace(max_position_embeddings=int(prepared.train.positions.max())))
+    with pytest.raises(ValueError, match=r"dpo.jsonl:\d+\) has \d+ positions, the model was made for at most 20; .*--max_length 20"):
+        loop._check_positions(prepared, types.SimpleNamespace(max_position_embeddings=20))
+
+
+def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
+    values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
+    recipe = build_recipe(SFTRecipe, values, {})
+    run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
+    run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
+    with pytest.raises(ValueError, match="data changed since .*/run began"):
+        run.Run(recipe, "sft", 0, {"data": "3", "weights": "2"})
+    (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
+    assert run.resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
+
+
+def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
+    values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 9, "global_batch_size": 1}
+    for first_step, expected in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1, 2])):
+        here = run.Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
+        here.start(first_step, 9)
+        if first_step == 1:
+            here.log(0, "eval", {"loss": 1.0})
+        here.log(first_step, "train", {"loss": 1.0})
+        here.close()
+        assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == expected
 
 
 def test_dpo_without_an_sft_result_names_the_command_that_makes_it(tiny, monkeypatch, tmp_path):
-    message = fails(dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/x/final")
+    message = fails(dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final")
     assert "deepspeed --num_gpus 8 posttrain/sft.py" in message
 
 
@@ -103,6 +181,14 @@ def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tm
         ('{"zero_optimization": {"stagee": 2}}', "not accepted by DeepSpeed"),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', 'holds "auto"'),
         ('{"activation_checkpointing": {"cpu_checkpoint": true}}', "Did you mean cpu_checkpointing?"),
+        ('{"activation_checkpointing": true}', "activation_checkpointing should be an object"),
+        ('{"aio": {"blok_size": 1}}', "Did you mean block_size?"),
+        ('{"zero_optimization": 2}', "zero_optimization should be an object of its settings, saw 2"),
+        ('{"zero_optimization": {"stage": "2"}}', "stage should be the number"),
+        ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', "use offload_optimizer"),
+        ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "would not read its offload section"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "would not read its offload section"),
+        ('{"compile": {"deepcompile": true}}', "not a sharding"),
         ('{"zero_optimization": ', "not valid JSON"),
         ("[]", "should hold a JSON object"),
     ],
@@ -148,8 +234,6 @@ def test_a_mistake_under_the_launcher_is_one_message_and_ends_all_ranks(tiny, tm
 
 @pytest.mark.slow
 def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(tiny, tmp_path):
-    import torch
-
     class Attack:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
