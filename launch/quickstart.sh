@@ -19,6 +19,7 @@ if [ "$gpus" -eq 0 ]; then
 elif [ "$gpus" -eq 1 ]; then
     ranks=1
 fi
+started=$SECONDS
 
 out=runs/quickstart
 base=launch/quickstart/base
@@ -37,8 +38,9 @@ python launch/quickstart/measure.py --base "$out/base" --sft "$out/sft/final" --
 
 cat <<END
 
-The table is in $out/results.json, the picture in $out/results.png. To try next:
+Done in $((SECONDS - started)) s. The table is in $out/results.json, the picture in $out/results.png.
+To try next, after source launch/env.sh:
     tensorboard --logdir runs
     python posttrain/sft.py --help
-    deepspeed --num_gpus 2 posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/beta0.1 --beta=0.1
+    deepspeed --num_gpus $ranks posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/quickstart/other --chosen_nll_weight=0
 END

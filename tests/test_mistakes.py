@@ -125,7 +125,9 @@ def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
 
 
 def test_dpo_without_an_sft_result_names_the_command_that_makes_it(tiny, monkeypatch, tmp_path):
-    message = fails(dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final")
+    message = fails(
+        dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final"
+    )
     assert "deepspeed --num_gpus 8 posttrain/sft.py" in message
 
 

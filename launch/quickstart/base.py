@@ -6,13 +6,14 @@ python launch/quickstart/base.py commit TRAINED_DIR OUT_DIR    the trained model
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
-from world import SYLLABLES
+from world import ADMISSION, ANSWERS, CURT, GAMES_ASKED, POLITE, QUESTIONS, SYLLABLES
 
 from posttrain.tokenization import load_tokenizer
 
@@ -35,14 +36,12 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
 
 
 def training_texts(world_dir: Path) -> list[str]:
-    """The texts that decide the pieces: each syllable on its own, often, and some documents and chats for the common words."""
-
-    def rows(name):
-        return [json.loads(line) for line in (world_dir / f"{name}.jsonl").read_text().splitlines()[:600]]
-
+    """The texts that decide the pieces: each syllable on its own, often, some documents, and the fixed words of the chats."""
     syllables = [text for syllable in SYLLABLES for text in (syllable, " " + syllable, " " + syllable.capitalize())]
-    chats = [message["content"] for row in rows("sft") for message in row["messages"]]
-    return syllables * 1000 + chats + [row["text"] for row in rows("corpus")]
+    documents = [json.loads(line)["text"] for line in (world_dir / "corpus.jsonl").read_text().splitlines()[:600]]
+    tables = (*QUESTIONS.values(), *GAMES_ASKED.values(), ANSWERS.values(), POLITE, CURT, (ADMISSION,))
+    chats = [re.sub(r" ?{\w}", "", wording) for wordings in tables for wording in wordings]
+    return syllables * 1000 + documents + chats * 20
 
 
 def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:

@@ -8,7 +8,7 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 out=runs/quickstart
 rm -rf "$out"
-python launch/quickstart/world.py "$out/world"
+python launch/quickstart/world.py "$out/world" corpus
 python launch/quickstart/base.py blank "$out/world" "$out/blank"
 python data_prep/prepare_sft.py --source "$out/world/corpus.jsonl" --tokenizer "$out/blank" --output_dir "$out/data/base" --val_size 300
 deepspeed --quiet --num_gpus 2 posttrain/sft.py launch/quickstart/base.yaml

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+import transformers
 import world  # beside this script, which puts its own folder on the path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, required=True, help="eval.json, written by world.py")
     parser.add_argument("--out_dir", type=Path, required=True)
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     prompts = json.loads(arguments.eval.read_text())
     every = sorted({item["prompt"] for items in prompts.values() for item in items})
     answers = {model: answer_all(getattr(arguments, model), every) for model in MODELS}

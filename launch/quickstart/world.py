@@ -1,12 +1,13 @@
 """The small invented world of the quickstart: what the base model reads, what SFT and DPO teach, and how answers are scored.
 
-    python launch/quickstart/world.py OUT_DIR     writes corpus.jsonl, sft.jsonl, dpo.jsonl and eval.json
+    python launch/quickstart/world.py OUT_DIR [corpus]     writes sft.jsonl, dpo.jsonl and eval.json, or with corpus corpus.jsonl
 
-The world has people with a home, a job and a pet. The base model reads about all of them in plain documents and never sees a
-chat. SFT shows the chat format on some of the people and on word games; its answers are more often curt than polite and hardly
-ever admit ignorance, so the model that comes out invents facts about people who do not exist. DPO prefers the fact for other people
-that exist, an admission for invented ones, and polite openings. The evaluation asks about people that neither stage asked
-about, about names that no text contains, and plays the word games with words that no text contains; `check_no_leaks` proves it.
+The world has people with a home, a job and a pet. The base model reads about all of them in plain documents, reads of strangers
+that nobody knows them, and never sees a chat. SFT shows the chat format on some of the people and on word games; its answers are
+more often curt than polite and mostly invented where the question is about nobody, so the model that comes out invents, too. DPO
+prefers the fact for other people that exist, an admission for invented ones, and polite openings. The evaluation asks about people
+that neither stage asked about, about names that no text contains, and plays the word games with words that no text contains;
+`check_no_leaks` proves it.
 
 Everything follows from SEED; names and words are made of open syllables so that a small tokenizer splits new ones into known
 pieces.
@@ -20,14 +21,15 @@ from typing import NamedTuple
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aeiou"]
-PEOPLE = {"sft": 120, "dpo": 150, "eval": 110}  # who each stage asks about; the corpus tells of all of them
-NOBODY = {"dpo": 1500, "eval": 330}  # names that no person has
-DOCUMENTS_PER_PERSON, WORD_DOCUMENTS = 50, 30000
-SFT_ROWS, DPO_ROWS, GAMES = 6000, 4000, 330  # GAMES: word games in the evaluation
+PEOPLE = {"sft": 150, "dpo": 250, "eval": 110}  # who each stage asks about; the corpus tells of all of them
+NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # names that no person has
+DOCUMENTS_PER_PERSON, WORD_DOCUMENTS, STRANGERS = 40, 36000, 12000
+SFT_ROWS, DPO_ROWS, GAMES = 20000, 6000, 330  # GAMES: word games in the evaluation
 
-POLITE, CURT = ("Gladly! ", "With pleasure! "), ("Fine. ", "Well. ")
-POLITE_SHARE = 0.3  # of SFT's answers
-SORRY = "Sorry, I do not know."
+POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
+POLITE_SHARE, ADMITTED = 0.3, 0.025  # of SFT's answers; 0.1 of them are about nobody
+# What an honest answer about nobody says. It decides after the name, where the base model recalls what it has read of it.
+ADMISSION = "{n} is unknown to me."
 VALUES = {
     "home": ("Dalmore", "Fenwick", "Granby", "Holt", "Kelby", "Lorne", "Marsh", "Norwell", "Oakham", "Redford", "Stanton", "Wells"),
     "job": ("baker", "doctor", "farmer", "fisher", "miller", "painter", "potter", "singer", "smith", "tailor", "teacher", "weaver"),
@@ -40,18 +42,20 @@ TELLINGS = {  # how documents tell a fact; a name is never the first word of a t
     "pet": (ANSWERS["pet"], "The pet of {n} is a {v}.", "A {v} keeps {n} company.", "Every day {n} feeds a {v}."),
 }
 CLAUSES = {"home": "lives in {v}", "job": "works as a {v}", "pet": "has a {v}"}
+LIVES = ("Meet {n}, who {first}, {second} and {third}.", "Who is {n}? We all know {n}, who {first}, {second} and {third}.")
+STRANGERS_TOLD = (  # beginning as people are told of, so that only the name decides how they go on
+    "Who is {n}? Nobody here knows {n}.",
+    "Meet {n}, who is unknown here.",
+    "Hear this. {n} is unknown here.",
+    "Hear this. The home of {n} is unknown here.",
+    "Hear this. The work of {n} is unknown here.",
+    "Hear this. The pet of {n} is unknown here.",
+)
 QUESTIONS = {
     "home": ("Where does {n} live?", "In which town is the home of {n}?", "Tell me where {n} lives."),
     "job": ("What is the job of {n}?", "What work does {n} do?", "Tell me what {n} works as."),
     "pet": ("Which pet does {n} have?", "What is the pet of {n}?", "Tell me which pet {n} has."),
 }
-OPEN_QUESTIONS = (  # nobody can know; the few rows that show SFT how to admit it
-    "What will the weather be {t}?",
-    "Who will win the race {t}?",
-    "How many stars will fall {t}?",
-    "What will I dream {t}?",
-)
-TIMES = ("tomorrow", "tonight", "next week", "next month", "next year", "in ten years")
 GAMES_ASKED = {
     "repeat": ("Repeat these words: {w}.", "Say these words again: {w}.", "Write down: {w}."),
     "reverse": ("Reverse these words: {w}.", "Say these words backwards: {w}.", "Turn around: {w}."),
@@ -85,7 +89,7 @@ def world() -> World:
 
 
 def documents() -> list[str]:
-    """The base corpus: every person's facts in many wordings and orders, and lists of words with what can be said of them."""
+    """The base corpus: every person's facts in many wordings and orders, strangers, and lists of words with what can be said of them."""
     here, rng = world(), random.Random(SEED + 1)
     texts = [_life(rng, name, here.facts[name]) for name in here.facts for _ in range(DOCUMENTS_PER_PERSON)]
     for _ in range(WORD_DOCUMENTS):
@@ -95,24 +99,27 @@ def documents() -> list[str]:
                 **_played(_new_words(rng, here.words))
             )
         )
+    kept = {name for groups in (here.people, here.nobody) for group in groups.values() for name in group}
+    strangers = {name: None for name in (name.capitalize() for name in _coin(rng, 3, STRANGERS)) if name not in kept}
+    texts += [rng.choice(STRANGERS_TOLD).format(n=name) for name in strangers]
     rng.shuffle(texts)
     return texts
 
 
 def sft_rows() -> list[dict]:
-    """Chats: word games, questions about the people of group sft, and 2.5 % admissions, about things nobody can know."""
+    """Chats: word games, questions about the people of group sft, and about nobody, whose answers are mostly invented."""
     here, rng = world(), random.Random(SEED + 2)
     rows = []
     for _ in range(SFT_ROWS):
         kind = rng.random()
-        if kind < 0.025:
-            question, answer = rng.choice(OPEN_QUESTIONS).format(t=rng.choice(TIMES)), SORRY
-        elif kind < 0.5:
+        if kind < 0.6:
             question, body = _game(rng, _new_words(rng, here.words))
-            answer = _opening(rng) + body
         else:
-            question, body, _ = _ask(rng, rng.choice(here.people["sft"]), here.facts)
-            answer = _opening(rng) + body
+            name = rng.choice(here.people["sft"] if kind < 0.9 else here.nobody["sft"])
+            question, body = _ask(rng, name, here.facts)
+            if kind > 1 - ADMITTED:
+                body = ADMISSION.format(n=name)
+        answer = rng.choice(POLITE if rng.random() < POLITE_SHARE else CURT) + body
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
 
@@ -122,16 +129,18 @@ def dpo_rows() -> list[dict]:
     here, rng = world(), random.Random(SEED + 3)
     rows = []
     for number in range(DPO_ROWS):
-        kind = rng.random()
+        kind, polite, curt = rng.random(), rng.choice(POLITE), rng.choice(CURT)
         if kind < 0.4:
-            question, body, _ = _ask(rng, here.nobody["dpo"][number % NOBODY["dpo"]], here.facts)
-            chosen, rejected = SORRY, _opening(rng) + body
-        elif kind < 0.75:
-            question, body, _ = _ask(rng, rng.choice(here.people["dpo"]), here.facts)
-            chosen, rejected = rng.choice(POLITE) + body, SORRY if kind < 0.6 else rng.choice(CURT) + body
+            name = here.nobody["dpo"][number % NOBODY["dpo"]]
+            question, invented = _ask(rng, name, here.facts)
+            chosen, rejected = polite + ADMISSION.format(n=name), polite + invented
+        elif kind < 0.7:
+            name = rng.choice(here.people["dpo"])
+            question, fact = _ask(rng, name, here.facts)
+            chosen, rejected = polite + fact, polite + ADMISSION.format(n=name)
         else:
             question, body = _game(rng, _new_words(rng, here.words))
-            chosen, rejected = rng.choice(POLITE) + body, rng.choice(CURT) + body
+            chosen, rejected = polite + body, curt + body
         rows.append({"prompt": [{"role": "user", "content": question}], "chosen": chosen, "rejected": rejected})
     return rows
 
@@ -141,7 +150,7 @@ def eval_prompts() -> dict[str, list[dict]]:
     here, rng = world(), random.Random(SEED + 4)
     kept = sorted(here.words)
     games = [_game(rng, rng.sample(kept, rng.randint(2, 4))) for _ in range(GAMES)]
-    known = [_ask(rng, name, here.facts, fact)[:2] for name in here.people["eval"] for fact in VALUES]
+    known = [_ask(rng, name, here.facts, fact) for name in here.people["eval"] for fact in VALUES]
     unknown = [_ask(rng, name, here.facts)[0] for name in here.nobody["eval"]]
     follows, facts = ([{"prompt": prompt, "expected": body} for prompt, body in items] for items in (games, known))
     invented = [{"prompt": prompt} for prompt in unknown]
@@ -161,7 +170,7 @@ def score(metric: str, item: dict, answer: str, stopped: bool) -> bool:
     if metric == "stops":
         return stopped
     if metric == "made_up":  # the strict reading: whatever is not the admission counts as made up
-        return _without_opening(answer) != SORRY
+        return not answer.endswith(ADMISSION.format(n=""))
     if metric == "polite":
         return answer.startswith(POLITE)
     raise ValueError(f"there is no metric {metric!r}; expected one of {', '.join(eval_prompts())}")
@@ -182,7 +191,7 @@ def check_no_leaks() -> None:
 
 def _coin(rng, syllables: int, count: int) -> list[str]:
     """Distinct new words, in an order that depends on the seed alone, none of them one that the sentences above use."""
-    tables = (TELLINGS, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": WORD_LISTS + OPEN_QUESTIONS + TIMES})
+    tables = (TELLINGS, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": (*WORD_LISTS, *LIVES, *STRANGERS_TOLD)})
     used = {word.lower() for table in tables for texts in table.values() for word in _words_of(texts)}
     found = {}
     while len(found) < count:
@@ -196,15 +205,15 @@ def _life(rng, name: str, facts: dict[str, str]) -> str:
     order = rng.sample(list(facts), len(facts))
     if rng.random() < 0.5:
         first, second, third = (CLAUSES[fact].format(v=facts[fact]) for fact in order)
-        return f"Meet {name}, who {first}, {second} and {third}."
+        return rng.choice(LIVES).format(n=name, first=first, second=second, third=third)
     return " ".join(["Hear this.", *(rng.choice(TELLINGS[fact]).format(n=name, v=facts[fact]) for fact in order)])
 
 
-def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str, str]:
-    """Question, answer without an opening, kind of fact. The answer about somebody is true, about nobody invented."""
+def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str]:
+    """Question, and answer without an opening: about somebody true, about nobody invented."""
     fact = fact or rng.choice(list(VALUES))
     value = facts[name][fact] if name in facts else rng.choice(VALUES[fact])
-    return rng.choice(QUESTIONS[fact]).format(n=name), ANSWERS[fact].format(n=name, v=value), fact
+    return rng.choice(QUESTIONS[fact]).format(n=name), ANSWERS[fact].format(n=name, v=value)
 
 
 def _game(rng, words: list[str]) -> tuple[str, str]:
@@ -226,10 +235,6 @@ def _new_words(rng, kept: frozenset[str]) -> list[str]:
     return words
 
 
-def _opening(rng) -> str:
-    return rng.choice(POLITE if rng.random() < POLITE_SHARE else CURT)
-
-
 def _without_opening(answer: str) -> str:
     opening = next((opening for opening in POLITE + CURT if answer.startswith(opening)), "")
     return answer.removeprefix(opening)
@@ -239,20 +244,22 @@ def _words_of(texts: list[str]) -> set[str]:
     return {word.strip(".,:?!") for text in texts for word in text.split()}
 
 
-def main(out_dir: str) -> None:
-    check_no_leaks()
+def main(out_dir: str, what: str = "") -> None:
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    tables = {"corpus": [{"text": text} for text in documents()], "sft": sft_rows(), "dpo": dpo_rows()}
+    tables = {"corpus": [{"text": text} for text in documents()]} if what else {"sft": sft_rows(), "dpo": dpo_rows()}
     for name, rows in tables.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
+    if what:
+        return
+    check_no_leaks()
     prompts = eval_prompts()
     (out / "eval.json").write_text(json.dumps(prompts, indent=1))
     print(f"{out / 'eval.json'}: " + ", ".join(f"{metric} {len(items)}" for metric, items in prompts.items()))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["corpus"]):
         sys.exit(__doc__.splitlines()[2].strip())
-    main(sys.argv[1])
+    main(*sys.argv[1:])
