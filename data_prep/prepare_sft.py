@@ -11,6 +11,8 @@ from posttrain.chat import IGNORE, render, render_document
 
 def encode(tokenizer, item, options) -> tuple[dict, str]:
     if isinstance(item, dict):
+        if options.system_prompt:
+            raise ValueError("--system_prompt has no place in plain documents (rows with a text column); leave it out")
         rendered, prompt = render_document(tokenizer, item["text"]), item["text"]
     else:
         if options.system_prompt and item[0]["role"] != "system":

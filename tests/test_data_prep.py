@@ -7,10 +7,12 @@ import pytest
 
 from data_prep import prepare_dpo, prepare_sft
 from data_prep.prepare import prepare
-from data_prep.sources import DPO_HUB, SFT_HUB, Pair, Refused, dpo_reader, read_rows, sft_reader
+from data_prep.sources import DPO_HUB, SFT_HUB, Pair, Refused, best_paths, dpo_reader, read_rows, sft_reader
 from posttrain import data
 
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("system", "s")))
+
+OTHER, HH = {"role": "assistant", "content": "b"}, "\n\nHuman: q\n\nAssistant: a"
 
 
 def sft(tiny, tmp_path, rows: list[dict], *more: str) -> dict:
@@ -44,6 +46,7 @@ def sft(tiny, tmp_path, rows: list[dict], *more: str) -> dict:
             {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
             [SYSTEM, USER, ASSISTANT],
         ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
         ({"text": "a document"}, {"text": "a document"}),
     ],
 )
@@ -60,6 +63,18 @@ def test_sft_shapes(row, expected):
         ({"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b"}, Pair([SYSTEM, USER], "a", "b")),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "b"}]}, Pair([USER], "a", "b")),
         ({"prompt": "q", "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]}, Pair([USER], "a", "b")),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant: a", "rejected": HH + "\n\nHuman: q\n\nAssistant: b"},
+            Pair([USER, ASSISTANT, USER], "a", "b"),
+        ),
+        (
+            {"input": {"messages": [SYSTEM, USER]}, "preferred_output": [ASSISTANT], "non_preferred_output": [OTHER]},
+            Pair([SYSTEM, USER], "a", "b"),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": OTHER, "system": "s"},
+            Pair([SYSTEM, USER], "a", "b"),
+        ),
     ],
 )
 def test_dpo_shapes(row, expected):
@@ -75,11 +90,34 @@ def test_dpo_shapes(row, expected):
         ({"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}, "differ before their last message"),
         ({"chosen": [USER, USER], "rejected": [USER, ASSISTANT]}, "not the assistant's"),
         ({"chosen": "a", "rejected": "b"}, "without a prompt"),
+        ({"chosen": HH + "\n\nHuman: q\n\nAssistant: a", "rejected": HH}, "differ before their last message"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": HH}, "a message is empty"),
+        ({"chosen": [USER, {"role": ["assistant"], "content": "a"}], "rejected": [USER, ASSISTANT]}, "unknown role"),
     ],
 )
 def test_pairs_that_cannot_be_used(row, cause):
     with pytest.raises(Refused, match=cause):
         dpo_reader(set(row))(row)
+
+
+def test_a_tree_of_messages_is_its_best_ranked_path():
+    def message(name, parent, role, rank, **more):
+        return {"message_id": name, "parent_id": parent, "role": role, "text": name, "rank": rank, **more}
+
+    rows = [
+        message("root", None, "prompter", None),
+        message("second", "root", "assistant", 1),
+        message("best", "root", "assistant", 0),
+        message("gone", "best", "prompter", 0, deleted=True),
+        message("unranked", "best", "prompter", None),
+        message("asked", "best", "prompter", 1),
+        message("alone", None, "prompter", None),
+        message("reply", "asked", "assistant", None),
+        message("left open", "reply", "prompter", 0),
+    ]
+    texts = [[sent["content"] for sent in row["messages"]] for row in best_paths(rows)]
+    assert texts == [["root", "best", "asked", "reply"], []]
+    assert sft_reader({"messages"})(next(best_paths(rows)))[1] == {"role": "assistant", "content": "best"}
 
 
 def test_unknown_columns_are_named_with_what_is_expected():
@@ -109,6 +147,11 @@ def test_a_system_prompt_fills_in_where_there_is_none(tiny, tmp_path):
     texts = [tiny.tokenizer.decode(row["input_ids"]) for row in rows]
     assert texts[0].startswith("<|im_start|>system\ns<|im_end|>")
     assert texts[1].startswith("<|im_start|>system\nta<|im_end|>")
+
+
+def test_a_system_prompt_has_no_place_in_documents(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no place in plain documents"):
+        sft(tiny, tmp_path, [{"text": "ta ke"}], "--system_prompt", "ta")
 
 
 def test_validation_shares_no_prompt_with_training(tiny, tmp_path):
@@ -151,6 +194,19 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         list(read_rows(str(tmp_path / "a.jsonl"), None, "train"))
     assert "a.jsonl" in str(error.value)
+
+
+def test_a_cut_or_foreign_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"prompt": "q"}).encode() * 999)[:60])
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    (tmp_path / "c.csv").write_text('a,b\n1,2\n3,4,5,"\n')
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    for name in ("a.jsonl.gz", "b.jsonl", "c.csv", "d.parquet"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read to its end"):
+            list(read_rows(str(tmp_path / name), None, "train"))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(FileNotFoundError, match=r"notes.txt: expected a JSON"):
+        list(read_rows(str(tmp_path / "notes.txt"), None, "train"))
 
 
 def test_pairs_are_prompt_and_two_answers_that_end(tiny, tmp_path):
