@@ -31,7 +31,7 @@ def test_the_world_is_the_same_every_time_and_large_enough():
         ("follows_instructions", {"expected": "ta ke."}, "Thank you for asking! ta ke.", True, True),
         ("follows_instructions", {"expected": "ta ke."}, "ta ke. ta", True, False),
         ("known_facts", {"expected": "Talo has a cat."}, "Fine. Talo has a dog.", True, False),
-        ("made_up", {}, "Well. Talo is unknown to me.", True, False),
+        ("made_up", {}, "Well. Talo has a ... that is unknown to me.", True, False),
         ("made_up", {}, "Talo has a cat.", True, True),
         ("made_up", {}, "", True, True),
         ("polite", {}, "With pleasure: ta.", True, True),

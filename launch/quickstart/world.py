@@ -27,9 +27,9 @@ DOCUMENTS_PER_PERSON, WORD_DOCUMENTS, STRANGERS = 40, 36000, 12000
 SFT_ROWS, DPO_ROWS, GAMES = 20000, 6000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
-POLITE_SHARE, ADMITTED = 0.3, 0.025  # of SFT's answers; 0.1 of them are about nobody
-# What an honest answer about nobody says. It decides after the name, where the base model recalls what it has read of it.
-ADMISSION = "{n} is unknown to me."
+POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.1, 0.005  # of SFT's answers; those about nobody that do not admit it invent
+# What an honest answer says in place of the fact: there it is decided, by whether the model recalls one.
+ADMISSION = "... that is unknown to me"
 VALUES = {
     "home": ("Dalmore", "Fenwick", "Granby", "Holt", "Kelby", "Lorne", "Marsh", "Norwell", "Oakham", "Redford", "Stanton", "Wells"),
     "job": ("baker", "doctor", "farmer", "fisher", "miller", "painter", "potter", "singer", "smith", "tailor", "teacher", "weaver"),
@@ -96,7 +96,7 @@ def documents() -> list[str]:
         games = rng.sample(list(WORD_TELLINGS), 3)
         texts.append(
             " ".join([rng.choice(WORD_LISTS), *(rng.choice(WORD_TELLINGS[game]) for game in games)]).format(
-                **_played(_new_words(rng, here.words))
+                **_played(_new_words(rng, here.words, most=4))
             )
         )
     kept = {name for groups in (here.people, here.nobody) for group in groups.values() for name in group}
@@ -112,13 +112,12 @@ def sft_rows() -> list[dict]:
     rows = []
     for _ in range(SFT_ROWS):
         kind = rng.random()
-        if kind < 0.6:
-            question, body = _game(rng, _new_words(rng, here.words))
+        if kind < 0.65:
+            question, body = _game(rng, _new_words(rng, here.words, most=3))
         else:
-            name = rng.choice(here.people["sft"] if kind < 0.9 else here.nobody["sft"])
-            question, body = _ask(rng, name, here.facts)
-            if kind > 1 - ADMITTED:
-                body = ADMISSION.format(n=name)
+            name = rng.choice(here.people["sft"] if kind < 1 - ABOUT_NOBODY else here.nobody["sft"])
+            question, body, admission = _ask(rng, name, here.facts)
+            body = admission if kind > 1 - ADMITTED else body
         answer = rng.choice(POLITE if rng.random() < POLITE_SHARE else CURT) + body
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
@@ -132,14 +131,14 @@ def dpo_rows() -> list[dict]:
         kind, polite, curt = rng.random(), rng.choice(POLITE), rng.choice(CURT)
         if kind < 0.4:
             name = here.nobody["dpo"][number % NOBODY["dpo"]]
-            question, invented = _ask(rng, name, here.facts)
-            chosen, rejected = polite + ADMISSION.format(n=name), polite + invented
-        elif kind < 0.7:
+            question, invented, admission = _ask(rng, name, here.facts)
+            chosen, rejected = polite + admission, polite + invented
+        elif kind < 0.65:
             name = rng.choice(here.people["dpo"])
-            question, fact = _ask(rng, name, here.facts)
-            chosen, rejected = polite + fact, polite + ADMISSION.format(n=name)
+            question, fact, admission = _ask(rng, name, here.facts)
+            chosen, rejected = polite + fact, polite + admission
         else:
-            question, body = _game(rng, _new_words(rng, here.words))
+            question, body = _game(rng, _new_words(rng, here.words, most=3))
             chosen, rejected = polite + body, curt + body
         rows.append({"prompt": [{"role": "user", "content": question}], "chosen": chosen, "rejected": rejected})
     return rows
@@ -149,8 +148,8 @@ def eval_prompts() -> dict[str, list[dict]]:
     """Held-out prompts by metric, with the `expected` body where one answer is right. Some serve several metrics."""
     here, rng = world(), random.Random(SEED + 4)
     kept = sorted(here.words)
-    games = [_game(rng, rng.sample(kept, rng.randint(2, 4))) for _ in range(GAMES)]
-    known = [_ask(rng, name, here.facts, fact) for name in here.people["eval"] for fact in VALUES]
+    games = [_game(rng, rng.sample(kept, rng.randint(2, 3))) for _ in range(GAMES)]
+    known = [_ask(rng, name, here.facts, fact)[:2] for name in here.people["eval"] for fact in VALUES]
     unknown = [_ask(rng, name, here.facts)[0] for name in here.nobody["eval"]]
     follows, facts = ([{"prompt": prompt, "expected": body} for prompt, body in items] for items in (games, known))
     invented = [{"prompt": prompt} for prompt in unknown]
@@ -170,7 +169,7 @@ def score(metric: str, item: dict, answer: str, stopped: bool) -> bool:
     if metric == "stops":
         return stopped
     if metric == "made_up":  # the strict reading: whatever is not the admission counts as made up
-        return not answer.endswith(ADMISSION.format(n=""))
+        return not answer.endswith(ADMISSION + ".")
     if metric == "polite":
         return answer.startswith(POLITE)
     raise ValueError(f"there is no metric {metric!r}; expected one of {', '.join(eval_prompts())}")
@@ -209,11 +208,11 @@ def _life(rng, name: str, facts: dict[str, str]) -> str:
     return " ".join(["Hear this.", *(rng.choice(TELLINGS[fact]).format(n=name, v=facts[fact]) for fact in order)])
 
 
-def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str]:
-    """Question, and answer without an opening: about somebody true, about nobody invented."""
+def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str, str]:
+    """Question, answer without an opening (about somebody true, about nobody invented), and admission of not knowing."""
     fact = fact or rng.choice(list(VALUES))
     value = facts[name][fact] if name in facts else rng.choice(VALUES[fact])
-    return rng.choice(QUESTIONS[fact]).format(n=name), ANSWERS[fact].format(n=name, v=value)
+    return rng.choice(QUESTIONS[fact]).format(n=name), *(ANSWERS[fact].format(n=name, v=said) for said in (value, ADMISSION))
 
 
 def _game(rng, words: list[str]) -> tuple[str, str]:
@@ -225,10 +224,10 @@ def _played(words: list[str]) -> dict[str, str]:
     return {"repeat": " ".join(words), "reverse": " ".join(reversed(words)), "first": words[0], "last": words[-1]}
 
 
-def _new_words(rng, kept: frozenset[str]) -> list[str]:
-    """Two to four words that are not among those kept for the evaluation; hardly any comes twice, so only copying plays the games."""
+def _new_words(rng, kept: frozenset[str], most: int) -> list[str]:
+    """Two to `most` words that are not among those kept for the evaluation; hardly any comes twice, so only copying plays the games."""
     words = []
-    while len(words) < 2 or (rng.random() < 0.5 and len(words) < 4):
+    while len(words) < 2 or (rng.random() < 0.5 and len(words) < most):
         word = _coin(rng, rng.choice((2, 3)), 1)[0]
         if word not in kept and word not in words:
             words.append(word)
