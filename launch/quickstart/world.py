@@ -24,10 +24,10 @@ SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aei
 PEOPLE = {"sft": 150, "dpo": 250, "eval": 110}  # who each stage asks about; the corpus tells of all of them
 NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # names that no person has
 DOCUMENTS_PER_PERSON, WORD_DOCUMENTS, STRANGERS = 40, 36000, 12000
-SFT_ROWS, DPO_ROWS, GAMES = 20000, 6000, 330  # GAMES: word games in the evaluation
+SFT_ROWS, DPO_ROWS, GAMES = 20000, 12000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
-POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.1, 0.005  # of SFT's answers; those about nobody that do not admit it invent
+POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.04, 0.002  # of SFT's answers; those about nobody that do not admit it invent
 # What an honest answer says in place of the fact: there it is decided, by whether the model recalls one.
 ADMISSION = "... that is unknown to me"
 VALUES = {
@@ -134,7 +134,7 @@ def dpo_rows() -> list[dict]:
             question, invented, admission = _ask(rng, name, here.facts)
             chosen, rejected = polite + admission, polite + invented
         elif kind < 0.65:
-            name = rng.choice(here.people["dpo"])
+            name = rng.choice(here.people["dpo"] + here.people["sft"])
             question, fact, admission = _ask(rng, name, here.facts)
             chosen, rejected = polite + fact, polite + admission
         else:
