@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aeiou"]
-PEOPLE = {"sft": 150, "dpo": 250, "eval": 110}  # who each stage asks about; the corpus tells of all of them
+PEOPLE = {"sft": 150, "dpo": 250, "eval": 110}  # whom each stage asks about (dpo also those of sft); the corpus tells of all
 NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # names that no person has
 DOCUMENTS_PER_PERSON, WORD_DOCUMENTS, STRANGERS = 40, 36000, 12000
 SFT_ROWS, DPO_ROWS, GAMES = 20000, 12000, 330  # GAMES: word games in the evaluation
