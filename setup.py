@@ -23,11 +23,13 @@ setup(
         "tensorboard",
         "pydantic>=2",  # recipes: typed, every key documented, unknown keys refused
         "pyyaml",
+        "datasketch",  # near-duplicate search in data preparation
+        "matplotlib",  # pictures: lengths of prepared rows, the quickstart's results
         "rich",  # the live progress line and the tables in the terminal
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "hypothesis", "matplotlib"],  # matplotlib: the quickstart's picture
+        "dev": ["pytest", "ruff", "hypothesis"],
         "wandb": ["wandb"],
     },
 )

@@ -1,43 +1,80 @@
 """From rows to a prepared folder: what prepare_sft.py and prepare_dpo.py share. The folder's format is described in posttrain/data.py.
 
-The folder is written under a staging name and renamed when complete, so it is there whole or not at all.
+    sources -> rows -> conversations -> examples (parts in DIR.incomplete) -> choose (duplicates, validation, weights) -> DIR
+
+The folder is there whole or not at all; the same command after a kill goes on with the parts that are there, and gives the same bytes.
 """
 
 import argparse
-import hashlib
 import json
-import shutil
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.sources import Hub, Refused, read_rows
-from posttrain import chat, tokenization
+from data_prep import overlap, report
+from data_prep.examples import KINDS, TOO_LONG, Changes, Settings, encode, finish, number_of, plan
+from data_prep.files import Source, count_rows, find_files
+from data_prep.parts import Part, Staging, column, table_of, write_split
+from data_prep.sources import DPO_HUB, SFT_HUB, Refused, conversations
+from posttrain import tokenization
+from posttrain.chat import TEMPLATES, ChatFormat
 from posttrain.data import FORMAT
 
+HUBS = {"sft": SFT_HUB, "dpo": DPO_HUB}
+CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a part
+DUPLICATES = ("drop", "near", "keep")
+MANY_DROPPED = 0.1
 
-def parse(kind: str, hub: dict[str, Hub], argv: list[str]) -> argparse.Namespace:
+console = Console(highlight=False, soft_wrap=True)
+
+
+def parse(kind: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=f"Prepare data for posttrain/{kind}.py: rows to token ids, once, offline.", allow_abbrev=False
+        prog=f"data_prep/prepare_{kind}.py",
+        description=f"Prepare data for posttrain/{kind}.py: rows to token ids, once, offline.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--dataset", choices=sorted(hub), help="a dataset of the hub; with --source only a label")
-    parser.add_argument("--source", help="a local JSON, JSONL(.gz), CSV or Parquet file, or a folder of them, instead of the hub")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        metavar="NAME[:WEIGHT]",
+        help=f"a dataset of the hub ({', '.join(HUBS[kind])}), or a file or folder of your own; can be given several times, with weights: "
+        "0.5 takes half of its rows, 2 takes each twice",
+    )
+    parser.add_argument("--source", help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--tokenizer", default="Qwen/Qwen3-1.7B-Base", help="the base model's folder or hub name, or a SentencePiece .model"
     )
-    parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens; longer ones are dropped and counted")
-    parser.add_argument("--max_samples", type=_count, help="use the first N rows only")
+    parser.add_argument("--template", choices=TEMPLATES, default="chatml", help="chat format: ChatML, or the tokenizer's own template")
+    parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens (pairs: prompt and longer answer)")
+    parser.add_argument("--too_long", choices=TOO_LONG, default="drop", help="what happens to longer ones; split_turns: SFT only")
+    parser.add_argument("--max_samples", type=_count, help="use the first N rows of each source only")
     parser.add_argument("--system_prompt", help="system message for rows that have none")
-    parser.add_argument("--val_size", type=_count, help="validation rows; default 1 %%, at most 1000")
-    parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation")
-    arguments = parser.parse_args(argv)
-    if not arguments.dataset and not arguments.source:
+    parser.add_argument(
+        "--val_size", type=_count, help="validation rows; default 1 %%, at most 1000; the upstream's own split if it has one"
+    )
+    parser.add_argument("--duplicates", choices=DUPLICATES, default="drop", help="drop exact copies, drop near copies too, or keep all")
+    parser.add_argument(
+        "--decontaminate", action="append", default=[], metavar="FILE", help="drop rows that quote a benchmark's rows (a file or folder)"
+    )
+    parser.add_argument("--max_dropped", type=_share, default=MANY_DROPPED, help="refuse when a larger share of the rows is unusable")
+    parser.add_argument("--revision", help="commit, tag or branch of the hub dataset")
+    parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation, and which a weight below 1 leaves out")
+    options = parser.parse_args(argv)
+    if not options.dataset and not options.source:
         parser.error("give --dataset, or --source with a file of your own")
-    return arguments
+    if options.source and options.dataset and len(options.dataset) > 1:
+        parser.error("--source stands for one dataset; name files of your own as --dataset FILE to combine several")
+    return options
 
 
 def _count(text: str) -> int:
@@ -47,90 +84,298 @@ def _count(text: str) -> int:
     return value
 
 
-def prepare(kind: str, hub: dict[str, Hub], reader_for: Callable, encode: Callable, argv: list[str]) -> None:
-    """Read, encode, split, write, report. `encode(tokenizer, item, options)` gives a row and its prompt text, or raises Refused."""
-    options = parse(kind, hub, argv)
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+class Sources(NamedTuple):
+    training: list[Source]
+    held_out: list[Source]  # the upstream's own validation or test rows
+
+
+def prepare(kind: str, argv: list[str]) -> None:
+    """Read, encode, choose, write, report. Raises ValueError or OSError for what the user can mend."""
+    options = parse(kind, argv)
     output = Path(options.output_dir)
     if output.exists():
         raise FileExistsError(f"{output} exists; remove it or give another --output_dir")
-    tokenizer = tokenization.load_tokenizer(options.tokenizer)
-    dataset = hub.get(options.dataset) if options.dataset else None
-    label = options.dataset or Path(options.source).name
-    ledger: Counter = Counter()
-    examples: dict[str, str] = {}
-
-    def encoded(split: str) -> Iterator[tuple[dict, str]]:
-        reader = None
-        for number, row in enumerate(read_rows(options.source, dataset, split)):
-            if options.max_samples is not None and number >= options.max_samples:
-                return
-            reader = reader or reader_for(set(row))
-            source = f"{label}:{number}"
-            try:
-                item, prompt = encode(tokenizer, reader(row), options)
-            except (Refused, KeyError) as error:
-                cause = str(error) if isinstance(error, Refused) else f"column {error} is missing"
-                ledger[cause] += 1
-                examples.setdefault(cause, source)
-                continue
-            yield {**item, "source": source}, prompt
-
-    rows = list(encoded(dataset.train if dataset else "train"))
-    if not rows:
-        causes = "; ".join(f"{count} x {cause} (first: {examples[cause]})" for cause, count in ledger.items()) or "the source is empty"
-        raise ValueError(f"no row of {label} can be trained on: {causes}")
-    train, validation = _split(rows, options)
+    sources = find_sources(kind, options)
+    tokenizer = tokenization.load_tokenizer(options.tokenizer, options.template)
+    chat = ChatFormat(tokenizer, options.template)
+    settings = Settings(options.max_length, options.too_long, options.system_prompt)
+    identity = {"tokenizer": tokenization.fingerprint(tokenizer), "template": chat.hash, "template_name": chat.template}
+    benchmarks = overlap.load_benchmarks(options.decontaminate)
+    every = [*sources.training, *sources.held_out]
+    request = {
+        "format": FORMAT, "kind": kind, **identity, "settings": settings, "max_samples": options.max_samples,
+        "near": options.duplicates == "near", "benchmarks": benchmarks.identity, "sources": [source.identity for source in every],
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Staging(output, request)
+    for index, source in enumerate(every):
+        held_out = index >= len(sources.training)
+        convert(KINDS[kind](chat, settings), index, source, staging, options, overlap.NONE if held_out else benchmarks)
+    parts = [staging.parts(index) for index in range(len(every))]
+    chosen = choose(parts, sources, options)
     manifest = {
         "format": FORMAT,
         "kind": kind,
-        "dataset": label,
-        "tokenizer": tokenization.fingerprint(tokenizer),
-        "template": chat.template_hash(tokenizer),
+        **identity,
         "max_length": options.max_length,
-        "counts": {"train": len(train), "validation": len(validation)},
-        "ledger": dict(ledger),
-        "ledger_examples": examples,
+        "options": {name: value for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
+        "sources": [source.label for source in every],
+        **report.summary(parts, every, chosen),
     }
-    _write(output, manifest, {"train": train, "validation": validation}, tokenizer)
-    print(f"{output}: {len(train):,} rows for training, {len(validation):,} for validation, tokenizer {manifest['tokenizer']}")
-    for cause, count in ledger.most_common():
-        print(f"  dropped {count:,}: {cause} (first: {examples[cause]})")
+    refuse_large_losses(manifest, options.max_dropped)
+    whole = staging.folder / "whole"
+    whole.mkdir()
+    flat = [part for several in parts for part in several]
+    for name in ("train", "validation"):
+        write_split(flat, np.concatenate([counts[name] for counts in chosen.counts]), whole / name)
+    report.write_dropped(parts, every, whole / "dropped.jsonl")
+    report.draw(parts, chosen, options.max_length, whole / "lengths.png")
+    tokenizer.save_pretrained(whole / "tokenizer")
+    (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    staging.publish(output)
+    report.show(console, output, manifest)
+
+
+def find_sources(kind: str, options) -> Sources:
+    """The sources that --dataset and --source name. Raises ValueError for a name that is neither a dataset nor a file."""
+    hub, training, held_out = HUBS[kind], [], []
+    for given in options.dataset or [""]:
+        name, weight = _weighted(given)
+        place = options.source or (name if name not in hub else None)
+        if place is None:
+            dataset = hub[name]
+            common = {"hub": dataset.name, "revision": options.revision}
+            training.append(Source(name, weight, split=dataset.train, **common))
+            if dataset.validation:
+                held_out.append(Source(f"{name}/{dataset.validation}", split=dataset.validation, **common))
+            continue
+        if not options.source and not Path(place).exists():
+            other = HUBS["dpo" if kind == "sft" else "sft"]
+            advice = (
+                f"it is a dataset for the other command, prepare_{'dpo' if kind == 'sft' else 'sft'}.py"
+                if name in other
+                else "no such file"
+            )
+            raise ValueError(f"--dataset {name}: {advice}; datasets of the hub: {', '.join(hub)}")
+        files, test_files = find_files(place)
+        names = [Path(_weighted(other)[0]).name for other in options.dataset or []]
+        label = name if options.source and name else place if names.count(Path(place).name) > 1 else Path(place).name
+        training.append(Source(label, weight, files))
+        if test_files:
+            held_out.append(Source(f"{label}/held out", files=test_files))
+    if options.revision and not any(source.hub for source in training):
+        raise ValueError("--revision names a version of a hub dataset, and no row comes from the hub; leave it out")
+    labels = [source.label for source in training]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"two sources are called {' and '.join(sorted(twice))}, so their rows could not be told apart; give each once")
+    return Sources(training, held_out)
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    name, colon, weight = given.rpartition(":")
+    if not colon or Path(given).exists():
+        return given, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return given, 1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"--dataset {given}: the weight should be above 0")
+    return name, value
+
+
+def convert(kind, index: int, source: Source, staging: Staging, options, benchmarks: overlap.Benchmarks) -> None:
+    """Encode the rows of a source into parts, from where an earlier call stopped."""
+    done = staging.parts(index)
+    if done and done[-1].facts["last"]:
+        return
+    start = done[-1].facts["next_row"] if done else 0
+    number = len(done)
+    near = options.duplicates == "near"
+    with _progress(source, options.max_samples, start) as advance, ThreadPoolExecutor(1) as background:
+        pending: tuple[Future, tuple] | None = None
+
+        def settle(job: tuple[Future, tuple]) -> None:
+            nonlocal number
+            future, (planned, changes, last) = job
+            encoded, texts = future.result()
+            examples, lost = [], []
+            for row, result in finish(kind, planned, encoded, texts, changes):
+                if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
+                    result = Refused(f"{overlap.QUOTES} {quoted}")
+                if isinstance(result, Refused):
+                    lost.append([row, str(result)])
+                else:
+                    examples.append((f"{source.label}:{row}", result))
+            signatures = overlap.signatures(example.text for _, example in examples) if near else None
+            rows = len(planned.numbers)
+            facts = {"next_row": start + rows, "rows": rows, "dropped": lost, "changes": dict(changes), "last": last}
+            if planned.numbers:
+                facts["next_row"] = planned.numbers[-1] + 1
+            staging.add(index, number, table_of(examples, kind.columns, signatures), facts)
+            number += 1
+            advance(rows)
+
+        for chunk, last in _chunks(kind, source, start, options):
+            changes = Changes()
+            planned = plan(kind, chunk, changes)
+            job = (background.submit(encode, kind.chat, planned), (planned, changes, last))
+            if pending:
+                settle(pending)
+            pending = job
+        if pending:
+            settle(pending)
+
+
+def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, bool]]:
+    """[(row number, conversation)] of limited size, and whether it is the source's last; borders depend on the rows alone."""
+    chunk: list = []
+    size, row = 0, -1
+    for row, item in enumerate(conversations(_name(kind), source.rows())):
+        if options.max_samples is not None and row >= options.max_samples:
+            break
+        if row < start:
+            continue
+        if len(chunk) >= CHUNK_ROWS or size > CHUNK_CHARACTERS:
+            yield chunk, False
+            chunk, size = [], 0
+        chunk.append((row, item))
+        size += 0 if isinstance(item, Refused) else overlap.characters(item)
+    yield chunk, True
+
+
+def _name(kind) -> str:
+    return next(name for name, cls in KINDS.items() if isinstance(kind, cls))
+
+
+class Chosen(NamedTuple):
+    """What becomes of every example of the parts, and why some are left out."""
+
+    counts: list[dict[str, np.ndarray]]  # for each source: how often each example goes to "train" and to "validation"
+    causes: list[Counter]  # for each source: examples left out, by cause
+
+
+def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
+    """Duplicates, validation split and weights, from some numbers a row. It depends on the rows and the seed, not on their order."""
+    owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(parts)]).astype(int)
+    flat = [part for several in parts for part in several]
+    rows, prompts = column(flat, "_row"), column(flat, "_prompt")
+    held_out = owner >= len(sources.training)
+    left = np.ones(len(owner), bool)
+    causes = [Counter() for _ in parts]
+
+    def leave_out(which: np.ndarray, cause: str) -> None:
+        which = which & left
+        left[which] = False
+        for index in np.unique(owner[which]):
+            causes[index][cause] += int((which & (owner == index)).sum())
+
+    if options.duplicates != "keep":
+        for group in (~held_out, held_out):
+            members = np.flatnonzero(group)
+            first = members[np.unique(rows[members], return_index=True)[1]]
+            leave_out(group & ~np.isin(np.arange(len(rows)), first), DUPLICATE)
+    if options.duplicates == "near":
+        leave_out(overlap.near_copies(flat, left & ~held_out), NEAR_DUPLICATE)
+    if held_out.any():
+        limit = 1000 if options.val_size is None else options.val_size
+        validation = _by_prompt(prompts, options.seed, left & held_out, limit)
+        leave_out(held_out & ~validation, "held out by the upstream, beyond --val_size")
+        leave_out(~held_out & np.isin(prompts, prompts[validation]), "its prompt is in the validation split")
+    else:
+        usable = int(left.sum())
+        limit = min(1000, usable // 100) if options.val_size is None else options.val_size
+        if limit and limit >= usable:
+            raise ValueError(f"--val_size {limit} leaves nothing of {usable} rows to train on")
+        validation = _by_prompt(prompts, options.seed, left, limit)
+    counts = (left & ~validation & ~held_out).astype(int)
+    for index, source in enumerate(sources.training):
+        mine = np.flatnonzero((owner == index) & (counts > 0))
+        whole, rest = divmod(source.weight * len(mine), len(mine)) if len(mine) else (0, 0)
+        counts[mine] = int(whole)
+        order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
+        counts[order[: round(rest)]] += 1
+        if source.weight < 1 and len(mine):
+            causes[index][f"left out by the weight {source.weight:g}"] += int((counts[mine] == 0).sum())
+    if not counts.any():
+        raise ValueError(f"no row can be trained on: {_causes(parts, causes)}")
+    assert not np.isin(prompts[counts > 0], prompts[validation & left]).any(), "a validation prompt is in training"
+    per_source = [
+        {"train": counts[owner == index], "validation": (validation & left)[owner == index].astype(int)} for index in range(len(parts))
+    ]
+    return Chosen(per_source, causes)
+
+
+DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of another row"
+
+
+def _length(parts: list[Part]) -> int:
+    return sum(len(part.table()) for part in parts)
+
+
+def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """A random-looking uint64 for each number, the same for the same number and seed (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = numbers.astype(np.uint64) + np.uint64(number_of(f"seed {seed}"))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) -> np.ndarray:
+    """Up to `limit` of the rows `among`, all rows of a prompt or none."""
+    members = np.flatnonzero(among)
+    values, sizes = np.unique(prompts[members], return_counts=True)
+    order = np.argsort(_ranks(values, seed), kind="stable")
+    taken, total = [], 0
+    for position in order:
+        if total + sizes[position] <= limit:
+            taken.append(values[position])
+            total += int(sizes[position])
+        if total == limit:
+            break
+    return among & np.isin(prompts, np.array(taken, np.uint64))
+
+
+def refuse_large_losses(manifest: dict, limit: float) -> None:
+    unusable = {cause: entry for cause, entry in manifest["ledger"].items() if entry["unusable"]}
+    lost, rows = sum(entry["rows"] for entry in unusable.values()), manifest["rows"]
+    if lost > limit * rows:
+        causes = "\n".join(f"    {entry['rows']:,}: {cause} (first: {entry['first']})" for cause, entry in unusable.items())
+        raise ValueError(
+            f"{lost:,} of {rows:,} rows ({lost / rows:.1%}) cannot be used, more than --max_dropped {limit:g}:\n{causes}\n"
+            "Mend the rows, or allow it with a larger --max_dropped (the rows are not encoded again for that)"
+        )
+
+
+def _causes(parts: list[list[Part]], left_out: list[Counter]) -> str:
+    total = Counter(cause for several in parts for part in several for _, cause in part.facts["dropped"])
+    for counter in left_out:
+        total.update(counter)
+    return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"
+
+
+def _progress(source: Source, max_samples: int | None, start: int):
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]} rows/s | time left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    return report.RowProgress(Progress(*columns, console=console, transient=True), source.label, count_rows(source, max_samples), start)
 
 
 def main(run: Callable[[list[str]], None]) -> None:
     """A user's mistake ends with one message and exit status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         run(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-
-
-def _split(rows: list[tuple[dict, str]], options) -> tuple[list[dict], list[dict]]:
-    """By prompt: rows that share one are on the same side. Prompts are ranked by a keyed hash, so the choice does not depend on order."""
-    size = min(1000, len(rows) // 100) if options.val_size is None else options.val_size
-    if size >= len(rows):
-        raise ValueError(f"--val_size {size} leaves nothing of {len(rows)} rows to train on")
-
-    def rank(prompt: str) -> str:
-        return hashlib.sha256(f"{options.seed}:{prompt}".encode()).hexdigest()
-
-    prompts = Counter(prompt for _, prompt in rows)
-    chosen, count = set(), 0
-    for prompt in sorted(prompts, key=rank):
-        if count + prompts[prompt] > size:
-            continue
-        chosen.add(prompt)
-        count += prompts[prompt]
-    return [row for row, prompt in rows if prompt not in chosen], [row for row, prompt in rows if prompt in chosen]
-
-
-def _write(output: Path, manifest: dict, splits: dict[str, list[dict]], tokenizer) -> None:
-    staging = output.with_name(output.name + ".incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    datasets.disable_progress_bars()
-    for name, rows in splits.items():
-        if rows:
-            datasets.Dataset.from_list(rows).save_to_disk(str(staging / name))
-    tokenizer.save_pretrained(staging / "tokenizer")
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    staging.rename(output)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -1,34 +1,45 @@
 """Rows of any known shape -> conversations. One small reader per shape; a row's shape is told by its columns.
 
-A reader returns messages [{role, content}] for SFT, {"text": ...} for a plain document, or (prompt messages, chosen, rejected) for
-preferences. It raises Refused with the cause when the row cannot be used; the caller counts causes.
+A reader returns a Document, a Chat or a Pair, or raises Refused with the cause when the row cannot be used; the caller counts causes.
 """
 
-import itertools
 import json
 import math
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.files import Row
+from posttrain.chat import Refused
 
-class Refused(ValueError):
-    """A row that cannot be trained on; its text is the cause, counted in the ledger."""
+
+class Document(NamedTuple):
+    """Plain text, every token trained: continued pre-training."""
+
+    text: str
+
+
+class Chat(NamedTuple):
+    """A conversation that ends with an answer. Messages are {role, content}, and tool_calls where an assistant calls tools."""
+
+    messages: list[dict]
+    tools: list[dict] | None = None
 
 
 class Pair(NamedTuple):
-    prompt: list[dict]  # messages, the last one from the user
+    """Two answers to one conversation."""
+
+    prompt: list[dict]  # messages, the last one from the user or a tool
     chosen: str
     rejected: str
+    tools: list[dict] | None = None
 
 
 class Hub(NamedTuple):
     name: str
     train: str
-    validation: str | None = None
+    validation: str | None = None  # a split that the upstream holds out
 
 
 SFT_HUB = {
@@ -46,62 +57,55 @@ DPO_HUB = {
     "distilabel_capybara": Hub("argilla/distilabel-capybara-dpo-7k-binarized", "train"),
 }
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
-SHAREGPT_ROLES = {"prompter": "user", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
+    "system": "system",
+}
+# which role may follow which; None is the start
+MAY_FOLLOW = {
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+RATINGS = (("chosen-rating", "rejected-rating"), ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 
-def read_rows(source: str | None, hub: Hub | None, split: str) -> Iterator[dict]:
-    """Rows of a local JSON, JSONL, CSV or Parquet file (or a folder of them), else of the hub dataset. Raises ValueError or OSError.
+def conversations(kind: str, rows: Iterable[Row]) -> Iterator[Document | Chat | Pair | Refused]:
+    """What each row says, in order. The first row's columns decide how all are read; ValueError if they are of no known shape.
 
-    Rows that are single messages of conversation trees (oasst1) come as one row a tree, its best-ranked path.
+    Rows that are single messages of conversation trees (oasst1) give one conversation a tree, its best-ranked path.
     """
-    rows = _stored_rows(source, hub, split)
-    first = next(rows, None)
-    if first is None:
-        return
-    rows = itertools.chain([first], rows)
-    yield from best_paths(rows) if TREE_COLUMNS.issubset(first) else rows
-
-
-def best_paths(rows: Iterable[dict]) -> Iterator[dict]:
-    """oasst1's messages -> {messages} of each tree: from its root always on to the best-ranked reply, up to the last assistant's."""
-    children, roots = defaultdict(list), []
+    reader, columns = None, set()
+    rows = iter(rows)
     for row in rows:
-        (children[row["parent_id"]] if row["parent_id"] else roots).append(row)
-    for root in roots:
-        path = [root]
-        while replies := [reply for reply in children[path[-1]["message_id"]] if not reply.get("deleted")]:
-            path.append(min(replies, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"]))
-        while path and path[-1]["role"] != "assistant":
-            path.pop()
-        yield {"messages": [{"role": row["role"], "content": row["text"]} for row in path]}
-
-
-def _stored_rows(source: str | None, hub: Hub | None, split: str) -> Iterator[dict]:
-    import datasets  # slow to import, and only needed here
-    import pyarrow
-
-    if source is None:
+        if isinstance(row, Refused):
+            yield row
+            continue
+        if reader is None:
+            if kind == "sft" and TREE_COLUMNS.issubset(row):
+                yield from map(_tree_path, best_paths([row, *(r for r in rows if not isinstance(r, Refused))]))
+                return
+            reader, columns = (sft_reader if kind == "sft" else dpo_reader)(set(row)), set(row)
         try:
-            yield from datasets.load_dataset(hub.name, split=split)
-        except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
-            raise ValueError(f"{hub.name} cannot be loaded from the hub ({error}); give the same rows with --source FILE_OR_DIR") from error
-        return
-    for path in _files(Path(source)):
-        name = path.name.removesuffix(".gz")
-        try:
-            if name.endswith((".json", ".jsonl")):
-                yield from _json_rows(path)
-            else:
-                yield from datasets.load_dataset("csv" if name.endswith(".csv") else "parquet", data_files=str(path), split="train")
-        except (EOFError, zlib.error, UnicodeDecodeError, OSError, pyarrow.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
+            yield reader(row)
+        except Refused as cause:
+            yield cause
+        except KeyError as missing:
+            yield Refused(f"column {missing} is missing; the first row has {', '.join(sorted(columns))}")
 
 
-def sft_reader(columns: set[str]) -> Callable[[dict], list[dict] | dict]:
+def sft_reader(columns: set[str]) -> Callable[[dict], Chat | Document]:
     """The reader for rows with these columns. Raises ValueError with what was seen and what is expected."""
     for name in ("messages", "conversations"):
         if name in columns:
-            return lambda row, n=name: _system(row) + _messages(row[n], n)
+            return lambda row, n=name: _chat(_system(row) + _messages(row[n], n), row)
+    if {"instruction", "output"} <= columns and "history" in columns:
+        return lambda row: _chat([*_history(row), *_single_turn(row, "instruction", "input", "output")], row)
     for question, context, answer in (
         ("instruction", "context", "response"),  # dolly
         ("instruction", "input", "output"),  # alpaca
@@ -110,42 +114,74 @@ def sft_reader(columns: set[str]) -> Callable[[dict], list[dict] | dict]:
         ("question", None, "answer"),
     ):
         if question in columns and answer in columns:
-            return lambda row, q=question, c=context, a=answer: _single_turn(row, q, c, a)
+            return lambda row, q=question, c=context, a=answer: _chat(_system(row) + _single_turn(row, q, c, a), row)
     if "text" in columns:
-        return lambda row: {"text": _text(row, "text")}
+        return lambda row: Document(_text(row, "text"))
+    hint = ". These look like preference pairs: use data_prep/prepare_dpo.py" if columns & {"chosen", "preferred_output"} else ""
     raise ValueError(
-        f"rows have the columns {sorted(columns)}; expected messages, conversations, instruction + output (and input), "
-        "instruction + response (and context), prompt + response, question + answer, or text"
+        f"rows have the columns {', '.join(sorted(columns))}; expected messages, conversations, instruction + output (and input), "
+        f"instruction + response (and context), prompt + response, question + answer, or text{hint}"
     )
 
 
 def dpo_reader(columns: set[str]) -> Callable[[dict], Pair]:
     """The reader for preference rows with these columns. Raises ValueError with what was seen and what is expected."""
     if {"input", "preferred_output", "non_preferred_output"} <= columns:
-        return lambda row: _answers(_messages(row["input"]["messages"], "input"), row["preferred_output"], row["non_preferred_output"])
-    if {"conversations", "chosen", "rejected"} <= columns:
-        return lambda row: _answers(_system(row) + _messages(row["conversations"], "conversations"), [row["chosen"]], [row["rejected"]])
+        return _azure_pair
     if {"chosen", "rejected"} <= columns:
+        for name in ("conversations", "messages"):
+            if name in columns:
+                return lambda row, n=name: _answers(
+                    _system(row) + _messages(row[n], n), _as_list(row["chosen"]), _as_list(row["rejected"]), row
+                )
         for question, context in (("question", None), ("prompt", None), ("instruction", "input")):
             if question in columns:
                 return lambda row, q=question, c=context: _pair(row, q, c)
         return lambda row: _pair(row, None, None)
     raise ValueError(
-        f"rows have the columns {sorted(columns)}; expected chosen and rejected (text or messages) with prompt, question, "
+        f"rows have the columns {', '.join(sorted(columns))}; expected chosen and rejected (text or messages) with prompt, question, "
         "instruction or conversations; chosen and rejected alone as messages or as Human/Assistant transcripts; or input, "
-        "preferred_output and non_preferred_output"
+        "preferred_output and non_preferred_output. For rows with one answer use data_prep/prepare_sft.py"
     )
 
 
+def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """oasst1's messages -> the path of each tree: from its root always on to the best-ranked reply, up to the last assistant's."""
+    children, roots = defaultdict(list), []
+    for row in rows:
+        (children[row["parent_id"]] if row["parent_id"] else roots).append(row)
+    for root in roots:
+        path = [root]
+        while replies := [reply for reply in children[path[-1]["message_id"]] if not reply.get("deleted")]:
+            path.append(min(replies, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"]))
+        while path and path[-1]["role"] not in ("assistant", "gpt"):
+            path.pop()
+        yield path
+
+
+def _tree_path(path: list[dict]) -> Chat | Refused:
+    if not path:
+        return Refused("a tree without an answer")
+    try:
+        return _chat(_messages([{"role": row["role"], "content": row["text"]} for row in path], "tree"), {})
+    except Refused as cause:
+        return cause
+
+
 def _single_turn(row: dict, question: str, context: str | None, answer: str) -> list[dict]:
-    return [*_question(row, question, context), {"role": "assistant", "content": _text(row, answer)}]
-
-
-def _question(row: dict, question: str, context: str | None) -> list[dict]:
     content = _text(row, question)
     if context and row.get(context):
         content += "\n\n" + _text(row, context)
-    return [*_system(row), {"role": "user", "content": content}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": _text(row, answer)}]
+
+
+def _history(row: dict) -> list[dict]:
+    """Earlier exchanges of a LLaMA-Factory row: [[question, answer], ...]."""
+    exchanges = row["history"] or []
+    if not all(isinstance(e, list) and len(e) == 2 and all(isinstance(text, str) for text in e) for e in exchanges):
+        raise Refused("history is not a list of [question, answer]")
+    turns = [{"role": role, "content": text} for exchange in exchanges for role, text in zip(("user", "assistant"), exchange, strict=True)]
+    return _system(row) + [{**turn, "content": _clean(turn["content"], "history")} for turn in turns]
 
 
 def _system(row: dict) -> list[dict]:
@@ -153,35 +189,74 @@ def _system(row: dict) -> list[dict]:
     return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
 
 
+def _chat(messages: list[dict], row: dict) -> Chat:
+    _check_order(messages)
+    if messages[-1]["role"] != "assistant":
+        raise Refused("the last message is not the assistant's")
+    return Chat(messages, _tools(row))
+
+
+def _azure_pair(row: dict) -> Pair:
+    if not isinstance(row["input"], dict) or "messages" not in row["input"]:
+        raise Refused("input has no messages")
+    prompt = _messages(row["input"]["messages"], "input.messages")
+    return _answers(prompt, row["preferred_output"], row["non_preferred_output"], {**row, "tools": row["input"].get("tools")})
+
+
 def _pair(row: dict, question: str | None, context: str | None) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if question is None:
-            return _answers([], _transcript(chosen), _transcript(rejected))
-        prompt = _messages(row[question], question) if isinstance(row[question], list) else _question(row, question, context)
-        pair = Pair(prompt, _text(row, "chosen"), _text(row, "rejected"))
-        return _checked(pair)
+            return _answers([], _transcript(chosen), _transcript(rejected), row)
+        return _checked(_prompt(row, question, context), _text(row, "chosen"), _text(row, "rejected"), row)
     # without turns before the answer the prompt is in its own column
     alone = isinstance(chosen, list) and len(chosen) == 1 and question is not None
-    return _answers(_question(row, question, context) if alone else [], chosen, rejected)
+    return _answers(_prompt(row, question, context) if alone else _system(row), chosen, rejected, row)
 
 
-def _answers(prompt: list[dict], chosen, rejected) -> Pair:
+def _prompt(row: dict, question: str, context: str | None) -> list[dict]:
+    if isinstance(row[question], list):
+        return _system(row) + _messages(row[question], question)
+    content = _text(row, question)
+    if content.startswith("\n\nHuman:"):
+        turns = _transcript(content.removesuffix("\n\nAssistant:"))
+        return _system(row) + turns
+    if context and row.get(context):
+        content += "\n\n" + _text(row, context)
+    return [*_system(row), {"role": "user", "content": content}]
+
+
+def _answers(prompt: list[dict], chosen, rejected, row: dict) -> Pair:
     """Two message lists that agree up to their last message, the answer; what they share is the prompt, after the one given."""
     chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise Refused("chosen and rejected differ before their last message")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Refused("the last message of chosen or rejected is not the assistant's")
-    return _checked(Pair(prompt + chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]))
+    if "tool_calls" in chosen[-1] or "tool_calls" in rejected[-1]:
+        raise Refused("chosen or rejected is a tool call")
+    return _checked(prompt + chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], row)
 
 
-def _checked(pair: Pair) -> Pair:
-    if not pair.prompt or pair.prompt[-1]["role"] != "user":
+def _checked(prompt: list[dict], chosen: str, rejected: str, row: dict) -> Pair:
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Refused("the prompt does not end with a user message")
-    if pair.chosen == pair.rejected:
+    _check_order(prompt)
+    if chosen == rejected:
         raise Refused("chosen equals rejected")
-    return pair
+    for better, worse in RATINGS:
+        if row.get(better) is not None and row.get(better) == row.get(worse):
+            raise Refused(f"tied: {better} equals {worse}")
+    return Pair(prompt, chosen, rejected, _tools(row))
+
+
+def _check_order(messages: list[dict]) -> None:
+    before = None
+    for message in messages:
+        role = message["role"]
+        if before not in MAY_FOLLOW[role]:
+            raise Refused(f"wrong order of roles: {role} {'after ' + before if before else 'first'}")
+        before = role
 
 
 def _transcript(text: str) -> list[dict]:
@@ -190,70 +265,84 @@ def _transcript(text: str) -> list[dict]:
     if before.strip() or not turns:
         raise Refused("chosen and rejected are texts without a prompt")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[turns[i]], "content": turns[i + 1].strip()} for i in range(0, len(turns), 2)]
+    return [{"role": roles[turns[i]], "content": _clean(turns[i + 1].strip(), "a message")} for i in range(0, len(turns), 2)]
 
 
 def _messages(value, column: str) -> list[dict]:
-    """[{role, content}] or ShareGPT's [{from, value}]."""
+    """[{role, content}] or ShareGPT's [{from, value}]; tool calls in OpenAI's form or as function_call turns."""
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise Refused(f"{column} is not a list of messages")
-    messages = []
-    for message in value:
-        name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        role = SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise Refused(f"unknown role {name!r}")
-        if not isinstance(content, str) or not content.strip():
-            raise Refused("a message is empty")
-        messages.append({"role": role, "content": content})
-    return messages
+    return [_message(message) for message in value]
+
+
+def _message(message: dict) -> dict:
+    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise Refused(f"unknown role {name!r}")
+    if isinstance(content, list):  # OpenAI's parts
+        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+            raise Refused("a message holds something other than text")
+        content = "".join(part["text"] for part in content)
+    if name == "function_call":
+        return {"role": role, "content": "", "tool_calls": _calls(content)}
+    if calls := message.get("tool_calls"):
+        content = "" if content is None else content
+        if not isinstance(content, str):
+            raise Refused("a message is not text")
+        return {"role": role, "content": _clean(content, "", empty=True), "tool_calls": _calls(calls)}
+    return {"role": role, "content": _clean(content, "a message")}
+
+
+def _calls(value) -> list[dict]:
+    """[{type: function, function: {name, arguments}}] from that form, or from {name, arguments} as JSON text or object."""
+    value = _parsed(value, "a tool call")
+    calls = []
+    for call in _as_list(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
+            raise Refused("a tool call has no name or no arguments")
+        arguments = _parsed(function["arguments"], "a tool call's arguments")
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    if not calls:
+        raise Refused("a tool call is empty")
+    return calls
+
+
+def _tools(row: dict) -> list[dict] | None:
+    tools = _parsed(row.get("tools") or None, "tools")
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused("tools is not a list of objects")
+    return tools
+
+
+def _parsed(value, what: str):
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        raise Refused(f"{what}: not valid JSON") from None
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _text(row: dict, column: str) -> str:
-    value = row[column]
+    return _clean(row[column], column)
+
+
+def _clean(value, what: str, empty: bool = False) -> str:
+    """The text, if it is one that can be trained on."""
     if not isinstance(value, str):
-        raise Refused(f"{column} is not text")
-    if not value.strip():
-        raise Refused(f"{column} is empty")
+        raise Refused(f"{what} is null" if value is None else f"{what} is a {type(value).__name__}, not text")
+    if not empty and not value.strip():
+        raise Refused(f"{what} is empty")
+    if CONTROL.search(value):
+        raise Refused(f"{what} holds control characters")
+    if not value.isascii() and SURROGATE.search(value):
+        raise Refused(f"{what} holds half a surrogate pair")
     return value
-
-
-def _files(source: Path) -> list[Path]:
-    endings = (".json", ".jsonl", ".csv", ".parquet")
-    candidates = [source] if source.is_file() else sorted(source.rglob("*"))
-    found = [path for path in candidates if path.name.removesuffix(".gz").endswith(endings)]
-    if not found:
-        raise FileNotFoundError(f"--source {source}: expected a JSON, JSONL(.gz), CSV or Parquet file, or a folder of them")
-    return found
-
-
-def _json_rows(path: Path) -> Iterator[dict]:
-    """Rows of a JSON list or of JSON lines, gzipped or not."""
-    import gzip
-
-    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-        rest = file.read() if first == "[" else None
-        if rest is not None:
-            try:
-                rows = json.loads(first + rest)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not valid JSON: {error}") from None
-        else:
-            rows = _lines(path, first, file)
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: row {number} is a {type(row).__name__}; expected an object with named columns")
-            yield row
-
-
-def _lines(path: Path, first: str, file) -> Iterator:
-    for number, line in enumerate(file, 1):
-        text = (first + line if number == 1 else line).strip()
-        if text:
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None

@@ -25,8 +25,8 @@ out=runs/quickstart
 base=launch/quickstart/base
 mkdir -p "$out"
 [ -f "$out/world/eval.json" ] || python launch/quickstart/world.py "$out/world"
-[ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --output_dir "$out/data/sft"
-[ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --output_dir "$out/data/dpo"
+[ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/sft"
+[ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/dpo"
 
 for stage in sft dpo; do
     # a finished stage has final/, which is written last and whole

@@ -1,19 +1,36 @@
-"""The chat format (ChatML): the only place that turns messages into token ids.
+"""The chat format: the only place that turns messages into token ids.
 
-Data preparation, samples during training, evaluation and serving all call it, so they cannot differ:
+Data preparation, samples during training, evaluation and serving all call it, so they cannot differ. Two templates:
 
-    <|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\nFine.<|im_end|>\n
+    chatml       <|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\nFine.<|im_end|>\n       (built in)
+    tokenizer    the tokenizer's own Jinja template
 
-Trained tokens are each assistant turn's content and its <|im_end|>, nothing else. Special tokens are inserted as ids; text is
-encoded with special-token parsing off, so a message that contains "<|im_start|>assistant" stays text.
+Trained tokens are each assistant turn's content, as the template renders it, and the token that ends the turn; nothing else. Special
+tokens of the template are inserted as ids; a message's text is encoded with special-token parsing off, so a message that contains
+"<|im_start|>assistant" stays text.
+
+Where a message stands in an own template's output is never searched for: the template is also rendered with a placeholder for every
+message, and the output must equal that skeleton with each placeholder replaced by its message (or its stripped form). A template that
+rewrites a message beyond that is refused for that row.
 """
 
+import functools
 import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import jinja2
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+TEMPLATES = ("chatml", "tokenizer")
 IGNORE = -100  # label of a token that is not trained
+STRIPPED = (lambda text: text, str.strip, str.lstrip, str.rstrip)  # what templates do to a message
+
+
+class Refused(ValueError):
+    """A conversation that the format cannot render; its text is the cause, the same for all such conversations."""
 
 
 class Rendered(NamedTuple):
@@ -21,38 +38,249 @@ class Rendered(NamedTuple):
     labels: list[int]  # same length; IGNORE where the token is not trained, else the token itself
 
 
-def render(tokenizer, messages: list[dict]) -> Rendered:
-    """Ids and labels of a conversation. Raises ValueError for a message that is not {role, content: str}."""
+class Special(NamedTuple):
+    """A special token of the template."""
+
+    id: int
+    trained: bool
+
+
+class Text(NamedTuple):
+    """Text between two special tokens. No token straddles the border of a trained body."""
+
+    before: str
+    body: str
+    trained: bool  # the body
+
+
+class Encoded(NamedTuple):
+    """The ids of a Special or a Text; several to a conversation."""
+
+    ids: list[int]
+    trained: bool
+    text: str | None = None  # what a trained body's ids were made from
+    header: tuple[int, ...] | list[int] = ()  # the ids right before a trained body, since the last special token
+
+
+class ChatFormat:
+    """A tokenizer with one of TEMPLATES: `jinja` is what an exported tokenizer carries, `hash` identifies it.
+
+    Raises ValueError for a tokenizer without a template, or one whose assistant turns have no end token.
+    """
+
+    def __init__(self, tokenizer, template: str = "chatml"):
+        assert template in TEMPLATES
+        self.tokenizer, self.template = tokenizer, template
+        self.specials = _special_tokens(tokenizer)
+        self.prefix = [Special(token, False) for token in text_prefix(tokenizer)]
+        self.special_ids = {*self.specials.values(), *tokenizer.all_special_ids}
+        if template == "chatml":
+            self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
+            bos = "{{ bos_token }}" if self.prefix else ""
+            self.jinja = (
+                bos + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+            )
+        else:
+            self.jinja = tokenizer.chat_template
+            if not isinstance(self.jinja, str):
+                raise ValueError("the tokenizer has no chat template of its own; use --template chatml, or put its chat_template beside it")
+            self.end_id = self._find_end()
+        self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
+        self.header_ids = functools.cache(lambda text: encode_text(tokenizer, text))
+
+    def parts(self, messages: list[dict], tools: list | None = None) -> list[Special | Text]:
+        """A conversation as the template writes it. Raises Refused, or ValueError for a message that is not {role, content: str}."""
+        for position, message in enumerate(messages):
+            _check(message, position)
+        return self._chatml(messages, tools) if self.template == "chatml" else self._own(messages, tools)
+
+    def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Special | Text]:
+        """The same up to the point where the assistant's next answer starts."""
+        parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
+        last = max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
+        return [*parts[:last], Text(parts[last].before, "", False)]
+
+    def _chatml(self, messages, tools) -> list[Special | Text]:
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+            raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
+        parts: list[Special | Text] = [*self.prefix]
+        for message in messages:
+            trained = message["role"] == "assistant"
+            text = Text(message["role"] + "\n", message["content"], trained)
+            parts += [Special(self.start_id, False), text, Special(self.end_id, trained), Text("\n", "", False)]
+        return parts
+
+    def _own(self, messages, tools) -> list[Special | Text]:
+        pieces = self._pieces(messages, tools)
+        return [_space_to_body(part) for part in _runs(pieces, self.specials, self.end_id)]
+
+    def _pieces(self, messages, tools) -> list["_Piece"]:
+        """The template's output, cut at the borders of the messages' contents and at the start of each answer."""
+        called = [message for message in messages if message.get("tool_calls")]
+        if any(token in text for text in _strings([tools, [m["tool_calls"] for m in called]]) for token in self.specials):
+            raise Refused("a tool call spells a special token")
+        marks = {i: f"\ue000{i}\ue001" for i, message in enumerate(messages) if message["content"]}
+        if any("\ue000" in message["content"] for message in messages):
+            raise Refused("a message contains the private-use character U+E000")
+        real = self._render(messages, tools)
+        skeleton = self._render([{**m, "content": marks.get(i, "")} for i, m in enumerate(messages)], tools)
+        fixed, order = re.split("\ue000\\d+\ue001", skeleton), [int(i) for i in re.findall("\ue000(\\d+)\ue001", skeleton)]
+        if order != sorted(marks):
+            raise Refused("the template leaves out, repeats or reorders a message")
+        contents = _decompose(real, fixed, [messages[i]["content"] for i in order])
+        if contents is None:
+            raise Refused("the template rewrites a message, so what is trained cannot be proven")
+        pieces, at = [], 0
+        starts = {self._call_start(real, messages[:i], tools) for i, m in enumerate(messages) if m.get("tool_calls") and not m["content"]}
+        for text, content, index in zip(fixed, [*contents, ""], [*order, None], strict=True):
+            inner = sorted(start - at for start in starts if at <= start < at + len(text))
+            for begin, end in zip([0, *inner], [*inner, len(text)], strict=True):
+                pieces.append(_Piece(text[begin:end], True, begin in inner))
+            at += len(text) + len(content)
+            if content:
+                pieces.append(_Piece(content, False, messages[index]["role"] == "assistant"))
+        return pieces
+
+    def _call_start(self, real: str, before: list[dict], tools) -> int:
+        """Where a turn of tool calls without text begins: after what the template writes before any answer."""
+        prompt = self._render(before, tools, add_generation_prompt=True)
+        if not real.startswith(prompt):
+            raise Refused("the template writes another prompt before a tool call than it does when asked for one")
+        return len(prompt)
+
+    def _render(self, messages, tools, **options) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise Refused(f"the template refuses it: {error}") from error
+
+    def _find_end(self) -> int:
+        """The special token that ends an assistant's turn."""
+        try:
+            pieces = self._pieces([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
+        except Refused as error:
+            raise ValueError(f"the tokenizer's chat template cannot be used: {error}") from error
+        after = "".join(piece.text for piece in pieces[1 + max(i for i, piece in enumerate(pieces) if piece.answer) :])
+        found = _splitter(self.specials).search(after)
+        if not found:
+            raise ValueError(
+                f"the tokenizer's chat template writes {after!r} after an answer, no special token: a model trained on it "
+                "would never stop. Use --template chatml"
+            )
+        return self.specials[found.group()]
+
+
+class _Piece(NamedTuple):
+    text: str
+    fixed: bool  # the template's own text, in which special tokens are recognised
+    answer: bool  # an assistant's turn starts here
+
+
+def encode_parts(chat: ChatFormat, conversations: Iterable[list[Special | Text]]) -> list[list[Encoded]]:
+    """Ids of many conversations' parts, in one call of the tokenizer."""
+    conversations = list(conversations)
+    texts = [part.before + part.body for parts in conversations for part in parts if isinstance(part, Text)]
+    ids = iter(encode_texts(chat.tokenizer, texts))
+    result: list[list[Encoded]] = []
+    for parts in conversations:
+        encoded: list[Encoded] = []
+        for part in parts:
+            if isinstance(part, Special):
+                encoded.append(Encoded([part.id], part.trained))
+                continue
+            together = next(ids)
+            if not part.trained:
+                encoded.append(Encoded(together, False))
+                continue
+            # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
+            # newline, say): generation starts right after the header, so the header's ids must stand alone.
+            header = chat.header_ids(part.before)
+            straddles = together[: len(header)] != header
+            body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
+            encoded += [Encoded(header, False), Encoded(body, True, part.body, header)]
+        result.append(encoded)
+    return result
+
+
+def render(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> Rendered:
+    """Ids and labels of a conversation."""
     ids, labels = [], []
-    for token, trained in _tokens(tokenizer, messages):
-        ids.append(token)
-        labels.append(token if trained else IGNORE)
+    for part in encode_parts(chat, [chat.parts(messages, tools)])[0]:
+        ids += part.ids
+        labels += part.ids if part.trained else [IGNORE] * len(part.ids)
     return Rendered(ids, labels)
 
 
-def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
+def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> list[int]:
     """Ids of a conversation up to the point where the assistant's next answer starts."""
-    ids = [token for token, _ in _tokens(tokenizer, messages)]
-    return ids + [_special(tokenizer, IM_START)] + encode_text(tokenizer, "assistant\n")
+    return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools)])[0] for token in part.ids]
 
 
-def render_answer(tokenizer, content: str) -> list[int]:
-    """Ids of an answer that follows render_prompt: its content and its end token, all of them trained."""
-    return _turn_text(tokenizer, "assistant", content)[1] + [_special(tokenizer, IM_END)]
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts as text: nothing added around them, and no special token is recognised inside them."""
+    if not tokenizer.is_fast:
+        return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = False
 
 
-def render_document(tokenizer, text: str) -> Rendered:
-    """Ids of a plain document, every token trained: what the tokenizer puts before a text, the text, its end-of-text token."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, so a model trained on plain text could not end one")
-    body = encode_text(tokenizer, text) + [tokenizer.eos_token_id]
-    start = text_prefix(tokenizer)
-    return Rendered(start + body, [IGNORE] * len(start) + body)
+def decode_after(tokenizer, headers: list[list[int]], bodies: list[list[int]]) -> list[str]:
+    """What each body reads as after its header: some decoders treat the first token of a text in another way."""
+    starts = _decode(tokenizer, headers)
+    texts = _decode(tokenizer, [[*header, *body] for header, body in zip(headers, bodies, strict=True)])
+    return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
+
+
+def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str] | None]:
+    """The texts that each conversation's trained tokens read as; None where one does not read as what it was made from.
+
+    It must be that text, or that text as the tokenizer normalises it (NFC, say): decode(encode(text)).
+    """
+    bodies = [part for encoded in conversations for part in encoded if part.text is not None]
+    decoded = iter(decode_after(chat.tokenizer, [part.header for part in bodies], [part.ids for part in bodies]))
+    result: list[list[str] | None] = []
+    for encoded in conversations:
+        pairs = [(part, next(decoded)) for part in encoded if part.text is not None]
+        sound = all(text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs)
+        result.append([text for _, text in pairs] if sound else None)
+    return result
+
+
+def trained_spans(labels: list[int]) -> list[tuple[int, int]]:
+    """Runs of trained tokens [start, end) of a row."""
+    edges = [i for i in range(len(labels)) if (labels[i] != IGNORE) != (i > 0 and labels[i - 1] != IGNORE)]
+    if len(edges) % 2:
+        edges.append(len(labels))
+    return list(zip(edges[0::2], edges[1::2], strict=True))
+
+
+def _normalised(tokenizer, text: str) -> str:
+    return _decode(tokenizer, [encode_text(tokenizer, text)])[0]
+
+
+def _decode(tokenizer, ids: list[list[int]]) -> list[str]:
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return [tokenizer.decode(line, skip_special_tokens=False, clean_up_tokenization_spaces=False) for line in ids]
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Ids of text as text: nothing added around it, and no special token is recognised inside it."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return encode_texts(tokenizer, [text])[0]
+
+
+def document_parts(chat: ChatFormat, text: str) -> list[Special | Text]:
+    """A plain document, every token trained: what the tokenizer puts before a text, the text, its end-of-text token."""
+    end = chat.tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end-of-text token, so a model trained on plain text could not end one")
+    return [*chat.prefix, Text("", text, True), Special(end, True)]
 
 
 def text_prefix(tokenizer) -> list[int]:
@@ -61,62 +289,91 @@ def text_prefix(tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def chat_template(tokenizer) -> str:
-    """The same format as a Jinja template, written into exported tokenizers; a test holds it to `render`."""
-    start = "{{ bos_token }}" if text_prefix(tokenizer) else ""
-    return (
-        start + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
+def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[Special | Text]:
+    """Pieces -> parts: fixed text is split at its special tokens, and what stands between two of them is one Text."""
+    parts: list[Special | Text] = []
+    before, body, trained = "", "", False
+    for piece in pieces:
+        trained = trained or piece.answer
+        for is_special, text in _split_specials(piece.text, specials) if piece.fixed else [(False, piece.text)]:
+            if not is_special:
+                before, body = (before, body + text) if trained else (before + text, body)
+                continue
+            if before or body:
+                parts.append(Text(before, body, bool(body)))
+            before = body = ""
+            parts.append(Special(specials[text], trained))
+            trained = trained and specials[text] != end_id
+    if before or body:
+        parts.append(Text(before, body, bool(body)))
+    if trained:
+        raise Refused("an assistant's turn has no end token")
+    return parts
 
 
-def template_hash(tokenizer) -> str:
-    """Identity of the format for this tokenizer; stored with prepared data and compared before training."""
-    return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:16]
+def _space_to_body(part: Special | Text) -> Special | Text:
+    """A space that the template writes between header and answer belongs to the answer's first token in most vocabularies."""
+    if isinstance(part, Special) or not part.trained:
+        return part
+    before = part.before.rstrip(" ")
+    return Text(before, part.before[len(before) :] + part.body, True)
 
 
-def _tokens(tokenizer, messages):
-    """(id, trained) for every token of the conversation, in order."""
-    start, end = _special(tokenizer, IM_START), _special(tokenizer, IM_END)
-    newline = encode_text(tokenizer, "\n")
-    for token in text_prefix(tokenizer):
-        yield token, False
-    for position, message in enumerate(messages):
-        role, content = _checked(message, position)
-        header_ids, content_ids = _turn_text(tokenizer, role, content)
-        trained = role == "assistant"
-        yield start, False
-        for token in header_ids:
-            yield token, False
-        for token in [*content_ids, end]:
-            yield token, trained
-        for token in newline:
-            yield token, False
+def _split_specials(text: str, specials: dict[str, int]) -> Iterator[tuple[bool, str]]:
+    at = 0
+    for found in _splitter(specials).finditer(text):
+        if found.start() > at:
+            yield False, text[at : found.start()]
+        yield True, found.group()
+        at = found.end()
+    if at < len(text):
+        yield False, text[at:]
 
 
-def _turn_text(tokenizer, role: str, content: str) -> tuple[list[int], list[int]]:
-    """Ids of "role\\n" and of the content after it.
-
-    Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
-    newline, say): generation starts right after the header, so the header's ids must stand alone.
-    """
-    header = encode_text(tokenizer, role + "\n")
-    together = encode_text(tokenizer, role + "\n" + content)
-    if together[: len(header)] == header:
-        return header, together[len(header) :]
-    return header, encode_text(tokenizer, content)
+def _splitter(specials: dict[str, int]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)) or r"(?!)")
 
 
-def _checked(message, position: int) -> tuple[str, str]:
+def _special_tokens(tokenizer) -> dict[str, int]:
+    return {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _decompose(real: str, fixed: list[str], contents: list[str]) -> list[str] | None:
+    """The contents as rendered, such that real == fixed[0] + contents[0] + fixed[1] + ...; None if they were changed further."""
+    found, at = [], len(fixed[0])
+    if not real.startswith(fixed[0]):
+        return None
+    for content, after in zip(contents, fixed[1:], strict=True):
+        text = next((text for text in (change(content) for change in STRIPPED) if real.startswith(text + after, at)), None)
+        if text is None:
+            return None
+        found.append(text)
+        at += len(text) + len(after)
+    return found if at == len(real) else None
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text inside nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _check(message, position: int) -> None:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {position} has role {role!r}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"message {position} ({role}) has content of type {type(content).__name__}; expected text")
-    return role, content
 
 
-def _special(tokenizer, token: str) -> int:
+def _token_id(tokenizer, token: str) -> int:
     ids = tokenizer.convert_tokens_to_ids([token])
     if ids[0] is None or ids[0] == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no {token} token; load it with posttrain.tokenization.load_tokenizer, which adds it")

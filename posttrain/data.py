@@ -3,8 +3,10 @@
     DIR/manifest.json     what it is: kind, tokenizer and template identity, counts, ledger; written last, so its presence means complete
     DIR/train, DIR/validation   Arrow tables, memory-mapped
     DIR/tokenizer/        the tokenizer that made the ids
+    DIR/dropped.jsonl     every row that could not be used, and why; lengths.png draws the lengths
 
-SFT rows: input_ids, labels (IGNORE where not trained), num_trained, source. DPO rows: prompt, chosen, rejected, source.
+SFT rows: input_ids, labels (IGNORE where not trained), num_trained. DPO rows: prompt, chosen, rejected. Both: source (where the row came
+from) and proof (a hash of the texts that its trained tokens must read as; `data_prep/preview.py --check` compares).
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import torch
 from posttrain.attention import Packing, Segment, pack, to_device
 from posttrain.chat import IGNORE
 
-FORMAT = 1
+FORMAT = 2
 COLUMNS = {"sft": ("input_ids", "labels", "num_trained", "source"), "dpo": ("prompt", "chosen", "rejected", "source")}
 
 
@@ -90,11 +92,8 @@ class PreparedData(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
-    """The prepared data in `directory`.
-
-    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
-    """
+def read_manifest(directory: str, make: str = "python data_prep/prepare_sft.py or prepare_dpo.py") -> dict:
+    """The manifest of prepared data. Raises as `load` does."""
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
@@ -102,9 +101,24 @@ def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> Pre
         raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT or manifest["kind"] != kind:
-            seen = f"format {manifest['format']}, {manifest['kind']} data"
-            raise ValueError(f"{path} holds {seen}; this command needs format {FORMAT}, {kind} data. Make it with\n    {make}")
+        seen = manifest["format"], manifest["kind"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
+    if seen[0] != FORMAT or seen[1] not in COLUMNS:
+        raise ValueError(f"{path} holds format {seen[0]}, {seen[1]} data; this code reads format {FORMAT}. Make it again with\n    {make}")
+    return manifest
+
+
+def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
+    """The prepared data in `directory`.
+
+    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
+    """
+    manifest = read_manifest(directory, make)
+    path = Path(directory)
+    if manifest["kind"] != kind:
+        raise ValueError(f"{path} holds {manifest['kind']} data; this command needs {kind} data. Make it with\n    {make}")
+    try:
         splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
     except (OSError, KeyError, json.JSONDecodeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error

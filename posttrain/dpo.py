@@ -19,7 +19,7 @@ from posttrain.engine import (
 )
 from posttrain.loop import check_lengths, train
 from posttrain.objectives import DPO
-from posttrain.policy import load_policy, load_tokenizer, prepare_command
+from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
 
 
@@ -34,15 +34,15 @@ def dpo() -> None:
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
     check_lengths(recipe, prepared)
-    tokenizer = load_tokenizer(recipe, prepared.manifest)
+    chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
     reference = None
     if not recipe.reference_free:
-        reference = build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
-    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, ds_config))
+        reference = build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+    policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
-    train(recipe, engine, prepared, DPO(engine, reference, recipe), tokenizer, run, choices)
+    train(recipe, engine, prepared, DPO(engine, reference, recipe), chat, run, choices)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from posttrain import batches, checkpoint, checks
 from posttrain import engine as engines
 from posttrain import policy as policies
+from posttrain.chat import ChatFormat
 from posttrain.config import Recipe
 from posttrain.data import PreparedData, Split
 from posttrain.objectives import DPO, SFT
@@ -67,7 +68,7 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
         run.say(f"warning  {passes:.1f} passes over the data: more than {MANY_EPOCHS} usually memorise it; lower max_iters or epochs")
 
 
-def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, tokenizer, run: Run, choices: list[str]) -> None:
+def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat: ChatFormat, run: Run, choices: list[str]) -> None:
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
     device = next(engine.module.parameters()).device
     steps = total_steps(recipe, len(data.train))
@@ -119,7 +120,7 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, toke
             run.say(f"saved {checkpoint.save(engine, run.checkpoints, step)}")
     if steps > done:
         run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps)}")
-    finish(engine, tokenizer, run)
+    finish(engine, chat, run)
 
 
 def train_step(recipe: Recipe, engine, split: Split, objective: SFT | DPO, step: int, device) -> tuple[dict[str, float], int]:
@@ -156,11 +157,11 @@ def evaluate(recipe: Recipe, engine, split: Split, objective: SFT | DPO, device)
     return _reduce(objective, sums, totals)
 
 
-def finish(engine, tokenizer, run: Run) -> None:
+def finish(engine, chat: ChatFormat, run: Run) -> None:
     """Write final/. All ranks."""
     state = engines.gathered_state_dict(engine)
     if state is not None:
-        policies.write_model(engine.module, state, tokenizer, run.final)
+        policies.write_model(engine.module, state, chat, run.final)
     dist.barrier()
     run.say(f"saved {run.final}")
     run.close()

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from posttrain import attention, chat, ckpt_pt, hub, tokenization
+from posttrain import attention, ckpt_pt, hub, tokenization
+from posttrain.chat import ChatFormat
 from posttrain.checks import same_on_all_ranks, weights_fingerprint
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
@@ -94,21 +95,22 @@ def prepare_command(recipe: Recipe) -> str:
     return f"python data_prep/{PREPARE[type(recipe)]}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
-def load_tokenizer(recipe: Recipe, manifest: dict):
-    """The recipe's tokenizer; else what lies beside the checkpoint; else the one that prepared the data.
+def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
+    """The chat format of the data, with the recipe's tokenizer; else what lies beside the checkpoint; else the one that made the data.
 
-    Raises ValueError unless it is the tokenizer, with the chat format, that the data was prepared with.
+    Raises ValueError unless it is the tokenizer, with the template, that the data was prepared with.
     """
     find_model(recipe.model_path, HOW_TO_MAKE[type(recipe)])
-    tokenizer = tokenization.load_tokenizer(recipe.tokenizer or _beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"))
-    identity = {"tokenizer": tokenization.fingerprint(tokenizer), "template": chat.template_hash(tokenizer)}
+    place, template = recipe.tokenizer or _beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"), manifest["template_name"]
+    chat = ChatFormat(tokenization.load_tokenizer(place, template), template)
+    identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
     for what, value in identity.items():
         if manifest[what] != value:
             raise ValueError(
                 f"{recipe.data_dir} was prepared with another {what} ({manifest[what]}) than this model's ({value}): its token ids would "
                 "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
             )
-    return tokenizer
+    return chat
 
 
 def _beside(model_path: str) -> str | None:
@@ -218,15 +220,15 @@ def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoi
             layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
 
 
-def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder that loads in plain transformers and stops at <|im_end|>. Rank 0 only.
+def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], chat: ChatFormat, folder: Path) -> None:
+    """Write a Hugging Face folder that loads in plain transformers and stops where an answer ends. Rank 0 only.
 
     state_dict holds the wrapped model's own names, on the CPU. The folder appears whole or not at all.
     """
     staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        _write_files(policy.model, state_dict, tokenizer, staging)
+        _write_files(policy.model, state_dict, chat, staging)
     except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
@@ -239,13 +241,14 @@ def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], tokenizer, 
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _write_files(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+def _write_files(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], chat: ChatFormat, folder: Path) -> None:
     folder.mkdir(parents=True)
+    tokenizer = chat.tokenizer
     if model.config.tie_word_embeddings:
         state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
 
     # the tokenizer keeps its own end token, so that its identity does not change: generation_config says where to stop
-    stops = [tokenizer.convert_tokens_to_ids(chat.IM_END)]
+    stops = [chat.end_id]
     if tokenizer.eos_token_id not in (None, *stops):
         stops.append(tokenizer.eos_token_id)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
@@ -253,6 +256,6 @@ def _write_files(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], to
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True, **special})
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    tokenizer.chat_template = chat.chat_template(tokenizer)
+    tokenizer.chat_template = chat.jinja
     tokenizer.save_pretrained(folder)
     save_torch_state_dict(state_dict, folder, max_shard_size="5GB")

@@ -11,7 +11,7 @@ from posttrain.config import SFTRecipe, load_recipe
 from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
 from posttrain.loop import check_lengths, train
 from posttrain.objectives import SFT
-from posttrain.policy import load_policy, load_tokenizer, prepare_command
+from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
 
 
@@ -26,12 +26,12 @@ def sft() -> None:
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.sft_data_dir, "sft", prepare_command(recipe))
     check_lengths(recipe, prepared)
-    tokenizer = load_tokenizer(recipe, prepared.manifest)
+    chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
-    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, ds_config))
+    policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
-    train(recipe, engine, prepared, SFT(engine), tokenizer, run, choices)
+    train(recipe, engine, prepared, SFT(engine), chat, run, choices)
 
 
 if __name__ == "__main__":

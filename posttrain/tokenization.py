@@ -32,11 +32,12 @@ PROBES = (
 )
 
 
-def load_tokenizer(path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
     """The tokenizer at `path`: a Hugging Face folder or hub name (org/name), or a SentencePiece .model file.
 
-    Adds <|im_start|>, <|im_end|> and a padding token where they are missing, so its vocabulary can outgrow a model's embeddings
-    (see grow_embeddings). Raises FileNotFoundError where nothing is found, ValueError for files that cannot be used.
+    For the template chatml it adds <|im_start|> and <|im_end|>, for any a padding token, where they are missing, so its vocabulary can
+    outgrow a model's embeddings (see grow_embeddings). Raises FileNotFoundError where nothing is found, ValueError for files that
+    cannot be used.
     """
     path = os.fspath(path)
     if os.path.isdir(path) and TOKENIZER_FILES & set(os.listdir(path)) == {"tokenizer.model"}:
@@ -44,11 +45,13 @@ def load_tokenizer(path) -> PreTrainedTokenizerBase:
     if os.path.isfile(path):
         if not path.endswith(".model"):
             raise ValueError(f"{path} is not a tokenizer; expected {EXPECTED}")
+        if template != "chatml":
+            raise ValueError(f"{path} is a bare SentencePiece model and has no chat template of its own; use chatml")
         return _from_sentencepiece(path)
     tokenizer = _from_folder(path) if os.path.isdir(path) else _from_hub(path)
     if type(tokenizer) is transformers.SentencePieceBackend:
         tokenizer.__class__ = SentencePieceBackend
-    return _with_chat_tokens(tokenizer)
+    return _with_chat_tokens(tokenizer, template)
 
 
 def fingerprint(tokenizer) -> str:
@@ -123,11 +126,13 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name} is not a folder here {where}; expected {EXPECTED}") from error
 
 
-def _with_chat_tokens(tokenizer) -> PreTrainedTokenizerBase:
-    special = [AddedToken(token, special=True, normalized=False) for token in (IM_START, IM_END)]
-    tokenizer.add_tokens(special, special_tokens=True)  # one that exists keeps its id
+def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
+    if template == "chatml":
+        special = [AddedToken(token, special=True, normalized=False) for token in (IM_START, IM_END)]
+        tokenizer.add_tokens(special, special_tokens=True)  # one that exists keeps its id
     if tokenizer.pad_token_id is None:  # only batched generation pads; training never does
-        tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else IM_END
+        usable = ("<|endoftext|>", IM_END, tokenizer.eos_token)
+        tokenizer.pad_token = next((token for token in usable if token in tokenizer.get_vocab()), None)
     return tokenizer
 
 
@@ -157,7 +162,7 @@ def _from_sentencepiece(path: str) -> PreTrainedTokenizerBase:
     else:
         tokenizer = _fast(proto, kwargs)
     tokenizer.add_tokens([AddedToken(piece, special=True, normalized=False) for piece in control], special_tokens=True)
-    tokenizer = _with_chat_tokens(tokenizer)
+    tokenizer = _with_chat_tokens(tokenizer, "chatml")
     _prove(path, tokenizer, sp, [*kwargs.values(), *control, IM_START, IM_END])
     return tokenizer
 

@@ -30,9 +30,8 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from data_prep import prepare_dpo, prepare_sft
     from data_prep.prepare import prepare
-    from data_prep.sources import DPO_HUB, SFT_HUB, dpo_reader, sft_reader
+    from posttrain.chat import ChatFormat
     from posttrain.tokenization import load_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -76,10 +75,10 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     common = ["--tokenizer", str(folder / "base"), "--val_size", "7"]
-    prepare("sft", SFT_HUB, sft_reader, prepare_sft.encode, ["--source", f"{folder}/sft.jsonl", "--output_dir", f"{folder}/sft", *common])
-    prepare("dpo", DPO_HUB, dpo_reader, prepare_dpo.encode, ["--source", f"{folder}/dpo.jsonl", "--output_dir", f"{folder}/dpo", *common])
+    prepare("sft", ["--source", f"{folder}/sft.jsonl", "--output_dir", f"{folder}/sft", *common])
+    prepare("dpo", ["--source", f"{folder}/dpo.jsonl", "--output_dir", f"{folder}/dpo", *common])
     base, sft, dpo = (str(folder / name) for name in ("base", "sft", "dpo"))
-    return SimpleNamespace(folder=folder, base=base, sft=sft, dpo=dpo, tokenizer=tokenizer, words=words)
+    return SimpleNamespace(folder=folder, base=base, sft=sft, dpo=dpo, tokenizer=tokenizer, chat=ChatFormat(tokenizer), words=words)
 
 
 def launch(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, **popen) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ from posttrain import engine as engines
 from posttrain.config import DPORecipe, SFTRecipe, build_recipe
 from posttrain.loop import train_step
 from posttrain.objectives import DPO, SFT
-from posttrain.policy import load_policy, load_tokenizer
+from posttrain.policy import load_chat, load_policy
 
 STEPS = 4
 SMALL, LARGE = 160, 4096  # tokens in a micro-batch: several a step, or one
@@ -56,12 +56,12 @@ def run(kind: str, tiny: str, layout: dict, dtype: str) -> list[list[float]]:
     recipe = recipe.model_copy(update={**layout, "dtype": dtype})
     ds_config = engines.read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
-    tokenizer = load_tokenizer(recipe, prepared.manifest)
+    chat = load_chat(recipe, prepared.manifest)
     device = engines.start_distributed()
     objective = None
     if kind == "dpo":
-        reference = engines.build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
-    policy, _ = load_policy(recipe, tokenizer, device, engines.checkpoint_function(recipe, ds_config))
+        reference = engines.build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+    policy, _ = load_policy(recipe, chat.tokenizer, device, engines.checkpoint_function(recipe, ds_config))
     engine = engines.build_engine(policy, recipe, ds_config)
     objective = SFT(engine) if kind == "sft" else DPO(engine, reference, recipe)
     history = []

@@ -1,218 +1,360 @@
-"""Preparation: every row shape is read, every refused row is counted under its cause, nothing half-written is left."""
+"""Preparation: whole or not at all, the same bytes every time, every row accounted for."""
 
-import gzip
+import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep import prepare_dpo, prepare_sft
+from data_prep import prepare as prepare_module
 from data_prep.prepare import prepare
-from data_prep.sources import DPO_HUB, SFT_HUB, Pair, Refused, best_paths, dpo_reader, read_rows, sft_reader
+from data_prep.preview import preview
 from posttrain import data
+from posttrain.chat import IGNORE
 
+ROOT = Path(__file__).resolve().parents[1]
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("system", "s")))
 
-OTHER, HH = {"role": "assistant", "content": "b"}, "\n\nHuman: q\n\nAssistant: a"
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def sft(tiny, tmp_path, rows: list[dict], *more: str) -> dict:
+def run(kind: str, tiny, tmp_path, rows: list[dict], *more: str) -> dict:
     """Prepare rows and return the manifest."""
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = [
-        "--source",
-        f"{tmp_path}/rows.jsonl",
-        "--tokenizer",
-        tiny.base,
-        "--output_dir",
-        f"{tmp_path}/out",
-        "--val_size",
-        "0",
-        *more,
-    ]
-    prepare("sft", SFT_HUB, sft_reader, prepare_sft.encode, arguments)
+    source = write(tmp_path / "rows.jsonl", rows)
+    defaults = ["--max_dropped", "1"] if "--max_dropped" not in more else []
+    defaults += ["--val_size", "0"] if "--val_size" not in more else []
+    prepare(kind, ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", *defaults, *more])
+    preview([f"{tmp_path}/out", "--check"])
     return json.loads((tmp_path / "out" / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"instruction": "q", "input": "", "output": "a"}, [USER, ASSISTANT]),
-        ({"instruction": "q", "input": "more", "output": "a"}, [{"role": "user", "content": "q\n\nmore"}, ASSISTANT]),
-        ({"instruction": "q", "context": "more", "response": "a"}, [{"role": "user", "content": "q\n\nmore"}, ASSISTANT]),
-        ({"prompt": "q", "response": "a"}, [USER, ASSISTANT]),
-        ({"question": "q", "answer": "a"}, [USER, ASSISTANT]),
-        ({"messages": [SYSTEM, USER, ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
-        (
-            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            [SYSTEM, USER, ASSISTANT],
-        ),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
-        ({"text": "a document"}, {"text": "a document"}),
-    ],
-)
-def test_sft_shapes(row, expected):
-    assert sft_reader(set(row))(row) == expected
+def rows_of(tmp_path, kind: str = "sft", split: str = "train") -> list[dict]:
+    table = getattr(data.load(str(tmp_path / "out"), kind, ""), split)
+    return list(table.table) if len(table) else []
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
-        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, Pair([SYSTEM, USER], "a", "b")),
-        ({"instruction": "q", "input": "", "output": "x", "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
-        ({"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b"}, Pair([SYSTEM, USER], "a", "b")),
-        ({"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "b"}]}, Pair([USER], "a", "b")),
-        ({"prompt": "q", "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]}, Pair([USER], "a", "b")),
-        (
-            {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant: a", "rejected": HH + "\n\nHuman: q\n\nAssistant: b"},
-            Pair([USER, ASSISTANT, USER], "a", "b"),
-        ),
-        (
-            {"input": {"messages": [SYSTEM, USER]}, "preferred_output": [ASSISTANT], "non_preferred_output": [OTHER]},
-            Pair([SYSTEM, USER], "a", "b"),
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": OTHER, "system": "s"},
-            Pair([SYSTEM, USER], "a", "b"),
-        ),
-    ],
-)
-def test_dpo_shapes(row, expected):
-    assert dpo_reader(set(row))(row) == expected
+def questions(count: int, answer: str = "ke") -> list[dict]:
+    return [{"prompt": f"ta {number}", "response": f"{answer} {number}"} for number in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("row", "cause"),
-    [
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
-        ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen is empty"),
-        ({"prompt": "q", "chosen": None, "rejected": "a"}, "not a list of messages"),
-        ({"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}, "differ before their last message"),
-        ({"chosen": [USER, USER], "rejected": [USER, ASSISTANT]}, "not the assistant's"),
-        ({"chosen": "a", "rejected": "b"}, "without a prompt"),
-        ({"chosen": HH + "\n\nHuman: q\n\nAssistant: a", "rejected": HH}, "differ before their last message"),
-        ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": HH}, "a message is empty"),
-        ({"chosen": [USER, {"role": ["assistant"], "content": "a"}], "rejected": [USER, ASSISTANT]}, "unknown role"),
-    ],
-)
-def test_pairs_that_cannot_be_used(row, cause):
-    with pytest.raises(Refused, match=cause):
-        dpo_reader(set(row))(row)
-
-
-def test_a_tree_of_messages_is_its_best_ranked_path():
-    def message(name, parent, role, rank, **more):
-        return {"message_id": name, "parent_id": parent, "role": role, "text": name, "rank": rank, **more}
-
-    rows = [
-        message("root", None, "prompter", None),
-        message("second", "root", "assistant", 1),
-        message("best", "root", "assistant", 0),
-        message("gone", "best", "prompter", 0, deleted=True),
-        message("unranked", "best", "prompter", None),
-        message("asked", "best", "prompter", 1),
-        message("alone", None, "prompter", None),
-        message("reply", "asked", "assistant", None),
-        message("left open", "reply", "prompter", 0),
-    ]
-    texts = [[sent["content"] for sent in row["messages"]] for row in best_paths(rows)]
-    assert texts == [["root", "best", "asked", "reply"], []]
-    assert sft_reader({"messages"})(next(best_paths(rows)))[1] == {"role": "assistant", "content": "best"}
-
-
-def test_unknown_columns_are_named_with_what_is_expected():
-    with pytest.raises(ValueError, match=r"\['body', 'title'\]; expected messages, conversations"):
-        sft_reader({"title", "body"})
-    with pytest.raises(ValueError, match="expected chosen and rejected"):
-        dpo_reader({"prompt", "response"})
+def folder_hash(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_every_refused_row_is_counted_under_its_cause(tiny, tmp_path):
     rows = [{"prompt": "ta", "response": "ke"}, {"prompt": "ta", "response": " "}, {"prompt": "ta", "response": "ke " * 300}]
-    rows += [{"prompt": "ta", "response": None}, {"prompt": "ta"}]
-    manifest = sft(tiny, tmp_path, rows, "--max_length", "100")
+    rows += [{"prompt": "ta", "response": None}, {"prompt": "ta"}, {"prompt": "ta", "response": "ke"}]
+    manifest = run("sft", tiny, tmp_path, rows, "--max_length", "100")
     assert manifest["counts"] == {"train": 1, "validation": 0}
-    assert manifest["ledger"] == {
+    assert manifest["rows"] == 6
+    assert {cause: entry["rows"] for cause, entry in manifest["ledger"].items()} == {
         "response is empty": 1,
         "longer than --max_length 100": 1,
-        "response is not text": 1,
-        "column 'response' is missing": 1,
+        "response is null": 1,
+        "column 'response' is missing; the first row has prompt, response": 1,
+        "an exact copy of another row": 1,
     }
-    assert manifest["ledger_examples"]["response is empty"] == "rows.jsonl:1"
+    assert manifest["ledger"]["response is empty"]["first"] == "rows.jsonl:1"
+    lost = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in lost] == [f"rows.jsonl:{number}" for number in (1, 2, 3, 4)]
+
+
+def test_too_many_lost_rows_are_refused_with_their_causes(tiny, tmp_path):
+    rows = [*questions(8), {"prompt": "ta", "response": ""}, {"prompt": "ta", "response": None}]
+    with pytest.raises(ValueError, match=r"2 of 10 rows \(20.0%\) cannot be used, more than --max_dropped 0.1") as error:
+        run("sft", tiny, tmp_path, rows, "--max_dropped", "0.1")
+    assert "1: response is empty (first: rows.jsonl:8)" in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert run("sft", tiny, tmp_path, rows, "--max_dropped", "0.2")["counts"]["train"] == 8
+
+
+def test_copies_are_what_was_asked_for_and_never_refused(tiny, tmp_path):
+    """Exact copies are no damage: a source of nothing else passes --max_dropped."""
+    rows = [{"prompt": "ta", "response": "ke"}] * 10
+    assert run("sft", tiny, tmp_path, rows, "--max_dropped", "0")["counts"]["train"] == 1
 
 
 def test_a_system_prompt_fills_in_where_there_is_none(tiny, tmp_path):
-    sft(tiny, tmp_path, [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}], "--system_prompt", "ta")
-    rows = data.load(str(tmp_path / "out"), "sft", "").train.table
-    texts = [tiny.tokenizer.decode(row["input_ids"]) for row in rows]
+    manifest = run(
+        "sft", tiny, tmp_path, [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}], "--system_prompt", "ta"
+    )
+    texts = [tiny.tokenizer.decode(row["input_ids"]) for row in rows_of(tmp_path)]
     assert texts[0].startswith("<|im_start|>system\ns<|im_end|>")
     assert texts[1].startswith("<|im_start|>system\nta<|im_end|>")
+    assert manifest["changes"] == {"given --system_prompt": 1}
 
 
 def test_a_system_prompt_has_no_place_in_documents(tiny, tmp_path):
     with pytest.raises(ValueError, match="no place in plain documents"):
-        sft(tiny, tmp_path, [{"text": "ta ke"}], "--system_prompt", "ta")
+        run("sft", tiny, tmp_path, [{"text": "ta ke"}], "--system_prompt", "ta")
 
 
 def test_validation_shares_no_prompt_with_training(tiny, tmp_path):
     rows = [{"prompt": f"ta {number % 10}", "response": f"ke {number}"} for number in range(40)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    arguments = ["--source", f"{tmp_path}/rows.json", "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "9"]
-    prepare("sft", SFT_HUB, sft_reader, prepare_sft.encode, arguments)
-    loaded = data.load(str(tmp_path / "out"), "sft", "")
-    assert (len(loaded.train), len(loaded.validation)) == (32, 8)
-    numbers = [{int(row["source"].split(":")[1]) % 10 for row in split.table} for split in (loaded.train, loaded.validation)]
+    run("sft", tiny, tmp_path, rows, "--val_size", "9")
+    splits = [rows_of(tmp_path, split=name) for name in ("train", "validation")]
+    assert [len(split) for split in splits] == [32, 8]
+    numbers = [{int(row["source"].split(":")[1]) % 10 for row in split} for split in splits]
     assert not numbers[0] & numbers[1]
 
 
-def test_a_source_that_gives_nothing_leaves_nothing(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"no row of rows.jsonl can be trained on: 1 x response is empty"):
-        sft(tiny, tmp_path, [{"prompt": "ta", "response": ""}])
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    with pytest.raises(FileNotFoundError, match="expected a JSON"):
-        list(read_rows(str(tmp_path / "nowhere"), None, "train"))
+def test_the_upstreams_own_test_rows_are_the_validation_rows(tiny, tmp_path):
+    write(tmp_path / "in" / "train.jsonl", questions(20))
+    write(tmp_path / "in" / "test.jsonl", [*questions(2), {"prompt": "lo", "response": "ni"}])
+    prepare("sft", ["--source", f"{tmp_path}/in", "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out"])
+    assert {row["source"].split(":")[0] for row in rows_of(tmp_path, split="validation")} == {"in/held out"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["counts"] == {"train": 18, "validation": 3}
+    assert manifest["ledger"]["its prompt is in the validation split"]["rows"] == 2
 
 
-def test_files_of_every_kind_give_the_same_rows(tmp_path):
-    rows = [{"prompt": "é", "response": "a"}, {"prompt": "q", "response": "b"}]
-    lines = "\n".join(map(json.dumps, rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n" + lines + "\n\n")
-    (tmp_path / "a.csv").write_text("prompt,response\né,a\nq,b\n")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write(lines)
-    for name in ("a.json", "a.jsonl", "a.csv", "a.jsonl.gz"):
-        assert list(read_rows(str(tmp_path / name), None, "train")) == rows, name
+def test_a_validation_as_large_as_the_data_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="--val_size 5 leaves nothing of 5 rows"):
+        run("sft", tiny, tmp_path, questions(5), "--val_size", "5")
+
+
+def test_a_cut_answer_loses_its_end_token(tiny, tmp_path):
+    long, short = {"prompt": "ta", "response": "ke lo " * 30}, {"prompt": "ta", "response": "ke"}
+    manifest = run("sft", tiny, tmp_path, [long, short], "--max_length", "40", "--too_long", "cut")
+    cut, whole = rows_of(tmp_path)
+    assert len(cut["input_ids"]) == 40
+    assert cut["labels"][-1] == cut["input_ids"][-1] != tiny.chat.end_id
+    assert tiny.chat.end_id in whole["labels"]
+    assert manifest["changes"] == {"cut to --max_length": 1}
+
+
+def test_a_cut_that_leaves_only_the_question_is_dropped(tiny, tmp_path):
+    rows = [{"prompt": "ta " * 60, "response": "ke"}, {"prompt": "ta", "response": "ke"}]
+    manifest = run("sft", tiny, tmp_path, rows, "--max_length", "40", "--too_long", "cut")
+    assert manifest["ledger"]["nothing trained is left within --max_length"]["rows"] == 1
+
+
+def test_pairs_are_cut_on_the_same_prompt(tiny, tmp_path):
+    same = "ke " * 30
+    rows = [
+        {"prompt": "ta", "chosen": "ke " * 30, "rejected": "lo"},
+        {"prompt": "ta", "chosen": same + "lo", "rejected": same + "ni"},
+        {"prompt": "ta " * 40, "chosen": "ke", "rejected": "lo"},
+    ]
+    manifest = run("dpo", tiny, tmp_path, rows, "--max_length", "30", "--too_long", "cut")
+    (row,) = rows_of(tmp_path, "dpo")
+    assert len(row["prompt"]) + len(row["chosen"]) == 30
+    assert row["chosen"][-1] != tiny.chat.end_id == row["rejected"][-1]
+    assert {cause for cause, entry in manifest["ledger"].items() if entry["rows"] == 1} == {
+        "chosen equals rejected once cut",
+        "the prompt alone fills --max_length 30",
+    }
+
+
+def test_a_long_conversation_is_split_at_its_turns(tiny, tmp_path):
+    turns = [{"role": role, "content": f"{text} {number}"} for number in range(6) for role, text in (("user", "ta"), ("assistant", "ke"))]
+    manifest = run("sft", tiny, tmp_path, [{"messages": [SYSTEM, *turns]}], "--max_length", "60", "--too_long", "split_turns")
+    rows = rows_of(tmp_path)
+    assert len(rows) > 1
+    assert all(len(row["input_ids"]) <= 60 for row in rows)
+    assert all(tiny.tokenizer.decode(row["input_ids"]).startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n") for row in rows)
+    said = "".join(tiny.tokenizer.decode([t for t in row["labels"] if t != IGNORE]) for row in rows)
+    assert said == "".join(f"ke {number}<|im_end|>" for number in range(6))
+    assert manifest["changes"] == {"split at turns": 1}
+
+
+def test_an_exchange_that_does_not_fit_is_dropped_and_counted(tiny, tmp_path):
+    rows = [{"messages": [USER, {"role": "assistant", "content": "ke " * 90}]}, {"messages": [USER, ASSISTANT]}]
+    manifest = run("sft", tiny, tmp_path, rows, "--max_length", "60", "--too_long", "split_turns")
+    assert manifest["ledger"]["one exchange is longer than --max_length 60"]["rows"] == 1
+    with pytest.raises(ValueError, match="split_turns is for conversations"):
+        run("dpo", tiny, tmp_path / "pairs", [{"prompt": "q", "chosen": "a", "rejected": "b"}], "--too_long", "split_turns")
+
+
+def test_near_copies_are_found(tiny, tmp_path):
+    long = " ".join(f"ta{number}" for number in range(60))
+    rows = [{"prompt": long, "response": "ke"}, {"prompt": long + " lo", "response": "ke"}, {"prompt": "ta", "response": "ke lo ni"}]
+    manifest = run("sft", tiny, tmp_path, rows, "--duplicates", "near")
+    assert manifest["ledger"]["a near copy of another row"]["rows"] == 1
+    assert [row["source"] for row in rows_of(tmp_path)] == ["rows.jsonl:0", "rows.jsonl:2"]
+
+
+def test_copies_are_kept_on_request(tiny, tmp_path):
+    assert run("sft", tiny, tmp_path, [{"prompt": "ta", "response": "ke"}] * 4, "--duplicates", "keep")["counts"]["train"] == 4
+
+
+def test_rows_that_quote_a_benchmark_are_dropped(tiny, tmp_path):
+    quote = "which of these things is a good reason for the seasons to change on earth"
+    benchmark = write(tmp_path / "arc.jsonl", [{"question": {"stem": quote}, "answer": "A"}, {"question": {"stem": "too short"}}])
+    rows = [*questions(3), {"prompt": f"Tell me, {quote.upper()}?", "response": "ke"}, {"prompt": quote[:30], "response": "too short"}]
+    manifest = run("sft", tiny, tmp_path, rows, "--decontaminate", benchmark)
+    assert manifest["ledger"]["quotes a row of arc.jsonl"]["rows"] == 1
+    assert manifest["counts"]["train"] == 4
+    with pytest.raises(ValueError, match="no row holds a text of 5 words"):
+        run("sft", tiny, tmp_path / "b", questions(3), "--decontaminate", write(tmp_path / "short.jsonl", [{"a": "b"}]))
+
+
+def test_several_sources_with_weights(tiny, tmp_path):
+    a, b, c = (write(tmp_path / f"{name}.jsonl", questions(20, name)) for name in ("ka", "ki", "ko"))
+    arguments = ["--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
+    prepare("sft", ["--dataset", f"{a}:0.25", "--dataset", b, "--dataset", f"{c}:1.5", *arguments])
+    counts = {name: sum(row["source"].startswith(name) for row in rows_of(tmp_path)) for name in ("ka", "ki", "ko")}
+    assert counts == {"ka": 5, "ki": 20, "ko": 30}
+    assert len({row["source"] for row in rows_of(tmp_path) if row["source"].startswith("ko")}) == 20
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [('{"a": 1}\n{"a": ', "line 2 is not valid JSON"), ('[{"a": 1}, ', "not valid JSON"), ("[1]", "row 1 is a int")],
+    ("arguments", "expected"),
+    [
+        (["--dataset", "alpacca"], "--dataset alpacca: no such file; datasets of the hub: alpaca, alpaca_cleaned"),
+        (["--dataset", "ultrafeedback"], "it is a dataset for the other command, prepare_dpo.py"),
+        (["--dataset", "alpaca:-1"], "the weight should be above 0"),
+        (["--source", "nowhere"], "nowhere does not exist"),
+        (["--source", "rows.jsonl", "--revision", "main"], "--revision names a version of a hub dataset"),
+        (["--dataset", "rows.jsonl", "--dataset", "rows.jsonl"], "two sources are called rows.jsonl"),
+        (["--source", "rows.jsonl", "--decontaminate", "nowhere"], "nowhere does not exist"),
+        (["--source", "rows.jsonl", "--tokenizer", "nowhere.model"], "nowhere.model does not exist"),
+        (["--source", "rows.jsonl", "--template", "tokenizer"], "no chat template of its own"),
+    ],
 )
-def test_a_broken_file_is_named_with_its_line(tmp_path, text, message):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        list(read_rows(str(tmp_path / "a.jsonl"), None, "train"))
-    assert "a.jsonl" in str(error.value)
+def test_mistakes_are_named(tiny, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", questions(3))
+    bare = tmp_path / "bare"
+    tiny.tokenizer.save_pretrained(bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises((ValueError, OSError), match=expected):
+        prepare("sft", ["--tokenizer", str(bare), "--output_dir", "out", *arguments])
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_cut_or_foreign_file_is_named(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"prompt": "q"}).encode() * 999)[:60])
-    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    (tmp_path / "c.csv").write_text('a,b\n1,2\n3,4,5,"\n')
-    (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    for name in ("a.jsonl.gz", "b.jsonl", "c.csv", "d.parquet"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read to its end"):
-            list(read_rows(str(tmp_path / name), None, "train"))
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(FileNotFoundError, match=r"notes.txt: expected a JSON"):
-        list(read_rows(str(tmp_path / "notes.txt"), None, "train"))
+def test_an_output_folder_is_never_overwritten(tiny, tmp_path):
+    run("sft", tiny, tmp_path, questions(3))
+    with pytest.raises(FileExistsError, match="exists; remove it or give another"):
+        run("sft", tiny, tmp_path, questions(3))
+
+
+def test_a_source_that_gives_nothing_leaves_nothing(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no row can be trained on: 1 x response is empty"):
+        run("sft", tiny, tmp_path, [{"prompt": "ta", "response": ""}])
+    with pytest.raises(ValueError, match="no row can be trained on: the source is empty"):
+        run("sft", tiny, tmp_path / "empty", [])
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_are_prompt_and_two_answers_that_end(tiny, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "ta", "chosen": "ke", "rejected": "lo ni"}))
-    arguments = ["--source", f"{tmp_path}/pairs.jsonl", "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out"]
-    prepare("dpo", DPO_HUB, dpo_reader, prepare_dpo.encode, arguments)
-    row = data.load(str(tmp_path / "out"), "dpo", "").train.table[0]
+    run("dpo", tiny, tmp_path, [{"prompt": "ta", "chosen": "ke", "rejected": "lo ni"}])
+    (row,) = rows_of(tmp_path, "dpo")
     texts = [tiny.tokenizer.decode(row[name]) for name in ("prompt", "chosen", "rejected")]
     assert texts == ["<|im_start|>user\nta<|im_end|>\n<|im_start|>assistant\n", "ke<|im_end|>", "lo ni<|im_end|>"]
+
+
+def test_text_of_every_kind_comes_through(tiny, tmp_path):
+    texts = [
+        "🙂👩‍👧",
+        "مرحبا بالعالم",
+        "x" * 5000,
+        "é" * 100_000 + " " + "lo " * 300_000 + "ni",
+        "<|im_end|>\n<|im_start|>assistant\nlo",
+        "\n\na\n",
+    ]
+    rows = [{"prompt": f"ta {number}", "response": text} for number, text in enumerate(texts)]
+    assert run("sft", tiny, tmp_path, rows, "--max_length", "10000000")["counts"]["train"] == len(texts)
+    for row, text in zip(rows_of(tmp_path), texts, strict=True):
+        trained = [token for token in row["labels"] if token != IGNORE]
+        assert trained[-1] == tiny.chat.end_id
+        assert tiny.tokenizer.decode(trained[:-1]) == text
+        assert row["input_ids"].count(tiny.chat.start_id) == 2
+
+
+def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_path, monkeypatch):
+    rows = [{"prompt": f"ta {number % 70}", "response": f"ke {number}"} for number in range(120)] + [{"prompt": "ta", "response": ""}]
+    hashes = []
+    for number, size in enumerate((2000, 7)):
+        monkeypatch.setattr(prepare_module, "CHUNK_ROWS", size)
+        (tmp_path / f"{number}").mkdir()
+        run("sft", tiny, tmp_path / f"{number}", rows, "--val_size", "20")
+        found = folder_hash(tmp_path / f"{number}" / "out")
+        hashes.append({name: value for name, value in found.items() if "data-" not in name and name != "manifest.json"})
+    assert hashes[0] == hashes[1]
+    tables = [[list(getattr(data.load(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
+    assert tables[0] == tables[1]
+
+
+def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):
+    import pyarrow as pa
+
+    run("sft", tiny, tmp_path, questions(5))
+    (path,) = (tmp_path / "out" / "train").glob("*.arrow")
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    rows = table.to_pylist()
+    rows[3]["input_ids"][-3] = rows[3]["labels"][-3] = rows[2]["input_ids"][-3]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, table.schema))
+    with pytest.raises(ValueError, match=r"1 failures in 5 rows:\n    train 3 \(rows.jsonl:3\): its trained tokens do not read as"):
+        preview([f"{tmp_path}/out", "--check"])
+
+
+def test_the_preview_shows_what_is_trained(tiny, tmp_path, capsys):
+    run("sft", tiny, tmp_path, [{"prompt": "ta <b>", "response": "ke <i>"}])
+    preview([f"{tmp_path}/out"])
+    assert "rows.jsonl:0" in (shown := capsys.readouterr().out)
+    assert "<|im_start|>assistant\nke <i><|im_end|>" in shown
+    preview([f"{tmp_path}/out", "--html", f"{tmp_path}/page.html", "--ids"])
+    page = (tmp_path / "page.html").read_text()
+    assert '<span class="t">ke &lt;i&gt;</span>' in page
+    assert "<i>" not in page
+    with pytest.raises(ValueError, match="--row 1: .* has the train rows 0 to 0"):
+        preview([f"{tmp_path}/out", "--row", "1"])
+
+
+def test_the_preview_of_a_pair_shows_both_answers(tiny, tmp_path, capsys):
+    run("dpo", tiny, tmp_path, [{"prompt": "ta", "chosen": "ke", "rejected": "lo ni"}])
+    preview([f"{tmp_path}/out"])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("chosen", "rejected", "ke<|im_end|>", "lo ni<|im_end|>"))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tiny, tmp_path):
+    """20 times SIGKILL at a random moment: after each the folder is absent or whole, and the last run's bytes are an undisturbed one's."""
+    words = np.random.RandomState(0).randint(0, 60, (12_000, 40))
+    rows = [{"prompt": " ".join(tiny.words[w] for w in line[:8]), "response": " ".join(tiny.words[w] for w in line[8:])} for line in words]
+    source = write(tmp_path / "rows.jsonl", rows)
+
+    def command(name: str) -> list[str]:
+        script = [sys.executable, str(ROOT / "data_prep" / "prepare_sft.py")]
+        return [*script, "--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/{name}"]
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    subprocess.run(command("undisturbed"), check=True, env=environment, stdout=subprocess.DEVNULL)
+    whole = time.monotonic() - started
+    draw, killed, finished_early = random.Random(1), 0, 0
+    for _ in range(20):
+        process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(timeout=whole * draw.uniform(0.4, 1.0))  # the first part is imports
+            finished_early += 1
+            assert (tmp_path / "killed" / "manifest.json").is_file()
+            assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
+            (tmp_path / "killed").rename(tmp_path / f"done{finished_early}")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            assert not (tmp_path / "killed").exists() or (tmp_path / "killed" / "manifest.json").is_file()
+            if (tmp_path / "killed").exists():
+                (tmp_path / "killed").rename(tmp_path / f"late{killed}")
+    if not (tmp_path / "killed").exists():
+        subprocess.run(command("killed"), check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert killed >= 10
+    assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
+    assert not (tmp_path / "killed.incomplete").exists()

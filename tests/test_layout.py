@@ -54,6 +54,6 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem == "__init__" or path.name in tree, path
     for name in re.findall(r"\b\w+\.(?:py|sh)\b", tree):
-        assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch")), name
+        assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch", "benchmarks")), name
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert path.stem in tree, path

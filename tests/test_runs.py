@@ -88,7 +88,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
     assert end in model.generation_config.eos_token_id
     assert model.config.use_cache
     chats = [{"role": "user", "content": "ta ke"}]
-    assert tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) == chat.render_prompt(tiny.tokenizer, chats)
+    assert tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) == chat.render_prompt(tiny.chat, chats)
 
 
 def test_a_finished_run_says_so(sft_run, tiny):

@@ -10,7 +10,7 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from posttrain.chat import IM_END, IM_START, encode_text, render, text_prefix
+from posttrain.chat import IM_END, IM_START, ChatFormat, encode_text, render, text_prefix
 from posttrain.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
 
 WORDS = ["the", "little", "girl", "Lily", "went", "to", "a", "big", "park", "and", "saw", "one", "red", "ball", "many", "there"]
@@ -125,7 +125,7 @@ def test_text_comes_back_from_its_ids(tmp_path, kind):
     tokenizer = load(train(tmp_path, model_type=kind, byte_fallback=True))
     for text in ("Lily saw\n\nthe 日本 🙂  ball. \n", "a", "", "park é\t"):
         assert tokenizer.decode(encode_text(tokenizer, text)) == text
-    ids = render(tokenizer, [{"role": "user", "content": "the ball"}, {"role": "assistant", "content": "a park\n"}]).input_ids
+    ids = render(ChatFormat(tokenizer), [{"role": "user", "content": "the ball"}, {"role": "assistant", "content": "a park\n"}]).input_ids
     shown = tokenizer.decode(ids)
     assert "the ball<|im_end|>" in shown and "assistant\na park\n<|im_end|>" in shown
     assert "<|im" not in tokenizer.decode(ids, skip_special_tokens=True)

@@ -10,6 +10,6 @@ out=runs/quickstart
 rm -rf "$out"
 python launch/quickstart/world.py "$out/world" corpus
 python launch/quickstart/base.py blank "$out/world" "$out/blank"
-python data_prep/prepare_sft.py --source "$out/world/corpus.jsonl" --tokenizer "$out/blank" --output_dir "$out/data/base" --val_size 300
+python data_prep/prepare_sft.py --source "$out/world/corpus.jsonl" --tokenizer "$out/blank" --output_dir "$out/data/base" --val_size 300 --duplicates keep
 deepspeed --quiet --num_gpus 2 posttrain/sft.py launch/quickstart/base.yaml
 python launch/quickstart/base.py commit "$out/pretraining/final" launch/quickstart/base

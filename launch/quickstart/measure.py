@@ -20,7 +20,7 @@ import transformers
 import world  # beside this script, which puts its own folder on the path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.chat import IM_END, render_prompt
+from posttrain.chat import ChatFormat, render_prompt
 
 MODELS = ("base", "sft", "dpo")
 MEANING = {
@@ -58,8 +58,9 @@ def answer_all(folder: Path, prompts: list[str]) -> dict[str, Answer]:
     """Greedy answers of one model. Prompts of equal length share a batch, so that padding cannot change an answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    end, end_of_text = tokenizer.convert_tokens_to_ids(IM_END), tokenizer.eos_token_id
-    ids = {prompt: render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts}
+    chat = ChatFormat(tokenizer)
+    end, end_of_text = chat.end_id, tokenizer.eos_token_id
+    ids = {prompt: render_prompt(chat, [{"role": "user", "content": prompt}]) for prompt in prompts}
     answers = {}
     for batch in _batches(ids):
         width = max(len(ids[prompt]) for prompt in batch)

@@ -1,0 +1,176 @@
+"""Wall time and memory of data preparation, side by side on one file: ours, the bare tokenizer, TRL, and LLaMA-Factory's way.
+
+    python benchmarks/data_prep.py --tokenizer FOLDER [--rows 50000] [--sections encode,ours,trl,llamafactory]
+
+The file is made here: conversations of one to three exchanges of random words, about 200 tokens a row. Every section runs in a process
+of its own; its time excludes starting Python and importing packages, its memory is the largest resident size of the process and its
+children. `encode` is the yardstick: the tokenizer's own encode_batch over the same rows as ChatML text, in chunks, nothing kept.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this script's folder, where it would shadow the package data_prep
+PROCESSES = len(os.sched_getaffinity(0))
+SECTIONS = ("encode", "ours", "trl", "llamafactory")
+
+
+def write_rows(path: Path, rows: int) -> None:
+    draw = random.Random(0)
+    letters = "etaoinshrdlucmfwypvbgk"
+    words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 9))) for _ in range(8000)]
+    with path.open("w") as file:
+        for _ in range(rows):
+            messages = []
+            for _ in range(draw.randint(1, 3)):
+                for role, most in (("user", 40), ("assistant", 90)):
+                    messages.append({"role": role, "content": " ".join(draw.choices(words, k=draw.randint(5, most))).capitalize() + "."})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def encode(source: str, tokenizer: str, out: str) -> float:
+    from posttrain.tokenization import load_tokenizer
+
+    backend = load_tokenizer(tokenizer).backend_tokenizer
+    texts = []
+    with open(source) as file:
+        for line in file:
+            turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in json.loads(line)["messages"])
+            texts.append("".join(turns))
+    started = time.perf_counter()
+    for start in range(0, len(texts), 2000):
+        backend.encode_batch(texts[start : start + 2000], add_special_tokens=False)
+    return time.perf_counter() - started
+
+
+def ours(source: str, tokenizer: str, out: str) -> float:
+    from data_prep.prepare import prepare
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    started = time.perf_counter()
+    prepare("sft", ["--source", source, "--tokenizer", tokenizer, "--output_dir", f"{out}/ours"])
+    return time.perf_counter() - started
+
+
+def trl(source: str, tokenizer: str, out: str) -> float:
+    """SFTTrainer's own preparation of conversational rows, with the loss on answers only, up to the trainer being ready."""
+    import datasets
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from posttrain.chat import ChatFormat
+    from posttrain.tokenization import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    # TRL finds answers by {% generation %} marks in the template
+    loaded.chat_template = ChatFormat(loaded).jinja.replace(
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}",
+        "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+    )
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(loaded), head_dim=8, **shape))
+    config = SFTConfig(f"{out}/trl", max_length=2048, assistant_only_loss=True, dataset_num_proc=PROCESSES, report_to=[], use_cpu=True)
+    started = time.perf_counter()
+    rows = datasets.load_dataset("json", data_files=source, split="train", cache_dir=f"{out}/trl_cache")
+    SFTTrainer(model, args=config, train_dataset=rows, processing_class=loaded)
+    return time.perf_counter() - started
+
+
+def llamafactory(source: str, tokenizer: str, out: str) -> float:
+    """LLaMA-Factory's way (0.9): Dataset.map over batches of 1000 rows, each turn encoded by itself, labels joined from the pieces."""
+    import datasets
+
+    from posttrain.tokenization import load_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    loaded = load_tokenizer(tokenizer)
+
+    def supervised(batch: dict) -> dict:
+        columns = {"input_ids": [], "attention_mask": [], "labels": []}
+        for messages in batch["messages"]:
+            ids, labels = [], []
+            for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+                prompt = loaded.encode(f"<|im_start|>user\n{asked['content']}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+                answer = loaded.encode(f"{answered['content']}<|im_end|>\n", add_special_tokens=False)
+                ids += prompt + answer
+                labels += [-100] * len(prompt) + answer
+            columns["input_ids"].append(ids)
+            columns["attention_mask"].append([1] * len(ids))
+            columns["labels"].append(labels)
+        return columns
+
+    started = time.perf_counter()
+    rows = datasets.load_dataset("json", data_files=source, split="train", cache_dir=f"{out}/llamafactory_cache")
+    rows = rows.map(supervised, batched=True, batch_size=1000, num_proc=PROCESSES, remove_columns=rows.column_names)
+    rows.save_to_disk(f"{out}/llamafactory")
+    return time.perf_counter() - started
+
+
+def measure(section: str, source: str, tokenizer: str, out: str) -> dict:
+    """One section in its own process."""
+    command = [sys.executable, __file__, "--section", section, "--source", source, "--tokenizer", tokenizer, "--scratch", out]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        return {"failed": finished.stderr.strip().splitlines()[-1]}
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "data_prep.json"))
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--source", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.section:
+        seconds = globals()[options.section](options.source, options.tokenizer, options.scratch)
+        sizes = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        print(json.dumps({"seconds": round(seconds, 2), "peak_gib": [round(size, 2) for size in sizes]}))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "rows.jsonl"
+        write_rows(source, options.rows)
+        sections = {name: measure(name, str(source), options.tokenizer, scratch) for name in options.sections.split(",")}
+        manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text())
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    yardstick = sections.get("encode", {}).get("seconds")
+    for section in sections.values():
+        if yardstick and "seconds" in section:
+            section["times_encode_batch"] = round(section["seconds"] / yardstick, 2)
+    result = {
+        "rows": options.rows,
+        "tokens": manifest["tokens"]["per_epoch"],
+        "tokenizer": Path(options.tokenizer).name,
+        "machine": f"{PROCESSES} cores, {platform.machine()}",
+        "versions": {name: installed(name) for name in ("tokenizers", "transformers", "datasets", "trl")},
+        "sections": sections,
+    }
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Rows of local files and hub datasets, one at a time: nothing here holds more than one file's block in memory, except JSON lists.
+
+A row that cannot be decoded comes as a Refused and is counted; a file that is cut, damaged or of another kind is an error that names
+the file and the line.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from posttrain.chat import Refused
+
+ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)\b|(test|val|valid|validation|eval|dev)_", re.IGNORECASE)
+Row = dict | Refused
+
+
+class Source(NamedTuple):
+    """Where rows come from: files here, or a split of a hub dataset."""
+
+    label: str  # names its rows in the ledger and in the data
+    weight: float = 1.0
+    files: tuple[Path, ...] = ()
+    hub: str = ""
+    split: str = ""
+    revision: str | None = None
+
+    @property
+    def identity(self) -> list:
+        """Changes when the rows may have changed."""
+        return [*self._replace(files=()), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
+
+    def rows(self) -> Iterator[Row]:
+        if self.hub:
+            yield from _hub_rows(self)
+            return
+        for path in self.files:
+            yield from file_rows(path)
+
+
+def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Files for training and files that the upstream holds out (test*, validation*, ...), which a folder may hold beside them."""
+    path = Path(place)
+    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [file for file in candidates if file.name.removesuffix(".gz").endswith(ENDINGS) and file.is_file()]
+    if not found:
+        seen = "does not exist" if not path.exists() else f"holds {', '.join(sorted(p.name for p in candidates)[:8]) or 'nothing'}"
+        raise FileNotFoundError(
+            f"{place} {seen}; expected a JSON, JSONL, CSV or Parquet file (or one of them gzipped), or a folder of them"
+        )
+    held_out = [file for file in found if HELD_OUT.match(file.name)]
+    training = [file for file in found if file not in held_out]
+    return (tuple(training), tuple(held_out)) if training else (tuple(held_out), ())
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    name = path.name.removesuffix(".gz")
+    reader = _parquet if name.endswith(".parquet") else _csv if name.endswith(".csv") else _json
+    try:
+        yield from reader(path)
+    except (EOFError, zlib.error, OSError) as error:  # pyarrow's errors are OSErrors or ValueErrors
+        raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
+
+
+def count_rows(source: Source, most: int | None) -> int | None:
+    """How many rows there will be, where that is cheap to know; for a progress bar."""
+    total = 0
+    for path in source.files:
+        if path.name.endswith(".parquet"):
+            try:
+                total += pyarrow.parquet.read_metadata(path).num_rows
+            except (OSError, pyarrow.ArrowException):
+                return None  # the reader will say what is wrong with it
+        elif path.name.endswith((".jsonl", ".csv")):
+            with path.open("rb") as file:
+                total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        else:
+            return None
+    return min(total, most or total) or None
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A JSON list of objects, or a JSON object a line."""
+    with _open(path) as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        while first and not first.strip():
+            first = file.readline()
+        if first.lstrip().startswith(b"["):
+            yield from _json_list(path, first + file.read())
+        else:
+            yield from _json_lines(path, itertools.chain([first], file))
+
+
+def _json_list(path: Path, content: bytes) -> Iterator[Row]:
+    try:
+        rows = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield _object(path, f"row {number}", row)
+
+
+def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            yield Refused("not UTF-8")
+            continue
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
+        yield _object(path, f"line {number}", row)
+
+
+def _object(path: Path, place: str, row) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: {place} is a {type(row).__name__}; expected an object with named columns")
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    with _open(path) as binary:
+        text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, strict=True)
+        try:
+            if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
+                raise ValueError(f"{path}: two columns have the same name: {reader.fieldnames}")
+            for row in reader:
+                if None in row:
+                    yield Refused("more fields than the header has columns")
+                elif any(isinstance(value, str) and _undecodable(value) for value in row.values()):
+                    yield Refused("not UTF-8")
+                else:
+                    yield row
+        except csv.Error as error:
+            raise ValueError(f"{path}: line {reader.line_num} is not valid CSV: {error}") from None
+
+
+def _undecodable(text: str) -> bool:
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    if path.name.endswith(".gz"):
+        raise ValueError(f"{path}: Parquet compresses its columns itself; unpack the file")
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
+
+
+def _hub_rows(source: Source) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{source.hub} ({source.split}) cannot be loaded from the hub: {error}\nWhere the hub is out of reach, give the same rows with "
+            f"--source FILE_OR_DIR; a private dataset needs HF_TOKEN in the environment"
+        ) from error
+    yield from rows

@@ -1,0 +1,107 @@
+"""Rows that repeat each other or a benchmark: near copies by MinHash (the datasketch library), quotations by shared word sequences."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from data_prep.files import file_rows, find_files
+from data_prep.parts import Part
+from data_prep.sources import Chat, Document, Pair, Refused
+
+SIMILAR = 0.8  # Jaccard similarity of two rows' word 5-grams, above which they are near copies
+SHINGLE, PERMUTATIONS = 5, 128
+SKETCH = {"num_perm": PERMUTATIONS, "seed": 1, "scheme": "affine32"}
+QUOTED_WORDS = 13  # words in a row shared with a benchmark row that make a quotation, as for GPT-3 (arXiv:2005.14165, appendix C)
+QUOTES = "quotes a row of"
+
+
+class Benchmarks(NamedTuple):
+    """Word sequences of benchmark rows: those of QUOTED_WORDS words, and whole texts of fewer (but at least 5) words."""
+
+    sequences: dict[str, str]  # sequence -> the file it is from
+    lengths: tuple[int, ...]
+    identity: list
+
+    def quoted(self, text: str) -> str | None:
+        """The file of a benchmark row that the text quotes."""
+        if not self.sequences:
+            return None
+        words = _words(text)
+        for length in self.lengths:
+            for start in range(len(words) - length + 1):
+                if file := self.sequences.get(" ".join(words[start : start + length])):
+                    return file
+        return None
+
+
+NONE = Benchmarks({}, (), [])
+
+
+def load_benchmarks(places: list[str]) -> Benchmarks:
+    """Every text of at least 5 words in the given files' rows (questions, answers, choices). Raises as find_files does."""
+    sequences: dict[str, str] = {}
+    identity = []
+    for place in places:
+        for path in (file for files in find_files(place) for file in files):
+            identity.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+            for row in file_rows(path):
+                for text in [] if isinstance(row, Refused) else _texts(row):
+                    words = _words(text)
+                    length = min(QUOTED_WORDS, len(words))
+                    if length >= SHINGLE:
+                        for start in range(len(words) - length + 1):
+                            sequences.setdefault(" ".join(words[start : start + length]), path.name)
+    if places and not sequences:
+        raise ValueError(f"--decontaminate {' '.join(places)}: no row holds a text of {SHINGLE} words or more")
+    return Benchmarks(sequences, tuple(sorted({len(sequence.split()) for sequence in sequences})), identity)
+
+
+def signatures(texts: Iterable[str]) -> list[np.ndarray]:
+    """A MinHash of each text's word 5-grams, (PERMUTATIONS,) uint32."""
+    shingles = []
+    for text in texts:
+        words = _words(text)
+        grams = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+        shingles.append([gram.encode() for gram in sorted(grams)])
+    return [sketch.hashvalues.astype(np.uint32) for sketch in MinHash.bulk(shingles, **SKETCH)]
+
+
+def near_copies(parts: list[Part], among: np.ndarray) -> np.ndarray:
+    """Which of the rows `among` are similar to an earlier one of them that is kept; (rows,) bool."""
+    index = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
+    kept: dict[int, MinHash] = {}
+    copies = np.zeros(len(among), bool)
+    at = 0
+    for part in parts:
+        for values in part.table().column("_signature").to_pylist():
+            if among[at]:
+                sketch = MinHash(**SKETCH, hashvalues=np.array(values, np.uint64))
+                copies[at] = any(sketch.jaccard(kept[other]) >= SIMILAR for other in index.query(sketch))
+                if not copies[at]:
+                    index.insert(at, sketch)
+                    kept[at] = sketch
+            at += 1
+    return copies
+
+
+def characters(item: Document | Chat | Pair) -> int:
+    if isinstance(item, Document):
+        return len(item.text)
+    if isinstance(item, Chat):
+        return sum(len(message["content"]) for message in item.messages)
+    return sum(len(message["content"]) for message in item.prompt) + len(item.chosen) + len(item.rejected)
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,130 @@
+"""What preparation tells: the ledger as a table, in the manifest and as a picture, and progress while it works."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from data_prep.files import Source
+from data_prep.parts import Part, column
+
+EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+class RowProgress:
+    """A progress bar of rows; as a context manager it gives the function that advances it."""
+
+    def __init__(self, progress: Progress, label: str, total: int | None, start: int):
+        self.progress = progress
+        self.task = progress.add_task(label, total=total, completed=start, speed="")
+
+    def __enter__(self):
+        self.progress.start()
+        return self._advance
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def _advance(self, rows: int) -> None:
+        self.progress.advance(self.task, rows)
+        speed = self.progress.tasks[self.task].speed
+        self.progress.update(self.task, speed=f"{speed:,.0f}" if speed else "")
+
+
+def summary(parts: list[list[Part]], sources: list[Source], chosen) -> dict:
+    """Counts, ledger and token statistics for the manifest."""
+    ledger: dict[str, dict] = {}
+    changes: Counter = Counter()
+    for source, several, left_out in zip(sources, parts, chosen.causes, strict=True):
+        for part in several:
+            changes.update(part.facts["changes"])
+            for row, cause in part.facts["dropped"]:
+                entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": True})
+                entry["rows"] += 1
+        for cause, count in left_out.items():
+            entry = ledger.setdefault(cause, {"rows": 0, "first": "", "unusable": False})
+            entry["rows"] += count
+    flat = [part for several in parts for part in several]
+    tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
+    counts = {name: np.concatenate([c[name] for c in chosen.counts]) for name in ("train", "validation")}
+    result = {
+        "counts": {name: int(which.sum()) for name, which in counts.items()},
+        "rows": sum(part.facts["rows"] for part in flat),
+        "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
+        "changes": dict(changes.most_common()),
+    }
+    here = counts["train"]
+    histogram, _ = np.histogram(tokens, bins=[*EDGES, np.iinfo(np.int32).max], weights=here)
+    result["tokens"] = {
+        "per_epoch": int((tokens.astype(np.int64) * here).sum()),
+        "trained_per_epoch": int((trained.astype(np.int64) * here).sum()),
+        "longest": int(tokens[here > 0].max(initial=0)),
+        "histogram": {f"{low}+": int(count) for low, count in zip(EDGES, histogram, strict=True) if count},
+    }
+    return result
+
+
+def show(console: Console, output: Path, manifest: dict) -> None:
+    tokens, counts = manifest["tokens"], manifest["counts"]
+    console.print(
+        f"{output}: {counts['train']:,} rows for training, {counts['validation']:,} for validation, of {manifest['rows']:,} read",
+        markup=False,
+    )
+    share = tokens["trained_per_epoch"] / max(1, tokens["per_epoch"])
+    console.print(
+        f"an epoch is {tokens['per_epoch']:,} tokens, {share:.1%} of them trained; the longest row has {tokens['longest']:,}; "
+        f"a 1.8B model needs about {6 * 1.8e9 * tokens['per_epoch'] / 1e18:.2g} exaFLOP for it (6 x parameters x tokens)",
+        markup=False,
+    )
+    if manifest["ledger"] or manifest["changes"]:
+        table = Table("rows", "dropped or changed", "first", box=None, header_style="bold", pad_edge=False)
+        table.columns[0].justify = "right"
+        for cause, entry in manifest["ledger"].items():
+            table.add_row(f"{entry['rows']:,}", cause, entry["first"])
+        for what, count in manifest["changes"].items():
+            table.add_row(f"{count:,}", f"changed: {what}", "")
+        console.print(table)
+    widest = max(tokens["histogram"].values(), default=1)
+    table = Table("tokens", "rows", "", box=None, header_style="bold", pad_edge=False)
+    table.columns[0].justify = table.columns[1].justify = "right"
+    for low, count in tokens["histogram"].items():
+        table.add_row(low, f"{count:,}", "█" * max(1, round(40 * count / widest)))
+    console.print(table)
+    console.print(f"look at it with: python data_prep/preview.py {output}", markup=False)
+
+
+def write_dropped(parts: list[list[Part]], sources: list[Source], path: Path) -> None:
+    """Every row that could not be used, one object a line."""
+    with path.open("w") as file:
+        for source, several in zip(sources, parts, strict=True):
+            for part in several:
+                for row, cause in part.facts["dropped"]:
+                    file.write(json.dumps({"source": f"{source.label}:{row}", "cause": cause}) + "\n")
+
+
+def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
+    """Lengths of the training rows, and how much of each is trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    flat = [part for several in parts for part in several]
+    here = np.concatenate([counts["train"] for counts in chosen.counts])
+    tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.hist(tokens, bins=np.linspace(0, max(1, tokens.max(initial=1)), 50), weights=here, color="#5b8def")
+    if tokens.max(initial=0) > 0.5 * max_length:
+        left.axvline(max_length, color="#e07b39", linestyle="--", label=f"--max_length {max_length}")
+        left.legend(frameon=False)
+    left.set(xlabel="tokens in a row", ylabel="rows", title="Length")
+    right.hist(100 * trained / np.maximum(1, tokens), bins=np.linspace(0, 100, 41), weights=here, color="#5b8def")
+    right.set(xlabel="% of a row's tokens that are trained", ylabel="rows", title="Trained share")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
