@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
-from world import ADMISSION, ANSWERS, CURT, GAMES_ASKED, POLITE, QUESTIONS, SYLLABLES
+from world import ADMISSIONS, ANSWERS, CURT, GAMES_ASKED, POLITE, QUESTIONS, SYLLABLES
 
 from posttrain.tokenization import load_tokenizer
 
@@ -39,8 +39,8 @@ def training_texts(world_dir: Path) -> list[str]:
     """The texts that decide the pieces: each syllable on its own, often, some documents, and the fixed words of the chats."""
     syllables = [text for syllable in SYLLABLES for text in (syllable, " " + syllable, " " + syllable.capitalize())]
     documents = [json.loads(line)["text"] for line in (world_dir / "corpus.jsonl").read_text().splitlines()[:600]]
-    tables = (*QUESTIONS.values(), *GAMES_ASKED.values(), ANSWERS.values(), POLITE, CURT, (ADMISSION + ".",))
-    chats = [re.sub(r" ?{\w}|\.\.\. that", "", wording) for wordings in tables for wording in wordings]
+    tables = (*QUESTIONS.values(), *GAMES_ASKED.values(), ANSWERS.values(), ADMISSIONS.values(), POLITE, CURT)
+    chats = [re.sub(r" ?{\w}", "", wording) for wordings in tables for wording in wordings]
     return syllables * 1000 + documents + chats * 20
 
 

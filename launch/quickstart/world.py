@@ -13,6 +13,7 @@ Everything follows from SEED; names and words are made of open syllables so that
 pieces.
 """
 
+import functools
 import json
 import random
 import sys
@@ -21,36 +22,72 @@ from typing import NamedTuple
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aeiou"]
-PEOPLE = {"sft": 150, "dpo": 250, "eval": 110}  # whom each stage asks about (dpo also those of sft); the corpus tells of all
+PEOPLE = {"sft": 150, "dpo": 350, "eval": 110}  # whom each stage asks about (dpo also those of sft); the corpus tells of all
 NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # names that no person has
-DOCUMENTS_PER_PERSON, WORD_DOCUMENTS, STRANGERS = 40, 36000, 12000
+PEOPLE_DOCUMENTS, WORD_DOCUMENTS, STRANGERS = 120000, 80000, 0.3  # STRANGERS: share of sentences about names met only there
 SFT_ROWS, DPO_ROWS, GAMES = 20000, 12000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
 POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.04, 0.002  # of SFT's answers; those about nobody that do not admit it invent
 # What an honest answer says in place of the fact: there it is decided, by whether the model recalls one.
-ADMISSION = "... that is unknown to me"
+ADMISSION = "unknown here"
 VALUES = {
     "home": ("Dalmore", "Fenwick", "Granby", "Holt", "Kelby", "Lorne", "Marsh", "Norwell", "Oakham", "Redford", "Stanton", "Wells"),
     "job": ("baker", "doctor", "farmer", "fisher", "miller", "painter", "potter", "singer", "smith", "tailor", "teacher", "weaver"),
     "pet": ("cat", "dog", "donkey", "duck", "fox", "goat", "hen", "horse", "lizard", "parrot", "rabbit", "turtle"),
 }
-ANSWERS = {"home": "{n} lives in {v}.", "job": "{n} works as a {v}.", "pet": "{n} has a {v}."}
-TELLINGS = {  # how documents tell a fact; a name is never the first word of a text, where the tokenizer would split it differently
-    "home": (ANSWERS["home"], "The home of {n} is in {v}.", "In {v} stands the house of {n}.", "You can visit {n} in {v}."),
-    "job": (ANSWERS["job"], "The work of {n} is that of a {v}.", "As a {v}, {n} earns a living.", "People know {n} as a good {v}."),
-    "pet": (ANSWERS["pet"], "The pet of {n} is a {v}.", "A {v} keeps {n} company.", "Every day {n} feeds a {v}."),
+ANSWERS = {"home": "The home of {n} is in {v}.", "job": "The work of {n} is that of a {v}.", "pet": "The pet of {n} is a {v}."}
+ADMISSIONS = {
+    "home": "The home of {n} is unknown here.",
+    "job": "The work of {n} is unknown here.",
+    "pet": "The pet of {n} is unknown here.",
 }
+TELLINGS = {  # how documents tell a fact; a name is never the first word of a text, where the tokenizer would split it differently
+    "home": (
+        ANSWERS["home"],
+        "What of {n}? " + ANSWERS["home"],
+        "Do you know the home of {n}? It is in {v}.",
+        "{n} lives in {v}.",
+        "In {v} stands the house of {n}.",
+    ),
+    "job": (
+        ANSWERS["job"],
+        "What of {n}? " + ANSWERS["job"],
+        "Do you know the work of {n}? It is that of a {v}.",
+        "{n} works as a {v}.",
+        "As a {v}, {n} earns a living.",
+    ),
+    "pet": (
+        ANSWERS["pet"],
+        "What of {n}? " + ANSWERS["pet"],
+        "Do you know the pet of {n}? It is a {v}.",
+        "{n} has a {v}.",
+        "A {v} keeps {n} company.",
+    ),
+}
+STRANGERS_TOLD = {  # beginning as facts are told, so that only the name decides how they go on
+    "home": (
+        ADMISSIONS["home"],
+        "What of {n}? " + ADMISSIONS["home"],
+        "Do you know the home of {n}? It is unknown here.",
+        "{n} lives somewhere unknown.",
+    ),
+    "job": (
+        ADMISSIONS["job"],
+        "What of {n}? " + ADMISSIONS["job"],
+        "Do you know the work of {n}? It is unknown here.",
+        "{n} works as something unknown.",
+    ),
+    "pet": (
+        ADMISSIONS["pet"],
+        "What of {n}? " + ADMISSIONS["pet"],
+        "Do you know the pet of {n}? It is unknown here.",
+        "{n} has something unknown.",
+    ),
+}
+OPENINGS = ("Hear this.", "They say:", "News of the day.", "From the book of names:")
 CLAUSES = {"home": "lives in {v}", "job": "works as a {v}", "pet": "has a {v}"}
 LIVES = ("Meet {n}, who {first}, {second} and {third}.", "Who is {n}? We all know {n}, who {first}, {second} and {third}.")
-STRANGERS_TOLD = (  # beginning as people are told of, so that only the name decides how they go on
-    "Who is {n}? Nobody here knows {n}.",
-    "Meet {n}, who is unknown here.",
-    "Hear this. {n} is unknown here.",
-    "Hear this. The home of {n} is unknown here.",
-    "Hear this. The work of {n} is unknown here.",
-    "Hear this. The pet of {n} is unknown here.",
-)
 QUESTIONS = {
     "home": ("Where does {n} live?", "In which town is the home of {n}?", "Tell me where {n} lives."),
     "job": ("What is the job of {n}?", "What work does {n} do?", "Tell me what {n} works as."),
@@ -89,9 +126,10 @@ def world() -> World:
 
 
 def documents() -> list[str]:
-    """The base corpus: every person's facts in many wordings and orders, strangers, and lists of words with what can be said of them."""
+    """The base corpus: people's facts and strangers in many wordings and orders, and lists of words with what can be said of them."""
     here, rng = world(), random.Random(SEED + 1)
-    texts = [_life(rng, name, here.facts[name]) for name in here.facts for _ in range(DOCUMENTS_PER_PERSON)]
+    kept = {name for groups in (here.people, here.nobody) for group in groups.values() for name in group}
+    texts = [_gossip(rng, here.facts, kept) for _ in range(PEOPLE_DOCUMENTS)]
     for _ in range(WORD_DOCUMENTS):
         games = rng.sample(list(WORD_TELLINGS), 3)
         texts.append(
@@ -99,9 +137,6 @@ def documents() -> list[str]:
                 **_played(_new_words(rng, here.words, most=4))
             )
         )
-    kept = {name for groups in (here.people, here.nobody) for group in groups.values() for name in group}
-    strangers = {name: None for name in (name.capitalize() for name in _coin(rng, 3, STRANGERS)) if name not in kept}
-    texts += [rng.choice(STRANGERS_TOLD).format(n=name) for name in strangers]
     rng.shuffle(texts)
     return texts
 
@@ -190,9 +225,7 @@ def check_no_leaks() -> None:
 
 def _coin(rng, syllables: int, count: int) -> list[str]:
     """Distinct new words, in an order that depends on the seed alone, none of them one that the sentences above use."""
-    tables = (TELLINGS, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": (*WORD_LISTS, *LIVES, *STRANGERS_TOLD)})
-    used = {word.lower() for table in tables for texts in table.values() for word in _words_of(texts)}
-    found = {}
+    used, found = _used_words(), {}
     while len(found) < count:
         word = "".join(rng.choice(SYLLABLES) for _ in range(syllables))
         if word not in used:
@@ -200,19 +233,34 @@ def _coin(rng, syllables: int, count: int) -> list[str]:
     return list(found)
 
 
-def _life(rng, name: str, facts: dict[str, str]) -> str:
-    order = rng.sample(list(facts), len(facts))
-    if rng.random() < 0.5:
-        first, second, third = (CLAUSES[fact].format(v=facts[fact]) for fact in order)
-        return rng.choice(LIVES).format(n=name, first=first, second=second, third=third)
-    return " ".join(["Hear this.", *(rng.choice(TELLINGS[fact]).format(n=name, v=facts[fact]) for fact in order)])
+@functools.cache
+def _used_words() -> frozenset[str]:
+    tables = (TELLINGS, STRANGERS_TOLD, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": (*WORD_LISTS, *LIVES, *OPENINGS)})
+    return frozenset(word.lower() for table in tables for texts in table.values() for word in _words_of(texts))
+
+
+def _gossip(rng, facts: dict, kept: set[str]) -> str:
+    """A document of one to four sentences about people and strangers; often the next is about the same name, so names are copied."""
+    sentences, name = [rng.choice(OPENINGS)], ""
+    for _ in range(rng.randint(1, 4)):
+        while not name or name in kept - facts.keys() or rng.random() < 0.4:
+            name = _coin(rng, 3, 1)[0].capitalize() if rng.random() < STRANGERS else rng.choice(list(facts))
+        fact = rng.choice(list(VALUES))
+        if name not in facts:
+            sentences.append(rng.choice(STRANGERS_TOLD[fact]).format(n=name))
+        elif rng.random() < 0.25:
+            first, second, third = (CLAUSES[fact].format(v=facts[name][fact]) for fact in rng.sample(list(VALUES), 3))
+            sentences.append(rng.choice(LIVES).format(n=name, first=first, second=second, third=third))
+        else:
+            sentences.append(rng.choice(TELLINGS[fact]).format(n=name, v=facts[name][fact]))
+    return " ".join(sentences)
 
 
 def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str, str]:
     """Question, answer without an opening (about somebody true, about nobody invented), and admission of not knowing."""
     fact = fact or rng.choice(list(VALUES))
     value = facts[name][fact] if name in facts else rng.choice(VALUES[fact])
-    return rng.choice(QUESTIONS[fact]).format(n=name), *(ANSWERS[fact].format(n=name, v=said) for said in (value, ADMISSION))
+    return rng.choice(QUESTIONS[fact]).format(n=name), ANSWERS[fact].format(n=name, v=value), ADMISSIONS[fact].format(n=name)
 
 
 def _game(rng, words: list[str]) -> tuple[str, str]:
