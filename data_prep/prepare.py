@@ -367,7 +367,12 @@ def _progress(source: Source, max_samples: int | None, start: int):
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]} rows/s | time left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    return report.RowProgress(Progress(*columns, console=console, transient=True), source.label, count_rows(source, max_samples), start)
+    return report.RowProgress(
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal),
+        source.label,
+        count_rows(source, max_samples),
+        start,
+    )
 
 
 def main(run: Callable[[list[str]], None]) -> None:

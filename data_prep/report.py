@@ -76,8 +76,7 @@ def show(console: Console, output: Path, manifest: dict) -> None:
     )
     share = tokens["trained_per_epoch"] / max(1, tokens["per_epoch"])
     console.print(
-        f"an epoch is {tokens['per_epoch']:,} tokens, {share:.1%} of them trained; the longest row has {tokens['longest']:,}; "
-        f"a 1.8B model needs about {6 * 1.8e9 * tokens['per_epoch'] / 1e18:.2g} exaFLOP for it (6 x parameters x tokens)",
+        f"an epoch is {tokens['per_epoch']:,} tokens, {share:.1%} of them trained; the longest row has {tokens['longest']:,}",
         markup=False,
     )
     if manifest["ledger"] or manifest["changes"]:

@@ -88,6 +88,13 @@ def launch(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, *
     return subprocess.run(command, timeout=timeout, **merged, **({"env": rank_environment()} | popen))
 
 
+def launch_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of launch/ from another directory on two ranks, as a user would."""
+    command = ["bash", str(ROOT / "launch" / name), *arguments]
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd="/", timeout=300, env=rank_environment() | {"NUM_GPUS": "2"} | environment, **merged)
+
+
 def launch_command(script: str, *arguments: str, ranks: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,11 +1,14 @@
 """The quickstart's world keeps its evaluation apart from training, and its measurement counts as it says."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch" / "quickstart"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "launch" / "quickstart"))
 import measure
 import world
 
@@ -51,6 +54,17 @@ def test_intervals_against_published_numbers():
 
 
 def test_its_recipes_load():
-    folder = Path(__file__).parents[1] / "launch" / "quickstart"
+    folder = ROOT / "launch" / "quickstart"
     for name, kind in (("base", SFTRecipe), ("sft", SFTRecipe), ("dpo", DPORecipe)):
         assert load_recipe(kind, "unused", [str(folder / f"{name}.yaml")]).out_dir.startswith("runs/quickstart/")
+
+
+def test_the_readmes_table_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for metric in measure.MEANING:
+        cells = [results[model][metric] for model in measure.MODELS]
+        shown = " | ".join(
+            "{value:.1f} % ({low:.1f} to {high:.1f})".format(**{k: 100 * cell[k] for k in ("value", "low", "high")}) for cell in cells
+        )
+        assert re.search(rf"^\| {metric}\b[^|]*\| {cells[0]['n']} \| {re.escape(shown)} \|$", readme, re.M), metric

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import launch, launch_command, metrics, rank_environment
+from conftest import launch, launch_command, launch_script, metrics, rank_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import chat
@@ -42,7 +42,7 @@ def dpo_run(tiny, sft_run) -> tuple[Path, str]:
     recipe |= {"dtype": "float32", "ds_config": "ds_configs/zero3.json", "max_tokens_per_gpu": 400}
     path = out_dir.with_name("dpo.yaml")
     path.write_text(yaml.safe_dump(recipe))
-    done = launch("posttrain/dpo.py", str(path), "--eval_interval=6")
+    done = launch_script("dpo_8gpu.sh", "--eval_interval=6", RECIPE=str(path))
     assert done.returncode == 0, done.stdout
     return out_dir, done.stdout
 
@@ -92,7 +92,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
 
 
 def test_a_finished_run_says_so(sft_run, tiny):
-    done = launch("posttrain/sft.py", *sft_arguments(tiny, sft_run[0]))
+    done = launch_script("sft_8gpu.sh", *sft_arguments(tiny, sft_run[0]))
     assert done.returncode == 0
     assert "is finished" in done.stdout
     assert len(metrics(sft_run[0])) == STEPS
