@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "launch" / "quickstart"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "launch" / "quickstart"))
 import measure
 import world
 
 from posttrain.config import DPORecipe, SFTRecipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_no_evaluation_prompt_name_or_word_is_trained_on():
