@@ -194,6 +194,7 @@ class DPO:
 
 
 KINDS = {"sft": SFT, "dpo": DPO}
+APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 UNPROVEN = "its trained tokens do not read as its text"
 
 
@@ -240,8 +241,10 @@ def finish(kind: SFT | DPO, planned: Planned, encoded, texts, changes: Changes) 
             yield number, Refused(UNPROVEN)
             continue
         try:
-            for example in list(kind.examples(item, encoded[mine], texts[mine], changes)):
-                yield number, example
+            examples = list(kind.examples(item, encoded[mine], texts[mine], changes))
+            if any(part.apart for parts in encoded[mine] for part in parts):
+                changes[APART] += 1
+            yield from ((number, example) for example in examples)
         except Refused as cause:
             yield number, cause
 

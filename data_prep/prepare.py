@@ -26,7 +26,7 @@ from data_prep.parts import Part, Staging, column, table_of, write_split
 from data_prep.sources import DPO_HUB, SFT_HUB, Refused, conversations
 from posttrain import tokenization
 from posttrain.chat import TEMPLATES, ChatFormat
-from posttrain.data import FORMAT
+from posttrain.data import FORMAT, fingerprint_file
 
 HUBS = {"sft": SFT_HUB, "dpo": DPO_HUB}
 CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a part
@@ -137,6 +137,7 @@ def prepare(kind: str, argv: list[str]) -> None:
         write_split(flat, np.concatenate([counts[name] for counts in chosen.counts]), whole / name)
     report.write_dropped(parts, every, whole / "dropped.jsonl")
     report.draw(parts, chosen, options.max_length, whole / "lengths.png")
+    manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
     tokenizer.save_pretrained(whole / "tokenizer")
     (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     staging.publish(output)

@@ -52,7 +52,7 @@ def preview(argv: list[str]) -> None:
     chat = ChatFormat(tokenizer, manifest["template_name"])
     splits = {"train": loaded.train, "validation": loaded.validation}
     if options.check:
-        _check(chat, manifest, splits)
+        _check(Path(options.directory), chat, manifest, splits)
         return
     split = splits[options.split]
     if not len(split):
@@ -117,10 +117,13 @@ def failures(chat: ChatFormat, kind: str, row: dict, max_length: int) -> Iterato
         yield "its trained tokens do not read as the text that they were made from"
 
 
-def _check(chat: ChatFormat, manifest: dict, splits: dict[str, data.Split]) -> None:
+def _check(directory: Path, chat: ChatFormat, manifest: dict, splits: dict[str, data.Split]) -> None:
     """Prove every row again, with the tokenizer in the folder. Raises ValueError if one fails."""
     identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
     found = [f"the {what} in the folder is not the one that made it" for what, value in identity.items() if manifest[what] != value]
+    for name, stored in manifest["files"].items():
+        if data.fingerprint_file(directory / name) != stored:
+            found.append(f"{name} is not the file that was prepared")
     checked = 0
     for name, split in splits.items():
         for number in range(len(split)):

@@ -60,6 +60,7 @@ class Encoded(NamedTuple):
     trained: bool
     text: str | None = None  # what a trained body's ids were made from
     header: tuple[int, ...] | list[int] = ()  # the ids right before a trained body, since the last special token
+    apart: bool = False  # a token would have straddled the border between header and body, so they were encoded apart
 
 
 class ChatFormat:
@@ -198,7 +199,7 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Special | Text]]
             header = chat.header_ids(part.before)
             straddles = together[: len(header)] != header
             body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
-            encoded += [Encoded(header, False), Encoded(body, True, part.body, header)]
+            encoded += [Encoded(header, False), Encoded(body, True, part.body, header, straddles)]
         result.append(encoded)
     return result
 

@@ -118,11 +118,22 @@ def load(directory: str, kind: str, make: str, share_prompt: bool = True) -> Pre
     path = Path(directory)
     if manifest["kind"] != kind:
         raise ValueError(f"{path} holds {manifest['kind']} data; this command needs {kind} data. Make it with\n    {make}")
+    for name, stored in manifest["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != stored["bytes"]:
+            raise ValueError(
+                f"{path} is damaged: {name} is not the file of {stored['bytes']:,} bytes that was prepared. Make it again with\n    {make}"
+            )
     try:
         splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
     except (OSError, KeyError, json.JSONDecodeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
     return PreparedData(*splits, manifest)
+
+
+def fingerprint_file(path: Path) -> dict:
+    """Size and hash of a file, as the manifest holds them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> Split:

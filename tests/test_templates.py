@@ -1,5 +1,6 @@
 """Any template, any text: what is trained reads as the answer that the template renders, and its end token; nothing else is trained."""
 
+import json
 import unicodedata
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data_prep.examples import APART
+from data_prep.prepare import prepare
 from posttrain.chat import IGNORE, ChatFormat, Refused, encode_parts, prove, render, render_prompt, trained_spans
 from posttrain.tokenization import fingerprint, load_tokenizer
 
@@ -169,6 +172,19 @@ def test_a_span_that_does_not_read_as_its_text_is_found():
     assert prove(chat, [encoded]) == [["fox"]]
     wrong = [part._replace(ids=part.ids[:-1]) if part.text else part for part in encoded]
     assert prove(chat, [wrong]) == [None]
+
+
+def test_an_answer_that_would_join_its_header_is_kept_apart_and_counted(tmp_path):
+    """ "assistant\\n" and "\\nfox" would share a token, which generation, starting after the header, could never produce."""
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = ChatFormat(tokenizer).jinja
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "\nfox"}]
+    assert render(ChatFormat(tokenizer), messages).input_ids != tokenizer.apply_chat_template(messages, return_dict=False)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"messages": messages}, {"prompt": "q", "messages": [messages[0], {"role": "assistant", "content": "fox"}]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare("sft", ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", f"{tmp_path}/tokenizer", "--output_dir", f"{tmp_path}/out"])
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changes"] == {APART: 1}
 
 
 @pytest.mark.parametrize("folder", ["minimind_tokenizer", "qwen3"])
