@@ -22,18 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this script's folder, where it would shadow the package data_prep
 PROCESSES = len(os.sched_getaffinity(0))
-SECTIONS = ("encode", "ours", "trl", "llamafactory")
+SECTIONS = ("encode", "ours", "near", "decontaminate", "trl", "llamafactory")
 
 
-def write_rows(path: Path, rows: int) -> None:
+def write_rows(path: Path, rows: int, short: bool) -> None:
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 9))) for _ in range(8000)]
     with path.open("w") as file:
         for _ in range(rows):
             messages = []
-            for _ in range(draw.randint(1, 3)):
-                for role, most in (("user", 40), ("assistant", 90)):
+            for _ in range(1 if short else draw.randint(1, 3)):
+                for role, most in (("user", 6), ("assistant", 6)) if short else (("user", 40), ("assistant", 90)):
                     messages.append({"role": role, "content": " ".join(draw.choices(words, k=draw.randint(5, most))).capitalize() + "."})
             file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -53,13 +53,24 @@ def encode(source: str, tokenizer: str, out: str) -> float:
     return time.perf_counter() - started
 
 
-def ours(source: str, tokenizer: str, out: str) -> float:
+def ours(source: str, tokenizer: str, out: str, name: str = "ours", *more: str) -> float:
     from data_prep.prepare import prepare
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     started = time.perf_counter()
-    prepare("sft", ["--source", source, "--tokenizer", tokenizer, "--output_dir", f"{out}/ours"])
+    prepare("sft", ["--source", source, "--tokenizer", tokenizer, "--output_dir", f"{out}/{name}", *more])
     return time.perf_counter() - started
+
+
+def near(source: str, tokenizer: str, out: str) -> float:
+    """Ours with the search for near copies."""
+    return ours(source, tokenizer, out, "near", "--duplicates", "near")
+
+
+def decontaminate(source: str, tokenizer: str, out: str) -> float:
+    """Ours, compared with a benchmark of 1000 rows of its own."""
+    write_rows(Path(out) / "benchmark.jsonl", 1000, short=False)
+    return ours(source, tokenizer, out, "decontaminate", "--decontaminate", f"{out}/benchmark.jsonl", "--max_dropped", "1")
 
 
 def trl(source: str, tokenizer: str, out: str) -> float:
@@ -130,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--short", action="store_true", help="rows of one exchange of a few words, for very many rows")
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "data_prep.json"))
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -143,7 +155,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "rows.jsonl"
-        write_rows(source, options.rows)
+        write_rows(source, options.rows, options.short)
         sections = {name: measure(name, str(source), options.tokenizer, scratch) for name in options.sections.split(",")}
         manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text())
     from importlib.metadata import PackageNotFoundError, version

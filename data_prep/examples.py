@@ -26,7 +26,8 @@ class Settings(NamedTuple):
 
 
 class Example(NamedTuple):
-    columns: dict[str, list[int]]
+    columns: dict[str, list[int]]  # ids
+    runs: list[int]  # lengths of the runs of input_ids that are not trained, trained, not trained, ...; SFT only
     length: int  # tokens that the example takes
     trained: int  # tokens with a loss
     prompt: str  # examples that share it are on the same side of the split
@@ -39,9 +40,9 @@ class Changes(Counter):
 
 
 class SFT:
-    """input_ids and labels."""
+    """input_ids and what of them is trained."""
 
-    columns = ("input_ids", "labels")
+    columns = ("input_ids",)  # and labels, which follow from the runs
 
     def __init__(self, chat: ChatFormat, settings: Settings):
         self.chat, self.settings = chat, settings
@@ -62,14 +63,11 @@ class SFT:
 
     def examples(self, item: Document | Chat, encoded: list[list[Encoded]], texts: list[list[str]], changes: Changes) -> Iterator[Example]:
         """The row's examples: one, or with split_turns several. Raises Refused."""
-        ids, labels = [], []
-        for part in encoded[0]:
-            ids += part.ids
-            labels += part.ids if part.trained else [IGNORE] * len(part.ids)
+        ids, runs = joined(encoded[0])
         if len(ids) <= self.settings.max_length:
-            yield self._example(item, ids, labels, texts[0])
+            yield self._example(item, ids, runs, texts[0])
         elif self.settings.too_long == "cut":
-            yield self._cut(item, ids, labels, texts[0], changes)
+            yield self._cut(item, ids, runs, texts[0], changes)
         elif self.settings.too_long == "split_turns":
             if isinstance(item, Document):
                 raise Refused(f"a document longer than --max_length {self.settings.max_length}")
@@ -77,26 +75,31 @@ class SFT:
         else:
             raise Refused(f"longer than --max_length {self.settings.max_length}")
 
-    def _example(self, item, ids: list[int], labels: list[int], texts: list[str]) -> Example:
-        trained = len(labels) - labels.count(IGNORE) - (labels[0] != IGNORE)  # nothing predicts a row's first token
-        if not trained:
+    def _example(self, item, ids: list[int], runs: list[int], texts: list[str]) -> Example:
+        trained = sum(runs[1::2]) - (runs[0] == 0)  # nothing predicts a row's first token
+        if trained <= 0:
             raise Refused("nothing to train on")
         if isinstance(item, Document):
             prompt = text = item.text
         else:
-            prompt = "\n".join(m["content"] for m in item.messages if m["role"] == "user")
-            text = "\n".join(m["content"] for m in item.messages)
-        return Example({"input_ids": ids, "labels": labels}, len(ids), trained, prompt, text, proof(texts))
+            prompt = "\n".join([m["content"] for m in item.messages if m["role"] == "user"])
+            text = "\n".join([m["content"] for m in item.messages])
+        return Example({"input_ids": ids}, runs, len(ids), trained, prompt, text, proof(texts))
 
-    def _cut(self, item, ids: list[int], labels: list[int], texts: list[str], changes: Changes) -> Example:
+    def _cut(self, item, ids: list[int], runs: list[int], texts: list[str], changes: Changes) -> Example:
         """The first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
-        ids, labels = ids[: self.settings.max_length], labels[: self.settings.max_length]
-        if all(label == IGNORE for label in labels):
+        ids, kept, room = ids[: self.settings.max_length], [], self.settings.max_length
+        for length in runs:
+            kept.append(min(length, room))
+            room -= kept[-1]
+            if not room:
+                break
+        if not sum(kept[1::2]):
             raise Refused("nothing trained is left within --max_length")
-        kept = span_texts(self.chat, ids, labels)
-        if not all(_is_prefix(cut, whole) for cut, whole in zip(kept, texts, strict=False)):
+        read = span_texts(self.chat, ids, labels_of(ids, kept))
+        if not all(_is_prefix(cut, whole) for cut, whole in zip(read, texts, strict=False)):
             raise Refused("its tokens, once cut, do not read as the start of its text")
-        example = self._example(item, ids, labels, kept)
+        example = self._example(item, ids, kept, read)
         changes["cut to --max_length"] += 1
         return example
 
@@ -120,14 +123,13 @@ class SFT:
         for piece in pieces:
             part = Chat(system + piece, item.tools)
             encoded = chats.encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
-            ids = [token for e in encoded[0] for token in e.ids]
-            labels = [token if e.trained else IGNORE for e in encoded[0] for token in e.ids]
+            ids, runs = joined(encoded[0])
             texts = chats.prove(self.chat, encoded)[0]
             if len(ids) > self.settings.max_length:
                 raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
             if texts is None:
                 raise Refused(UNPROVEN)
-            examples.append(self._example(part, ids, labels, texts))
+            examples.append(self._example(part, ids, runs, texts))
         changes["split at turns"] += 1
         yield from examples
 
@@ -186,7 +188,7 @@ class DPO:
         columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         length = len(prompt) + len(chosen) + len(rejected)
         text = "\n".join([asked, item.chosen, item.rejected])
-        yield Example(columns, length, len(chosen) + len(rejected), asked, text, proof(answers))
+        yield Example(columns, [], length, len(chosen) + len(rejected), asked, text, proof(answers))
 
     def _read(self, header: list[int], answer: list[int]) -> str:
         body = answer[:-1] if answer[-1] == self.chat.end_id else answer
@@ -247,6 +249,25 @@ def finish(kind: SFT | DPO, planned: Planned, encoded, texts, changes: Changes) 
             yield from ((number, example) for example in examples)
         except Refused as cause:
             yield number, cause
+
+
+def joined(parts: list[Encoded]) -> tuple[list[int], list[int]]:
+    """The ids of a row and the lengths of its runs, of which every second is trained."""
+    ids: list[int] = []
+    runs = [0]
+    for part in parts:
+        ids += part.ids
+        if part.trained == (len(runs) % 2 == 0):
+            runs[-1] += len(part.ids)
+        else:
+            runs.append(len(part.ids))
+    return ids, runs
+
+
+def labels_of(ids: list[int], runs: list[int]) -> list[int]:
+    """The ids where they are trained, else IGNORE."""
+    trained = [which % 2 for which, length in enumerate(runs) for _ in range(length)]
+    return [token if on else IGNORE for token, on in zip(ids, trained, strict=True)]
 
 
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:

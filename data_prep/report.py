@@ -107,15 +107,13 @@ def write_dropped(parts: list[list[Part]], sources: list[Source], path: Path) ->
 
 def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
     """Lengths of the training rows, and how much of each is trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot would take longer to import than a small dataset to prepare
 
     flat = [part for several in parts for part in several]
     here = np.concatenate([counts["train"] for counts in chosen.counts])
     tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.hist(tokens, bins=np.linspace(0, max(1, tokens.max(initial=1)), 50), weights=here, color="#5b8def")
     if tokens.max(initial=0) > 0.5 * max_length:
         left.axvline(max_length, color="#e07b39", linestyle="--", label=f"--max_length {max_length}")
@@ -126,4 +124,3 @@ def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)

@@ -38,13 +38,6 @@ class Rendered(NamedTuple):
     labels: list[int]  # same length; IGNORE where the token is not trained, else the token itself
 
 
-class Special(NamedTuple):
-    """A special token of the template."""
-
-    id: int
-    trained: bool
-
-
 class Text(NamedTuple):
     """Text between two special tokens. No token straddles the border of a trained body."""
 
@@ -54,13 +47,16 @@ class Text(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The ids of a Special or a Text; several to a conversation."""
+    """Ids: special tokens of the template, or what a Text became."""
 
     ids: list[int]
     trained: bool
     text: str | None = None  # what a trained body's ids were made from
     header: tuple[int, ...] | list[int] = ()  # the ids right before a trained body, since the last special token
     apart: bool = False  # a token would have straddled the border between header and body, so they were encoded apart
+
+
+Part = Encoded | Text
 
 
 class ChatFormat:
@@ -73,10 +69,13 @@ class ChatFormat:
         assert template in TEMPLATES
         self.tokenizer, self.template = tokenizer, template
         self.specials = _special_tokens(tokenizer)
-        self.prefix = [Special(token, False) for token in text_prefix(tokenizer)]
+        self.prefix = text_prefix(tokenizer)
         self.special_ids = {*self.specials.values(), *tokenizer.all_special_ids}
         if template == "chatml":
             self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
+            to_next = [*encode_text(tokenizer, "\n"), self.start_id]
+            self.after_answer = [Encoded([self.end_id], True), Encoded(to_next, False)]
+            self.after_other = [Encoded([self.end_id, *to_next], False)]
             bos = "{{ bos_token }}" if self.prefix else ""
             self.jinja = (
                 bos + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -90,29 +89,30 @@ class ChatFormat:
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
         self.header_ids = functools.cache(lambda text: encode_text(tokenizer, text))
 
-    def parts(self, messages: list[dict], tools: list | None = None) -> list[Special | Text]:
+    def parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
         """A conversation as the template writes it. Raises Refused, or ValueError for a message that is not {role, content: str}."""
         for position, message in enumerate(messages):
             _check(message, position)
         return self._chatml(messages, tools) if self.template == "chatml" else self._own(messages, tools)
 
-    def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Special | Text]:
+    def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
         """The same up to the point where the assistant's next answer starts."""
         parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
         last = max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
         return [*parts[:last], Text(parts[last].before, "", False)]
 
-    def _chatml(self, messages, tools) -> list[Special | Text]:
+    def _chatml(self, messages, tools) -> list[Part]:
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
-        parts: list[Special | Text] = [*self.prefix]
+        parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]
         for message in messages:
             trained = message["role"] == "assistant"
-            text = Text(message["role"] + "\n", message["content"], trained)
-            parts += [Special(self.start_id, False), text, Special(self.end_id, trained), Text("\n", "", False)]
+            parts.append(Text(message["role"] + "\n", message["content"], trained))
+            parts += self.after_answer if trained else self.after_other
+        parts[-1] = Encoded(parts[-1].ids[:-1], False)  # no turn follows
         return parts
 
-    def _own(self, messages, tools) -> list[Special | Text]:
+    def _own(self, messages, tools) -> list[Part]:
         pieces = self._pieces(messages, tools)
         return [_space_to_body(part) for part in _runs(pieces, self.specials, self.end_id)]
 
@@ -178,7 +178,7 @@ class _Piece(NamedTuple):
     answer: bool  # an assistant's turn starts here
 
 
-def encode_parts(chat: ChatFormat, conversations: Iterable[list[Special | Text]]) -> list[list[Encoded]]:
+def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:
     """Ids of many conversations' parts, in one call of the tokenizer."""
     conversations = list(conversations)
     texts = [part.before + part.body for parts in conversations for part in parts if isinstance(part, Text)]
@@ -187,8 +187,8 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Special | Text]]
     for parts in conversations:
         encoded: list[Encoded] = []
         for part in parts:
-            if isinstance(part, Special):
-                encoded.append(Encoded([part.id], part.trained))
+            if isinstance(part, Encoded):
+                encoded.append(part)
                 continue
             together = next(ids)
             if not part.trained:
@@ -276,12 +276,12 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return encode_texts(tokenizer, [text])[0]
 
 
-def document_parts(chat: ChatFormat, text: str) -> list[Special | Text]:
+def document_parts(chat: ChatFormat, text: str) -> list[Part]:
     """A plain document, every token trained: what the tokenizer puts before a text, the text, its end-of-text token."""
     end = chat.tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-text token, so a model trained on plain text could not end one")
-    return [*chat.prefix, Text("", text, True), Special(end, True)]
+    return [Encoded(chat.prefix, False), Text("", text, True), Encoded([end], True)]
 
 
 def text_prefix(tokenizer) -> list[int]:
@@ -290,9 +290,9 @@ def text_prefix(tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[Special | Text]:
+def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[Part]:
     """Pieces -> parts: fixed text is split at its special tokens, and what stands between two of them is one Text."""
-    parts: list[Special | Text] = []
+    parts: list[Part] = []
     before, body, trained = "", "", False
     for piece in pieces:
         trained = trained or piece.answer
@@ -303,7 +303,7 @@ def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[S
             if before or body:
                 parts.append(Text(before, body, bool(body)))
             before = body = ""
-            parts.append(Special(specials[text], trained))
+            parts.append(Encoded([specials[text]], trained))
             trained = trained and specials[text] != end_id
     if before or body:
         parts.append(Text(before, body, bool(body)))
@@ -312,9 +312,9 @@ def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[S
     return parts
 
 
-def _space_to_body(part: Special | Text) -> Special | Text:
+def _space_to_body(part: Part) -> Part:
     """A space that the template writes between header and answer belongs to the answer's first token in most vocabularies."""
-    if isinstance(part, Special) or not part.trained:
+    if isinstance(part, Encoded) or not part.trained:
         return part
     before = part.before.rstrip(" ")
     return Text(before, part.before[len(before) :] + part.body, True)
