@@ -47,19 +47,19 @@ class SFT:
     def __init__(self, chat: ChatFormat, settings: Settings):
         self.chat, self.settings = chat, settings
 
-    def parts(self, item: Document | Chat, changes: Changes) -> list[list]:
+    def parts(self, item: Document | Chat) -> list[list]:
         """What to encode for one row. Raises Refused."""
         if isinstance(item, Document):
             return [chats.document_parts(self.chat, item.text)]
         return [self.chat.parts(item.messages, item.tools)]
 
-    def with_system(self, item: Document | Chat, changes: Changes) -> Document | Chat:
+    def with_system(self, item: Document | Chat) -> Document | Chat:
         prompt = self.settings.system_prompt
         if prompt is None:
             return item
         if isinstance(item, Document):
             raise ValueError("--system_prompt has no place in plain documents (rows with a text column); leave it out")
-        return item._replace(messages=_with_system(item.messages, prompt, changes))
+        return item if item.messages[0]["role"] == "system" else item._replace(messages=[_system(prompt), *item.messages])
 
     def examples(self, item: Document | Chat, encoded: list[list[Encoded]], texts: list[list[str]], changes: Changes) -> Iterator[Example]:
         """The row's examples: one, or with split_turns several. Raises Refused."""
@@ -82,7 +82,7 @@ class SFT:
         if isinstance(item, Document):
             prompt = text = item.text
         else:
-            prompt = "\n".join([m["content"] for m in item.messages if m["role"] == "user"])
+            prompt = _asked(item.messages)
             text = "\n".join([m["content"] for m in item.messages])
         return Example({"input_ids": ids}, runs, len(ids), trained, prompt, text, proof(texts))
 
@@ -147,11 +147,11 @@ class DPO:
             raise ValueError("--too_long split_turns is for conversations; pairs can be dropped or cut")
         self.chat, self.settings = chat, settings
 
-    def with_system(self, item: Pair, changes: Changes) -> Pair:
+    def with_system(self, item: Pair) -> Pair:
         prompt = self.settings.system_prompt
-        return item if prompt is None else item._replace(prompt=_with_system(item.prompt, prompt, changes))
+        return item if prompt is None or item.prompt[0]["role"] == "system" else item._replace(prompt=[_system(prompt), *item.prompt])
 
-    def parts(self, item: Pair, changes: Changes) -> list[list]:
+    def parts(self, item: Pair) -> list[list]:
         """Prompt with the chosen answer, and the end of the same with the rejected one."""
         chosen, rejected = (
             self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
@@ -184,11 +184,11 @@ class DPO:
             changes["cut to --max_length"] += 1
         if chosen == rejected:
             raise Refused("chosen equals rejected once tokenized")
-        asked = "\n".join(message["content"] for message in item.prompt)
+        context = "\n".join(message["content"] for message in item.prompt)
         columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         length = len(prompt) + len(chosen) + len(rejected)
-        text = "\n".join([asked, item.chosen, item.rejected])
-        yield Example(columns, [], length, len(chosen) + len(rejected), asked, text, proof(answers))
+        text = "\n".join([context, item.chosen, item.rejected])
+        yield Example(columns, [], length, len(chosen) + len(rejected), _asked(item.prompt), text, proof(answers))
 
     def _read(self, header: list[int], answer: list[int]) -> str:
         body = answer[:-1] if answer[-1] == self.chat.end_id else answer
@@ -206,18 +206,21 @@ class Planned(NamedTuple):
     numbers: list[int]
     items: list[Document | Chat | Pair | Refused]
     parts: list[list[list]]  # of each item; empty for a refused one
+    given: set[int]  # numbers of the rows that were given the system prompt
 
 
-def plan(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat | Pair | Refused]], changes: Changes) -> Planned:
-    planned = Planned([], [], [])
+def plan(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat | Pair | Refused]]) -> Planned:
+    planned = Planned([], [], [], set())
     for number, item in numbered:
         parts: list[list] = []
         if not isinstance(item, Refused):
             try:
-                item = kind.with_system(item, changes)
-                parts = kind.parts(item, changes)
+                asked, item = item, kind.with_system(item)
+                parts = kind.parts(item)
+                if item is not asked:
+                    planned.given.add(number)
             except Refused as cause:
-                item = cause
+                item = Refused(str(cause))  # without the traceback, which holds this frame and with it the whole chunk
         planned.numbers.append(number)
         planned.items.append(item)
         planned.parts.append(parts)
@@ -247,8 +250,10 @@ def finish(kind: SFT | DPO, planned: Planned, encoded, texts, changes: Changes) 
             if any(part.apart for parts in encoded[mine] for part in parts):
                 changes[APART] += 1
             yield from ((number, example) for example in examples)
+            if number in planned.given:
+                changes["given --system_prompt"] += 1
         except Refused as cause:
-            yield number, cause
+            yield number, Refused(str(cause))
 
 
 def joined(parts: list[Encoded]) -> tuple[list[int], list[int]]:
@@ -309,11 +314,13 @@ def row_hashes(columns: list[np.ndarray], offsets: list[np.ndarray]) -> np.ndarr
     return hashes
 
 
-def _with_system(messages: list[dict], prompt: str, changes: Changes) -> list[dict]:
-    if messages[0]["role"] == "system":
-        return messages
-    changes["given --system_prompt"] += 1
-    return [{"role": "system", "content": prompt}, *messages]
+def _system(prompt: str) -> dict:
+    return {"role": "system", "content": prompt}
+
+
+def _asked(messages: list[dict]) -> str:
+    """The first user message: conversations that begin alike are on the same side of the split, also where one goes on further."""
+    return next(message["content"] for message in messages if message["role"] == "user")
 
 
 def _is_prefix(cut: str, whole: str) -> bool:

@@ -22,7 +22,7 @@ import pyarrow.parquet
 from posttrain.chat import Refused
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
-HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)\b|(test|val|valid|validation|eval|dev)_", re.IGNORECASE)
+HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)
 Row = dict | Refused
 
 
@@ -59,7 +59,7 @@ def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         raise FileNotFoundError(
             f"{place} {seen}; expected a JSON, JSONL, CSV or Parquet file (or one of them gzipped), or a folder of them"
         )
-    held_out = [file for file in found if HELD_OUT.match(file.name)]
+    held_out = [] if path.is_file() else [file for file in found if any(map(HELD_OUT.match, file.relative_to(path).parts))]
     training = [file for file in found if file not in held_out]
     return (tuple(training), tuple(held_out)) if training else (tuple(held_out), ())
 
@@ -97,6 +97,8 @@ def _open(path: Path) -> io.BufferedIOBase:
 def _json(path: Path) -> Iterator[Row]:
     """A JSON list of objects, or a JSON object a line."""
     with _open(path) as file:
+        if (start := file.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path} is UTF-16 (it starts with {start!r}); save it as UTF-8")
         first = file.readline().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         while first and not first.strip():
             first = file.readline()
@@ -111,7 +113,7 @@ def _json_list(path: Path, content: bytes) -> Iterator[Row]:
         rows = json.loads(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         yield _object(path, f"row {number}", row)
@@ -128,7 +130,7 @@ def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(path, f"line {number}", row)
@@ -144,7 +146,8 @@ def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with _open(path) as binary:
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text, strict=True)
+        lines = itertools.dropwhile(lambda line: not line.strip(), text)
+        reader = csv.DictReader(lines, strict=True)
         try:
             if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
                 raise ValueError(f"{path}: two columns have the same name: {reader.fieldnames}")
@@ -168,7 +171,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: Parquet compresses its columns itself; unpack the file")
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from map(_without_padding, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
 
@@ -183,4 +186,15 @@ def _hub_rows(source: Source) -> Iterator[Row]:
             f"{source.hub} ({source.split}) cannot be loaded from the hub: {error}\nWhere the hub is out of reach, give the same rows with "
             f"--source FILE_OR_DIR; a private dataset needs HF_TOKEN in the environment"
         ) from error
-    yield from rows
+    yield from map(_without_padding, rows)
+
+
+def _without_padding(row: dict) -> dict:
+    """Arrow gives all objects of a column the same keys, with nulls where a row had none: they are not the row's."""
+
+    def bare(value):
+        if isinstance(value, dict):
+            return {name: bare(inner) for name, inner in value.items() if inner is not None}
+        return [bare(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: bare(value) for name, value in row.items()}

@@ -64,6 +64,7 @@ def signatures(texts: Iterable[str]) -> list[np.ndarray]:
     shingles = []
     for text in texts:
         words = _words(text)
+        words = words or [text]  # signs and emoji only
         grams = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
         shingles.append([gram.encode() for gram in sorted(grams)])
     return [sketch.hashvalues.astype(np.uint32) for sketch in MinHash.bulk(shingles, **SKETCH)]

@@ -41,7 +41,7 @@ class Staging:
         request = json.loads(json.dumps(request))
         asked = self.folder / "request.json"
         if not asked.is_file() or json.loads(asked.read_text()) != request:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            discard(self.folder)
             (self.folder / "parts").mkdir(parents=True)
             _write_whole(asked, json.dumps(request, indent=2).encode())
         shutil.rmtree(self.folder / "whole", ignore_errors=True)
@@ -64,7 +64,13 @@ class Staging:
         """The prepared folder appears, whole."""
         _sync(self.folder / "whole")
         (self.folder / "whole").rename(output)
-        shutil.rmtree(self.folder)
+        discard(self.folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a staging folder. Its request goes first: killed in between, what is left is no longer taken for anybody's work."""
+    (folder / "request.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:

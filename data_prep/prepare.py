@@ -136,8 +136,8 @@ def prepare(kind: str, argv: list[str]) -> None:
     whole.mkdir()
     flat = [part for several in parts for part in several]
     for name in ("train", "validation"):
-        write_split(flat, np.concatenate([counts[name] for counts in chosen.counts]), whole / name)
-    report.write_dropped(parts, every, whole / "dropped.jsonl")
+        write_split(flat, chosen.counts[name], whole / name)
+    report.write_dropped(parts, every, chosen.left_out, whole / "dropped.jsonl")
     report.draw(parts, chosen, options.max_length, whole / "lengths.png")
     manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
     tokenizer.save_pretrained(whole / "tokenizer")
@@ -210,11 +210,14 @@ def convert(kind, index: int, source: Source, staging: Staging, options, benchma
             future, (planned, changes, last) = job
             encoded, texts = future.result()
             examples, lost = [], []
+            refused: set[int] = set()
             for row, result in finish(kind, planned, encoded, texts, changes):
                 if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
                     result = Refused(f"{overlap.QUOTES} {quoted}")
                 if isinstance(result, Refused):
-                    lost.append([row, str(result)])
+                    if row not in refused:  # once a row, also where several of its pieces were
+                        lost.append([row, str(result)])
+                    refused.add(row)
                 else:
                     examples.append((f"{source.label}:{row}", result))
             signatures = overlap.signatures(example.text for _, example in examples) if near else None
@@ -228,7 +231,7 @@ def convert(kind, index: int, source: Source, staging: Staging, options, benchma
 
         for chunk, last in _chunks(kind, source, start, options):
             changes = Changes()
-            planned = plan(kind, chunk, changes)
+            planned = plan(kind, chunk)
             job = (background.submit(encode, kind.chat, planned), (planned, changes, last))
             if pending:
                 settle(pending)
@@ -273,8 +276,9 @@ def _name(kind) -> str:
 class Chosen(NamedTuple):
     """What becomes of every example of the parts, and why some are left out."""
 
-    counts: list[dict[str, np.ndarray]]  # for each source: how often each example goes to "train" and to "validation"
-    causes: list[Counter]  # for each source: examples left out, by cause
+    counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
+    left_out: dict[str, np.ndarray]  # by cause: which examples
+    notes: list[str]  # where the result is not quite what was asked for
 
 
 def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
@@ -284,13 +288,11 @@ def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
     rows, prompts = column(flat, "_row"), column(flat, "_prompt")
     held_out = owner >= len(sources.training)
     left = np.ones(len(owner), bool)
-    causes = [Counter() for _ in parts]
+    left_out: dict[str, np.ndarray] = {}
 
     def leave_out(which: np.ndarray, cause: str) -> None:
-        which = which & left
+        left_out[cause] = left_out.get(cause, False) | (which & left)
         left[which] = False
-        for index in np.unique(owner[which]):
-            causes[index][cause] += int((which & (owner == index)).sum())
 
     if options.duplicates != "keep":
         for group in (~held_out, held_out):
@@ -318,14 +320,15 @@ def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
         order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
         counts[order[: round(rest)]] += 1
         if source.weight < 1 and len(mine):
-            causes[index][f"left out by the weight {source.weight:g}"] += int((counts[mine] == 0).sum())
+            leave_out((owner == index) & left & ~validation & (counts == 0), f"left out by the weight {source.weight:g}")
     if not counts.any():
-        raise ValueError(f"no row can be trained on: {_causes(parts, causes)}")
+        raise ValueError(f"no row can be trained on: {_causes(parts, left_out)}")
     assert not np.isin(prompts[counts > 0], prompts[validation & left]).any(), "a validation prompt is in training"
-    per_source = [
-        {"train": counts[owner == index], "validation": (validation & left)[owner == index].astype(int)} for index in range(len(parts))
-    ]
-    return Chosen(per_source, causes)
+    found, notes = int((validation & left).sum()), []
+    if options.val_size is not None and found < options.val_size:
+        why = "the upstream's own split has no more" if held_out.any() else "rows that begin with the same message stay together"
+        notes.append(f"--val_size {options.val_size} was asked for, {found} rows are there: {why}")
+    return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, notes)
 
 
 DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of another row"
@@ -370,10 +373,9 @@ def refuse_large_losses(manifest: dict, limit: float) -> None:
         )
 
 
-def _causes(parts: list[list[Part]], left_out: list[Counter]) -> str:
+def _causes(parts: list[list[Part]], left_out: dict[str, np.ndarray]) -> str:
     total = Counter(cause for several in parts for part in several for _, cause in part.facts["dropped"])
-    for counter in left_out:
-        total.update(counter)
+    total.update({cause: int(which.sum()) for cause, which in left_out.items() if which.any()})
     return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"
 
 

@@ -201,17 +201,20 @@ def _html(block: Block, ids: bool) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data_prep/preview.py", description="Rows as the model sees them.", allow_abbrev=False)
     parser.add_argument("directory", help="a folder that prepare_sft.py or prepare_dpo.py wrote")
-    parser.add_argument("--split", choices=("train", "validation"), default="train")
-    parser.add_argument("--rows", type=int, default=5, help="how many, spread over the split")
+    parser.add_argument("--split", choices=("train", "validation"), help="which rows (train)")
+    parser.add_argument("--rows", type=int, help="how many, spread over the split (5)")
     parser.add_argument("--row", type=int, help="this one only, counted from 0")
     parser.add_argument("--ids", action="store_true", help="with token ids")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
     parser.add_argument("--check", action="store_true", help="prove every row again instead; exit status 1 if one fails")
     options = parser.parse_args(argv)
+    if options.check and (options.html or options.ids or options.split or options.rows is not None or options.row is not None):
+        parser.error("--check goes over all rows and shows none: give it alone")
+    if options.row is not None and options.rows is not None:
+        parser.error("give --row or --rows, not both")
+    options.split, options.rows = options.split or "train", 5 if options.rows is None else options.rows
     if options.rows < 1:
         parser.error("--rows should be 1 or more")
-    if options.check and (options.html or options.ids or options.row is not None):
-        parser.error("--check goes over all rows and shows none: give it alone")
     return options
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +40,24 @@ def summary(parts: list[list[Part]], sources: list[Source], chosen) -> dict:
     """Counts, ledger and token statistics for the manifest."""
     ledger: dict[str, dict] = {}
     changes: Counter = Counter()
-    for source, several, left_out in zip(sources, parts, chosen.causes, strict=True):
+    for source, several in zip(sources, parts, strict=True):
         for part in several:
             changes.update(part.facts["changes"])
             for row, cause in part.facts["dropped"]:
                 entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": True})
                 entry["rows"] += 1
-        for cause, count in left_out.items():
-            entry = ledger.setdefault(cause, {"rows": 0, "first": "", "unusable": False})
-            entry["rows"] += count
     flat = [part for several in parts for part in several]
+    for cause, which in chosen.left_out.items():
+        if which.any():
+            ledger[cause] = {"rows": int(which.sum()), "first": next(_sources_of(flat, which)), "unusable": False}
     tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
-    counts = {name: np.concatenate([c[name] for c in chosen.counts]) for name in ("train", "validation")}
+    counts = chosen.counts
     result = {
         "counts": {name: int(which.sum()) for name, which in counts.items()},
         "rows": sum(part.facts["rows"] for part in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
         "changes": dict(changes.most_common()),
+        "notes": chosen.notes,
     }
     here = counts["train"]
     histogram, _ = np.histogram(tokens, bins=[*EDGES, np.iinfo(np.int32).max], weights=here)
@@ -87,6 +89,8 @@ def show(console: Console, output: Path, manifest: dict) -> None:
         for what, count in manifest["changes"].items():
             table.add_row(f"{count:,}", f"changed: {what}", "")
         console.print(table)
+    for note in manifest["notes"]:
+        console.print(f"note: {note}", markup=False)
     widest = max(tokens["histogram"].values(), default=1)
     table = Table("tokens", "rows", "", box=None, header_style="bold", pad_edge=False)
     table.columns[0].justify = table.columns[1].justify = "right"
@@ -96,13 +100,28 @@ def show(console: Console, output: Path, manifest: dict) -> None:
     console.print(f"look at it with: python data_prep/preview.py {output}", markup=False)
 
 
-def write_dropped(parts: list[list[Part]], sources: list[Source], path: Path) -> None:
-    """Every row that could not be used, one object a line."""
+def _sources_of(parts: list[Part], which: np.ndarray) -> Iterator[str]:
+    """The source ids of the marked examples."""
+    at = 0
+    for part in parts:
+        table = part.table()
+        marked = np.flatnonzero(which[at : at + len(table)])
+        at += len(table)
+        if len(marked):
+            yield from table.column("source").take(marked).to_pylist()
+
+
+def write_dropped(parts: list[list[Part]], sources: list[Source], left_out: dict[str, np.ndarray], path: Path) -> None:
+    """Every row that is not in the data, one object a line."""
     with path.open("w") as file:
         for source, several in zip(sources, parts, strict=True):
             for part in several:
                 for row, cause in part.facts["dropped"]:
                     file.write(json.dumps({"source": f"{source.label}:{row}", "cause": cause}) + "\n")
+        flat = [part for several in parts for part in several]
+        for cause, which in left_out.items():
+            for name in _sources_of(flat, which):
+                file.write(json.dumps({"source": name, "cause": cause}) + "\n")
 
 
 def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
@@ -110,7 +129,7 @@ def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
     from matplotlib.figure import Figure  # pyplot would take longer to import than a small dataset to prepare
 
     flat = [part for several in parts for part in several]
-    here = np.concatenate([counts["train"] for counts in chosen.counts])
+    here = chosen.counts["train"]
     tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

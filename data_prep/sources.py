@@ -88,13 +88,13 @@ def conversations(kind: str, rows: Iterable[Row]) -> Iterator[Document | Chat | 
             continue
         if reader is None:
             if kind == "sft" and TREE_COLUMNS.issubset(row):
-                yield from map(_tree_path, best_paths([row, *(r for r in rows if not isinstance(r, Refused))]))
+                yield from _trees([row, *rows])
                 return
             reader, columns = (sft_reader if kind == "sft" else dpo_reader)(set(row)), set(row)
         try:
             yield reader(row)
         except Refused as cause:
-            yield cause
+            yield Refused(str(cause))  # without the traceback, which holds the row
         except KeyError as missing:
             yield Refused(f"column {missing} is missing; the first row has {', '.join(sorted(columns))}")
 
@@ -145,27 +145,40 @@ def dpo_reader(columns: set[str]) -> Callable[[dict], Pair]:
     )
 
 
+def _trees(rows: list[Row]) -> Iterator[Chat | Refused]:
+    """A conversation for each tree of messages, and a Refused for each row that belongs to none."""
+    sound, known = [], {row["message_id"] for row in rows if isinstance(row, dict) and isinstance(row.get("message_id"), str)}
+    for row in rows:
+        if isinstance(row, Refused):
+            yield row
+        elif not isinstance(row.get("message_id"), str) or not isinstance(row.get("rank"), int | float | None):
+            yield Refused("a message of a tree without message_id, or whose rank is not a number")
+        elif row.get("parent_id") is not None and row["parent_id"] not in known:
+            yield Refused("a message of a tree whose parent is not there")
+        else:
+            sound.append(row)
+    for path in best_paths(sound):
+        if not path:
+            yield Refused("a tree without an answer")
+            continue
+        try:
+            yield _chat(_messages([{"role": row.get("role"), "content": row.get("text")} for row in path], "tree"), {})
+        except Refused as cause:
+            yield Refused(str(cause))
+
+
 def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:
     """oasst1's messages -> the path of each tree: from its root always on to the best-ranked reply, up to the last assistant's."""
     children, roots = defaultdict(list), []
     for row in rows:
-        (children[row["parent_id"]] if row["parent_id"] else roots).append(row)
+        (roots if row.get("parent_id") is None else children[row["parent_id"]]).append(row)
     for root in roots:
         path = [root]
-        while replies := [reply for reply in children[path[-1]["message_id"]] if not reply.get("deleted")]:
+        while replies := [reply for reply in children.pop(path[-1]["message_id"], []) if not reply.get("deleted")]:
             path.append(min(replies, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"]))
-        while path and path[-1]["role"] not in ("assistant", "gpt"):
+        while path and path[-1].get("role") not in ("assistant", "gpt"):
             path.pop()
         yield path
-
-
-def _tree_path(path: list[dict]) -> Chat | Refused:
-    if not path:
-        return Refused("a tree without an answer")
-    try:
-        return _chat(_messages([{"role": row["role"], "content": row["text"]} for row in path], "tree"), {})
-    except Refused as cause:
-        return cause
 
 
 def _single_turn(row: dict, question: str, context: str | None, answer: str) -> list[dict]:
@@ -178,7 +191,9 @@ def _single_turn(row: dict, question: str, context: str | None, answer: str) -> 
 def _history(row: dict) -> list[dict]:
     """Earlier exchanges of a LLaMA-Factory row: [[question, answer], ...]."""
     exchanges = row["history"] or []
-    if not all(isinstance(e, list) and len(e) == 2 and all(isinstance(text, str) for text in e) for e in exchanges):
+    if not isinstance(exchanges, list) or not all(
+        isinstance(e, list) and len(e) == 2 and all(isinstance(text, str) for text in e) for e in exchanges
+    ):
         raise Refused("history is not a list of [question, answer]")
     turns = [{"role": role, "content": text} for exchange in exchanges for role, text in zip(("user", "assistant"), exchange, strict=True)]
     return _system(row) + [{**turn, "content": _clean(turn["content"], "history")} for turn in turns]
@@ -209,9 +224,20 @@ def _pair(row: dict, question: str | None, context: str | None) -> Pair:
         if question is None:
             return _answers([], _transcript(chosen), _transcript(rejected), row)
         return _checked(_prompt(row, question, context), _text(row, "chosen"), _text(row, "rejected"), row)
-    # without turns before the answer the prompt is in its own column
-    alone = isinstance(chosen, list) and len(chosen) == 1 and question is not None
-    return _answers(_prompt(row, question, context) if alone else _system(row), chosen, rejected, row)
+    if question is None:
+        return _answers(_system(row), chosen, rejected, row)
+    prompt = _prompt(row, question, context)
+    if isinstance(chosen, list) and len(chosen) == 1:  # without turns before the answer the prompt is in its own column
+        return _answers(prompt, chosen, rejected, row)
+    pair = _answers(_system(row), chosen, rejected, row)
+    asked = [message for message in pair.prompt if message["role"] != "system"]
+    if isinstance(row[question], list):
+        if asked != [message for message in prompt if message["role"] != "system"]:
+            raise Refused(f"{question} disagrees with the messages before the answer")
+        return pair if pair.prompt[0]["role"] == "system" else pair._replace(prompt=prompt)
+    if all(message["content"].strip() != prompt[-1]["content"].strip() for message in asked):
+        raise Refused(f"{question} disagrees with the messages before the answer")
+    return pair
 
 
 def _prompt(row: dict, question: str, context: str | None) -> list[dict]:
@@ -280,6 +306,10 @@ def _message(message: dict) -> dict:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise Refused(f"unknown role {name!r}")
+    if message.get("weight", 1) != 1 or message.get("train", True) is not True:
+        raise Refused("a message says that it is not to be trained (weight or train), which is not supported")
+    if message.get("reasoning_content"):
+        raise Refused("a message has reasoning_content, which would be lost: write it into the content")
     if isinstance(content, list):  # OpenAI's parts
         if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
             raise Refused("a message holds something other than text")
@@ -323,7 +353,7 @@ def _parsed(value, what: str):
         return value
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise Refused(f"{what}: not valid JSON") from None
 
 

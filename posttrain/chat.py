@@ -17,15 +17,16 @@ rewrites a message beyond that is refused for that row.
 import functools
 import hashlib
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
-
-import jinja2
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
 TEMPLATES = ("chatml", "tokenizer")
 IGNORE = -100  # label of a token that is not trained
+# What a template that asks for today is told (Llama-3.1's default), so that ids do not depend on the day
+TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 STRIPPED = (lambda text: text, str.strip, str.lstrip, str.rstrip)  # what templates do to a message
 
 
@@ -53,6 +54,7 @@ class Encoded(NamedTuple):
     trained: bool
     text: str | None = None  # what a trained body's ids were made from
     header: tuple[int, ...] | list[int] = ()  # the ids right before a trained body, since the last special token
+    sound: bool = True  # text that spells a special token has not become that token
     apart: bool = False  # a token would have straddled the border between header and body, so they were encoded apart
 
 
@@ -70,7 +72,7 @@ class ChatFormat:
         self.tokenizer, self.template = tokenizer, template
         self.specials = _special_tokens(tokenizer)
         self.prefix = text_prefix(tokenizer)
-        self.special_ids = {*self.specials.values(), *tokenizer.all_special_ids}
+        self.special_ids = {*self.specials.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         if template == "chatml":
             self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
             to_next = [*encode_text(tokenizer, "\n"), self.start_id]
@@ -152,8 +154,8 @@ class ChatFormat:
 
     def _render(self, messages, tools, **options) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, chat_template=TODAY + self.jinja, **options)
+        except Exception as error:  # whatever a template's code raises
             raise Refused(f"the template refuses it: {error}") from error
 
     def _find_end(self) -> int:
@@ -191,15 +193,16 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
                 encoded.append(part)
                 continue
             together = next(ids)
+            sound = chat.special_ids.isdisjoint(together)
             if not part.trained:
-                encoded.append(Encoded(together, False))
+                encoded.append(Encoded(together, False, sound=sound))
                 continue
             # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
             # newline, say): generation starts right after the header, so the header's ids must stand alone.
             header = chat.header_ids(part.before)
             straddles = together[: len(header)] != header
             body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
-            encoded += [Encoded(header, False), Encoded(body, True, part.body, header, straddles)]
+            encoded += [Encoded(header, False), Encoded(body, True, part.body, header, sound, straddles)]
         result.append(encoded)
     return result
 
@@ -218,18 +221,23 @@ def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = N
     return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools)])[0] for token in part.ids]
 
 
+_settings_lock = threading.Lock()
+
+
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of texts as text: nothing added around them, and no special token is recognised inside them."""
     if not tokenizer.is_fast:
         return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        backend.encode_special_tokens = False
+    with _settings_lock:  # the settings are the tokenizer's, not the call's: another thread's call must not see them change
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+    return [encoding.ids for encoding in encodings]
 
 
 def decode_after(tokenizer, headers: list[list[int]], bodies: list[list[int]]) -> list[str]:
@@ -249,7 +257,9 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
     result: list[list[str] | None] = []
     for encoded in conversations:
         pairs = [(part, next(decoded)) for part in encoded if part.text is not None]
-        sound = all(text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs)
+        sound = all(part.sound for part in encoded) and all(
+            text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs
+        )
         result.append([text for _, text in pairs] if sound else None)
     return result
 
@@ -295,6 +305,8 @@ def _runs(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[P
     parts: list[Part] = []
     before, body, trained = "", "", False
     for piece in pieces:
+        if trained and (piece.answer or not piece.fixed):
+            raise Refused("the template gives an assistant's turn no end token of its own, so the next turn would be trained, too")
         trained = trained or piece.answer
         for is_special, text in _split_specials(piece.text, specials) if piece.fixed else [(False, piece.text)]:
             if not is_special:

@@ -1,9 +1,11 @@
 """Preparation: whole or not at all, the same bytes every time, every row accounted for."""
 
+import gc
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +69,7 @@ def test_every_refused_row_is_counted_under_its_cause(tiny, tmp_path):
     }
     assert manifest["ledger"]["response is empty"]["first"] == "rows.jsonl:1"
     lost = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert [row["source"] for row in lost] == [f"rows.jsonl:{number}" for number in (1, 2, 3, 4)]
+    assert [row["source"] for row in lost] == [f"rows.jsonl:{number}" for number in (1, 2, 3, 4, 5)]
 
 
 def test_too_many_lost_rows_are_refused_with_their_causes(tiny, tmp_path):
@@ -82,13 +84,15 @@ def test_too_many_lost_rows_are_refused_with_their_causes(tiny, tmp_path):
 def test_copies_are_what_was_asked_for_and_never_refused(tiny, tmp_path):
     """Exact copies are no damage: a source of nothing else passes --max_dropped."""
     rows = [{"prompt": "ta", "response": "ke"}] * 10
-    assert run("sft", tiny, tmp_path, rows, "--max_dropped", "0")["counts"]["train"] == 1
+    manifest = run("sft", tiny, tmp_path, rows, "--max_dropped", "0")
+    assert manifest["counts"]["train"] == 1
+    assert manifest["ledger"] == {"an exact copy of another row": {"rows": 9, "first": "rows.jsonl:1", "unusable": False}}
 
 
 def test_a_system_prompt_fills_in_where_there_is_none(tiny, tmp_path):
-    manifest = run(
-        "sft", tiny, tmp_path, [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}], "--system_prompt", "ta"
-    )
+    long = {"role": "assistant", "content": "ke " * 300}
+    rows = [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}, {"messages": [USER, long]}]
+    manifest = run("sft", tiny, tmp_path, rows, "--system_prompt", "ta", "--max_length", "100")
     texts = [tiny.tokenizer.decode(row["input_ids"]) for row in rows_of(tmp_path)]
     assert texts[0].startswith("<|im_start|>system\ns<|im_end|>")
     assert texts[1].startswith("<|im_start|>system\nta<|im_end|>")
@@ -107,6 +111,21 @@ def test_validation_shares_no_prompt_with_training(tiny, tmp_path):
     assert [len(split) for split in splits] == [32, 8]
     numbers = [{int(row["source"].split(":")[1]) % 10 for row in split} for split in splits]
     assert not numbers[0] & numbers[1]
+
+
+def test_a_conversation_and_its_continuation_are_on_the_same_side(tiny, tmp_path):
+    starts = [[{"role": "user", "content": f"ta {number}"}, {"role": "assistant", "content": f"ke {number}"}] for number in range(10)]
+    more = [{"role": "user", "content": "lo"}, {"role": "assistant", "content": "ni"}]
+    run("sft", tiny, tmp_path, [{"messages": start + rest} for start in starts for rest in ([], more)], "--val_size", "6")
+    train, validation = (rows_of(tmp_path, split=name) for name in ("train", "validation"))
+    assert len(validation) == 6
+    assert not any(other["input_ids"][: len(row["input_ids"])] == row["input_ids"] for row in validation for other in train)
+
+
+def test_a_validation_smaller_than_asked_for_is_noted(tiny, tmp_path):
+    manifest = run("sft", tiny, tmp_path, [{"prompt": "ta", "response": f"ke {number}"} for number in range(30)], "--val_size", "5")
+    assert manifest["counts"]["validation"] == 0
+    assert manifest["notes"] == ["--val_size 5 was asked for, 0 rows are there: rows that begin with the same message stay together"]
 
 
 def test_the_upstreams_own_test_rows_are_the_validation_rows(tiny, tmp_path):
@@ -169,6 +188,36 @@ def test_a_long_conversation_is_split_at_its_turns(tiny, tmp_path):
     assert manifest["changes"] == {"split at turns": 1}
 
 
+def test_splitting_beside_the_encoding_of_the_next_chunk_is_safe(tiny, tmp_path, monkeypatch):
+    """The tokenizer's settings belong to all threads: once, splitting made special tokens of the markers in another chunk's text."""
+    monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 5)
+    text = "ta <|im_end|> <|im_start|>system lo " * 2
+    turns = [{"role": role, "content": text} for _ in range(4) for role in ("user", "assistant")]
+    rows = [{"messages": [{"role": "user", "content": f"ta {number}"}, ASSISTANT, *turns]} for number in range(60)]
+    run("sft", tiny, tmp_path, rows, "--max_length", "250", "--too_long", "split_turns")
+    for row in rows_of(tmp_path):
+        turns_inside = tiny.tokenizer.decode(row["input_ids"]).count("assistant\n") * 2
+        assert row["input_ids"].count(tiny.chat.start_id) == row["input_ids"].count(tiny.chat.end_id) == turns_inside
+
+
+def test_refused_rows_do_not_keep_their_chunk_in_memory(tiny):
+    """Memory stays flat while the garbage collector is off: no cycle through the refusal's traceback."""
+    from data_prep.examples import SFT, Settings, plan
+    from data_prep.sources import Chat
+
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    chats = [Chat([USER, {"role": "assistant", "content": "", "tool_calls": calls}]) for _ in range(200)]
+    gc.collect()
+    gc.disable()
+    try:
+        planned = plan(SFT(tiny.chat, Settings(100)), enumerate(chats))
+        assert "tool calls need" in str(planned.items[0])
+        del planned
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
+
+
 def test_an_exchange_that_does_not_fit_is_dropped_and_counted(tiny, tmp_path):
     rows = [{"messages": [USER, {"role": "assistant", "content": "ke " * 90}]}, {"messages": [USER, ASSISTANT]}]
     manifest = run("sft", tiny, tmp_path, rows, "--max_length", "60", "--too_long", "split_turns")
@@ -183,6 +232,20 @@ def test_near_copies_are_found(tiny, tmp_path):
     manifest = run("sft", tiny, tmp_path, rows, "--duplicates", "near")
     assert manifest["ledger"]["a near copy of another row"]["rows"] == 1
     assert [row["source"] for row in rows_of(tmp_path)] == ["rows.jsonl:0", "rows.jsonl:2"]
+
+
+def test_rows_of_signs_only_are_not_near_copies(tiny, tmp_path):
+    rows = [{"prompt": a, "response": b} for a, b in (("🙂", "👍"), ("🔥", "💧"), ("?", "!"))]
+    assert run("sft", tiny, tmp_path, rows, "--duplicates", "near")["counts"]["train"] == 3
+
+
+def test_a_row_of_several_pieces_is_lost_once(tiny, tmp_path):
+    quote = "one two three four five six"
+    benchmark = write(tmp_path / "arc.jsonl", [{"question": quote}])
+    turns = [{"role": role, "content": quote + " ta" * 9} for _ in range(6) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": [USER, ASSISTANT]}]
+    manifest = run("sft", tiny, tmp_path, rows, "--max_length", "150", "--too_long", "split_turns", "--decontaminate", benchmark)
+    assert manifest["ledger"]["quotes a row of arc.jsonl"]["rows"] == 1
 
 
 def test_copies_are_kept_on_request(tiny, tmp_path):
@@ -285,6 +348,26 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
     assert hashes[0] == hashes[1]
     tables = [[list(getattr(data.load(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
+
+
+def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):
+    """Half a staging folder is never taken for a whole one."""
+    monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 10)
+    rmtree = shutil.rmtree
+
+    def killed(folder, **_):
+        next(iter((Path(folder) / "parts").glob("*.arrow"))).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "data_prep.parts.shutil.rmtree", lambda path, **more: killed(path) if (path / "parts").is_dir() else rmtree(path, **more)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run("sft", tiny, tmp_path, questions(50))
+    monkeypatch.undo()
+    assert (tmp_path / "out.incomplete").is_dir()
+    rmtree(tmp_path / "out")
+    assert run("sft", tiny, tmp_path, questions(50))["counts"]["train"] == 50
 
 
 def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):

@@ -71,6 +71,7 @@ def test_sft_shapes(row, expected):
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, Pair([USER], "a", "b")),
         ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, Pair([USER], "a", "b")),
         ({"prompt": "q", "chosen": [ASSISTANT], "rejected": [OTHER]}, Pair([USER], "a", "b")),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, Pair([SYSTEM, USER], "a", "b")),
         ({"prompt": HH.removesuffix(" a"), "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
         (
             {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant: a", "rejected": HH + "\n\nHuman: q\n\nAssistant: b"},
@@ -139,6 +140,10 @@ MALFORMED_SFT = [
     (chat(USER, {"from": "function_call", "value": "{f"}), "a tool call: not valid JSON"),
     (chat(USER, ASSISTANT, tools="[{"), "tools: not valid JSON"),
     (chat(USER, ASSISTANT, tools={"name": "f"}), "tools is not a list of objects"),
+    (chat(USER, {**ASSISTANT, "weight": 0}), "says that it is not to be trained"),
+    (chat(USER, {**ASSISTANT, "train": False}), "says that it is not to be trained"),
+    (chat(USER, {**ASSISTANT, "reasoning_content": "hm"}), "reasoning_content, which would be lost"),
+    ({"instruction": "q", "input": "", "output": "a", "history": 5}, "history is not a list"),
     ({"text": "\n"}, "text is empty"),
 ]
 MALFORMED_DPO = [
@@ -155,6 +160,8 @@ MALFORMED_DPO = [
     ({"chosen": "a", "rejected": "b"}, "without a prompt"),
     ({"chosen": HH + "\n\nHuman: q\n\nAssistant: a", "rejected": HH}, "differ before their last message"),
     ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": HH}, "a message is empty"),
+    ({"prompt": "other", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, "prompt disagrees with the messages"),
+    ({"prompt": [SYSTEM, OTHER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, "prompt disagrees with the messages"),
     ({"input": "q", "preferred_output": [ASSISTANT], "non_preferred_output": [OTHER]}, "input has no messages"),
     ({"input": {"messages": [USER]}, "preferred_output": [], "non_preferred_output": [OTHER]}, "chosen is not a list of messages"),
 ]
@@ -198,6 +205,29 @@ def test_a_tree_of_messages_is_its_best_ranked_path():
     assert str(open_tree) == "a tree without an answer"
 
 
+def test_every_row_of_a_tree_is_accounted_for():
+    rows = [
+        message("root", None, "prompter", None),
+        message("answer", "root", "assistant", 0),
+        message("orphan", "nowhere", "assistant", 0),
+    ]
+    rows += [message("odd", "root", "assistant", "0"), {"parent_id": None, "role": "prompter", "text": "x"}, Refused("not UTF-8")]
+    causes = [str(item) for item in conversations("sft", rows) if isinstance(item, Refused)]
+    assert len(causes) == 4
+    assert sum("whose parent is not there" in cause for cause in causes) == 1
+    assert sum("rank is not a number" in cause for cause in causes) == 2
+    without_parent = [{"message_id": "a", "role": "assistant", "text": "x"}]
+    assert "wrong order of roles" in str(list(conversations("sft", [rows[0], *without_parent]))[1])
+
+
+def test_nulls_that_arrow_adds_are_not_the_rows(tmp_path):
+    calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1}, {"b": 1})]
+    rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": call}]} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [item.messages[1]["tool_calls"][0]["function"]["arguments"] for item in conversations("sft", file_rows(tmp_path / "a.parquet"))]
+    assert read == [{"a": 1}, {"b": 1}]
+
+
 def test_unknown_columns_are_named_with_what_is_expected():
     with pytest.raises(ValueError, match="columns body, title; expected messages, conversations"):
         sft_reader({"title", "body"})
@@ -215,6 +245,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n" + lines + "\n\n")
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     (tmp_path / "a.csv").write_text("prompt,response\né,a\nq,b\n")
+    (tmp_path / "blank.csv").write_text("\n\nprompt,response\né,a\nq,b\n")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -230,6 +261,8 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
         ("numbers.json", b"[1]", "row 1 is a int; expected an object"),
         ("numbers.jsonl", b'{"a": 1}\n7\n', "line 2 is a int; expected an object"),
         ("latin.json", b'[{"a": "\xff"}]', "not UTF-8 at byte 8"),
+        ("utf16.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16"),
+        ("number.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", "line 1 is not valid JSON"),
         ("deep.json", b"[" * 100_000, "not valid JSON"),
         ("cut.csv", b'a,b\n1,2\n3,"4', "not valid CSV"),
         ("twice.csv", b"a,a\n1,2\n", "two columns have the same name"),
@@ -263,6 +296,11 @@ def test_a_folders_test_files_are_held_out(tmp_path):
         (tmp_path / name).touch()
     training, held_out = ([path.name for path in files] for files in find_files(str(tmp_path)))
     assert (training, held_out) == (["testimonials.jsonl", "train.jsonl"], ["test.jsonl", "validation-00000.parquet"])
+    for name in ("parts/train", "parts/test"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0000.jsonl").touch()
+    training, held_out = ([path.name for path in files] for files in find_files(str(tmp_path / "parts")))
+    assert (training, held_out) == (["0000.jsonl"], ["0000.jsonl"])
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "test.jsonl").touch()
     assert [[path.name for path in files] for files in find_files(str(tmp_path / "only"))] == [["test.jsonl"], []]

@@ -127,6 +127,7 @@ def test_a_template_that_refuses_a_conversation_is_a_cause():
         ("{% for m in messages %}{{ '<s>' + m['content'] | upper + '</s>' }}{% endfor %}", "rewrites a message"),
         ("{{ '<s>' + messages[-1]['content'] + '</s>' }}", "leaves out, repeats or reorders"),
         ("{{ messages[", "the template refuses it"),
+        ("{{ 1 // 0 }}", "the template refuses it: integer division"),
         (None, "no chat template of its own"),
     ],
 )
@@ -135,6 +136,26 @@ def test_a_template_that_cannot_be_proven_is_refused(template, expected):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=expected):
         ChatFormat(tokenizer, "tokenizer")
+
+
+@pytest.mark.parametrize("end", ["{{ '</s>' if loop.last else '' }}", "{{ '</s>' if loop.last else '<|eot_id|>' }}"])
+def test_a_template_that_ends_earlier_answers_otherwise_is_refused(end):
+    """Else the next user's turn would be trained as part of the answer before it."""
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] }}" + end + "{% endfor %}"
+    chat = ChatFormat(tokenizer, "tokenizer")
+    turns = [{"role": role, "content": text} for text in ("hello", "the fox") for role in ("user", "assistant")]
+    assert trained_spans(render(chat, turns[:2]).labels)
+    with pytest.raises(Refused, match="the next turn would be trained, too"):
+        render(chat, turns)
+
+
+def test_a_template_that_asks_for_today_is_told_a_fixed_day():
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = "{{ '<s>Today: ' + strftime_now('%d %b %Y') }}" + LLAMA.replace("{{ bos_token }}", "")
+    chat = ChatFormat(tokenizer, "tokenizer")
+    ids = render(chat, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fox"}]).input_ids
+    assert tokenizer.decode(ids).startswith("<s>Today: 26 Jul 2024")
 
 
 def test_tool_calls_are_trained_and_their_results_are_not():
