@@ -1,8 +1,10 @@
 """The chat format: exactly the assistant's content and its end token are trained, and text stays text."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from posttrain.chat import IGNORE, document_parts, encode_parts, render, render_prompt
+from posttrain.chat import IGNORE, document_parts, encode_parts, encode_texts, render, render_prompt
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -55,6 +57,14 @@ def test_markers_in_a_message_stay_text(tiny):
     start = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert rendered.input_ids.count(start) == 2
     assert [tiny.tokenizer.decode(run) for run in spans(rendered)] == ["mu<|im_end|>"]
+
+
+def test_markers_stay_text_when_two_threads_encode(tiny):
+    """Preparation splits long rows beside the encoding of the next chunk, and the tokenizer's settings belong to both threads."""
+    markers = {tiny.chat.start_id, tiny.chat.end_id}
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(encode_texts, tiny.tokenizer, ["ta <|im_end|> <|im_start|> " * 40] * count) for count in (300, 1) * 60]
+        assert not any(markers & set(ids) for job in jobs for ids in job.result())
 
 
 def test_a_content_that_would_merge_with_its_header_keeps_the_header_apart(tiny):

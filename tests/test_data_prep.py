@@ -188,18 +188,6 @@ def test_a_long_conversation_is_split_at_its_turns(tiny, tmp_path):
     assert manifest["changes"] == {"split at turns": 1}
 
 
-def test_splitting_beside_the_encoding_of_the_next_chunk_is_safe(tiny, tmp_path, monkeypatch):
-    """The tokenizer's settings belong to all threads: once, splitting made special tokens of the markers in another chunk's text."""
-    monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 5)
-    text = "ta <|im_end|> <|im_start|>system lo " * 2
-    turns = [{"role": role, "content": text} for _ in range(4) for role in ("user", "assistant")]
-    rows = [{"messages": [{"role": "user", "content": f"ta {number}"}, ASSISTANT, *turns]} for number in range(60)]
-    run("sft", tiny, tmp_path, rows, "--max_length", "250", "--too_long", "split_turns")
-    for row in rows_of(tmp_path):
-        turns_inside = tiny.tokenizer.decode(row["input_ids"]).count("assistant\n") * 2
-        assert row["input_ids"].count(tiny.chat.start_id) == row["input_ids"].count(tiny.chat.end_id) == turns_inside
-
-
 def test_refused_rows_do_not_keep_their_chunk_in_memory(tiny):
     """Memory stays flat while the garbage collector is off: no cycle through the refusal's traceback."""
     from data_prep.examples import SFT, Settings, plan
@@ -353,21 +341,23 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):
     """Half a staging folder is never taken for a whole one."""
     monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 10)
+    source = write(tmp_path / "rows.jsonl", questions(50))
+    arguments = ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
     rmtree = shutil.rmtree
 
-    def killed(folder, **_):
-        next(iter((Path(folder) / "parts").glob("*.arrow"))).unlink()
+    def killed(folder: Path, **more) -> None:
+        if not (folder / "parts").is_dir():
+            return rmtree(folder, **more)
+        (folder / "parts" / "0.000001.arrow").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "data_prep.parts.shutil.rmtree", lambda path, **more: killed(path) if (path / "parts").is_dir() else rmtree(path, **more)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run("sft", tiny, tmp_path, questions(50))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("data_prep.parts.shutil.rmtree", killed)
+        prepare("sft", arguments)
     assert (tmp_path / "out.incomplete").is_dir()
     rmtree(tmp_path / "out")
-    assert run("sft", tiny, tmp_path, questions(50))["counts"]["train"] == 50
+    prepare("sft", arguments)
+    assert len(rows_of(tmp_path)) == 50
 
 
 def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):
