@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from posttrain import hub
 from posttrain.chat import Refused
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
@@ -178,12 +179,16 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _hub_rows(source: Source) -> Iterator[Row]:
     import datasets
+    import huggingface_hub
 
+    if not hub.is_reachable():  # go to the local cache at once: the libraries would try for half a minute first
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "the hub" if hub.is_reachable() else "the local cache, and the hub cannot be reached"
         raise ValueError(
-            f"{source.hub} ({source.split}) cannot be loaded from the hub: {error}\nWhere the hub is out of reach, give the same rows with "
+            f"{source.hub} ({source.split}) cannot be loaded from {where}: {error}\nWhere the hub is out of reach, give the same rows with "
             f"--source FILE_OR_DIR; a private dataset needs HF_TOKEN in the environment"
         ) from error
     yield from map(_without_padding, rows)

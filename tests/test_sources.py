@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -10,6 +14,7 @@ import pytest
 from data_prep.files import file_rows, find_files
 from data_prep.sources import Chat, Document, Pair, Refused, best_paths, conversations, dpo_reader, sft_reader
 
+ROOT = Path(__file__).resolve().parents[1]
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "q"), ("assistant", "a")))
 OTHER, HH = {"role": "assistant", "content": "b"}, "\n\nHuman: q\n\nAssistant: a"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -313,3 +318,17 @@ def test_a_source_that_is_not_there_says_what_is(tmp_path):
     for place, seen in ((tmp_path, "holds notes.txt; expected"), (tmp_path / "notes.txt", "expected a JSON")):
         with pytest.raises(FileNotFoundError, match=seen):
             find_files(str(place))
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_out_of_reach_is_one_message(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    arguments = ["--dataset", "alpaca", "--tokenizer", str(ROOT / "launch/quickstart/base"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data_prep/prepare_sft.py"), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "tatsu-lab/alpaca (train) cannot be loaded from the local cache, and the hub cannot be reached" in done.stderr
+    assert "give the same rows with --source" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
