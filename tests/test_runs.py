@@ -149,3 +149,30 @@ def test_validation_alone_does_not_start_a_run(sft_run, tiny, tmp_path):
     assert done.returncode == 0, done.stdout
     assert f"loss {metrics(sft_run[0], 'eval')[0]['loss']:.4f}" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_a_tokenizers_own_template_goes_through_training_into_the_result(tmp_path):
+    """Prepared with it, trained with it, exported with it: the result stops at that template's end token."""
+    from test_templates import LLAMA, byte_level
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data_prep.prepare import prepare
+
+    tokenizer = byte_level(nfc=False)
+    tokenizer.chat_template = LLAMA
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"hello {number}", "response": "the quick brown fox"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", f"{tmp_path}/base", "--output_dir", f"{tmp_path}/data"]
+    prepare("sft", [*arguments, "--template", "tokenizer"])
+    paths = [f"--checkpoint_path={tmp_path}/base", f"--sft_data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run"]
+    numbers = ["--max_iters=2", "--global_batch_size=4", "--dtype=float32", "--warmup_iters=0", "--lr_decay_iters=none"]
+    done = launch("posttrain/sft.py", *paths, *numbers, ranks=1)
+    assert done.returncode == 0, done.stdout
+    result = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    assert result.chat_template == LLAMA
+    assert len(result) == len(tokenizer)  # no ChatML tokens were added
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert result.convert_tokens_to_ids("<|eot_id|>") in model.generation_config.eos_token_id
