@@ -42,6 +42,7 @@ class Changes(Counter):
 class SFT:
     """input_ids and what of them is trained."""
 
+    name = "sft"
     columns = ("input_ids",)  # and labels, which follow from the runs
 
     def __init__(self, chat: ChatFormat, settings: Settings):
@@ -140,6 +141,7 @@ class SFT:
 class DPO:
     """prompt, chosen and rejected; both answers continue the same prompt."""
 
+    name = "dpo"
     columns = ("prompt", "chosen", "rejected")
 
     def __init__(self, chat: ChatFormat, settings: Settings):
@@ -156,7 +158,7 @@ class DPO:
         chosen, rejected = (
             self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
         )
-        last = max(i for i, part in enumerate(chosen) if isinstance(part, chats.Text) and part.trained)
+        last = chats.last_answer(chosen)
         if chosen[:last] != rejected[:last] or chosen[last].before != rejected[last].before:
             raise Refused("the template writes another prompt for the rejected answer than for the chosen one")
         return [chosen[: last + 2], rejected[last : last + 2]]
@@ -174,8 +176,7 @@ class DPO:
             if room < 1:
                 raise Refused(f"the prompt alone fills --max_length {limit}")
             chosen, rejected = chosen[:room], rejected[:room]
-            header = encoded[0][-3].ids
-            kept = [self._read(header, answer) for answer in (chosen, rejected)]
+            kept = answer_texts(self.chat, prompt, [chosen, rejected])
             if not all(map(_is_prefix, kept, answers)):
                 raise Refused("its tokens, once cut, do not read as the start of its text")
             answers = kept
@@ -190,12 +191,8 @@ class DPO:
         text = "\n".join([context, item.chosen, item.rejected])
         yield Example(columns, [], length, len(chosen) + len(rejected), _asked(item.prompt), text, proof(answers))
 
-    def _read(self, header: list[int], answer: list[int]) -> str:
-        body = answer[:-1] if answer[-1] == self.chat.end_id else answer
-        return chats.decode_after(self.chat.tokenizer, [header], [body])[0]
 
-
-KINDS = {"sft": SFT, "dpo": DPO}
+KINDS = {kind.name: kind for kind in (SFT, DPO)}
 APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 UNPROVEN = "its trained tokens do not read as its text"
 
@@ -280,17 +277,32 @@ def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]
     specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}
     headers, bodies = [], []
     for start, end in chats.trained_spans(labels):
-        header = start
-        while header and ids[header - 1] not in specials:
-            header -= 1
-        border = start
+        border, header = start, _since_special(ids[:start], specials)
         for at in range(start, end + 1):
             if at == end or ids[at] in specials:
                 if at > border:
-                    headers.append(ids[header:start] if border == start else [])
+                    headers.append(header if border == start else [])
                     bodies.append(ids[border:at])
                 border = at + 1
     return chats.decode_after(chat.tokenizer, headers, bodies)
+
+
+def answer_texts(chat: ChatFormat, prompt: list[int], answers: list[list[int]]) -> list[str]:
+    """What answers read as after their prompt, without their end tokens; a cut answer has none."""
+    bodies = without_ends(chat, answers)
+    return chats.decode_after(chat.tokenizer, [_since_special(prompt, chat.special_ids)] * len(bodies), bodies)
+
+
+def without_ends(chat: ChatFormat, answers: list[list[int]]) -> list[list[int]]:
+    return [answer[:-1] if answer[-1] == chat.end_id else answer for answer in answers]
+
+
+def _since_special(ids: list[int], specials: set[int]) -> list[int]:
+    """The ids after the last special token."""
+    start = len(ids)
+    while start and ids[start - 1] not in specials:
+        start -= 1
+    return ids[start:]
 
 
 def proof(texts: list[str]) -> int:

@@ -11,20 +11,17 @@ import gc
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep import overlap, report
-from data_prep.examples import KINDS, TOO_LONG, Changes, Settings, encode, finish, number_of, plan
-from data_prep.files import Source, count_rows, find_files
-from data_prep.parts import Part, Staging, column, table_of, write_split
+from data_prep.choose import Sources, choose
+from data_prep.examples import KINDS, TOO_LONG, Changes, Settings, encode, finish, plan
+from data_prep.files import Source, find_files
+from data_prep.parts import Staging, table_of, write_split
 from data_prep.sources import DPO_HUB, SFT_HUB, Refused, conversations
 from posttrain import tokenization
 from posttrain.chat import TEMPLATES, ChatFormat
@@ -93,11 +90,6 @@ def _share(text: str) -> float:
     return value
 
 
-class Sources(NamedTuple):
-    training: list[Source]
-    held_out: list[Source]  # the upstream's own validation or test rows
-
-
 def prepare(kind: str, argv: list[str]) -> None:
     """Read, encode, choose, write, report. Raises ValueError or OSError for what the user can mend."""
     options = parse(kind, argv)
@@ -160,12 +152,8 @@ def find_sources(kind: str, options) -> Sources:
                 held_out.append(Source(f"{name}/{dataset.validation}", split=dataset.validation, **common))
             continue
         if not options.source and not Path(place).exists():
-            other = HUBS["dpo" if kind == "sft" else "sft"]
-            advice = (
-                f"it is a dataset for the other command, prepare_{'dpo' if kind == 'sft' else 'sft'}.py"
-                if name in other
-                else "no such file"
-            )
+            other = "dpo" if kind == "sft" else "sft"
+            advice = f"it is a dataset for the other command, prepare_{other}.py" if name in HUBS[other] else "no such file"
             raise ValueError(f"--dataset {name}: {advice}; datasets of the hub: {', '.join(hub)}")
         files, test_files = find_files(place)
         names = [Path(_weighted(other)[0]).name for other in options.dataset or []]
@@ -202,7 +190,7 @@ def convert(kind, index: int, source: Source, staging: Staging, options, benchma
     start = done[-1].facts["next_row"] if done else 0
     number = len(done)
     near = options.duplicates == "near"
-    with _without_gc(), _progress(source, options.max_samples, start) as advance, ThreadPoolExecutor(1) as background:
+    with _without_gc(), report.RowProgress(console, source, options.max_samples, start) as advance, ThreadPoolExecutor(1) as background:
         pending: tuple[Future, tuple] | None = None
 
         def settle(job: tuple[Future, tuple]) -> None:
@@ -222,9 +210,8 @@ def convert(kind, index: int, source: Source, staging: Staging, options, benchma
                     examples.append((f"{source.label}:{row}", result))
             signatures = overlap.signatures(example.text for _, example in examples) if near else None
             rows = len(planned.numbers)
-            facts = {"next_row": start + rows, "rows": rows, "dropped": lost, "changes": dict(changes), "last": last}
-            if planned.numbers:
-                facts["next_row"] = planned.numbers[-1] + 1
+            next_row = planned.numbers[-1] + 1 if planned.numbers else start
+            facts = {"next_row": next_row, "rows": rows, "dropped": lost, "changes": dict(changes), "last": last}
             staging.add(index, number, table_of(examples, kind.columns, signatures), facts)
             number += 1
             advance(rows)
@@ -256,7 +243,7 @@ def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, b
     """[(row number, conversation)] of limited size, and whether it is the source's last; borders depend on the rows alone."""
     chunk: list = []
     size, row = 0, -1
-    for row, item in enumerate(conversations(_name(kind), source.rows())):
+    for row, item in enumerate(conversations(kind.name, source.rows())):
         if options.max_samples is not None and row >= options.max_samples:
             break
         if row < start:
@@ -269,99 +256,6 @@ def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, b
     yield chunk, True
 
 
-def _name(kind) -> str:
-    return next(name for name, cls in KINDS.items() if isinstance(kind, cls))
-
-
-class Chosen(NamedTuple):
-    """What becomes of every example of the parts, and why some are left out."""
-
-    counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
-    left_out: dict[str, np.ndarray]  # by cause: which examples
-    notes: list[str]  # where the result is not quite what was asked for
-
-
-def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
-    """Duplicates, validation split and weights, from some numbers a row. It depends on the rows and the seed, not on their order."""
-    owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(parts)]).astype(int)
-    flat = [part for several in parts for part in several]
-    rows, prompts = column(flat, "_row"), column(flat, "_prompt")
-    held_out = owner >= len(sources.training)
-    left = np.ones(len(owner), bool)
-    left_out: dict[str, np.ndarray] = {}
-
-    def leave_out(which: np.ndarray, cause: str) -> None:
-        left_out[cause] = left_out.get(cause, False) | (which & left)
-        left[which] = False
-
-    if options.duplicates != "keep":
-        for group in (~held_out, held_out):
-            members = np.flatnonzero(group)
-            first = members[np.unique(rows[members], return_index=True)[1]]
-            leave_out(group & ~np.isin(np.arange(len(rows)), first), DUPLICATE)
-    if options.duplicates == "near":
-        leave_out(overlap.near_copies(flat, left & ~held_out), NEAR_DUPLICATE)
-    if held_out.any():
-        limit = 1000 if options.val_size is None else options.val_size
-        validation = _by_prompt(prompts, options.seed, left & held_out, limit)
-        leave_out(held_out & ~validation, "held out by the upstream, beyond --val_size")
-        leave_out(~held_out & np.isin(prompts, prompts[validation]), "its prompt is in the validation split")
-    else:
-        usable = int(left.sum())
-        limit = min(1000, usable // 100) if options.val_size is None else options.val_size
-        if limit and limit >= usable:
-            raise ValueError(f"--val_size {limit} leaves nothing of {usable} rows to train on")
-        validation = _by_prompt(prompts, options.seed, left, limit)
-    counts = (left & ~validation & ~held_out).astype(int)
-    for index, source in enumerate(sources.training):
-        mine = np.flatnonzero((owner == index) & (counts > 0))
-        whole, rest = divmod(source.weight * len(mine), len(mine)) if len(mine) else (0, 0)
-        counts[mine] = int(whole)
-        order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
-        counts[order[: round(rest)]] += 1
-        if source.weight < 1 and len(mine):
-            leave_out((owner == index) & left & ~validation & (counts == 0), f"left out by the weight {source.weight:g}")
-    if not counts.any():
-        raise ValueError(f"no row can be trained on: {_causes(parts, left_out)}")
-    assert not np.isin(prompts[counts > 0], prompts[validation & left]).any(), "a validation prompt is in training"
-    found, notes = int((validation & left).sum()), []
-    if options.val_size is not None and found < options.val_size:
-        why = "the upstream's own split has no more" if held_out.any() else "rows that begin with the same message stay together"
-        notes.append(f"--val_size {options.val_size} was asked for, {found} rows are there: {why}")
-    return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, notes)
-
-
-DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of another row"
-
-
-def _length(parts: list[Part]) -> int:
-    return sum(len(part.table()) for part in parts)
-
-
-def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """A random-looking uint64 for each number, the same for the same number and seed (splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64) + np.uint64(number_of(f"seed {seed}"))
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) -> np.ndarray:
-    """Up to `limit` of the rows `among`, all rows of a prompt or none."""
-    members = np.flatnonzero(among)
-    values, sizes = np.unique(prompts[members], return_counts=True)
-    order = np.argsort(_ranks(values, seed), kind="stable")
-    taken, total = [], 0
-    for position in order:
-        if total + sizes[position] <= limit:
-            taken.append(values[position])
-            total += int(sizes[position])
-        if total == limit:
-            break
-    return among & np.isin(prompts, np.array(taken, np.uint64))
-
-
 def refuse_large_losses(manifest: dict, limit: float) -> None:
     unusable = {cause: entry for cause, entry in manifest["ledger"].items() if entry["unusable"]}
     lost, rows = sum(entry["rows"] for entry in unusable.values()), manifest["rows"]
@@ -371,25 +265,6 @@ def refuse_large_losses(manifest: dict, limit: float) -> None:
             f"{lost:,} of {rows:,} rows ({lost / rows:.1%}) cannot be used, more than --max_dropped {limit:g}:\n{causes}\n"
             "Mend the rows, or allow it with a larger --max_dropped (the rows are not encoded again for that)"
         )
-
-
-def _causes(parts: list[list[Part]], left_out: dict[str, np.ndarray]) -> str:
-    total = Counter(cause for several in parts for part in several for _, cause in part.facts["dropped"])
-    total.update({cause: int(which.sum()) for cause, which in left_out.items() if which.any()})
-    return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"
-
-
-def _progress(source: Source, max_samples: int | None, start: int):
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]} rows/s | time left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    return report.RowProgress(
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal),
-        source.label,
-        count_rows(source, max_samples),
-        start,
-    )
 
 
 def main(run: Callable[[list[str]], None]) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from data_prep.examples import proof, span_texts
+from data_prep.examples import answer_texts, proof, span_texts, without_ends
 from data_prep.prepare import main
 from posttrain import chat as chats
 from posttrain import data, tokenization
@@ -101,14 +101,10 @@ def failures(chat: ChatFormat, kind: str, row: dict, max_length: int) -> Iterato
     else:
         prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
         length = len(prompt) + max(map(len, answers))
-        header = len(prompt)
-        while header and prompt[header - 1] not in chat.special_ids:
-            header -= 1
-        bodies = [answer[:-1] if answer[-1] == chat.end_id else answer for answer in answers]
-        texts = chats.decode_after(chat.tokenizer, [prompt[header:]] * 2, bodies)
+        texts = answer_texts(chat, prompt, answers)
         if answers[0] == answers[1]:
             yield "chosen equals rejected"
-        inside = [token for body in bodies for token in body]
+        inside = [token for body in without_ends(chat, answers) for token in body]
     if length > max_length:
         yield f"{length} tokens, more than {max_length}"
     if chat.template == "chatml" and chat.special_ids & set(inside):

@@ -7,21 +7,27 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_prep.files import Source
+from data_prep.choose import Chosen
+from data_prep.files import Source, count_rows
 from data_prep.parts import Part, column
 
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class RowProgress:
-    """A progress bar of rows; as a context manager it gives the function that advances it."""
+    """A progress bar of a source's rows; as a context manager it gives the function that advances it. Without a terminal it is silent."""
 
-    def __init__(self, progress: Progress, label: str, total: int | None, start: int):
-        self.progress = progress
-        self.task = progress.add_task(label, total=total, completed=start, speed="")
+    def __init__(self, console: Console, source: Source, max_samples: int | None, start: int):
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]} rows/s | time left"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        total = count_rows(source, max_samples) if console.is_terminal else None  # counting reads the files
+        self.task = self.progress.add_task(source.label, total=total, completed=start, speed="")
 
     def __enter__(self):
         self.progress.start()
@@ -36,7 +42,7 @@ class RowProgress:
         self.progress.update(self.task, speed=f"{speed:,.0f}" if speed else "")
 
 
-def summary(parts: list[list[Part]], sources: list[Source], chosen) -> dict:
+def summary(parts: list[list[Part]], sources: list[Source], chosen: Chosen) -> dict:
     """Counts, ledger and token statistics for the manifest."""
     ledger: dict[str, dict] = {}
     changes: Counter = Counter()
@@ -124,7 +130,7 @@ def write_dropped(parts: list[list[Part]], sources: list[Source], left_out: dict
                 file.write(json.dumps({"source": name, "cause": cause}) + "\n")
 
 
-def draw(parts: list[list[Part]], chosen, max_length: int, path: Path) -> None:
+def draw(parts: list[list[Part]], chosen: Chosen, max_length: int, path: Path) -> None:
     """Lengths of the training rows, and how much of each is trained."""
     from matplotlib.figure import Figure  # pyplot would take longer to import than a small dataset to prepare
 

@@ -100,7 +100,7 @@ class ChatFormat:
     def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
         """The same up to the point where the assistant's next answer starts."""
         parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
-        last = max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
+        last = last_answer(parts)
         return [*parts[:last], Text(parts[last].before, "", False)]
 
     def _chatml(self, messages, tools) -> list[Part]:
@@ -178,6 +178,11 @@ class _Piece(NamedTuple):
     text: str
     fixed: bool  # the template's own text, in which special tokens are recognised
     answer: bool  # an assistant's turn starts here
+
+
+def last_answer(parts: list[Part]) -> int:
+    """Which part is the last answer's text."""
+    return max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
 
 
 def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:

@@ -1,0 +1,110 @@
+"""Which examples go into the prepared folder: duplicates, the validation split, weights. Decided from some numbers an example."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep import overlap
+from data_prep.examples import number_of
+from data_prep.files import Source
+from data_prep.parts import Part, column
+
+DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of another row"
+
+
+class Sources(NamedTuple):
+    training: list[Source]
+    held_out: list[Source]  # the upstream's own validation or test rows
+
+
+class Chosen(NamedTuple):
+    """What becomes of every example of the parts, and why some are left out."""
+
+    counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
+    left_out: dict[str, np.ndarray]  # by cause: which examples
+    notes: list[str]  # where the result is not quite what was asked for
+
+
+def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
+    """Duplicates, validation split and weights, from some numbers a row. It depends on the rows and the seed, not on their order."""
+    owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(parts)]).astype(int)
+    flat = [part for several in parts for part in several]
+    rows, prompts = column(flat, "_row"), column(flat, "_prompt")
+    held_out = owner >= len(sources.training)
+    left = np.ones(len(owner), bool)
+    left_out: dict[str, np.ndarray] = {}
+
+    def leave_out(which: np.ndarray, cause: str) -> None:
+        left_out[cause] = left_out.get(cause, False) | (which & left)
+        left[which] = False
+
+    if options.duplicates != "keep":
+        for group in (~held_out, held_out):
+            members = np.flatnonzero(group)
+            first = members[np.unique(rows[members], return_index=True)[1]]
+            leave_out(group & ~np.isin(np.arange(len(rows)), first), DUPLICATE)
+    if options.duplicates == "near":
+        leave_out(overlap.near_copies(flat, left & ~held_out), NEAR_DUPLICATE)
+    if held_out.any():
+        limit = 1000 if options.val_size is None else options.val_size
+        validation = _by_prompt(prompts, options.seed, left & held_out, limit)
+        leave_out(held_out & ~validation, "held out by the upstream, beyond --val_size")
+        leave_out(~held_out & np.isin(prompts, prompts[validation]), "its prompt is in the validation split")
+    else:
+        usable = int(left.sum())
+        limit = min(1000, usable // 100) if options.val_size is None else options.val_size
+        if limit and limit >= usable:
+            raise ValueError(f"--val_size {limit} leaves nothing of {usable} rows to train on")
+        validation = _by_prompt(prompts, options.seed, left, limit)
+    counts = (left & ~validation & ~held_out).astype(int)
+    for index, source in enumerate(sources.training):
+        mine = np.flatnonzero((owner == index) & (counts > 0))
+        whole, rest = divmod(source.weight * len(mine), len(mine)) if len(mine) else (0, 0)
+        counts[mine] = int(whole)
+        order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
+        counts[order[: round(rest)]] += 1
+        if source.weight < 1 and len(mine):
+            leave_out((owner == index) & left & ~validation & (counts == 0), f"left out by the weight {source.weight:g}")
+    if not counts.any():
+        raise ValueError(f"no row can be trained on: {_causes(parts, left_out)}")
+    assert not np.isin(prompts[counts > 0], prompts[validation & left]).any(), "a validation prompt is in training"
+    found, notes = int((validation & left).sum()), []
+    if options.val_size is not None and found < options.val_size:
+        why = "the upstream's own split has no more" if held_out.any() else "rows that begin with the same message stay together"
+        notes.append(f"--val_size {options.val_size} was asked for, {found} rows are there: {why}")
+    return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, notes)
+
+
+def _length(parts: list[Part]) -> int:
+    return sum(len(part.table()) for part in parts)
+
+
+def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """A random-looking uint64 for each number, the same for the same number and seed (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = numbers.astype(np.uint64) + np.uint64(number_of(f"seed {seed}"))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) -> np.ndarray:
+    """Up to `limit` of the rows `among`, all rows of a prompt or none."""
+    members = np.flatnonzero(among)
+    values, sizes = np.unique(prompts[members], return_counts=True)
+    order = np.argsort(_ranks(values, seed), kind="stable")
+    taken, total = [], 0
+    for position in order:
+        if total + sizes[position] <= limit:
+            taken.append(values[position])
+            total += int(sizes[position])
+        if total == limit:
+            break
+    return among & np.isin(prompts, np.array(taken, np.uint64))
+
+
+def _causes(parts: list[list[Part]], left_out: dict[str, np.ndarray]) -> str:
+    total = Counter(cause for several in parts for part in several for _, cause in part.facts["dropped"])
+    total.update({cause: int(which.sum()) for cause, which in left_out.items() if which.any()})
+    return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"
