@@ -24,12 +24,13 @@ setup(
         "pydantic>=2",  # recipes: typed, every key documented, unknown keys refused
         "pyyaml",
         "datasketch",  # near-duplicate search in data preparation
+        "xxhash",  # hashes of weights at memory speed; datasets brings it anyway
         "matplotlib",  # pictures: lengths of prepared rows, the quickstart's results
         "rich",  # the live progress line and the tables in the terminal
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "hypothesis"],
+        "dev": ["pytest", "ruff", "hypothesis", "trl"],  # trl: its trainers are what the tests compare with
         "wandb": ["wandb"],
     },
 )

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from posttrain.config import Recipe
+
 PLAN_VERSION = 1  # stored in checkpoints; a plan that would deal other examples gets another number
 
 
@@ -25,15 +27,21 @@ def step_examples(num_examples: int, batch: int, seed: int, step: int) -> np.nda
     return order[within * batch : (within + 1) * batch]
 
 
-def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int) -> list[list[list[int]]]:
-    """Cut one step: result[rank][i] is a list of positions into `lengths`, at most max_tokens tokens together.
+def my_share(indices: np.ndarray, lengths: np.ndarray, recipe: Recipe, rank: int, world_size: int) -> list[np.ndarray]:
+    """A rank's micro-batches of the examples `indices`; `lengths` are those of all examples."""
+    ranks = micro_batches(lengths[indices], recipe.max_tokens_per_gpu, world_size, recipe.packing)
+    return [indices[part] for part in ranks[rank]]
+
+
+def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int, packing: bool = True) -> list[list[list[int]]]:
+    """Cut one step: result[rank][i] is a list of positions into `lengths`, at most max_tokens tokens together, or one without packing.
 
     Every rank gets the same number of micro-batches, since ZeRO and the collectives need that; a rank with fewer examples than
     micro-batches gets empty ones. Raises ValueError for an example that is longer than max_tokens.
     """
     if len(lengths) and lengths.max() > max_tokens:
         raise ValueError(f"an example of {lengths.max()} tokens does not fit into max_tokens_per_gpu={max_tokens}")
-    ranks = [_pack(share, lengths, max_tokens) for share in _deal(lengths, world_size)]
+    ranks = [_pack(share, lengths, max_tokens) if packing else [[p] for p in share] for share in _deal(lengths, world_size)]
     count = max(1, *map(len, ranks))
     for bins in ranks:
         while len(bins) < count:
@@ -44,8 +52,10 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int) -> list
     return ranks
 
 
-def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_size: int) -> list[int]:
+def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_size: int, packing: bool = True) -> list[int]:
     """Examples (some may come twice) with as many tokens as any micro-batch of any step can have: what decides whether memory suffices."""
+    if not packing:
+        return [int(lengths.argmax())]
     order = np.argsort(lengths, kind="stable")
     ascending = lengths[order]
     # greedy dealing leaves no rank more than one example above the mean of a step's tokens

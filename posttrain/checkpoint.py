@@ -4,6 +4,7 @@ Written under a staging name and renamed when complete, so a folder named step_*
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch import distributed as dist
 KEPT = 2  # newest checkpoints kept
 
 
-def save(engine, folder: Path, step: int) -> Path:
-    """Save the engine after optimizer step `step`. All ranks."""
+def save(engine, folder: Path, step: int, guard: dict) -> Path:
+    """Save the engine after optimizer step `step`, with the state of its StepGuard. All ranks."""
     name = f"step_{step:06d}"
     staging = folder / f"{name}.incomplete"
     if dist.get_rank() == 0:
@@ -22,7 +23,7 @@ def save(engine, folder: Path, step: int) -> Path:
         _check_space(engine, folder)
         shutil.rmtree(staging, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=staging.name, client_state={"step": step}, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=staging.name, client_state={"guard": guard}, save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
         facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
@@ -40,20 +41,23 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "checkpoint.json").is_file() and not path.name.endswith(".incomplete"))
 
 
-def resume(engine, folder: Path) -> int:
-    """Load the newest checkpoint, if there is one, and return the step it was taken after (0: none). All ranks."""
-    found = complete(folder)
+def resume(engine, folder: Path, before: float = math.inf) -> tuple[int, dict | None]:
+    """Load the newest checkpoint that was taken before step `before`. All ranks.
+
+    Returns the step it was taken after and the state of its StepGuard; 0 and None where there is no such checkpoint.
+    """
+    found = [path for path in complete(folder) if int(path.name.removeprefix("step_")) < before]
     if not found:
-        return 0
+        return 0, None
     facts = json.loads((found[-1] / "checkpoint.json").read_text())
     now = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
     different = [f"{name} {facts[name]} -> {value}" for name, value in now.items() if facts[name] != value]
     if different:
         raise ValueError(f"{found[-1]} cannot be continued with another layout yet ({', '.join(different)}); start it as it was")
-    path, _ = engine.load_checkpoint(str(folder), tag=found[-1].name)
+    path, client_state = engine.load_checkpoint(str(folder), tag=found[-1].name)
     if path is None:
         raise ValueError(f"DeepSpeed could not load {found[-1]}; delete it to continue from the one before")
-    return facts["step"]
+    return facts["step"], client_state["guard"]
 
 
 def _check_space(engine, folder: Path) -> None:

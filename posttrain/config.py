@@ -12,6 +12,8 @@ from typing import Annotated, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from posttrain.losses import LOSSES
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 Positive = Annotated[float, Field(gt=0)]
@@ -52,6 +54,9 @@ class Recipe(BaseModel):
     beta1: Fraction = key(0.9, "AdamW first-moment decay")
     beta2: Fraction = key(0.95, "AdamW second-moment decay")
     grad_clip: NotNegative = key(1.0, "largest global gradient norm; 0 = no clipping")
+    skip_spikes: float = key(
+        20.0, "do not apply a step whose gradient norm is over this many times the median of the last 50; 0 = off", ge=0
+    )
     dropout: Fraction = key(0.0, "attention dropout; above 0 the curve depends on the layout, and DPO refuses it")
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "weights and activations; float32 master weights are kept either way")
     seed: int = key(1337, "order of the data and every other draw", ge=0, lt=2**31)
@@ -59,6 +64,7 @@ class Recipe(BaseModel):
     eval_interval: Period = key(100, "steps between validations, which also run at the first and the last step; 0 = off")
     eval_iters: Period = key(0, "validate on eval_iters x global_batch_size examples; 0 = the whole validation set")
     eval_only: bool = key(False, "validate the model once, print, and stop")
+    replay_step: Period = key(0, "run this step's batch alone, print every example's loss, change nothing; 0 = off")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
     save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
     wandb_log: bool = key(False, "also log to Weights & Biases")
@@ -66,12 +72,18 @@ class Recipe(BaseModel):
     wandb_run_name: str | None = key(None, "Weights & Biases run name; none: the name of out_dir")
 
     ds_config: str = key("ds_configs/zero1.json", "DeepSpeed JSON: sharding, offload and communication only")
+    packing: bool = key(True, "several examples in a micro-batch; False: one each, slower")
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "recompute in backward: nothing, the feed-forward blocks, or whole layers; saves memory, costs time"
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     kernels: Literal["auto", "torch"] = key("auto", "auto: the fastest kernels this machine has; torch: plain PyTorch ones")
     checks: Literal["on", "off"] = key("on", "checks before step 1 that stop a wrong run; off is written into the run")
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether the command trains nothing and writes nothing."""
+        return self.eval_only or bool(self.replay_step)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -108,12 +120,26 @@ class DPORecipe(Recipe):
     sft_checkpoint_path: str = key(..., "policy at step 0 and frozen reference: a Hugging Face folder or hub name, or a ckpt.pt file")
     dpo_data_dir: str = key(..., "data made by data_prep/prepare_dpo.py")
     learning_rate: Positive = key(5e-7, "peak learning rate")
-    beta: Positive = key(0.1, "strength of the pull towards the reference, usually 0.05 to 0.5")
-    label_smoothing: float = key(0.0, "assumed share of flipped preferences (conservative DPO)", ge=0, lt=0.5)
+    loss: Literal[*LOSSES] = key("sigmoid", "what is minimised; posttrain/losses.py has each one's equation")
+    beta: Positive = key(0.1, "strength of the pull towards the reference, usually 0.05 to 0.5; other losses other scales")
+    label_smoothing: float = key(0.0, "assumed share of flipped preferences (sigmoid: conservative DPO); exo_pair: epsilon", ge=0, lt=0.5)
+    simpo_gamma: NotNegative = key(0.5, "simpo's target margin between the two rewards")
+    ld_alpha: float = key(
+        1.0, "weight of an answer's tokens beyond the other's length (LD-DPO); 1 = all alike, below 1 less for length", ge=0, le=1
+    )
     chosen_nll_weight: NotNegative = key(0.0, "adds this times the mean token loss of the chosen answers; keeps them likely")
     reference_free: bool = key(False, "take the reference as uniform: no reference model")
-    reference: Literal["beside"] = key("beside", "where the reference's log-probs come from: a ZeRO-3 engine beside the policy")
+    reference: Literal["beside", "precompute"] = key(
+        "beside", "the reference's log-probs: from a ZeRO-3 engine beside the policy, or computed once, before training, and kept"
+    )
     share_prompt: bool = key(True, "compute the prompt once for both answers; speed only")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _name_the_convention(cls, value):
+        if value == "ipo":
+            raise ValueError("there are two: ipo_sum sums log-probs over tokens (the paper, OpenRLHF), ipo_mean averages them (TRL's ipo)")
+        return value
 
     @property
     def model_path(self) -> str:
@@ -171,8 +197,28 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
         raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
-    if isinstance(recipe, DPORecipe) and recipe.dropout:
+    if recipe.eval_only and recipe.replay_step:
+        raise ValueError("eval_only and replay_step are two ways not to train; give one")
+    if isinstance(recipe, DPORecipe):
+        _refuse_unread_by_loss(recipe, given)
+
+
+def _refuse_unread_by_loss(recipe: DPORecipe, given: set[str]) -> None:
+    if recipe.dropout:
         raise ValueError("dropout must be 0 in DPO: policy and reference would differ before the first step")
+    readers = {name: [other for other in LOSSES if name in LOSSES[other].reads] for name in ("label_smoothing", "simpo_gamma")}
+    readers["ld_alpha"] = [other for other in LOSSES if "lengths" not in LOSSES[other].reads]
+    readers["chosen_nll_weight"] = [other for other in LOSSES if other != "orpo"]  # which has that term already
+    readers["reference"] = [other for other in LOSSES if "reference" in LOSSES[other].reads]
+    readers["reference_free"] = [other for other in LOSSES if LOSSES[other].is_of_the_margin]
+    for name, losses in readers.items():
+        if name in given and recipe.loss not in losses:
+            raise ValueError(f"loss {recipe.loss} does not read {name}; remove it. It is read by {', '.join(losses)}")
+    if recipe.reference_free and "reference" in given:
+        raise ValueError(f"reference_free has no reference, so reference={recipe.reference} would not be read; remove one")
+    if LOSSES[recipe.loss].needs_smoothing and not recipe.label_smoothing:
+        example = "1e-3" if recipe.loss == "exo_pair" else "0.1"
+        raise ValueError(f"loss {recipe.loss} needs a label_smoothing above 0, for example {example}")
 
 
 def help_text(kind: type[Recipe], default: str) -> str:

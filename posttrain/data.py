@@ -35,7 +35,9 @@ class MicroBatch(NamedTuple):
     rows: torch.Tensor  # (N,) row whose hidden state predicts the target
     targets: torch.Tensor  # (N,)
     answers: torch.Tensor  # (N,) index of the answer that the target belongs to
+    beyond: torch.Tensor  # (N,) 1 where the target lies beyond the length of the pair's other answer, else 0
     num_answers: int
+    reference_sums: torch.Tensor | None = None  # (A, 2) the reference's objectives.answer_sums, where they were computed before
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {n: v.to(device, non_blocking=True) for n, v in self._asdict().items() if isinstance(v, torch.Tensor)}
@@ -48,6 +50,7 @@ class Split:
     def __init__(self, path: Path, kind: str, share_prompt: bool):
         self.table = datasets.load_from_disk(str(path))
         self.kind, self.share_prompt = kind, share_prompt
+        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch
         if kind == "sft":
             self.lengths = self.positions = self._list_lengths("input_ids")  # tokens of each example, as packed
             self.trained = self.table.with_format("numpy")["num_trained"][:]
@@ -72,7 +75,11 @@ class Split:
         if not builder.input_ids:
             builder.add_sequence([0], [IGNORE])
             builder.num_answers = 0
-        return builder.build()
+        batch = builder.build()
+        if self.reference_sums is not None:
+            sums = self.reference_sums[np.asarray(indices, dtype=np.int64)]
+            batch = batch._replace(reference_sums=torch.from_numpy(sums).view(-1, 2))
+        return batch
 
     def _list_lengths(self, column: str) -> np.ndarray:
         return pc.list_value_length(self.table.data.column(column)).to_numpy().astype(np.int64)
@@ -159,24 +166,25 @@ class RowBuilder:
 
     def __init__(self):
         self.input_ids, self.positions, self.segments = [], [], []
-        self.rows, self.targets, self.answers = [], [], []
+        self.rows, self.targets, self.answers, self.beyond = [], [], [], []
         self.num_answers = 0
 
     def add_sequence(self, ids: list[int], labels: list[int]) -> None:
         start = self._append(ids, 0)
         trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]  # an example's first token has nothing to predict it
-        self._train([start + i - 1 for i in trained], [labels[i] for i in trained])
+        self._train([start + i - 1 for i in trained], [labels[i] for i in trained], len(trained))
 
     def add_pair(self, prompt: list[int], chosen: list[int], rejected: list[int], share_prompt: bool) -> None:
         start = self._append(prompt + chosen, 0)
         last = start + len(prompt) - 1  # the prompt's last row predicts the first token of both answers
-        self._train(range(last, last + len(chosen)), chosen)
+        shorter = min(len(chosen), len(rejected))
+        self._train(range(last, last + len(chosen)), chosen, shorter)
         if not share_prompt:
             start = self._append(prompt + rejected, 0)
-            self._train(range(start + len(prompt) - 1, start + len(prompt) + len(rejected) - 1), rejected)
+            self._train(range(start + len(prompt) - 1, start + len(prompt) + len(rejected) - 1), rejected, shorter)
             return
         own = self._append(rejected, len(prompt), prefix=(start, start + len(prompt)))
-        self._train([last, *range(own, own + len(rejected) - 1)], rejected)
+        self._train([last, *range(own, own + len(rejected) - 1)], rejected, shorter)
 
     def _append(self, ids: list[int], position: int, prefix: tuple[int, int] = (0, 0)) -> int:
         start = len(self.input_ids)
@@ -185,9 +193,10 @@ class RowBuilder:
         self.segments.append(Segment(start, start + len(ids), *prefix))
         return start
 
-    def _train(self, rows, targets) -> None:
+    def _train(self, rows, targets, shorter: int) -> None:
         self.rows += rows
         self.targets += targets
+        self.beyond += [int(i >= shorter) for i in range(len(targets))]
         self.answers += [self.num_answers] * len(targets)
         self.num_answers += 1
 
@@ -202,5 +211,6 @@ class RowBuilder:
             tensor(self.rows),
             tensor(self.targets),
             tensor(self.answers),
+            tensor(self.beyond),
             self.num_answers,
         )

@@ -6,7 +6,7 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data
+from posttrain import data, reference
 from posttrain.config import DPORecipe, load_recipe
 from posttrain.engine import (
     build_engine,
@@ -18,7 +18,7 @@ from posttrain.engine import (
     start_distributed,
 )
 from posttrain.loop import check_lengths, train
-from posttrain.objectives import DPO
+from posttrain.objectives import DPO, needs_reference
 from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
 
@@ -36,13 +36,17 @@ def dpo() -> None:
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
-    reference = None
-    if not recipe.reference_free:
-        reference = build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+
+    def frozen():
+        return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+
+    beside = frozen() if needs_reference(recipe) and recipe.reference == "beside" else None
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
+    if needs_reference(recipe) and recipe.reference == "precompute":
+        choices.append(reference.attach(recipe, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
-    train(recipe, engine, prepared, DPO(engine, reference, recipe), chat, run, choices)
+    train(recipe, engine, prepared, DPO(engine, beside, recipe), chat, run, choices)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import warnings
 from importlib.metadata import version
@@ -216,10 +217,28 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict):
             "warning  at ZeRO-0 in bfloat16 DeepSpeed adds up gradients in bfloat16; ds_configs/zero1.json does it in float32", flush=True
         )
     policy.train()
-    groups = _parameter_groups(policy, recipe.weight_decay)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=_optimizer(groups, recipe, json_config), config=config)
+    optimizer = _optimizer(_parameter_groups(policy, recipe.weight_decay), recipe, json_config)
+    gate = _put_gate_before(optimizer)
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     _undo_first_step(engine.optimizer)
+    engine.gate, gate.engine = gate, engine
     return engine
+
+
+class _Gate:
+    """Whether the optimizer may step. DeepSpeed knows the gradient norm only inside its own step(), so there it is asked."""
+
+    engine = None  # until it is built; what DeepSpeed does to the optimizer before that may pass
+    largest_norm = math.inf
+
+    def is_open(self) -> bool:
+        return self.engine is None or 0 <= grad_norm(self.engine) <= self.largest_norm  # DeepSpeed 0.19.8 says -1 for nan in places
+
+
+def _put_gate_before(optimizer: torch.optim.Optimizer) -> _Gate:
+    gate, step = _Gate(), optimizer.step
+    optimizer.step = lambda *args, **kwargs: step(*args, **kwargs) if gate.is_open() else None
+    return gate
 
 
 def _undo_first_step(optimizer) -> None:
@@ -241,24 +260,64 @@ def build_reference(policy: torch.nn.Module, recipe: Recipe):
     return engine
 
 
-def train_micro_batch(engine, loss: torch.Tensor, is_last: bool) -> None:
-    """Backward of one micro-batch's share of the loss (already divided by the step's total), and the update after the last. All ranks."""
+def backward(engine, loss: torch.Tensor, is_last: bool) -> None:
+    """Backward of one micro-batch's share of the loss (already divided by the step's total); `update` follows the last. All ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-    engine.grad_norm = _fp32_grad_norm(engine) if is_last else None
+    if not is_last:
+        engine.step()  # only counts
+
+
+def update(engine, largest_norm: float) -> tuple[float, bool]:
+    """The optimizer step, unless the gradient norm is above `largest_norm` or not finite: then weights and optimizer stay. All ranks.
+
+    Returns the global gradient norm before clipping (at nan or infinity DeepSpeed says inf), and whether the step was applied.
+    """
+    engine.fp32_grad_norm = _fp32_grad_norm(engine)
+    engine.gate.largest_norm = largest_norm
     engine.step()
+    norm = grad_norm(engine)
+    return norm, engine.was_step_applied() and engine.gate.is_open()
 
 
 def grad_norm(engine) -> float:
-    """Global gradient norm of the last step, before clipping."""
-    norm = engine.get_global_grad_norm() if engine.grad_norm is None else engine.grad_norm
-    return float(norm)
+    """Global gradient norm of the current or last step, before clipping."""
+    if engine.fp32_grad_norm is not None:
+        return float(engine.fp32_grad_norm)
+    return float(engine.optimizer._global_grad_norm)
+
+
+class WeightSample:
+    """A fixed sample of this rank's weights: which share of them changes in a step?
+
+    Float32 master weights keep every update, however small; the bfloat16 copies that compute change only where it crosses a rounding
+    step, which is about 1/256 of a weight's size.
+    """
+
+    TENSORS, ELEMENTS = 16, 2**14
+
+    def __init__(self, engine):
+        tensors = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.ndim >= 2 or hasattr(p, "ds_tensor")]
+        self.tensors = tensors[:: math.ceil(len(tensors) / self.TENSORS)]
+        self.device = engine.device
+
+    def values(self) -> list[torch.Tensor]:
+        flat = [tensor.detach().flatten() for tensor in self.tensors]
+        return [values[:: max(1, len(values) // self.ELEMENTS)].clone() for values in flat]
+
+    def share_changed(self, before: list[torch.Tensor]) -> float:
+        """Share of the sample, over all ranks, that differs from `before`. All ranks."""
+        now = self.values()
+        changed = sum((a != b).sum() for a, b in zip(before, now, strict=True))
+        counts = torch.tensor([float(changed), sum(map(len, now))], device=self.device)
+        dist.all_reduce(counts)
+        return (counts[0] / counts[1]).item()
 
 
 def _fp32_grad_norm(engine) -> torch.Tensor | None:
     """DeepSpeed reports none for float32 at ZeRO-0, where each rank holds all averaged gradients: computed here."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        return None
+        return None  # DeepSpeed computes it in its optimizer
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 

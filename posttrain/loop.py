@@ -1,8 +1,4 @@
-"""The training loop, the only one: SFT and DPO differ in their objective.
-
-The one invariant: a step's loss is divided by the totals of the whole step, which every rank computes from the plan. So the curve does
-not depend on ranks, micro-batches or ZeRO stage.
-"""
+"""The training loop, the only one: SFT and DPO differ in their objective. What happens within a step is in step.py."""
 
 import hashlib
 import math
@@ -16,13 +12,18 @@ from posttrain import batches, checkpoint, checks
 from posttrain import engine as engines
 from posttrain import policy as policies
 from posttrain.chat import ChatFormat
-from posttrain.config import Recipe
+from posttrain.config import DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
+from posttrain.guard import StepGuard
+from posttrain.losses import LOSSES
 from posttrain.objectives import DPO, SFT
+from posttrain.reference import REFERENCE
 from posttrain.run import Run
 from posttrain.schedule import learning_rate
+from posttrain.step import evaluate, example_losses, step_share, train_step
 
 MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not learned
+TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; at a learning rate of 5e-7 some 0.5 % is usual
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -60,6 +61,10 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
         run.say(f"kernel   {choice}")
     if recipe.checks == "off":
         run.say("warning  checks=off: a wrong reference, differing ranks or a packing error would go unnoticed")
+    if isinstance(recipe, DPORecipe):
+        least, most = LOSSES[recipe.loss].usual_beta
+        if not least <= recipe.beta <= most:
+            run.say(f"warning  beta {recipe.beta:g} is far from what loss {recipe.loss} is used with, {least:g} to {most:g}")
     if steps <= recipe.warmup_iters:
         run.say(
             f"warning  warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
@@ -74,10 +79,15 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, choices)
     _check_positions(data, engine.module.model.config)
-    _check_start(recipe, data, objective, device)
-    done = checkpoint.resume(engine, run.checkpoints)
+    check_start(recipe, data, objective, device)
+    guard = StepGuard(recipe.skip_spikes)
+    done, guard_state = checkpoint.resume(engine, run.checkpoints, before=recipe.replay_step or math.inf)
     if done:
+        guard.restore(guard_state)
         run.say(f"continuing after step {done}")
+    if recipe.replay_step:
+        replay(recipe, engine, data.train, objective, run, done, steps, device)
+        return
     if recipe.eval_only:
         if not len(data.validation):
             raise ValueError(f"eval_only: {recipe.data_dir} has no validation rows; prepare it with --val_size")
@@ -94,17 +104,21 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
     validating = bool(recipe.eval_interval and len(data.validation))
     if validating and not done:
         validate(0)
-    tokens = _tokens_before(recipe, data.train, done)
+    tokens, told_too_small = _tokens_before(recipe, data.train, done), False
+    sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         lr = learning_rate(recipe, step, steps)
         engines.set_learning_rate(engine, lr)
-        metrics, step_tokens = train_step(recipe, engine, data.train, objective, step, device)
+        before = sample.values() if sample else []
+        metrics, reason = train_step(recipe, engine, data.train, objective, step, device, guard)
+        step_tokens = int(data.train.lengths[batches.step_examples(len(data.train), recipe.global_batch_size, recipe.seed, step)].sum())
         tokens += step_tokens
+        if sample:
+            metrics["bf16_changed"] = sample.share_changed(before)
         seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": lr,
-            "grad_norm": engines.grad_norm(engine),
             "epoch": step / batches.steps_per_epoch(len(data.train), recipe.global_batch_size),
             "num_tokens": tokens,
             "step_ms": 1000 * seconds,
@@ -112,49 +126,56 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
         }
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
-        if not math.isfinite(metrics["loss"]):
-            raise ValueError(f"the loss of step {step} is {metrics['loss']}; the run stops before it spoils the weights further")
+        if reason:
+            _refused(recipe, engine, data.train, objective, run, step, reason, metrics, device)
+            if guard.must_stop:
+                path = checkpoint.save(engine, run.checkpoints, step, guard.state())
+                raise ValueError(
+                    f"{guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. {path} holds the weights from "
+                    f"before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command goes "
+                    "on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
+                )
+        elif sample and not told_too_small and step > recipe.warmup_iters and metrics["bf16_changed"] < TOO_SMALL:
+            told_too_small = True
+            run.say(
+                f"warning  step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {lr:.1e} an update "
+                "is too small to register. The float32 master weights keep it, but the model hardly moves; raise learning_rate"
+            )
         if validating and (step % recipe.eval_interval == 0 or step == steps):
             validate(step)
         if recipe.save_interval and step % recipe.save_interval == 0 and step < steps:
-            run.say(f"saved {checkpoint.save(engine, run.checkpoints, step)}")
+            run.say(f"saved {checkpoint.save(engine, run.checkpoints, step, guard.state())}")
     if steps > done:
-        run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps)}")
+        run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps, guard.state())}")
     finish(engine, chat, run)
 
 
-def train_step(recipe: Recipe, engine, split: Split, objective: SFT | DPO, step: int, device) -> tuple[dict[str, float], int]:
-    """One optimizer step: its metrics and its tokens over all ranks. All ranks."""
-    indices = batches.step_examples(len(split), recipe.global_batch_size, recipe.seed, step)
-    totals = objective.totals(split, indices)
-    mine = _my_share(recipe, split, indices)
-    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=device)
-    if recipe.dropout:  # its masks follow the seed, differ between ranks, and are drawn again alike after a resume
-        torch.manual_seed((recipe.seed << 32) + step * dist.get_world_size() + dist.get_rank())
-    if step == 1:
-        # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
-        largest = batches.largest_micro_batch(split.lengths, recipe.global_batch_size, recipe.max_tokens_per_gpu, dist.get_world_size())
-        loss, _ = objective.loss(split.micro_batch(largest).to(device), totals)
-        engines.train_micro_batch(engine, loss * 0.0, is_last=False)
-    for i, part in enumerate(mine):
-        loss, part_sums = objective.loss(split.micro_batch(part).to(device), totals)
-        engines.train_micro_batch(engine, loss, is_last=i == len(mine) - 1)
-        sums += part_sums
-    return _reduce(objective, sums, totals), int(split.lengths[indices].sum())
+def _refused(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, step: int, reason: str, metrics, device) -> None:
+    """Say and record that a step was not applied. All ranks."""
+    examples = example_losses(recipe, engine, split, objective, step, device)
+    run.bad_batch(step, reason, metrics, examples)
+    worst = examples[0]
+    run.say(
+        f"warning  step {step} was not applied: {reason}. Its worst example is {worst['index']} ({worst['source']}), loss "
+        f"{_shown(worst['loss'])}; all are in {run.path}/bad_batches.jsonl"
+    )
 
 
-@torch.no_grad()
-def evaluate(recipe: Recipe, engine, split: Split, objective: SFT | DPO, device) -> dict[str, float]:
-    """Metrics over the validation set, every example once, weighted as in training, on all ranks. All ranks."""
-    count = min(len(split), recipe.eval_iters * recipe.global_batch_size or len(split))
-    indices = np.arange(count)
-    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=device)
-    totals = objective.totals(split, indices)
-    engine.eval()
-    for part in _my_share(recipe, split, indices):
-        sums += objective.loss(split.micro_batch(part).to(device), totals)[1]
-    engine.train()
-    return _reduce(objective, sums, totals)
+def replay(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, done: int, steps: int, device) -> None:
+    """Forward and backward of one step's batch alone, with the weights after step `done`; prints, and changes nothing. All ranks."""
+    step = recipe.replay_step
+    if step > steps:
+        raise ValueError(f"replay_step {step} is after the run's last step, {steps}")
+    metrics, reason = train_step(recipe, engine, split, objective, step, device, StepGuard(0), apply=False)
+    weights = f"the checkpoint after step {done}" if done else "the model that the run began with"
+    run.say(f"replay of step {step} with the weights of {weights}: loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}")
+    run.say("it would not be applied: " + reason if reason else "both are finite")
+    for example in example_losses(recipe, engine, split, objective, step, device):
+        run.say(f"  example {example['index']:>8}  {example['tokens']:>6} tokens  loss {_shown(example['loss']):>10}  {example['source']}")
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def finish(engine, chat: ChatFormat, run: Run) -> None:
@@ -179,29 +200,26 @@ def _check_positions(data: PreparedData, config) -> None:
             )
 
 
-def _check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device) -> None:
+def check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device) -> dict[str, float]:
+    """Stop a run that would be wrong from its first step on; returns what was measured. All ranks."""
     if recipe.checks == "off":
-        return
-    first = batches.step_examples(len(data.train), recipe.global_batch_size, recipe.seed, 1)
-    lengths = np.concatenate([data.train.lengths, data.train.trained])
-    plan = hashlib.sha256(f"{batches.PLAN_VERSION} {recipe.model_dump()}".encode() + lengths.tobytes() + first.tobytes())
-    checks.same_on_all_ranks("recipe or prepared data", plan.hexdigest())
-    if isinstance(objective, DPO) and objective.reference is not None:
-        part = _my_share(recipe, data.train, first)[0]
-        dtype = getattr(torch, recipe.dtype)
-        checks.policy_equals_reference(objective, data.train.micro_batch(part).to(device), dtype)
+        return {}
+    indices, mine = step_share(recipe, data.train, 1)
+    parts = {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
+    parts |= {"data: manifest and lengths": data.fingerprint, "data: tokens of the first step": _hash_tokens(data.train, indices)}
+    checks.same_on_all_ranks("recipe or prepared data", parts)
+    batch, dtype = data.train.micro_batch(mine[0]).to(device), getattr(torch, recipe.dtype)
+    measured = {}
+    if not recipe.dropout:
+        measured["repeated forward"] = checks.forward_is_repeatable(objective.policy, batch, dtype)
+    if isinstance(objective, DPO) and objective.has_reference:
+        measured["policy and reference"] = checks.policy_equals_reference(objective, batch, dtype, f"{recipe.data_dir}/{REFERENCE}")
+    return measured
 
 
-def _my_share(recipe: Recipe, split: Split, indices: np.ndarray) -> list[np.ndarray]:
-    """This rank's micro-batches of the given examples, as indices into the split."""
-    ranks = batches.micro_batches(split.lengths[indices], recipe.max_tokens_per_gpu, dist.get_world_size())
-    return [indices[part] for part in ranks[dist.get_rank()]]
-
-
-def _reduce(objective: SFT | DPO, sums: torch.Tensor, totals: dict[str, int]) -> dict[str, float]:
-    """Sums of all ranks -> metrics. Forces a device sync. All ranks."""
-    dist.all_reduce(sums)
-    return objective.metrics(dict(zip(objective.sums, sums.tolist(), strict=True)), totals)
+def _hash_tokens(split: Split, indices: np.ndarray) -> str:
+    batch = split.micro_batch(indices)
+    return hashlib.sha256(batch.input_ids.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
 
 
 def _tokens_before(recipe: Recipe, split: Split, done: int) -> int:

@@ -1,9 +1,16 @@
-"""Losses as pure functions of log-probs, each the equation of its paper.
+"""Preference losses as pure functions of answer log-probs, each the equation of its paper.
 
-Shapes: P = preference pairs. Log-probs are float32 sums over an answer's tokens. Every function returns one value per pair and
-never averages: the caller divides by the step's total, which is what makes the result independent of how a step is cut up.
+Shapes: P = preference pairs. Log-probs are float32 sums over an answer's tokens; lengths are its token counts. Every loss returns one
+value per pair and never averages: the caller divides by the step's total, which makes the result independent of how a step is cut up.
+
+A loss reads exactly the options in its signature; a recipe that gives it another one is refused. Symbols: pi = policy, ref = reference,
+D(y) = log pi(y) - log ref(y), delta = D(chosen) - D(rejected), logsig = log-sigmoid.
 """
 
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,18 +18,160 @@ import torch.nn.functional as F
 
 
 class PairLogps(NamedTuple):
-    """Summed answer log-probs of P pairs, each (P,)."""
+    """One value per answer of P pairs, each (P,): summed log-probs, or token counts."""
 
     chosen: torch.Tensor
     rejected: torch.Tensor
 
 
-def dpo_loss(policy: PairLogps, reference: PairLogps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """(P,) DPO loss, Eq. 7 of arXiv:2305.18290; with label_smoothing the conservative form, Eq. 3 of ericmitchell.ai/cdpo.pdf."""
-    logits = beta * ((policy.chosen - policy.rejected) - (reference.chosen - reference.rejected))
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A registered loss, and what is known of it."""
+
+    function: Callable[..., torch.Tensor]
+    at_start: Callable[..., float] | None  # its value where policy and reference agree, of the options; None: it has no reference
+    usual_beta: tuple[float, float]  # outside of it a run is told so
+    needs_smoothing: bool = False  # undefined, or another loss, at label_smoothing 0
+
+    @property
+    def reads(self) -> set[str]:
+        return set(inspect.signature(self.function).parameters)
+
+    @property
+    def is_of_the_margin(self) -> bool:
+        """Whether the reference enters only by the difference of its two answers, so that a uniform one cancels out."""
+        return self.function in (sigmoid, robust, hinge, ipo_sum, ipo_mean, sigmoid_norm, exo_pair)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps | None, lengths: PairLogps, options: dict[str, float]) -> torch.Tensor:
+        """(P,) losses."""
+        given = {"policy": policy, "reference": reference, "lengths": lengths, **options}
+        return self.function(**{name: given[name] for name in self.reads})
+
+
+LOSSES: dict[str, PreferenceLoss] = {}
+LN_2 = math.log(2)
+
+
+def preference_loss(at_start: Callable[..., float] | None, usual_beta: tuple[float, float] = (0.01, 1.0), needs_smoothing: bool = False):
+    def register(function):
+        LOSSES[function.__name__] = PreferenceLoss(function, at_start, usual_beta, needs_smoothing)
+        return function
+
+    return register
+
+
+@preference_loss(lambda beta, label_smoothing: LN_2)
+def sigmoid(policy, reference, beta, label_smoothing):
+    """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing the conservative form, Eq. 3 of ericmitchell.ai/cdpo.pdf."""
+    logits = beta * delta(policy, reference)
     return -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
 
 
-def rewards(policy: PairLogps, reference: PairLogps, beta: float) -> PairLogps:
-    """Implicit rewards beta * (log pi - log pi_ref), section 4 of arXiv:2305.18290."""
-    return PairLogps(beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected))
+@preference_loss(lambda beta, label_smoothing: LN_2, needs_smoothing=True)
+def robust(policy, reference, beta, label_smoothing):
+    """Unbiased under preferences that are flipped with probability label_smoothing, arXiv:2403.00409."""
+    logits = beta * delta(policy, reference)
+    return (-F.logsigmoid(logits) * (1 - label_smoothing) + F.logsigmoid(-logits) * label_smoothing) / (1 - 2 * label_smoothing)
+
+
+@preference_loss(lambda beta: 1.0)
+def hinge(policy, reference, beta):
+    """The hinge of SLiC (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657."""
+    return torch.relu(1 - beta * delta(policy, reference))
+
+
+@preference_loss(lambda beta: 1 / (4 * beta**2))
+def ipo_sum(policy, reference, beta):
+    """IPO with log-probs summed over tokens, Eq. 17 of arXiv:2310.12036 as it is written (and in OpenRLHF); beta is its tau."""
+    return (delta(policy, reference) - 1 / (2 * beta)) ** 2
+
+
+@preference_loss(lambda beta: 1 / (4 * beta**2))
+def ipo_mean(policy, reference, lengths, beta):
+    """IPO with log-probs averaged over tokens, as in TRL: the squared target no longer scales with length. Its beta is not ipo_sum's."""
+    return (delta_per_token(policy, reference, lengths) - 1 / (2 * beta)) ** 2
+
+
+@preference_loss(lambda beta: LN_2, usual_beta=(1.0, 20.0))
+def sigmoid_norm(policy, reference, lengths, beta):
+    """DPO on log-probs averaged over tokens, arXiv:2411.15124 (Tulu 3), where beta is 5."""
+    return -F.logsigmoid(beta * delta_per_token(policy, reference, lengths))
+
+
+@preference_loss(
+    lambda beta, label_smoothing: -LN_2 - 0.5 * math.log1p(-label_smoothing) - 0.5 * math.log(label_smoothing), needs_smoothing=True
+)
+def exo_pair(policy, reference, beta, label_smoothing):
+    """Reverse KL from the policy's preference to the labels', Eq. 16 of arXiv:2402.00856; label_smoothing is its epsilon, 1e-3 there."""
+    logits = beta * delta(policy, reference)
+    wins, loses = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return wins.exp() * (wins - math.log1p(-label_smoothing)) + loses.exp() * (loses - math.log(label_smoothing))
+
+
+@preference_loss(lambda beta: 2 * LN_2)
+def nca_pair(policy, reference, beta):
+    """Noise-contrastive alignment of a pair, arXiv:2402.05369: keeps the chosen answer's likelihood from falling."""
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@preference_loss(lambda beta: 1 / (2 * beta**2), usual_beta=(1e-3, 1.0))
+def sppo_hard(policy, reference, beta):
+    """Self-play preference optimization, Eq. 4.7 of arXiv:2405.00675 with a winning probability of 1; beta is 1 / its eta."""
+    chosen, rejected = log_ratios(policy, reference)
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+@preference_loss(lambda beta: 1.0)
+def apo_zero(policy, reference, beta):
+    """Anchored preference optimization for chosen answers better than the model's own, Eq. 7 of arXiv:2408.06266."""
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+@preference_loss(lambda beta: 1.0)
+def apo_down(policy, reference, beta):
+    """The same for chosen answers worse than the model's own: both fall, the rejected one further. Eq. 8 of arXiv:2408.06266."""
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+@preference_loss(None, usual_beta=(1.0, 20.0))
+def simpo(policy, lengths, beta, simpo_gamma):
+    """Eq. 6 of arXiv:2405.14734: the reward is the mean log-prob of a token, gamma its target margin. No reference."""
+    chosen, rejected = per_token(policy, lengths)
+    return -F.logsigmoid(beta * (chosen - rejected) - simpo_gamma)
+
+
+@preference_loss(None)
+def orpo(policy, lengths, beta):
+    """Eq. 6 of arXiv:2403.07691: NLL of the chosen answer plus beta (its lambda) times the log-odds-ratio loss. No reference."""
+
+    def log_odds(logp):  # of the answer's geometric mean probability, which clamping keeps off 1, where odds are infinite
+        return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
+
+    chosen, rejected = per_token(policy, lengths)
+    return -chosen - beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def rewards(policy: PairLogps, reference: PairLogps | None, lengths: PairLogps, beta: float) -> PairLogps:
+    """Implicit rewards beta * D, section 4 of arXiv:2305.18290; without a reference beta * the mean log-prob of a token, as in SimPO."""
+    chosen, rejected = per_token(policy, lengths) if reference is None else log_ratios(policy, reference)
+    return PairLogps(beta * chosen, beta * rejected)
+
+
+def log_ratios(policy: PairLogps, reference: PairLogps) -> PairLogps:
+    return PairLogps(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+
+
+def delta(policy: PairLogps, reference: PairLogps) -> torch.Tensor:
+    return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+
+
+def per_token(logps: PairLogps, lengths: PairLogps) -> PairLogps:
+    return PairLogps(logps.chosen / lengths.chosen, logps.rejected / lengths.rejected)
+
+
+def delta_per_token(policy: PairLogps, reference: PairLogps, lengths: PairLogps) -> torch.Tensor:
+    chosen, rejected = per_token(log_ratios(policy, reference), lengths)
+    return chosen - rejected

@@ -10,7 +10,7 @@ import torch
 
 from posttrain.config import DPORecipe
 from posttrain.data import MicroBatch, Split
-from posttrain.losses import PairLogps, dpo_loss, rewards
+from posttrain.losses import LOSSES, PairLogps, rewards
 
 LogProbs = Callable[[MicroBatch], torch.Tensor]  # an engine: micro-batch -> (N,) float32 log-probs
 
@@ -34,39 +34,63 @@ class SFT:
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
         return {"loss": sums["nll"] / totals["tokens"]}
 
+    def example_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """The mean token loss of each example of the micro-batch."""
+        lengths = answer_lengths(batch).clamp(min=1)
+        return -answer_sums(self.policy(batch), batch).sum(1) / lengths
+
 
 class DPO:
-    """Direct Preference Optimization, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
+    """A preference loss, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
 
     sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
 
     def __init__(self, policy: LogProbs, reference: LogProbs | None, recipe: DPORecipe):
+        """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs."""
         self.policy, self.reference = policy, reference
-        self.beta, self.label_smoothing, self.nll_weight = recipe.beta, recipe.label_smoothing, recipe.chosen_nll_weight
+        self.preference_loss, self.has_reference = LOSSES[recipe.loss], needs_reference(recipe)
+        self.beta, self.ld_alpha, self.nll_weight = recipe.beta, recipe.ld_alpha, recipe.chosen_nll_weight
+        self.options = {"beta": recipe.beta, "label_smoothing": recipe.label_smoothing, "simpo_gamma": recipe.simpo_gamma}
+
+    @property
+    def loss_at_start(self) -> float | None:
+        """The preference loss where policy and reference agree; None without a reference."""
+        closed_form = self.preference_loss.at_start if self.has_reference else None
+        return closed_form and closed_form(**{name: value for name, value in self.options.items() if name in self.preference_loss.reads})
 
     def totals(self, split: Split, indices) -> dict[str, int]:
         return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
 
     def loss(self, batch: MicroBatch, totals: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As SFT.loss. With a reference, every rank must call this equally often: its ZeRO-3 gathers are collective."""
-        policy = pair_logps(self.policy(batch), batch)
-        reference = self.reference_logps(batch)
-        losses = dpo_loss(policy, reference, self.beta, self.label_smoothing)
-        nll = -policy.chosen.sum()
+        """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
+        sums = answer_sums(self.policy(batch), batch)
+        policy, reference, lengths = self.pairs(sums), self.reference_logps(batch), PairLogps(*answer_lengths(batch).view(-1, 2).T)
+        losses = self.preference_loss(policy, reference, lengths, self.options)
+        nll = -sums[0::2].sum()
         share = losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]
         with torch.no_grad():
-            reward = rewards(policy, reference, self.beta)
+            reward = rewards(policy, reference, lengths, self.beta)
             accurate = (reward.chosen > reward.rejected).float()  # a tie counts as wrong, as in TRL
             columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected)
             loss_sum, *others = (column.sum() for column in columns)
             return share, torch.stack([loss_sum, nll, *others])
 
     @torch.no_grad()
-    def reference_logps(self, batch: MicroBatch) -> PairLogps:
-        if self.reference is None:  # reference-free: a uniform reference cancels out
+    def reference_logps(self, batch: MicroBatch) -> PairLogps | None:
+        """The reference's log-probs; zeros where it is taken as uniform, None where the loss has none."""
+        if "reference" not in self.preference_loss.reads:
+            return None
+        if not self.has_reference:
             zeros = torch.zeros(batch.num_answers // 2, device=batch.rows.device)
             return PairLogps(zeros, zeros)
-        return pair_logps(self.reference(batch), batch)
+        if self.reference is None:
+            return self.pairs(batch.reference_sums)
+        return self.pairs(answer_sums(self.reference(batch), batch))
+
+    def pairs(self, sums: torch.Tensor) -> PairLogps:
+        """(A, 2) answer_sums -> log-probs of pairs, the tail of the longer answer weighted by ld_alpha (LD-DPO, arXiv:2409.06411)."""
+        logps = sums[:, 0] + self.ld_alpha * sums[:, 1]
+        return PairLogps(logps[0::2], logps[1::2])
 
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
         mean = {name: value / totals["pairs"] for name, value in sums.items()}
@@ -83,8 +107,23 @@ class DPO:
             "dpo_loss": mean["loss"],
         }
 
+    def example_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """The preference loss of each pair of the micro-batch. As `loss`, a collective with a reference beside."""
+        policy = self.pairs(answer_sums(self.policy(batch), batch))
+        lengths = PairLogps(*answer_lengths(batch).view(-1, 2).T)
+        return self.preference_loss(policy, self.reference_logps(batch), lengths, self.options)
 
-def pair_logps(logps: torch.Tensor, batch: MicroBatch) -> PairLogps:
-    """(N,) token log-probs -> sums over the answers, which alternate chosen, rejected."""
-    sums = torch.zeros(batch.num_answers, device=logps.device).index_add(0, batch.answers, logps)
-    return PairLogps(sums[0::2], sums[1::2])
+
+def needs_reference(recipe: DPORecipe) -> bool:
+    return "reference" in LOSSES[recipe.loss].reads and not recipe.reference_free
+
+
+def answer_lengths(batch: MicroBatch) -> torch.Tensor:
+    """(A,) trained tokens of each answer."""
+    return torch.bincount(batch.answers, minlength=batch.num_answers)
+
+
+def answer_sums(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """(N,) token log-probs -> (A, 2): their sum up to the length of the pair's shorter answer, and beyond. SFT has no pairs: no beyond."""
+    sums = torch.zeros(2 * batch.num_answers, device=logps.device)
+    return sums.index_add(0, 2 * batch.answers + batch.beyond, logps).view(-1, 2)

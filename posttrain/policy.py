@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from posttrain import attention, ckpt_pt, hub, tokenization
-from posttrain.chat import ChatFormat
-from posttrain.checks import same_on_all_ranks, weights_fingerprint
+from posttrain.chat import ChatFormat, render_prompt
+from posttrain.checks import digest, hash_weights, same_on_all_ranks
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
 from posttrain.logprob import LogProbHead
@@ -32,6 +32,7 @@ HOW_TO_MAKE = {
     ),
 }
 PREPARE = {SFTRecipe: "prepare_sft.py --dataset alpaca", DPORecipe: "prepare_dpo.py --dataset ultrafeedback"}
+PROBE = [{"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
 
 
@@ -43,11 +44,15 @@ class Policy(nn.Module):
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
-        self.fingerprint = ""  # of the weights as loaded
+        self.weights: dict[str, str] = {}  # hashes of the tensors as loaded
         head.__class__ = LogProbHead
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
         self.model = model
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.weights)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Float32 log-probs (N,) of the micro-batch's targets."""
@@ -110,7 +115,24 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
                 f"{recipe.data_dir} was prepared with another {what} ({manifest[what]}) than this model's ({value}): its token ids would "
                 "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
             )
+    if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and _beside(recipe.model_path):
+        _check_form(chat, recipe)
     return chat
+
+
+def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
+    """Refuse preference data in another form of conversation than the one that the model's folder says it was taught."""
+    if not chat.tokenizer.chat_template:
+        return
+    own = ChatFormat(chat.tokenizer, "tokenizer")
+    forms = [render_prompt(form, PROBE) for form in (chat, own)]
+    if forms[0] != forms[1]:
+        here, there = (repr(chat.tokenizer.decode(form)) for form in forms)
+        raise ValueError(
+            f"{recipe.data_dir} was prepared with another template than {recipe.model_path} was taught: a conversation reads\n    {here}\n"
+            f"in the data and\n    {there}\nby the model's own template. Prepare the data again with --template tokenizer --tokenizer "
+            f"{recipe.model_path}, or, if the data is right, go on with --checks=off"
+        )
 
 
 def _beside(model_path: str) -> str | None:
@@ -139,10 +161,10 @@ def load_policy(
         choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout)
     choices.append(f"attention: {name} ({reason})")
-    fingerprint = weights_fingerprint(model)
-    same_on_all_ranks("weights", fingerprint)
+    weights = hash_weights(model)
+    same_on_all_ranks("model", weights)
     policy = build_policy(model.to(device), name, recipe.checks == "on")
-    policy.fingerprint = fingerprint
+    policy.weights = weights
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:

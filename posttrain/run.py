@@ -2,12 +2,14 @@
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
 runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions
-runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard
+runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
+runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each of their examples
 runs/NAME/checkpoints/      step_000200/ ... to go on from
 runs/NAME/final/            the result, a Hugging Face folder
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -33,6 +35,9 @@ MAY_CHANGE = {
     "compile",
     "kernels",
     "share_prompt",
+    "packing",
+    "reference",
+    "replay_step",
     "eval_interval",
     "eval_iters",
     "eval_only",
@@ -62,7 +67,9 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
             raise ValueError(
                 f"{out_dir} was made with plan version {stored['plan_version']}, this is {PLAN_VERSION}; finish it with that code"
             )
-        was = yaml.safe_load((out_dir / "recipe.yaml").read_text())
+        # a key that is newer than the run had its default then
+        was = {name: field.default for name, field in type(recipe).model_fields.items() if not field.is_required()}
+        was |= yaml.safe_load((out_dir / "recipe.yaml").read_text())
         if recipe.global_batch_size is None and stored["batch_form"] == form:
             batch = was["global_batch_size"]  # set once, when the run was created, whatever the number of GPUs is now
         recipe = recipe.model_copy(update={"global_batch_size": batch})
@@ -84,7 +91,7 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
 def already_finished(recipe: Recipe, rank: int) -> bool:
     """Whether final/ is there, which is written last and whole. Says so on rank 0."""
     final = Path(recipe.out_dir) / "final"
-    if recipe.eval_only or not final.is_dir():
+    if recipe.only_looks or not final.is_dir():
         return False
     if rank == 0:
         console.print(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir", markup=False)
@@ -99,7 +106,7 @@ class Run:
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
         self.progress = self.tensorboard = self.wandb = None
-        if rank == 0 and not recipe.eval_only:
+        if rank == 0 and not recipe.only_looks:
             self._create(kind, inputs)
 
     def _create(self, kind: str, inputs: dict[str, str]) -> None:
@@ -123,11 +130,13 @@ class Run:
         """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam."""
         if self.rank:
             return
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if 1 < first_step > _step_of(line)]  # at step 1 nothing
-            metrics.write_text("".join(line + "\n" for line in kept))
-        self.metrics_file = metrics.open("a", buffering=1)
+        for name in ("metrics.jsonl", "bad_batches.jsonl"):
+            if (self.path / name).exists():
+                kept = [
+                    line for line in (self.path / name).read_text().splitlines() if 1 < first_step > _step_of(line)
+                ]  # at step 1 nothing
+                (self.path / name).write_text("".join(line + "\n" for line in kept))
+        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else 0)
         self.tensorboard.add_text("recipe", f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```")
         if self.recipe.wandb_log:
@@ -143,7 +152,8 @@ class Run:
         """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""
         if self.rank:
             return
-        self.metrics_file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON knows no nan
+        self.metrics_file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, step)
         if self.wandb:
@@ -164,6 +174,14 @@ class Run:
             parts.append(f"margin {metrics['rewards/margins']:.3f}  accuracy {metrics['rewards/accuracies']:.2f}")
         parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
         self.say(" | ".join(parts) + ("" if self.progress else f" | {_duration(left)} left"))
+
+    def bad_batch(self, step: int, reason: str, metrics: dict[str, float], examples: list[dict]) -> None:
+        """Record a step that was not applied."""
+        if self.rank:
+            return
+        facts = {"step": step, "reason": reason, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]), "examples": examples}
+        with (self.path / "bad_batches.jsonl").open("a") as file:
+            file.write(json.dumps(facts) + "\n")
 
     def say(self, text: str) -> None:
         if self.rank == 0:

@@ -46,12 +46,14 @@ def test_an_example_over_the_budget_is_refused():
         micro_batches(np.array([5, 100]), 99, 1)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("max_tokens", [100, 400, 5000])
-def test_no_micro_batch_of_any_step_is_larger_than_the_one_tried_first(world_size, max_tokens):
-    largest = LENGTHS[largest_micro_batch(LENGTHS, 12, max_tokens, world_size)].sum()
+def test_no_micro_batch_of_any_step_is_larger_than_the_one_tried_first(world_size, max_tokens, packing):
+    largest = LENGTHS[largest_micro_batch(LENGTHS, 12, max_tokens, world_size, packing)].sum()
     assert largest <= max_tokens
     for step in range(1, 30):
         lengths = LENGTHS[step_examples(57, 12, seed=1, step=step)]
-        for bins in micro_batches(lengths, max_tokens, world_size):
+        for bins in micro_batches(lengths, max_tokens, world_size, packing):
+            assert packing or max(map(len, bins)) <= 1
             assert all(lengths[part].sum() < largest + LENGTHS.min() for part in bins if part)

@@ -2,15 +2,18 @@
 
 import ast
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import mutations
+
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
-    *("config", "losses", "schedule", "batches", "chat", "hub"),
+    *("losses", "config", "schedule", "batches", "chat", "hub"),
     *("attention", "logprob", "data", "ckpt_pt", "tokenization"),
-    *("objectives", "checks", "policy", "engine", "checkpoint", "run"),
-    "loop",
+    *("objectives", "checks", "policy", "engine", "checkpoint", "run", "reference", "guard"),
+    *("step", "loop"),
 ]
 SCRIPTS = {"sft", "dpo"}
 
@@ -31,6 +34,17 @@ def test_imports_only_go_down():
     assert set(modules) == set(FLOORS) | SCRIPTS
     for index, name in enumerate(FLOORS):
         assert imported(modules[name]) <= set(FLOORS[:index]), name
+
+
+def test_every_mutation_still_has_its_place(tmp_path):
+    """tests/mutations.py, which takes minutes, changes code by its text: the text must be there, once."""
+    shutil.copytree(ROOT / "posttrain", tmp_path / "posttrain")
+    for mutation in mutations.MUTATIONS.values():
+        before = (tmp_path / mutation.file).read_text()
+        mutations.mutate(tmp_path, mutation)
+        (tmp_path / mutation.file).write_text(before)
+        file, function = mutation.test.split("[")[0].split("::")
+        assert f"def {function}(" in (ROOT / file).read_text()
 
 
 def test_deepspeed_is_touched_in_two_modules_only():

@@ -1,0 +1,56 @@
+"""Steps that must not be applied: a loss or gradient that is not finite, or a gradient norm far above what the run has seen.
+
+Such a step leaves weights and optimizer as they were, the run says so and records the step's examples in bad_batches.jsonl, and goes on;
+three in a row stop it.
+"""
+
+import math
+from collections import deque
+from statistics import median
+
+REMEMBERED = 50  # gradient norms of applied steps
+FEWEST = 20  # before these there is no median to speak of
+IN_A_ROW = 3  # bad steps that stop a run
+
+
+class StepGuard:
+    """Judges gradient norms by the run's own. The same on all ranks, since what it sees is reduced over them."""
+
+    def __init__(self, skip_spikes: float):
+        self.factor = skip_spikes
+        self.norms: deque[float] = deque(maxlen=REMEMBERED)
+        self.bad_in_a_row = 0
+
+    @property
+    def largest_norm(self) -> float:
+        """A gradient norm above this is a spike."""
+        return self.factor * median(self.norms) if self.factor and len(self.norms) >= FEWEST else math.inf
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """Why the step must not be applied, or was not; None for a good one."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        if grad_norm > self.largest_norm:
+            typical = self.largest_norm / self.factor
+            return f"the gradient norm {grad_norm:.4g} is more than {self.factor:g} times {typical:.4g}, the median of the last steps"
+        return None
+
+    def count(self, reason: str | None, grad_norm: float) -> None:
+        """Take note of a step."""
+        self.bad_in_a_row = self.bad_in_a_row + 1 if reason else 0
+        if not reason:
+            self.norms.append(grad_norm)
+
+    @property
+    def must_stop(self) -> bool:
+        return self.bad_in_a_row >= IN_A_ROW
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row}
+
+    def restore(self, state: dict) -> None:
+        self.norms.extend(state["norms"])
+        self.bad_in_a_row = state["bad_in_a_row"] % IN_A_ROW  # going on after a stop begins to count anew

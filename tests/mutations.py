@@ -1,0 +1,181 @@
+"""Are the tests able to fail? Breaks a copy of the code in one place at a time and runs the test that must notice.
+
+python tests/mutations.py              all of them, some minutes; exit status 1 if one is not caught
+python tests/mutations.py NAME ...     these
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    test: str  # must fail with it, and passes without
+
+
+SFT_PARITY = "tests/test_parity.py::test_sft_equals_transformers_and_cross_entropy_on_a_padded_batch"
+SFT_TRL = "tests/test_parity.py::test_sft_equals_trl"
+DPO_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid-options0]"
+LD_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid-options11]"
+NLL_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[hinge-options13]"
+SFT_STEPS = "tests/test_parity.py::test_five_steps_of_sft_on_two_ranks_equal_trls_trainer"
+DPO_STEPS = "tests/test_parity.py::test_five_steps_of_dpo_on_two_ranks_equal_trls_trainer"
+LITERAL = "tests/test_losses.py::test_a_loss_equals_its_papers_equation_on_literal_numbers"
+PLANTED = "tests/test_planted.py::"
+
+MUTATIONS = {
+    "sft_shifted_by_one": Mutation("posttrain/data.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
+    "dpo_shifted_by_one": Mutation("posttrain/data.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
+    "sft_mean_instead_of_sum": Mutation("posttrain/step.py", "sums += part_sums\n    metrics", "sums = part_sums\n    metrics", SFT_STEPS),
+    "sft_mean_of_micro_batches": Mutation(
+        "posttrain/objectives.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
+    ),
+    "dpo_mean_instead_of_sum": Mutation(
+        "posttrain/objectives.py", "logps).view(-1, 2)", "logps).view(-1, 2) / answer_lengths(batch).clamp(min=1)[:, None]", DPO_PARITY
+    ),
+    "dpo_mean_of_micro_batches": Mutation(
+        "posttrain/objectives.py", 'share = losses.sum() / totals["pairs"]', "share = losses.mean()", DPO_PARITY
+    ),
+    "nll_per_pair_instead_of_per_token": Mutation(
+        "posttrain/objectives.py", '* nll / totals["tokens"]', '* nll / totals["pairs"]', NLL_PARITY
+    ),
+    "world_size_factor_missing_sft": Mutation("posttrain/engine.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
+    "world_size_factor_missing_dpo": Mutation("posttrain/engine.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
+    "step_after_every_micro_batch": Mutation("posttrain/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
+    "clipping_off": Mutation("posttrain/engine.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS),
+    "metrics_of_one_rank": Mutation("posttrain/step.py", "dist.all_reduce(sums)", "pass", SFT_STEPS),
+    "prompt_tokens_trained_sft": Mutation(
+        "posttrain/data.py",
+        "trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]",
+        "labels, trained = ids, range(1, len(ids))",
+        SFT_PARITY,
+    ),
+    "prompt_tokens_trained_dpo": Mutation(
+        "posttrain/data.py",
+        "self._train(range(last, last + len(chosen)), chosen, shorter)",
+        "self._train(range(start, last + len(chosen)), prompt[1:] + chosen, shorter)",
+        DPO_PARITY,
+    ),
+    "end_token_not_trained": Mutation(
+        "posttrain/data.py", "for i in range(1, len(ids)) if", "for i in range(1, len(ids) - 1) if", SFT_PARITY
+    ),
+    "chosen_and_rejected_swapped": Mutation(
+        "posttrain/objectives.py", "PairLogps(logps[0::2], logps[1::2])", "PairLogps(logps[1::2], logps[0::2])", DPO_PARITY
+    ),
+    "reference_is_the_policy": Mutation(
+        "posttrain/objectives.py", "answer_sums(self.reference(batch), batch)", "answer_sums(self.policy(batch), batch)", DPO_PARITY
+    ),
+    "dropout_left_on": Mutation(
+        "posttrain/policy.py",
+        "            module.attention_dropout = dropout",
+        "            pass",
+        "tests/test_mistakes.py::test_dropout_is_the_recipes_not_the_checkpoints",
+    ),
+    "dropout_not_looked_for": Mutation(
+        "posttrain/loop.py", "    if not recipe.dropout:", "    if False:", PLANTED + "test_dropout_left_on[sft]"
+    ),
+    "positions_not_restarted": Mutation(  # seen by DPO's second answer; between examples RoPE is relative, so no value would change
+        "posttrain/data.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
+    ),
+    "attention_across_examples": Mutation(
+        "posttrain/data.py", "pack(self.segments)", "pack([Segment(0, len(self.input_ids))])", SFT_PARITY
+    ),
+    "rejected_answer_sees_the_chosen_one": Mutation(
+        "posttrain/data.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
+    ),
+    "tail_weighted_in_the_policy_only": Mutation(
+        "posttrain/objectives.py",
+        "return self.pairs(answer_sums(self.reference(batch), batch))",
+        "sums = answer_sums(self.reference(batch), batch).sum(1)\n        return PairLogps(sums[0::2], sums[1::2])",
+        LD_PARITY,
+    ),
+    "smoothing_ignored": Mutation(
+        "posttrain/losses.py", "return -F.logsigmoid(logits) * (1 - label_smoothing) - F", "return -F.logsigmoid(logits) - 0 * F", LITERAL
+    ),
+    "ipo_sum_averaged": Mutation(
+        "posttrain/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
+    ),
+    "gradient_of_the_log_probs": Mutation("posttrain/logprob.py", ".mul_(-grad[rows, None])", ".mul_(grad[rows, None])", SFT_PARITY),
+    "validation_drops_an_example": Mutation(
+        "posttrain/step.py",
+        "indices = np.arange(count)",
+        "indices = np.arange(count - 1)",
+        "tests/test_runs.py::test_the_result_loads_in_plain_transformers_with_its_last_validation_loss",
+    ),
+    "bad_step_applied": Mutation(
+        "posttrain/engine.py",
+        "if gate.is_open() else None",
+        "if True else None",
+        PLANTED + "test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run",
+    ),
+    "reference_not_compared": Mutation(
+        "posttrain/checks.py",
+        "if reference.weights.get(name) != value]",
+        "if False]",
+        PLANTED + "test_a_reference_from_another_checkpoint",
+    ),
+    "ranks_not_compared": Mutation(
+        "posttrain/checks.py",
+        "enumerate(seen) if value != seen[0]]",
+        "enumerate(seen) if False]",
+        PLANTED + "test_one_rank_with_a_changed_weight",
+    ),
+    "template_not_compared": Mutation(
+        "posttrain/policy.py", "if forms[0] != forms[1]:", "if False:", PLANTED + "test_data_prepared_with_another_template"
+    ),
+}
+
+
+def mutate(folder: Path, mutation: Mutation) -> None:
+    path = folder / mutation.file
+    text = path.read_text()
+    assert text.count(mutation.old) == 1, (
+        f"{mutation.old!r} is {text.count(mutation.old)} times in {mutation.file}: bring the list up to date"
+    )
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def passes(folder: Path, *tests: str) -> bool:
+    """Whether the tests pass in the copy."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode not in (0, 1):  # 1: tests failed; anything else: they were not found or did not run
+        raise RuntimeError(done.stdout)
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> None:
+    chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
+        tests = sorted({mutation.test for mutation in chosen.values()})
+        if not passes(folder, *tests):
+            sys.exit("the tests fail without any mutation; mend them first")
+        print(f"{len(tests)} tests pass without a mutation", flush=True)
+        missed = []
+        for title, mutation in chosen.items():
+            started, original = time.monotonic(), (folder / mutation.file).read_text()
+            mutate(folder, mutation)
+            caught = not passes(folder, mutation.test)
+            (folder / mutation.file).write_text(original)
+            missed += [] if caught else [title]
+            print(f"{'caught' if caught else 'MISSED'}  {title:<36} {time.monotonic() - started:4.0f} s  {mutation.test}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations were caught")
+    if missed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,62 @@
+"""The tiny world of the tests and of benchmarks/invariance.py: a random two-layer Qwen3, its tokenizer, and prepared data."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def make_tiny(folder: Path) -> SimpleNamespace:
+    """Write FOLDER/base (model and tokenizer), FOLDER/sft and FOLDER/dpo; all made by the project's own tools, from a fixed seed."""
+    import sentencepiece
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from data_prep.prepare import prepare
+    from posttrain.chat import ChatFormat
+    from posttrain.tokenization import load_tokenizer
+
+    draw = random.Random(0)
+    words = ["".join(draw.choice("ptkmnlr") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(60)]
+
+    def sentence(least: int, most: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(least, most)))
+
+    chats = [{"instruction": f"repeat {number} {sentence(1, 4)}", "output": sentence(1, 12)} for number in range(60)]
+    pairs = [{"prompt": f"say {number} {sentence(1, 9)}", "chosen": sentence(1, 6), "rejected": sentence(5, 12)} for number in range(40)]
+    (folder / "text.txt").write_text("\n".join(" ".join(row.values()) for row in chats + pairs))
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (folder / "dpo.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    common = ["--tokenizer", str(folder / "base"), "--val_size", "7"]
+    prepare("sft", ["--source", f"{folder}/sft.jsonl", "--output_dir", f"{folder}/sft", *common])
+    prepare("dpo", ["--source", f"{folder}/dpo.jsonl", "--output_dir", f"{folder}/dpo", *common])
+    base, sft, dpo = (str(folder / name) for name in ("base", "sft", "dpo"))
+    return SimpleNamespace(folder=folder, base=base, sft=sft, dpo=dpo, tokenizer=tokenizer, chat=ChatFormat(tokenizer), words=words)
