@@ -212,7 +212,7 @@ def table(rows: list[dict], facts: dict) -> str:
     lines = [
         "# One curve for every layout",
         "",
-        f"`python benchmarks/invariance.py --all`: {len(rows)} cells of {facts['steps']} steps; the largest differences from the plainest "
+        f"`{facts['command']}`: {len(rows)} cells of {facts['steps']} steps; the largest differences from the plainest "
         f"cell of the same kind and dtype, which is the first of each. {facts['machine']}; {packages}.",
         "",
         f"| cell | {' | '.join(names)} | |",
@@ -233,8 +233,12 @@ def main() -> None:
     size.add_argument("--small", action="store_true", help="a smaller one, 6 steps a cell")
     size.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result files")
+    parser.add_argument("--out", type=Path, help="folder for the result files; with --all by default benchmarks/results")
     arguments = parser.parse_args()
+    if arguments.small and not arguments.out:
+        parser.error("--small needs --out FOLDER: benchmarks/results holds what --all measured")
+    out = arguments.out or ROOT / "benchmarks" / "results"
+    out.mkdir(parents=True, exist_ok=True)
     if arguments.worker:
         worker(arguments.worker, int(os.environ["WORLD_SIZE"]))
         return
@@ -252,9 +256,10 @@ def main() -> None:
             launch(folder, ranks)
         rows = compare(folder, cells)
     packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-    facts = {"steps": steps, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores", "packages": packages}
-    (arguments.out / "invariance.json").write_text(json.dumps({**facts, "bounds": BOUNDS, "cells": rows}, indent=1) + "\n")
-    (arguments.out / "invariance.md").write_text(table(rows, facts))
+    command = f"python benchmarks/invariance.py {'--small' if arguments.small else '--all'}"
+    facts = {"command": command, "steps": steps, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores", "packages": packages}
+    (out / "invariance.json").write_text(json.dumps({**facts, "bounds": BOUNDS, "cells": rows}, indent=1) + "\n")
+    (out / "invariance.md").write_text(table(rows, facts))
     print(table(rows, facts))
     if over := [row for row in rows if row["exceeded"]]:
         sys.exit(f"{len(over)} of {len(rows)} cells exceed their bounds")

@@ -85,6 +85,8 @@ class ChatFormat:
             )
         else:
             self.jinja = tokenizer.chat_template
+            if isinstance(self.jinja, dict):  # several by name
+                self.jinja = self.jinja.get("default")
             if not isinstance(self.jinja, str):
                 raise ValueError("the tokenizer has no chat template of its own; use --template chatml, or put its chat_template beside it")
             self.end_id = self._find_end()

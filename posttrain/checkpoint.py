@@ -26,7 +26,12 @@ def save(engine, folder: Path, step: int, guard: dict) -> Path:
     engine.save_checkpoint(str(folder), tag=staging.name, client_state={"guard": guard}, save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
-        facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+        facts = {
+            "step": step,
+            "last_applied": guard["last_applied"],
+            "world_size": dist.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+        }
         (staging / "checkpoint.json").write_text(json.dumps(facts) + "\n")
         shutil.rmtree(folder / name, ignore_errors=True)
         staging.rename(folder / name)
@@ -42,14 +47,15 @@ def complete(folder: Path) -> list[Path]:
 
 
 def resume(engine, folder: Path, before: float = math.inf) -> tuple[int, dict | None]:
-    """Load the newest checkpoint that was taken before step `before`. All ranks.
+    """Load the newest checkpoint whose weights no step from `before` on has changed. All ranks.
 
     Returns the step it was taken after and the state of its StepGuard; 0 and None where there is no such checkpoint.
     """
-    found = [path for path in complete(folder) if int(path.name.removeprefix("step_")) < before]
+    read = {path: json.loads((path / "checkpoint.json").read_text()) for path in complete(folder)}
+    found = [path for path, facts in read.items() if facts["last_applied"] < before]
     if not found:
         return 0, None
-    facts = json.loads((found[-1] / "checkpoint.json").read_text())
+    facts = read[found[-1]]
     now = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
     different = [f"{name} {facts[name]} -> {value}" for name, value in now.items() if facts[name] != value]
     if different:

@@ -197,6 +197,8 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
         raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
+    if 0 < recipe.skip_spikes <= 1:
+        raise ValueError(f"skip_spikes={recipe.skip_spikes:g} would refuse every other step: give a factor well above 1, or 0 for off")
     if recipe.eval_only and recipe.replay_step:
         raise ValueError("eval_only and replay_step are two ways not to train; give one")
     if isinstance(recipe, DPORecipe):

@@ -7,6 +7,7 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 import sys
 
 from posttrain import data, reference
+from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import DPORecipe, load_recipe
 from posttrain.engine import (
     build_engine,
@@ -36,16 +37,18 @@ def dpo() -> None:
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
+    same_inputs_on_all_ranks(recipe, prepared)
 
     def frozen():
         return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
 
-    beside = frozen() if needs_reference(recipe) and recipe.reference == "beside" else None
+    precompute = recipe.reference == "precompute" and not recipe.only_looks  # looking writes nothing, beside the data neither
+    beside = frozen() if needs_reference(recipe) and not precompute else None
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
-    if needs_reference(recipe) and recipe.reference == "precompute":
+    if needs_reference(recipe) and precompute:
         choices.append(reference.attach(recipe, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
-    run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
+    run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
     train(recipe, engine, prepared, DPO(engine, beside, recipe), chat, run, choices)
 
 

@@ -164,6 +164,12 @@ def _check_zero(path: str, section: dict) -> None:
         zero = DeepSpeedZeroConfig(**section)
     except ValueError as error:
         raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
+    offload = section.get("offload_optimizer") or {}
+    if zero.zenflow is not None or offload.get("super_offload") or offload.get("ratio", 1) != 1:
+        # these step optimizers of their own, which neither the learning rate nor the check of a bad step would reach
+        raise ValueError(f"{path}: zenflow, super_offload and an offload ratio other than 1 are not supported; remove them")
+    if not zero.compute_grad_norm:
+        raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
     if not isinstance(section.get("stage", 0), int):
         raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
     if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
@@ -232,7 +238,10 @@ class _Gate:
     largest_norm = math.inf
 
     def is_open(self) -> bool:
-        return self.engine is None or 0 <= grad_norm(self.engine) <= self.largest_norm  # DeepSpeed 0.19.8 says -1 for nan in places
+        if self.engine is None:
+            return True
+        norm = grad_norm(self.engine)
+        return math.isfinite(norm) and norm <= self.largest_norm
 
 
 def _put_gate_before(optimizer: torch.optim.Optimizer) -> _Gate:
@@ -276,8 +285,12 @@ def update(engine, largest_norm: float) -> tuple[float, bool]:
     engine.fp32_grad_norm = _fp32_grad_norm(engine)
     engine.gate.largest_norm = largest_norm
     engine.step()
-    norm = grad_norm(engine)
-    return norm, engine.was_step_applied() and engine.gate.is_open()
+    applied = engine.was_step_applied() and engine.gate.is_open()
+    if not applied and getattr(engine.optimizer, "cpu_offload", False):
+        # DeepSpeed 0.19.8 forgets a refused step's gradients at ZeRO-1 and 2, except with an offloaded optimizer: a nan would stay for good
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None
+    return grad_norm(engine), applied
 
 
 def grad_norm(engine) -> float:
@@ -298,7 +311,8 @@ class WeightSample:
 
     def __init__(self, engine):
         tensors = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.ndim >= 2 or hasattr(p, "ds_tensor")]
-        self.tensors = tensors[:: math.ceil(len(tensors) / self.TENSORS)]
+        tensors = [tensor for tensor in tensors if tensor.numel() > 1]  # one that lies on an NVMe has 1
+        self.tensors = tensors[:: max(1, math.ceil(len(tensors) / self.TENSORS))]
         self.device = engine.device
 
     def values(self) -> list[torch.Tensor]:
@@ -319,6 +333,12 @@ def _fp32_grad_norm(engine) -> torch.Tensor | None:
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None  # DeepSpeed computes it in its optimizer
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def forget_activations() -> None:
+    """After a forward pass in training mode without a backward one: DeepSpeed's activation checkpointing counts on the two alternating."""
+    if deepspeed.checkpointing.is_configured():
+        deepspeed.checkpointing.reset()
 
 
 def set_learning_rate(engine, value: float) -> None:

@@ -19,12 +19,14 @@ class StepGuard:
     def __init__(self, skip_spikes: float):
         self.factor = skip_spikes
         self.norms: deque[float] = deque(maxlen=REMEMBERED)
-        self.bad_in_a_row = 0
+        self.bad_in_a_row = self.last_applied = 0
 
     @property
     def largest_norm(self) -> float:
         """A gradient norm above this is a spike."""
-        return self.factor * median(self.norms) if self.factor and len(self.norms) >= FEWEST else math.inf
+        if not self.factor or len(self.norms) < FEWEST:
+            return math.inf
+        return self.factor * median(self.norms) or math.inf  # a median of 0, as the hinge loss may have, is no measure
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why the step must not be applied, or was not; None for a good one."""
@@ -37,10 +39,12 @@ class StepGuard:
             return f"the gradient norm {grad_norm:.4g} is more than {self.factor:g} times {typical:.4g}, the median of the last steps"
         return None
 
-    def count(self, reason: str | None, grad_norm: float) -> None:
+    def count(self, step: int, reason: str | None, grad_norm: float) -> None:
         """Take note of a step."""
-        self.bad_in_a_row = self.bad_in_a_row + 1 if reason else 0
-        if not reason:
+        if reason:
+            self.bad_in_a_row += 1
+        else:
+            self.bad_in_a_row, self.last_applied = 0, step
             self.norms.append(grad_norm)
 
     @property
@@ -49,8 +53,9 @@ class StepGuard:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row}
+        return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row, "last_applied": self.last_applied}
 
     def restore(self, state: dict) -> None:
         self.norms.extend(state["norms"])
+        self.last_applied = state["last_applied"]
         self.bad_in_a_row = state["bad_in_a_row"] % IN_A_ROW  # going on after a stop begins to count anew

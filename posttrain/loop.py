@@ -1,10 +1,8 @@
 """The training loop, the only one: SFT and DPO differ in their objective. What happens within a step is in step.py."""
 
-import hashlib
 import math
 import time
 
-import numpy as np
 import torch
 from torch import distributed as dist
 
@@ -86,7 +84,7 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
         guard.restore(guard_state)
         run.say(f"continuing after step {done}")
     if recipe.replay_step:
-        replay(recipe, engine, data.train, objective, run, done, steps, device)
+        replay(recipe, engine, data.train, objective, run, done, steps, device, guard)
         return
     if recipe.eval_only:
         if not len(data.validation):
@@ -106,6 +104,8 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
         validate(0)
     tokens, told_too_small = _tokens_before(recipe, data.train, done), False
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
+    if sample and not sample.tensors:
+        sample = None
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         lr = learning_rate(recipe, step, steps)
@@ -135,7 +135,7 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
                     f"before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command goes "
                     "on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
                 )
-        elif sample and not told_too_small and step > recipe.warmup_iters and metrics["bf16_changed"] < TOO_SMALL:
+        elif not told_too_small and lr > recipe.learning_rate / 2 and metrics.get("bf16_changed", 1.0) < TOO_SMALL:
             told_too_small = True
             run.say(
                 f"warning  step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {lr:.1e} an update "
@@ -161,17 +161,19 @@ def _refused(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Ru
     )
 
 
-def replay(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, done: int, steps: int, device) -> None:
+def replay(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, done: int, steps: int, device, guard: StepGuard) -> None:
     """Forward and backward of one step's batch alone, with the weights after step `done`; prints, and changes nothing. All ranks."""
     step = recipe.replay_step
     if step > steps:
         raise ValueError(f"replay_step {step} is after the run's last step, {steps}")
-    metrics, reason = train_step(recipe, engine, split, objective, step, device, StepGuard(0), apply=False)
-    weights = f"the checkpoint after step {done}" if done else "the model that the run began with"
+    metrics, reason = train_step(recipe, engine, split, objective, step, device, guard, apply=False)
+    weights = f"the checkpoint of step {done}" if done else "the model that the run began with"
     run.say(f"replay of step {step} with the weights of {weights}: loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}")
-    run.say("it would not be applied: " + reason if reason else "both are finite")
+    run.say(f"it would not be applied: {reason}" if reason else "it would be applied: both are finite, and no spike")
     for example in example_losses(recipe, engine, split, objective, step, device):
-        run.say(f"  example {example['index']:>8}  {example['tokens']:>6} tokens  loss {_shown(example['loss']):>10}  {example['source']}")
+        note = "" if example["weight"] else "  (weight 0: in the run's largest micro-batch, which step 1 tries)"
+        numbers = f"{example['tokens']:>6} tokens  loss {_shown(example['loss']):>10}"
+        run.say(f"  example {example['index']:>8}  {numbers}  {example['source']}{note}")
 
 
 def _shown(loss: float | None) -> str:
@@ -204,10 +206,7 @@ def check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device
     """Stop a run that would be wrong from its first step on; returns what was measured. All ranks."""
     if recipe.checks == "off":
         return {}
-    indices, mine = step_share(recipe, data.train, 1)
-    parts = {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
-    parts |= {"data: manifest and lengths": data.fingerprint, "data: tokens of the first step": _hash_tokens(data.train, indices)}
-    checks.same_on_all_ranks("recipe or prepared data", parts)
+    _, mine = step_share(recipe, data.train, 1)
     batch, dtype = data.train.micro_batch(mine[0]).to(device), getattr(torch, recipe.dtype)
     measured = {}
     if not recipe.dropout:
@@ -215,11 +214,6 @@ def check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device
     if isinstance(objective, DPO) and objective.has_reference:
         measured["policy and reference"] = checks.policy_equals_reference(objective, batch, dtype, f"{recipe.data_dir}/{REFERENCE}")
     return measured
-
-
-def _hash_tokens(split: Split, indices: np.ndarray) -> str:
-    batch = split.micro_batch(indices)
-    return hashlib.sha256(batch.input_ids.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
 
 
 def _tokens_before(recipe: Recipe, split: Split, done: int) -> int:

@@ -1,6 +1,6 @@
 """Preference losses as pure functions of answer log-probs, each the equation of its paper.
 
-Shapes: P = preference pairs. Log-probs are float32 sums over an answer's tokens; lengths are its token counts. Every loss returns one
+Shapes: P = preference pairs. Log-probs are sums over an answer's tokens; lengths are its token counts. Every loss returns one
 value per pair and never averages: the caller divides by the step's total, which makes the result independent of how a step is cut up.
 
 A loss reads exactly the options in its signature; a recipe that gives it another one is refused. Symbols: pi = policy, ref = reference,

@@ -63,14 +63,14 @@ class DPO:
 
     def loss(self, batch: MicroBatch, totals: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
-        sums = answer_sums(self.policy(batch), batch)
-        policy, reference, lengths = self.pairs(sums), self.reference_logps(batch), PairLogps(*answer_lengths(batch).view(-1, 2).T)
-        losses = self.preference_loss(policy, reference, lengths, self.options)
+        sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
+        policy, reference = self.pairs(sums), self.reference_logps(batch)
+        losses = self.preference_losses(policy, reference, lengths)
         nll = -sums[0::2].sum()
-        share = losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]
+        share = (losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]).float()
         with torch.no_grad():
-            reward = rewards(policy, reference, lengths, self.beta)
-            accurate = (reward.chosen > reward.rejected).float()  # a tie counts as wrong, as in TRL
+            reward = rewards(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.beta)
+            accurate = (reward.chosen > reward.rejected).double()  # a tie counts as wrong, as in TRL
             columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected)
             loss_sum, *others = (column.sum() for column in columns)
             return share, torch.stack([loss_sum, nll, *others])
@@ -81,7 +81,7 @@ class DPO:
         if "reference" not in self.preference_loss.reads:
             return None
         if not self.has_reference:
-            zeros = torch.zeros(batch.num_answers // 2, device=batch.rows.device)
+            zeros = torch.zeros(batch.num_answers // 2, dtype=torch.float64, device=batch.rows.device)
             return PairLogps(zeros, zeros)
         if self.reference is None:
             return self.pairs(batch.reference_sums)
@@ -110,8 +110,11 @@ class DPO:
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
         """The preference loss of each pair of the micro-batch. As `loss`, a collective with a reference beside."""
         policy = self.pairs(answer_sums(self.policy(batch), batch))
-        lengths = PairLogps(*answer_lengths(batch).view(-1, 2).T)
-        return self.preference_loss(policy, self.reference_logps(batch), lengths, self.options)
+        return self.preference_losses(policy, self.reference_logps(batch), answer_lengths(batch))
+
+    def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
+        """(P,) losses of P pairs; lengths (2 P,) as answer_lengths gives them."""
+        return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)
 
 
 def needs_reference(recipe: DPORecipe) -> bool:
@@ -124,6 +127,9 @@ def answer_lengths(batch: MicroBatch) -> torch.Tensor:
 
 
 def answer_sums(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """(N,) token log-probs -> (A, 2): their sum up to the length of the pair's shorter answer, and beyond. SFT has no pairs: no beyond."""
-    sums = torch.zeros(2 * batch.num_answers, device=logps.device)
-    return sums.index_add(0, 2 * batch.answers + batch.beyond, logps).view(-1, 2)
+    """(N,) token log-probs -> (A, 2): their sum up to the length of the pair's shorter answer, and beyond. SFT has no pairs: no beyond.
+
+    In float64, since a GPU adds in no fixed order: a float32 sum of a thousand tokens would differ from one call to the next.
+    """
+    sums = torch.zeros(2 * batch.num_answers, dtype=torch.float64, device=logps.device)
+    return sums.index_add(0, 2 * batch.answers + batch.beyond, logps.double()).view(-1, 2)

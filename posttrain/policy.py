@@ -122,9 +122,10 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
 
 def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
     """Refuse preference data in another form of conversation than the one that the model's folder says it was taught."""
-    if not chat.tokenizer.chat_template:
+    try:
+        own = ChatFormat(chat.tokenizer, "tokenizer")
+    except ValueError:  # it has none, or none that a model could be trained on by this package
         return
-    own = ChatFormat(chat.tokenizer, "tokenizer")
     forms = [render_prompt(form, PROBE) for form in (chat, own)]
     if forms[0] != forms[1]:
         here, there = (repr(chat.tokenizer.decode(form)) for form in forms)

@@ -8,6 +8,8 @@ import gc
 import hashlib
 import io
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
@@ -40,7 +42,7 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
     }
     found = _read(pieces)
     for split in splits.values():
-        split.reference_sums = np.zeros((len(split), 2, 2), dtype=np.float32)
+        split.reference_sums = np.zeros((len(split), 2, 2))
     for path, sums in found.items():
         split, indices = pieces[path]
         split.reference_sums[indices] = sums
@@ -59,13 +61,13 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
 
 @torch.no_grad()
 def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, device: torch.device) -> np.ndarray:
-    """(n, 2, 2) sums of the given pairs, on all ranks. All ranks."""
-    sums = torch.zeros(len(split), 2, 2, device=device)
+    """(n, 2, 2) sums of the n given pairs, which follow each other, on all ranks. All ranks."""
+    sums = torch.zeros(len(indices), 2, 2, dtype=torch.float64, device=device)
     for part in my_share(indices, split.lengths, recipe, dist.get_rank(), dist.get_world_size()):
         batch = split.micro_batch(part).to(device)
-        sums[torch.from_numpy(part).to(device)] = answer_sums(engine(batch), batch).view(-1, 2, 2)
+        sums[torch.from_numpy(part - indices[0]).to(device)] = answer_sums(engine(batch), batch).view(-1, 2, 2)
     dist.all_reduce(sums)  # every pair is on one rank, zero on the others
-    return sums[torch.from_numpy(indices).to(device)].cpu().numpy()
+    return sums.cpu().numpy()
 
 
 def _read(pieces: dict[Path, tuple[Split, np.ndarray]]) -> dict[Path, np.ndarray]:
@@ -97,6 +99,6 @@ def _write(path: Path, sums: np.ndarray) -> None:
     if dist.get_rank() == 0:
         buffer = io.BytesIO()
         np.savez(buffer, sums=sums)
-        staging = path.with_suffix(".incomplete")
+        staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
         staging.write_bytes(buffer.getvalue())
-        staging.rename(path)
+        staging.replace(path)

@@ -106,30 +106,34 @@ class Run:
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
         self.progress = self.tensorboard = self.wandb = None
-        if rank == 0 and not recipe.only_looks:
-            self._create(kind, inputs)
-
-    def _create(self, kind: str, inputs: dict[str, str]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "run.json").exists():
+        self.kind, self.inputs = kind, inputs
+        if rank == 0 and not recipe.only_looks and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
+            if stored.keys() != inputs.keys():
+                raise ValueError(f"{self.path} was begun by an earlier version of this code, which identified its inputs in another way")
             if changed := [name for name, value in inputs.items() if stored[name] != value]:
                 raise ValueError(
                     f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: going on would mix two "
                     "runs. Put back what it began with, or start a new run with another --out_dir"
                 )
-            return
+
+    def _create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         settled = self.recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None}
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(settled, sort_keys=False))
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        facts = {"kind": kind, "plan_version": PLAN_VERSION, "batch_form": form, "inputs": inputs, "packages": packages}
+        facts = {"kind": self.kind, "plan_version": PLAN_VERSION, "batch_form": form, "inputs": self.inputs, "packages": packages}
         (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam."""
         if self.rank:
             return
+        if not (self.path / "run.json").exists():
+            self._create()
+        if self.recipe.checks == "off":
+            self._note_unchecked(first_step)
         for name in ("metrics.jsonl", "bad_batches.jsonl"):
             if (self.path / name).exists():
                 kept = [
@@ -147,6 +151,14 @@ class Run:
             self.bar = self.progress.add_task("", total=total_steps, completed=first_step - 1)
             self.progress.start()
         self.total_steps, self.step_seconds = total_steps, []
+
+    def _note_unchecked(self, first_step: int) -> None:
+        """Write into the run that it went on without checks: recipe.yaml keeps what it began with."""
+        facts = json.loads((self.path / "run.json").read_text())
+        facts["unchecked_from_steps"] = [*facts.get("unchecked_from_steps", []), first_step]
+        staging = self.path / "run.json.incomplete"
+        staging.write_text(json.dumps(facts, indent=2) + "\n")
+        staging.replace(self.path / "run.json")
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""

@@ -7,6 +7,7 @@ python posttrain/sft.py ...                  the same on one device; --help list
 import sys
 
 from posttrain import data
+from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import SFTRecipe, load_recipe
 from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
 from posttrain.loop import check_lengths, train
@@ -28,9 +29,10 @@ def sft() -> None:
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
+    same_inputs_on_all_ranks(recipe, prepared)
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
-    run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "weights": policy.fingerprint})
+    run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
     train(recipe, engine, prepared, SFT(engine), chat, run, choices)
 
 

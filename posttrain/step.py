@@ -46,7 +46,7 @@ def train_step(
     metrics["grad_norm"], applied = engines.update(engine, guard.largest_norm if can_apply else -1.0)
     reason = guard.judge(metrics["loss"], metrics["grad_norm"])
     assert applied == (apply and reason is None), (applied, reason)  # what the gate decided is what is told
-    guard.count(reason, metrics["grad_norm"])
+    guard.count(step, reason, metrics["grad_norm"])
     return metrics, reason
 
 
@@ -67,8 +67,8 @@ def evaluate(recipe: Recipe, engine, split: Split, objective: SFT | DPO, device)
 @torch.no_grad()
 def example_losses(recipe: Recipe, engine, split: Split, objective: SFT | DPO, step: int, device) -> list[dict]:
     """Every example of a step with its own loss, the worst first; on all ranks. All ranks."""
-    _, mine = step_share(recipe, split, step)
-    if step == 1:  # the largest micro-batch ran with it
+    indices, mine = step_share(recipe, split, step)
+    if step == 1:  # the run's largest micro-batch ran with it, with weight 0: a loss that is not finite spoils the step even so
         mine = [*mine, np.array(_largest(recipe, split))]
     engine.eval()
     losses = {}
@@ -78,6 +78,7 @@ def example_losses(recipe: Recipe, engine, split: Split, objective: SFT | DPO, s
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, losses)
     merged = {index: loss for one in everyones for index, loss in one.items()}
+    members = set(indices.tolist())
     worst_first = sorted(merged, key=lambda index: (math.isfinite(merged[index]), -merged[index]))
     return [
         {
@@ -85,6 +86,7 @@ def example_losses(recipe: Recipe, engine, split: Split, objective: SFT | DPO, s
             "source": split.table[i]["source"],
             "tokens": int(split.lengths[i]),
             "loss": merged[i] if math.isfinite(merged[i]) else None,
+            "weight": int(i in members),
         }
         for i in worst_first
     ]

@@ -36,15 +36,20 @@ PLANTED = "tests/test_planted.py::"
 MUTATIONS = {
     "sft_shifted_by_one": Mutation("posttrain/data.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
     "dpo_shifted_by_one": Mutation("posttrain/data.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
-    "sft_mean_instead_of_sum": Mutation("posttrain/step.py", "sums += part_sums\n    metrics", "sums = part_sums\n    metrics", SFT_STEPS),
+    "last_micro_batch_alone_counted": Mutation(
+        "posttrain/step.py", "sums += part_sums\n    metrics", "sums = part_sums\n    metrics", SFT_STEPS
+    ),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
     "dpo_mean_instead_of_sum": Mutation(
-        "posttrain/objectives.py", "logps).view(-1, 2)", "logps).view(-1, 2) / answer_lengths(batch).clamp(min=1)[:, None]", DPO_PARITY
+        "posttrain/objectives.py",
+        "logps.double()).view(-1, 2)",
+        "logps.double()).view(-1, 2) / answer_lengths(batch).clamp(min=1)[:, None]",
+        DPO_PARITY,
     ),
     "dpo_mean_of_micro_batches": Mutation(
-        "posttrain/objectives.py", 'share = losses.sum() / totals["pairs"]', "share = losses.mean()", DPO_PARITY
+        "posttrain/objectives.py", 'share = (losses.sum() / totals["pairs"]', "share = (losses.mean()", DPO_PARITY
     ),
     "nll_per_pair_instead_of_per_token": Mutation(
         "posttrain/objectives.py", '* nll / totals["tokens"]', '* nll / totals["pairs"]', NLL_PARITY
@@ -67,7 +72,10 @@ MUTATIONS = {
         DPO_PARITY,
     ),
     "end_token_not_trained": Mutation(
-        "posttrain/data.py", "for i in range(1, len(ids)) if", "for i in range(1, len(ids) - 1) if", SFT_PARITY
+        "posttrain/chat.py",
+        "[Encoded([self.end_id], True)",
+        "[Encoded([self.end_id], False)",
+        "tests/test_chat.py::test_trained_tokens_are_the_answers_and_their_end_tokens",
     ),
     "chosen_and_rejected_swapped": Mutation(
         "posttrain/objectives.py", "PairLogps(logps[0::2], logps[1::2])", "PairLogps(logps[1::2], logps[0::2])", DPO_PARITY

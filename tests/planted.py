@@ -72,10 +72,11 @@ def one_example_is_nan():
 
 
 def spikes():
-    """$PLANT: the steps whose loss is scaled up."""
+    """$PLANT: the steps whose gradient is scaled up, and how much: STEP:SCALE,..."""
+    scales = {int(step): float(scale) for step, scale in (one.split(":") for one in PLANT.split(","))}
 
     def step(recipe, engine, split, objective, number, *arguments, **others):
-        objective.scale = 1e4 if str(number) in PLANT.split(",") else 1.0
+        objective.scale = scales.get(number, 1.0)
         return train_step(recipe, engine, split, objective, number, *arguments, **others)
 
     def loss(objective, batch, totals):

@@ -78,6 +78,7 @@ def test_a_resolved_recipe_is_a_recipe():
         (SFTRecipe, {"wandb_project": "x"}, "would not be read without wandb_log=True"),
         (SFTRecipe, {"max_iters": "none"}, "how long to train is missing"),
         (SFTRecipe, {"seed": "True"}, "seed='True'"),
+        (SFTRecipe, {"skip_spikes": "0.5"}, "would refuse every other step"),
         (DPORecipe, {"label_smoothing": "0.5"}, "less than 0.5"),
         (DPORecipe, {"dropout": "0.1"}, "dropout must be 0 in DPO"),
         (DPORecipe, {"loss": "sigmiod"}, "loss='sigmiod': Input should be 'sigmoid', 'robust'"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
     *("losses", "config", "schedule", "batches", "chat", "hub"),
     *("attention", "logprob", "data", "ckpt_pt", "tokenization"),
-    *("objectives", "checks", "policy", "engine", "checkpoint", "run", "reference", "guard"),
+    *("objectives", "engine", "checks", "policy", "checkpoint", "run", "reference", "guard"),
     *("step", "loop"),
 ]
 SCRIPTS = {"sft", "dpo"}

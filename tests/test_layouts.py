@@ -63,7 +63,7 @@ def test_a_difference_is_seen(invariance):
 
     weights = {"w": torch.zeros(3)}
     bounds = invariance.BOUNDS["float32"]
-    for changed, expected in (((0.0, 0.0), set()), ((0.0, 2e-4), {"loss", "drift"}), ((4e-5, 0.0), {"drift"}), ((0.0, 4e-5), set())):
+    for changed, expected in (((0.0, 0.0), set()), ((0.0, 2e-4), {"loss", "drift"}), ((4e-5, 0.0), {"drift"}), ((0.0, 2e-5), set())):
         found = invariance.differences(result(*changed), result(0.0), weights, weights)
         assert {name for name, value in found.items() if not value <= bounds[name]} == expected
     moved = invariance.differences(result(0.0), result(0.0), {"w": torch.tensor([0, 0, 1e-4])}, weights)

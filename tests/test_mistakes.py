@@ -19,6 +19,7 @@ from conftest import launch
 from test_runs import sft_arguments
 
 from posttrain import data, dpo, engine, hub, loop, policy, run, sft
+from posttrain.chat import ChatFormat
 from posttrain.config import SFTRecipe, build_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -104,10 +105,19 @@ def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
 def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {})
-    run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
-    run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
+    begun = run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    assert not (tmp_path / "run").exists()  # a start that a check stops leaves nothing behind
+    begun.start(1, 1)
+    begun.close()
+    run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
     with pytest.raises(ValueError, match="data changed since .*/run began"):
-        run.Run(recipe, "sft", 0, {"data": "3", "weights": "2"})
+        run.Run(recipe, "sft", 0, {"data": "3", "model": "2"})
+    with pytest.raises(ValueError, match="begun by an earlier version of this code"):
+        run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
+    unchecked = run.Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
+    unchecked.start(1, 1)
+    unchecked.close()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
     (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
     assert run.resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
 
@@ -129,6 +139,22 @@ def test_dpo_without_an_sft_result_names_the_command_that_makes_it(tiny, monkeyp
         dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final"
     )
     assert "deepspeed --num_gpus 8 posttrain/sft.py" in message
+
+
+def test_preference_data_must_read_as_the_model_was_taught(tiny):
+    """Its folder's template decides, where it has one that can be compared."""
+    recipe = types.SimpleNamespace(data_dir="data", model_path="model")
+    tokenizer = type(tiny.tokenizer).from_pretrained(tiny.base)
+    chat = ChatFormat(tokenizer)
+    turns = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
+    for own in (None, chat.jinja, {"default": chat.jinja}, turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
+        tokenizer.chat_template = own
+        policy._check_form(chat, recipe)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # of no use for training, so nothing to compare
+    policy._check_form(chat, recipe)
+    tokenizer.chat_template = "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.jinja
+    with pytest.raises(ValueError, match="data was prepared with another template than model was taught.*\n.*\n.*\n.*Be brief"):
+        policy._check_form(chat, recipe)
 
 
 @pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])
@@ -191,6 +217,10 @@ def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tm
         ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "would not read its offload section"),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "would not read its offload section"),
         ('{"compile": {"deepcompile": true}}', "not a sharding"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "leaves no gradient norm"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "an offload ratio other than 1"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}}', "are not supported"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}}', "are not supported"),
         ('{"zero_optimization": ', "not valid JSON"),
         ("[]", "should hold a JSON object"),
     ],

@@ -220,7 +220,13 @@ def same_five_steps(run, trainer, names: list[str]) -> None:
 
 def our_run(script: str, tiny, out, *paths: str) -> None:
     clock = [f"--max_iters={STEPS}", f"--global_batch_size={BATCH}", f"--learning_rate={RATE}", "--min_lr=0", "--warmup_iters=0"]
-    plain = ["--decay_lr=False", f"--grad_clip={CLIP}", "--dtype=float32", "--eval_interval=0", "--max_tokens_per_gpu=160"]
+    plain = [
+        "--decay_lr=False",
+        f"--grad_clip={CLIP}",
+        "--dtype=float32",
+        "--eval_interval=0",
+        "--max_tokens_per_gpu=80",
+    ]  # several micro-batches
     done = launch(script, *paths, f"--out_dir={out}", *clock, *plain, "--ds_config=ds_configs/zero2.json")
     assert done.returncode == 0, done.stdout
 

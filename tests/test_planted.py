@@ -74,6 +74,19 @@ def test_one_rank_with_other_data(tiny, tmp_path):
     assert "first data: manifest and lengths" in seen[1]
 
 
+def test_one_rank_with_other_data_leaves_no_wrong_precomputed_log_probs(tiny, tmp_path):
+    rows = [json.loads(line) for line in (tiny.folder / "dpo.jsonl").read_text().splitlines()]
+    rows[3]["chosen"] += " na"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare("dpo", ["--source", f"{tmp_path}/rows.jsonl", "--output_dir", f"{tmp_path}/data", "--tokenizer", tiny.base, "--val_size", "7"])
+    shutil.copytree(tiny.dpo, tmp_path / "mine", ignore=shutil.ignore_patterns("reference"))
+    arguments = dpo_arguments(tiny, tmp_path / "run", f"--dpo_data_dir={tmp_path}/mine", "--reference=precompute")
+    seen = run("one_rank_with_other_data", "dpo", *arguments, plant=f"{tmp_path}/data")
+    stops_at_step_0(tmp_path, *seen)
+    assert "ranks [1] hold another recipe or prepared data than rank 0" in seen[1]
+    assert not (tmp_path / "mine" / "reference").exists()
+
+
 def test_data_prepared_with_another_template(tmp_path):
     """ChatML pairs for a model that was taught another form; and pairs of the model's own template for one taught ChatML."""
     tokenizer = byte_level(nfc=False)
@@ -95,6 +108,7 @@ def test_data_prepared_with_another_template(tmp_path):
     assert ended_well, output
     assert "warning  checks=off" in output
     assert "checks: 'off'" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo"])
@@ -130,13 +144,20 @@ def test_precomputed_log_probs_are_kept_and_damaged_ones_are_refused(tiny, tmp_p
     assert f"delete {tmp_path}/data/reference, whose log-probs are another model's" in seen[1]
 
 
-@pytest.mark.parametrize(("ds_config", "dtype"), [("zero0", "float32"), ("zero1", "bfloat16"), ("zero3", "float32")])
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"), [("zero0", "float32"), ("zero1", "bfloat16"), ("zero2_offloaded", "bfloat16"), ("zero3", "float32")]
+)
 def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     train = data.load(tiny.sft, "sft", "").train
     culprit = int(batches.step_examples(len(train), 8, 1337, 3)[5])
     ids = ",".join(map(str, train.table[culprit]["input_ids"]))
+    (tmp_path / "zero2_offloaded.json").write_text(json.dumps(OFFLOADED))
+    folder = tmp_path if "offloaded" in ds_config else "ds_configs"
     layout = [
-        f"--ds_config=ds_configs/{ds_config}.json",
+        f"--ds_config={folder}/{ds_config}.json",
         f"--dtype={dtype}",
         "--eval_interval=1",
         "--max_tokens_per_gpu=160",
@@ -157,7 +178,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
         return
     ended_well, output = run("one_example_is_nan", "sft", *sft_arguments(tiny, tmp_path / "run", *layout, "--replay_step=3"), plant=ids)
     assert ended_well, output
-    assert "replay of step 3 with the weights of the checkpoint after step 2: loss nan" in output
+    assert "replay of step 3 with the weights of the checkpoint of step 2: loss nan" in output
     assert f"example {culprit:>8}" in output.split("it would not be applied: the loss is nan")[1].splitlines()[1]
     assert len(metrics(tmp_path / "run")) == 4
 
@@ -165,7 +186,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
 def test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run(tiny, tmp_path):
     common = ["--max_iters=30", "--save_interval=0", "--eval_interval=1", "--ds_config=ds_configs/zero2.json"]
     arguments = sft_arguments(tiny, tmp_path / "run", *common)
-    ended_well, output = run("spikes", "sft", *arguments, plant="22,24,25,26")
+    ended_well, output = run("spikes", "sft", *arguments, plant="22:1e4,24:1e4,25:1e4,26:1e4")
     assert not ended_well
     assert "Traceback" not in output
     assert "step 22 was not applied: the gradient norm" in output
@@ -176,11 +197,26 @@ def test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run(tiny, tmp_path):
     assert evals[22] == evals[21] != evals[23]
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()] == [22, 24, 25, 26]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000026"]
+    replayed = sft_arguments(tiny, tmp_path / "run", *common, "--replay_step=26")
+    ended_well, output = run("spikes", "sft", *replayed, plant="26:1e4")
+    assert ended_well, output
+    assert "replay of step 26 with the weights of the checkpoint of step 26" in output  # which no later step has changed
+    assert "it would not be applied: the gradient norm" in output
     ended_well, output = run("none", "sft", *arguments)  # without the fault, the same command finishes the run
     assert ended_well, output
     assert "continuing after step 26" in output
     assert (tmp_path / "run" / "final").is_dir()
 
-    ended_well, output = run("spikes", "sft", *sft_arguments(tiny, tmp_path / "off", *common, "--skip_spikes=0"), plant="22")
+    ended_well, output = run("spikes", "sft", *sft_arguments(tiny, tmp_path / "off", *common, "--skip_spikes=0"), plant="22:1e4")
     assert ended_well, output
     assert "not applied" not in output
+
+
+def test_an_infinite_gradient_norm_is_not_applied(tiny, tmp_path):
+    """At ZeRO-0 in float32, where DeepSpeed itself would not notice; the loss is finite, and spikes are not looked for."""
+    arguments = ["--ds_config=ds_configs/zero0.json", "--skip_spikes=0", "--eval_interval=1", "--max_iters=4"]
+    ended_well, output = run("spikes", "sft", *sft_arguments(tiny, tmp_path / "run", *arguments), plant="3:1e30")
+    assert ended_well, output
+    assert "step 3 was not applied: the gradient norm is inf" in output
+    evals = [record["loss"] for record in metrics(tmp_path / "run", "eval")]
+    assert evals[3] == evals[2] != evals[4]

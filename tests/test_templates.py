@@ -232,3 +232,12 @@ def test_the_templates_of_real_tokenizers(shared_data, tmp_path, folder):
     tokenizer.save_pretrained(tmp_path / "copy")
     again = load_tokenizer(tmp_path / "copy", "tokenizer")
     assert (fingerprint(again), ChatFormat(again, "tokenizer").hash) == (fingerprint(tokenizer), chat.hash)
+
+
+def test_of_several_templates_by_name_the_default_is_taken():
+    tokenizer = byte_level(nfc=False)
+    tokenizer.chat_template = {"default": LLAMA, "tool_use": GEMMA}
+    assert ChatFormat(tokenizer, "tokenizer").jinja == LLAMA
+    tokenizer.chat_template = {"tool_use": GEMMA}
+    with pytest.raises(ValueError, match="no chat template of its own"):
+        ChatFormat(tokenizer, "tokenizer")
