@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from posttrain.guard import StepGuard
+
 KEPT = 2  # newest checkpoints kept
 
 
-def save(engine, folder: Path, step: int, guard: dict) -> Path:
-    """Save the engine after optimizer step `step`, with the state of its StepGuard. All ranks."""
+def save(engine, folder: Path, step: int, guard: StepGuard) -> Path:
+    """Save the engine after optimizer step `step`, with its guard. All ranks."""
     name = f"step_{step:06d}"
     staging = folder / f"{name}.incomplete"
     if dist.get_rank() == 0:
@@ -23,12 +25,12 @@ def save(engine, folder: Path, step: int, guard: dict) -> Path:
         _check_space(engine, folder)
         shutil.rmtree(staging, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=staging.name, client_state={"guard": guard}, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=staging.name, client_state={"guard": guard.state()}, save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
         facts = {
             "step": step,
-            "last_applied": guard["last_applied"],
+            "last_applied": guard.last_applied,
             "world_size": dist.get_world_size(),
             "zero_stage": engine.zero_optimization_stage(),
         }
@@ -46,15 +48,15 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "checkpoint.json").is_file() and not path.name.endswith(".incomplete"))
 
 
-def resume(engine, folder: Path, before: float = math.inf) -> tuple[int, dict | None]:
-    """Load the newest checkpoint whose weights no step from `before` on has changed. All ranks.
+def resume(engine, folder: Path, guard: StepGuard, before: float = math.inf) -> int:
+    """Load the newest checkpoint whose weights no step from `before` on has changed, and the guard's state with it. All ranks.
 
-    Returns the step it was taken after and the state of its StepGuard; 0 and None where there is no such checkpoint.
+    Returns the step it was taken after, or 0 where there is no such checkpoint.
     """
     read = {path: json.loads((path / "checkpoint.json").read_text()) for path in complete(folder)}
     found = [path for path, facts in read.items() if facts["last_applied"] < before]
     if not found:
-        return 0, None
+        return 0
     facts = read[found[-1]]
     now = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
     different = [f"{name} {facts[name]} -> {value}" for name, value in now.items() if facts[name] != value]
@@ -63,7 +65,8 @@ def resume(engine, folder: Path, before: float = math.inf) -> tuple[int, dict | 
     path, client_state = engine.load_checkpoint(str(folder), tag=found[-1].name)
     if path is None:
         raise ValueError(f"DeepSpeed could not load {found[-1]}; delete it to continue from the one before")
-    return facts["step"], client_state["guard"]
+    guard.restore(client_state["guard"])
+    return facts["step"]
 
 
 def _check_space(engine, folder: Path) -> None:

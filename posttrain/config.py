@@ -55,7 +55,9 @@ class Recipe(BaseModel):
     beta2: Fraction = key(0.95, "AdamW second-moment decay")
     grad_clip: NotNegative = key(1.0, "largest global gradient norm; 0 = no clipping")
     skip_spikes: float = key(
-        20.0, "do not apply a step whose gradient norm is over this many times the median of the last 50; 0 = off", ge=0
+        20.0,
+        "a gradient norm over this many times the median of the last 50 (at least 20) is not applied; 0 = off",
+        ge=0,
     )
     dropout: Fraction = key(0.0, "attention dropout; above 0 the curve depends on the layout, and DPO refuses it")
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "weights and activations; float32 master weights are kept either way")
@@ -64,7 +66,7 @@ class Recipe(BaseModel):
     eval_interval: Period = key(100, "steps between validations, which also run at the first and the last step; 0 = off")
     eval_iters: Period = key(0, "validate on eval_iters x global_batch_size examples; 0 = the whole validation set")
     eval_only: bool = key(False, "validate the model once, print, and stop")
-    replay_step: Period = key(0, "run this step's batch alone, print every example's loss, change nothing; 0 = off")
+    replay_step: Period = key(0, "run this step's batch alone on the newest checkpoint from before it, print each example's loss; 0 = off")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
     save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
     wandb_log: bool = key(False, "also log to Weights & Biases")
@@ -78,7 +80,9 @@ class Recipe(BaseModel):
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     kernels: Literal["auto", "torch"] = key("auto", "auto: the fastest kernels this machine has; torch: plain PyTorch ones")
-    checks: Literal["on", "off"] = key("on", "checks before step 1 that stop a wrong run; off is written into the run")
+    checks: Literal["on", "off"] = key(
+        "on", "checks before step 1: packing, dropout, reference, chat template; off is written into the run"
+    )
 
     @property
     def only_looks(self) -> bool:
@@ -121,7 +125,7 @@ class DPORecipe(Recipe):
     dpo_data_dir: str = key(..., "data made by data_prep/prepare_dpo.py")
     learning_rate: Positive = key(5e-7, "peak learning rate")
     loss: Literal[*LOSSES] = key("sigmoid", "what is minimised; posttrain/losses.py has each one's equation")
-    beta: Positive = key(0.1, "strength of the pull towards the reference, usually 0.05 to 0.5; other losses other scales")
+    beta: Positive = key(0.1, "strength of the pull towards the reference, usually 0.05 to 0.5; sigmoid_norm and simpo 1 to 20")
     label_smoothing: float = key(0.0, "assumed share of flipped preferences (sigmoid: conservative DPO); exo_pair: epsilon", ge=0, lt=0.5)
     simpo_gamma: NotNegative = key(0.5, "simpo's target margin between the two rewards")
     ld_alpha: float = key(
@@ -130,7 +134,8 @@ class DPORecipe(Recipe):
     chosen_nll_weight: NotNegative = key(0.0, "adds this times the mean token loss of the chosen answers; keeps them likely")
     reference_free: bool = key(False, "take the reference as uniform: no reference model")
     reference: Literal["beside", "precompute"] = key(
-        "beside", "the reference's log-probs: from a ZeRO-3 engine beside the policy, or computed once, before training, and kept"
+        "beside",
+        "the reference's log-probs: of an engine beside the policy, or computed once, before training, into DATA/reference",
     )
     share_prompt: bool = key(True, "compute the prompt once for both answers; speed only")
 
@@ -205,15 +210,19 @@ def _refuse_unread(recipe: Recipe) -> None:
         _refuse_unread_by_loss(recipe, given)
 
 
+def readers() -> dict[str, list[str]]:
+    """Options that not all losses read, and which do."""
+    read = {name: [loss for loss in LOSSES if name in LOSSES[loss].reads] for name in ("label_smoothing", "simpo_gamma", "reference")}
+    read["ld_alpha"] = [loss for loss in LOSSES if "lengths" not in LOSSES[loss].reads]
+    read["chosen_nll_weight"] = [loss for loss in LOSSES if loss != "orpo"]  # which has that term already
+    read["reference_free"] = [loss for loss in LOSSES if LOSSES[loss].is_of_the_margin]
+    return read
+
+
 def _refuse_unread_by_loss(recipe: DPORecipe, given: set[str]) -> None:
     if recipe.dropout:
         raise ValueError("dropout must be 0 in DPO: policy and reference would differ before the first step")
-    readers = {name: [other for other in LOSSES if name in LOSSES[other].reads] for name in ("label_smoothing", "simpo_gamma")}
-    readers["ld_alpha"] = [other for other in LOSSES if "lengths" not in LOSSES[other].reads]
-    readers["chosen_nll_weight"] = [other for other in LOSSES if other != "orpo"]  # which has that term already
-    readers["reference"] = [other for other in LOSSES if "reference" in LOSSES[other].reads]
-    readers["reference_free"] = [other for other in LOSSES if LOSSES[other].is_of_the_margin]
-    for name, losses in readers.items():
+    for name, losses in readers().items():
         if name in given and recipe.loss not in losses:
             raise ValueError(f"loss {recipe.loss} does not read {name}; remove it. It is read by {', '.join(losses)}")
     if recipe.reference_free and "reference" in given:
@@ -237,6 +246,8 @@ def help_text(kind: type[Recipe], default: str) -> str:
         lines.append(f"  --{name + '=':<32}{shown:<24}{field.description}")
         if choices := [choice for choice in get_args(field.annotation) if isinstance(choice, str)]:
             lines.append(f"  {'':<34}{'':<24}one of: {', '.join(choices)}")
+        if kind is DPORecipe and name in readers():
+            lines.append(f"  {'':<34}{'':<24}read by: {', '.join(readers()[name])}")
     return "\n".join(lines)
 
 

@@ -50,7 +50,8 @@ class Split:
     def __init__(self, path: Path, kind: str, share_prompt: bool):
         self.table = datasets.load_from_disk(str(path))
         self.kind, self.share_prompt = kind, share_prompt
-        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch
+        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch; where they are kept:
+        self.reference_folder: Path | None = None
         if kind == "sft":
             self.lengths = self.positions = self._list_lengths("input_ids")  # tokens of each example, as packed
             self.trained = self.table.with_format("numpy")["num_trained"][:]

@@ -22,6 +22,7 @@ from posttrain.loop import check_lengths, train
 from posttrain.objectives import DPO, needs_reference
 from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
+from posttrain.step import Training
 
 
 def dpo() -> None:
@@ -49,7 +50,7 @@ def dpo() -> None:
         choices.append(reference.attach(recipe, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(recipe, engine, prepared, DPO(engine, beside, recipe), chat, run, choices)
+    train(Training(recipe, engine, prepared, DPO(engine, beside, recipe)), chat, run, choices)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,19 @@ def start_distributed() -> torch.device:
     _quiet_libraries()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
         deepspeed.init_distributed(verbose=False)
+    _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def _unlink_shared_memory() -> None:
+    """DeepSpeed 0.19.8's all-reduce on CPUs leaves its buffers in /dev/shm after the run: 66 MB of memory a rank and start, for good.
+
+    Once every rank has mapped them they need no name, and without one they go with the processes. All ranks.
+    """
+    dist.barrier()
+    buffer = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    for path in Path("/dev/shm").glob(buffer):
+        path.unlink(missing_ok=True)
 
 
 def _share_cores(local_size: int, rank: int) -> None:

@@ -12,16 +12,14 @@ from posttrain import policy as policies
 from posttrain.chat import ChatFormat
 from posttrain.config import DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
-from posttrain.guard import StepGuard
 from posttrain.losses import LOSSES
-from posttrain.objectives import DPO, SFT
-from posttrain.reference import REFERENCE
+from posttrain.objectives import DPO
 from posttrain.run import Run
 from posttrain.schedule import learning_rate
-from posttrain.step import evaluate, example_losses, step_share, train_step
+from posttrain.step import Training, evaluate, example_losses, step_share, train_step
 
 MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not learned
-TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; at a learning rate of 5e-7 some 0.5 % is usual
+TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; a learning rate of 5e-7 is above it, see tests/test_precision.py
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -58,7 +56,10 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
     for choice in choices:
         run.say(f"kernel   {choice}")
     if recipe.checks == "off":
-        run.say("warning  checks=off: a wrong reference, differing ranks or a packing error would go unnoticed")
+        run.say(
+            "warning  checks=off: a wrong reference, dropout that is on, another chat template or a packing error of a known architecture "
+            "would go unnoticed"
+        )
     if isinstance(recipe, DPORecipe):
         least, most = LOSSES[recipe.loss].usual_beta
         if not least <= recipe.beta <= most:
@@ -71,51 +72,41 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
         run.say(f"warning  {passes:.1f} passes over the data: more than {MANY_EPOCHS} usually memorise it; lower max_iters or epochs")
 
 
-def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat: ChatFormat, run: Run, choices: list[str]) -> None:
+def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) -> None:
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
-    device = next(engine.module.parameters()).device
+    recipe, engine, data, guard = training.recipe, training.engine, training.data, training.guard
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, choices)
     _check_positions(data, engine.module.model.config)
-    check_start(recipe, data, objective, device)
-    guard = StepGuard(recipe.skip_spikes)
-    done, guard_state = checkpoint.resume(engine, run.checkpoints, before=recipe.replay_step or math.inf)
+    check_start(training)
+    done = checkpoint.resume(engine, run.checkpoints, guard, before=recipe.replay_step or math.inf)
     if done:
-        guard.restore(guard_state)
         run.say(f"continuing after step {done}")
     if recipe.replay_step:
-        replay(recipe, engine, data.train, objective, run, done, steps, device, guard)
+        replay(training, run, done, steps)
         return
     if recipe.eval_only:
         if not len(data.validation):
             raise ValueError(f"eval_only: {recipe.data_dir} has no validation rows; prepare it with --val_size")
-        run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(recipe, engine, data.validation, objective, device).items()))
+        run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(training).items()))
         return
 
     run.start(done + 1, steps)
-
-    def validate(step: int) -> None:
-        metrics = evaluate(recipe, engine, data.validation, objective, device)
-        run.log(step, "eval", metrics)
-        run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-
     validating = bool(recipe.eval_interval and len(data.validation))
     if validating and not done:
-        validate(0)
-    tokens, told_too_small = _tokens_before(recipe, data.train, done), False
+        _validate(training, run, 0)
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
-    if sample and not sample.tensors:
-        sample = None
+    tokens, told_too_small = _tokens_before(recipe, data.train, done), False
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         lr = learning_rate(recipe, step, steps)
         engines.set_learning_rate(engine, lr)
         before = sample.values() if sample else []
-        metrics, reason = train_step(recipe, engine, data.train, objective, step, device, guard)
-        step_tokens = int(data.train.lengths[batches.step_examples(len(data.train), recipe.global_batch_size, recipe.seed, step)].sum())
-        tokens += step_tokens
+        metrics, reason = train_step(training, step)
         if sample:
             metrics["bf16_changed"] = sample.share_changed(before)
+        step_tokens = int(data.train.lengths[step_share(training, step)[0]].sum())
+        tokens += step_tokens
         seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": lr,
@@ -127,50 +118,56 @@ def train(recipe: Recipe, engine, data: PreparedData, objective: SFT | DPO, chat
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
         if reason:
-            _refused(recipe, engine, data.train, objective, run, step, reason, metrics, device)
-            if guard.must_stop:
-                path = checkpoint.save(engine, run.checkpoints, step, guard.state())
-                raise ValueError(
-                    f"{guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. {path} holds the weights from "
-                    f"before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command goes "
-                    "on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
-                )
-        elif not told_too_small and lr > recipe.learning_rate / 2 and metrics.get("bf16_changed", 1.0) < TOO_SMALL:
+            _refused(training, run, step, reason, metrics)
+        elif sample and not told_too_small and lr > recipe.learning_rate / 2 and metrics["bf16_changed"] < TOO_SMALL:
             told_too_small = True
             run.say(
                 f"warning  step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {lr:.1e} an update "
                 "is too small to register. The float32 master weights keep it, but the model hardly moves; raise learning_rate"
             )
         if validating and (step % recipe.eval_interval == 0 or step == steps):
-            validate(step)
+            _validate(training, run, step)
         if recipe.save_interval and step % recipe.save_interval == 0 and step < steps:
-            run.say(f"saved {checkpoint.save(engine, run.checkpoints, step, guard.state())}")
+            run.say(f"saved {checkpoint.save(engine, run.checkpoints, step, guard)}")
     if steps > done:
-        run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps, guard.state())}")
+        run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps, guard)}")
     finish(engine, chat, run)
 
 
-def _refused(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, step: int, reason: str, metrics, device) -> None:
-    """Say and record that a step was not applied. All ranks."""
-    examples = example_losses(recipe, engine, split, objective, step, device)
+def _validate(training: Training, run: Run, step: int) -> None:
+    metrics = evaluate(training)
+    run.log(step, "eval", metrics)
+    run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _refused(training: Training, run: Run, step: int, reason: str, metrics: dict[str, float]) -> None:
+    """Say and record that a step was not applied; stop the run where that happens too often. All ranks."""
+    examples = example_losses(training, step)
     run.bad_batch(step, reason, metrics, examples)
     worst = examples[0]
     run.say(
         f"warning  step {step} was not applied: {reason}. Its worst example is {worst['index']} ({worst['source']}), loss "
         f"{_shown(worst['loss'])}; all are in {run.path}/bad_batches.jsonl"
     )
+    if training.guard.must_stop:
+        path = checkpoint.save(training.engine, run.checkpoints, step, training.guard)
+        raise ValueError(
+            f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. {path} holds the weights from "
+            f"before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command goes on "
+            "after them; a new run with a lower --learning_rate or without these examples is what usually helps"
+        )
 
 
-def replay(recipe: Recipe, engine, split: Split, objective: SFT | DPO, run: Run, done: int, steps: int, device, guard: StepGuard) -> None:
+def replay(training: Training, run: Run, done: int, steps: int) -> None:
     """Forward and backward of one step's batch alone, with the weights after step `done`; prints, and changes nothing. All ranks."""
-    step = recipe.replay_step
+    step = training.recipe.replay_step
     if step > steps:
         raise ValueError(f"replay_step {step} is after the run's last step, {steps}")
-    metrics, reason = train_step(recipe, engine, split, objective, step, device, guard, apply=False)
+    metrics, reason = train_step(training, step, apply=False)
     weights = f"the checkpoint of step {done}" if done else "the model that the run began with"
     run.say(f"replay of step {step} with the weights of {weights}: loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}")
     run.say(f"it would not be applied: {reason}" if reason else "it would be applied: both are finite, and no spike")
-    for example in example_losses(recipe, engine, split, objective, step, device):
+    for example in example_losses(training, step):
         note = "" if example["weight"] else "  (weight 0: in the run's largest micro-batch, which step 1 tries)"
         numbers = f"{example['tokens']:>6} tokens  loss {_shown(example['loss']):>10}"
         run.say(f"  example {example['index']:>8}  {numbers}  {example['source']}{note}")
@@ -202,17 +199,18 @@ def _check_positions(data: PreparedData, config) -> None:
             )
 
 
-def check_start(recipe: Recipe, data: PreparedData, objective: SFT | DPO, device) -> dict[str, float]:
+def check_start(training: Training) -> dict[str, float]:
     """Stop a run that would be wrong from its first step on; returns what was measured. All ranks."""
+    recipe, objective, train = training.recipe, training.objective, training.data.train
     if recipe.checks == "off":
         return {}
-    _, mine = step_share(recipe, data.train, 1)
-    batch, dtype = data.train.micro_batch(mine[0]).to(device), getattr(torch, recipe.dtype)
+    _, mine = step_share(training, 1)
+    batch, dtype = train.micro_batch(mine[0]).to(training.device), getattr(torch, recipe.dtype)
     measured = {}
     if not recipe.dropout:
         measured["repeated forward"] = checks.forward_is_repeatable(objective.policy, batch, dtype)
     if isinstance(objective, DPO) and objective.has_reference:
-        measured["policy and reference"] = checks.policy_equals_reference(objective, batch, dtype, f"{recipe.data_dir}/{REFERENCE}")
+        measured["policy and reference"] = checks.policy_equals_reference(objective, batch, dtype, train.reference_folder)
     return measured
 
 

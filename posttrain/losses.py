@@ -31,16 +31,12 @@ class PreferenceLoss:
     function: Callable[..., torch.Tensor]
     at_start: Callable[..., float] | None  # its value where policy and reference agree, of the options; None: it has no reference
     usual_beta: tuple[float, float]  # outside of it a run is told so
-    needs_smoothing: bool = False  # undefined, or another loss, at label_smoothing 0
+    needs_smoothing: bool  # undefined, or another loss, at label_smoothing 0
+    is_of_the_margin: bool  # the reference enters only by the difference of its two answers, so that a uniform one cancels out
 
     @property
     def reads(self) -> set[str]:
         return set(inspect.signature(self.function).parameters)
-
-    @property
-    def is_of_the_margin(self) -> bool:
-        """Whether the reference enters only by the difference of its two answers, so that a uniform one cancels out."""
-        return self.function in (sigmoid, robust, hinge, ipo_sum, ipo_mean, sigmoid_norm, exo_pair)
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None, lengths: PairLogps, options: dict[str, float]) -> torch.Tensor:
         """(P,) losses."""
@@ -52,54 +48,58 @@ LOSSES: dict[str, PreferenceLoss] = {}
 LN_2 = math.log(2)
 
 
-def preference_loss(at_start: Callable[..., float] | None, usual_beta: tuple[float, float] = (0.01, 1.0), needs_smoothing: bool = False):
+def preference_loss(at_start, usual_beta=(0.01, 1.0), needs_smoothing=False, is_of_the_margin=False):
+    """Register a function under its name; the arguments are PreferenceLoss's."""
+
     def register(function):
-        LOSSES[function.__name__] = PreferenceLoss(function, at_start, usual_beta, needs_smoothing)
+        LOSSES[function.__name__] = PreferenceLoss(function, at_start, usual_beta, needs_smoothing, is_of_the_margin)
         return function
 
     return register
 
 
-@preference_loss(lambda beta, label_smoothing: LN_2)
+@preference_loss(lambda beta, label_smoothing: LN_2, is_of_the_margin=True)
 def sigmoid(policy, reference, beta, label_smoothing):
     """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing the conservative form, Eq. 3 of ericmitchell.ai/cdpo.pdf."""
     logits = beta * delta(policy, reference)
     return -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
 
 
-@preference_loss(lambda beta, label_smoothing: LN_2, needs_smoothing=True)
+@preference_loss(lambda beta, label_smoothing: LN_2, needs_smoothing=True, is_of_the_margin=True)
 def robust(policy, reference, beta, label_smoothing):
     """Unbiased under preferences that are flipped with probability label_smoothing, arXiv:2403.00409."""
     logits = beta * delta(policy, reference)
     return (-F.logsigmoid(logits) * (1 - label_smoothing) + F.logsigmoid(-logits) * label_smoothing) / (1 - 2 * label_smoothing)
 
 
-@preference_loss(lambda beta: 1.0)
+@preference_loss(lambda beta: 1.0, is_of_the_margin=True)
 def hinge(policy, reference, beta):
     """The hinge of SLiC (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657."""
     return torch.relu(1 - beta * delta(policy, reference))
 
 
-@preference_loss(lambda beta: 1 / (4 * beta**2))
+@preference_loss(lambda beta: 1 / (4 * beta**2), is_of_the_margin=True)
 def ipo_sum(policy, reference, beta):
     """IPO with log-probs summed over tokens, Eq. 17 of arXiv:2310.12036 as it is written (and in OpenRLHF); beta is its tau."""
     return (delta(policy, reference) - 1 / (2 * beta)) ** 2
 
 
-@preference_loss(lambda beta: 1 / (4 * beta**2))
+@preference_loss(lambda beta: 1 / (4 * beta**2), is_of_the_margin=True)
 def ipo_mean(policy, reference, lengths, beta):
     """IPO with log-probs averaged over tokens, as in TRL: the squared target no longer scales with length. Its beta is not ipo_sum's."""
     return (delta_per_token(policy, reference, lengths) - 1 / (2 * beta)) ** 2
 
 
-@preference_loss(lambda beta: LN_2, usual_beta=(1.0, 20.0))
+@preference_loss(lambda beta: LN_2, usual_beta=(1.0, 20.0), is_of_the_margin=True)
 def sigmoid_norm(policy, reference, lengths, beta):
     """DPO on log-probs averaged over tokens, arXiv:2411.15124 (Tulu 3), where beta is 5."""
     return -F.logsigmoid(beta * delta_per_token(policy, reference, lengths))
 
 
 @preference_loss(
-    lambda beta, label_smoothing: -LN_2 - 0.5 * math.log1p(-label_smoothing) - 0.5 * math.log(label_smoothing), needs_smoothing=True
+    lambda beta, label_smoothing: -LN_2 - 0.5 * math.log1p(-label_smoothing) - 0.5 * math.log(label_smoothing),
+    needs_smoothing=True,
+    is_of_the_margin=True,
 )
 def exo_pair(policy, reference, beta, label_smoothing):
     """Reverse KL from the policy's preference to the labels', Eq. 16 of arXiv:2402.00856; label_smoothing is its epsilon, 1e-3 there."""

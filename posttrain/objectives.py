@@ -1,7 +1,7 @@
 """What is minimised: from a micro-batch's log-probs to its share of the step's loss, and the sums that become metrics.
 
 SFT divides by the step's trained tokens, DPO by its pairs, always the totals of the whole step over all ranks. Metrics travel as
-sums, are reduced over ranks once a step, and carry TRL's names.
+sums, are reduced over ranks once a step, and carry TRL's names where TRL has them.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,9 @@ class DPO:
         self.options = {"beta": recipe.beta, "label_smoothing": recipe.label_smoothing, "simpo_gamma": recipe.simpo_gamma}
 
     @property
-    def loss_at_start(self) -> float | None:
-        """The preference loss where policy and reference agree; None without a reference."""
-        closed_form = self.preference_loss.at_start if self.has_reference else None
-        return closed_form and closed_form(**{name: value for name, value in self.options.items() if name in self.preference_loss.reads})
+    def loss_at_start(self) -> float:
+        """The preference loss where policy and reference agree."""
+        return self.preference_loss.at_start(**{name: value for name, value in self.options.items() if name in self.preference_loss.reads})
 
     def totals(self, split: Split, indices) -> dict[str, int]:
         return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
@@ -104,7 +103,7 @@ class DPO:
             "logps/chosen": mean["logps_chosen"],
             "logps/rejected": mean["logps_rejected"],
             "nll_loss": nll,
-            "dpo_loss": mean["loss"],
+            "preference_loss": mean["loss"],
         }
 
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:

@@ -198,6 +198,10 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
     sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
     with torch.no_grad():
         plain = torch.cat([_plain_logps(model, ids) for ids in sample])
+        if not plain.isfinite().all():
+            raise ValueError(
+                f"the {type(model).__name__} gives log-probs that are not finite: its weights are damaged, or its training diverged"
+            )
         policy = Policy(model, attention_name)
         builder = RowBuilder()
         for ids in sample:

@@ -23,7 +23,6 @@ from posttrain.config import DPORecipe
 from posttrain.data import PreparedData, Split
 from posttrain.objectives import answer_sums
 
-REFERENCE = "reference"  # folder in the data's
 CHUNK = 4096  # pairs in a file
 
 
@@ -33,7 +32,7 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
     Returns a line that says what was done. `weights`: the hash of the reference's weights.
     """
     identity = {"weights": weights, "data": prepared.fingerprint, "dtype": recipe.dtype}
-    folder = Path(recipe.dpo_data_dir) / REFERENCE / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    folder = Path(recipe.dpo_data_dir) / "reference" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     splits = {name: split for name, split in (("train", prepared.train), ("validation", prepared.validation)) if len(split)}
     pieces = {
         folder / f"{name}_{start:08d}.npz": (split, np.arange(start, min(start + CHUNK, len(split))))
@@ -42,7 +41,7 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
     }
     found = _read(pieces)
     for split in splits.values():
-        split.reference_sums = np.zeros((len(split), 2, 2))
+        split.reference_sums, split.reference_folder = np.zeros((len(split), 2, 2)), folder
     for path, sums in found.items():
         split, indices = pieces[path]
         split.reference_sums[indices] = sums

@@ -3,7 +3,7 @@
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
 runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions
 runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
-runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each of their examples
+runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
 runs/NAME/checkpoints/      step_000200/ ... to go on from
 runs/NAME/final/            the result, a Hugging Face folder
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from posttrain.batches import PLAN_VERSION
@@ -107,10 +108,13 @@ class Run:
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
         self.progress = self.tensorboard = self.wandb = None
         self.kind, self.inputs = kind, inputs
-        if rank == 0 and not recipe.only_looks and (self.path / "run.json").exists():
+        if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
             if stored.keys() != inputs.keys():
-                raise ValueError(f"{self.path} was begun by an earlier version of this code, which identified its inputs in another way")
+                raise ValueError(
+                    f"{self.path} was begun by another version of this code, which identified its inputs in another way; finish it with "
+                    "that version, or give another --out_dir"
+                )
             if changed := [name for name, value in inputs.items() if stored[name] != value]:
                 raise ValueError(
                     f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: going on would mix two "
@@ -164,8 +168,7 @@ class Run:
         """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""
         if self.rank:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON knows no nan
-        self.metrics_file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        self.metrics_file.write(json.dumps({"step": step, "split": split, **_finite(metrics)}) + "\n")
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, step)
         if self.wandb:
@@ -191,7 +194,8 @@ class Run:
         """Record a step that was not applied."""
         if self.rank:
             return
-        facts = {"step": step, "reason": reason, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]), "examples": examples}
+        numbers = _finite({name: metrics[name] for name in ("loss", "grad_norm")})
+        facts = {"step": step, "reason": reason, **numbers, "examples": examples}
         with (self.path / "bad_batches.jsonl").open("a") as file:
             file.write(json.dumps(facts) + "\n")
 
@@ -211,7 +215,11 @@ class Run:
 
 
 def main(script: Callable[[], None]) -> None:
-    """Run a script's main function on this rank. A user's mistake ends with one message from rank 0 and a non-zero exit on all ranks."""
+    """Run a script's main function on this rank, and leave. A user's mistake ends with one message from rank 0 and a non-zero exit on all.
+
+    Leaving skips the interpreter's shutdown: there a process group's threads may end in std::terminate (seen with gloo, torch 2.13), or
+    hang where a peer is gone, although all work is done.
+    """
     rank = int(os.environ.get("RANK", "0"))
     try:
         script()
@@ -219,6 +227,12 @@ def main(script: Callable[[], None]) -> None:
         _fail(rank, f"error: {error}", traceback.format_exc())
     except Exception:
         _fail(rank, traceback.format_exc(), "")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _fail(rank: int, message: str, details: str) -> None:
@@ -229,7 +243,7 @@ def _fail(rank: int, message: str, details: str) -> None:
     print(message, file=sys.stderr, flush=True)
     if details and os.environ.get("POSTTRAIN_TRACEBACK"):
         print(details, file=sys.stderr, flush=True)
-    os._exit(1)  # no interpreter shutdown: a process group with a dead peer would hang there
+    os._exit(1)
 
 
 def _start_wandb(recipe: Recipe):
@@ -239,6 +253,11 @@ def _start_wandb(recipe: Recipe):
         raise ValueError("wandb_log=True needs the wandb package: pip install wandb") from None
     name = recipe.wandb_run_name or Path(recipe.out_dir).name
     return wandb.init(project=recipe.wandb_project, name=name, dir=recipe.out_dir, config=recipe.model_dump())
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no nan."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _step_of(line: str) -> float:

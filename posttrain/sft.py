@@ -14,6 +14,7 @@ from posttrain.loop import check_lengths, train
 from posttrain.objectives import SFT
 from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
+from posttrain.step import Training
 
 
 def sft() -> None:
@@ -33,7 +34,7 @@ def sft() -> None:
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(recipe, engine, prepared, SFT(engine), chat, run, choices)
+    train(Training(recipe, engine, prepared, SFT(engine)), chat, run, choices)
 
 
 if __name__ == "__main__":

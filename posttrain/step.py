@@ -5,6 +5,8 @@ not depend on ranks, micro-batches or ZeRO stage.
 """
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,82 +15,105 @@ from torch import distributed as dist
 from posttrain import batches
 from posttrain import engine as engines
 from posttrain.config import Recipe
-from posttrain.data import Split
+from posttrain.data import PreparedData, Split
 from posttrain.guard import StepGuard
 from posttrain.objectives import DPO, SFT
 
 
-def step_share(recipe: Recipe, split: Split, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+@dataclass
+class Training:
+    """What every step works on."""
+
+    recipe: Recipe
+    engine: Any  # DeepSpeed's, around the policy
+    data: PreparedData
+    objective: SFT | DPO
+    guard: StepGuard = field(init=False)
+
+    def __post_init__(self):
+        self.guard = StepGuard(self.recipe.skip_spikes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+
+def step_share(training: Training, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The examples of a step, and this rank's micro-batches of them."""
-    indices = batches.step_examples(len(split), recipe.global_batch_size, recipe.seed, step)
-    return indices, batches.my_share(indices, split.lengths, recipe, dist.get_rank(), dist.get_world_size())
+    recipe, train = training.recipe, training.data.train
+    indices = batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, step)
+    return indices, batches.my_share(indices, train.lengths, recipe, dist.get_rank(), dist.get_world_size())
 
 
-def train_step(
-    recipe: Recipe, engine, split: Split, objective: SFT | DPO, step: int, device, guard: StepGuard, apply: bool = True
-) -> tuple[dict[str, float], str | None]:
-    """One optimizer step: its metrics over all ranks, and why it was not applied (None: it was). All ranks."""
-    indices, mine = step_share(recipe, split, step)
-    totals = objective.totals(split, indices)
-    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=device)
+def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[str, float], str | None]:
+    """One optimizer step: its metrics over all ranks, and why it was not applied (None: it was). All ranks.
+
+    With apply=False weights and optimizer stay as they are whatever the step's numbers, which are judged all the same.
+    """
+    recipe, engine, objective, train = training.recipe, training.engine, training.objective, training.data.train
+    indices, mine = step_share(training, step)
+    totals = objective.totals(train, indices)
+    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=training.device)
     if recipe.dropout:  # its masks follow the seed, differ between ranks, and are drawn again alike after a resume
         torch.manual_seed((recipe.seed << 32) + step * dist.get_world_size() + dist.get_rank())
     if step == 1:
         # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
-        loss, _ = objective.loss(split.micro_batch(_largest(recipe, split)).to(device), totals)
+        loss, _ = objective.loss(train.micro_batch(_largest(recipe, train)).to(training.device), totals)
         engines.backward(engine, loss * 0.0, is_last=False)
     for i, part in enumerate(mine):
-        loss, part_sums = objective.loss(split.micro_batch(part).to(device), totals)
+        loss, part_sums = objective.loss(train.micro_batch(part).to(training.device), totals)
         engines.backward(engine, loss, is_last=i == len(mine) - 1)
         sums += part_sums
     metrics = _reduce(objective, sums, totals)
     can_apply = apply and math.isfinite(metrics["loss"])
-    metrics["grad_norm"], applied = engines.update(engine, guard.largest_norm if can_apply else -1.0)
-    reason = guard.judge(metrics["loss"], metrics["grad_norm"])
+    metrics["grad_norm"], applied = engines.update(engine, training.guard.largest_norm if can_apply else -1.0)
+    reason = training.guard.judge(metrics["loss"], metrics["grad_norm"])
     assert applied == (apply and reason is None), (applied, reason)  # what the gate decided is what is told
-    guard.count(step, reason, metrics["grad_norm"])
+    training.guard.count(step, reason, metrics["grad_norm"])
     return metrics, reason
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, engine, split: Split, objective: SFT | DPO, device) -> dict[str, float]:
+def evaluate(training: Training) -> dict[str, float]:
     """Metrics over the validation set, every example once, weighted as in training, on all ranks. All ranks."""
-    count = min(len(split), recipe.eval_iters * recipe.global_batch_size or len(split))
+    recipe, objective, validation = training.recipe, training.objective, training.data.validation
+    count = min(len(validation), recipe.eval_iters * recipe.global_batch_size or len(validation))
     indices = np.arange(count)
-    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=device)
-    totals = objective.totals(split, indices)
-    engine.eval()
-    for part in batches.my_share(indices, split.lengths, recipe, dist.get_rank(), dist.get_world_size()):
-        sums += objective.loss(split.micro_batch(part).to(device), totals)[1]
-    engine.train()
+    sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=training.device)
+    totals = objective.totals(validation, indices)
+    training.engine.eval()
+    for part in batches.my_share(indices, validation.lengths, recipe, dist.get_rank(), dist.get_world_size()):
+        sums += objective.loss(validation.micro_batch(part).to(training.device), totals)[1]
+    training.engine.train()
     return _reduce(objective, sums, totals)
 
 
 @torch.no_grad()
-def example_losses(recipe: Recipe, engine, split: Split, objective: SFT | DPO, step: int, device) -> list[dict]:
+def example_losses(training: Training, step: int) -> list[dict]:
     """Every example of a step with its own loss, the worst first; on all ranks. All ranks."""
-    indices, mine = step_share(recipe, split, step)
+    train = training.data.train
+    indices, mine = step_share(training, step)
     if step == 1:  # the run's largest micro-batch ran with it, with weight 0: a loss that is not finite spoils the step even so
-        mine = [*mine, np.array(_largest(recipe, split))]
-    engine.eval()
-    losses = {}
+        mine = [*mine, np.array(_largest(training.recipe, train))]
+    losses: dict[int, float] = {}
+    training.engine.eval()
     for part in mine:
-        losses |= dict(zip(part.tolist(), objective.example_losses(split.micro_batch(part).to(device)).tolist(), strict=True))
-    engine.train()
+        values = training.objective.example_losses(train.micro_batch(part).to(training.device))
+        losses |= dict(zip(part.tolist(), values.tolist(), strict=True))
+    training.engine.train()
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, losses)
     merged = {index: loss for one in everyones for index, loss in one.items()}
     members = set(indices.tolist())
-    worst_first = sorted(merged, key=lambda index: (math.isfinite(merged[index]), -merged[index]))
     return [
         {
-            "index": i,
-            "source": split.table[i]["source"],
-            "tokens": int(split.lengths[i]),
-            "loss": merged[i] if math.isfinite(merged[i]) else None,
-            "weight": int(i in members),
+            "index": index,
+            "source": train.table[index]["source"],
+            "tokens": int(train.lengths[index]),
+            "loss": merged[index] if math.isfinite(merged[index]) else None,
+            "weight": int(index in members),
         }
-        for i in worst_first
+        for index in sorted(merged, key=lambda index: (math.isfinite(merged[index]), -merged[index]))
     ]
 
 

@@ -5,6 +5,7 @@ python tests/mutations.py NAME ...     these
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,14 @@ class Mutation(NamedTuple):
 
 SFT_PARITY = "tests/test_parity.py::test_sft_equals_transformers_and_cross_entropy_on_a_padded_batch"
 SFT_TRL = "tests/test_parity.py::test_sft_equals_trl"
-DPO_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid-options0]"
-LD_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid-options11]"
-NLL_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[hinge-options13]"
+DPO_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid]"
+LD_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid-ld_alpha=0.3]"
+NLL_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[hinge-chosen_nll_weight=0.7]"
 SFT_STEPS = "tests/test_parity.py::test_five_steps_of_sft_on_two_ranks_equal_trls_trainer"
 DPO_STEPS = "tests/test_parity.py::test_five_steps_of_dpo_on_two_ranks_equal_trls_trainer"
 LITERAL = "tests/test_losses.py::test_a_loss_equals_its_papers_equation_on_literal_numbers"
 PLANTED = "tests/test_planted.py::"
+STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 MUTATIONS = {
     "sft_shifted_by_one": Mutation("posttrain/data.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
@@ -90,7 +92,10 @@ MUTATIONS = {
         "tests/test_mistakes.py::test_dropout_is_the_recipes_not_the_checkpoints",
     ),
     "dropout_not_looked_for": Mutation(
-        "posttrain/loop.py", "    if not recipe.dropout:", "    if False:", PLANTED + "test_dropout_left_on[sft]"
+        "posttrain/loop.py",
+        "    if not recipe.dropout:",
+        "    if False:",
+        STOPPED + "[dropout_left_on]",
     ),
     "positions_not_restarted": Mutation(  # seen by DPO's second answer; between examples RoPE is relative, so no value would change
         "posttrain/data.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
@@ -130,16 +135,19 @@ MUTATIONS = {
         "posttrain/checks.py",
         "if reference.weights.get(name) != value]",
         "if False]",
-        PLANTED + "test_a_reference_from_another_checkpoint",
+        PLANTED + "test_a_planted_fault_ends_all_ranks_with_one_message",
     ),
     "ranks_not_compared": Mutation(
         "posttrain/checks.py",
         "enumerate(seen) if value != seen[0]]",
         "enumerate(seen) if False]",
-        PLANTED + "test_one_rank_with_a_changed_weight",
+        STOPPED + "[one_rank_with_a_changed_weight]",
     ),
     "template_not_compared": Mutation(
-        "posttrain/policy.py", "if forms[0] != forms[1]:", "if False:", PLANTED + "test_data_prepared_with_another_template"
+        "posttrain/policy.py",
+        "if forms[0] != forms[1]:",
+        "if False:",
+        STOPPED + "[data_of_another_template]",
     ),
 }
 
@@ -153,33 +161,39 @@ def mutate(folder: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def passes(folder: Path, *tests: str) -> bool:
-    """Whether the tests pass in the copy."""
+def run(folder: Path, *tests: str) -> str | None:
+    """Run the tests in the copy: None where they pass, else the assertion that failed."""
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode not in (0, 1):  # 1: tests failed; anything else: they were not found or did not run
+    if done.returncode == 0:
+        return None
+    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
         raise RuntimeError(done.stdout)
-    return done.returncode == 0
+    return failed[0]
 
 
 def main(names: list[str]) -> None:
+    if unknown := set(names) - set(MUTATIONS):
+        sys.exit(f"there is no mutation {', '.join(sorted(unknown))}; there are: {', '.join(MUTATIONS)}")
     chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
         tests = sorted({mutation.test for mutation in chosen.values()})
-        if not passes(folder, *tests):
-            sys.exit("the tests fail without any mutation; mend them first")
+        if failed := run(folder, *tests):
+            sys.exit(f"the tests fail without any mutation; mend them first: {failed}")
         print(f"{len(tests)} tests pass without a mutation", flush=True)
         missed = []
         for title, mutation in chosen.items():
             started, original = time.monotonic(), (folder / mutation.file).read_text()
             mutate(folder, mutation)
-            caught = not passes(folder, mutation.test)
+            failed = run(folder, mutation.test)
             (folder / mutation.file).write_text(original)
-            missed += [] if caught else [title]
-            print(f"{'caught' if caught else 'MISSED'}  {title:<36} {time.monotonic() - started:4.0f} s  {mutation.test}", flush=True)
+            missed += [] if failed else [title]
+            seconds = time.monotonic() - started
+            print(f"{'caught' if failed else 'MISSED'}  {title:<36} {seconds:4.0f} s  {mutation.test}\n        {failed}", flush=True)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations were caught")
     if missed:
         sys.exit(1)

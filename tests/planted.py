@@ -1,10 +1,14 @@
-"""Worker of test_planted.py, started by the deepspeed launcher: a real run with one fault planted in it.
+"""Worker of test_planted.py, started by the deepspeed launcher: real runs with a fault planted in each.
 
-    planted.py FAULT sft|dpo --key=value ...
+    planted.py FAULT sft|dpo --key=value ...      one run, to its own end; $PLANT says where the fault is
+    planted.py JOBS.json                          several that stop before their first step, one after another: [[FAULT, PLANT, sft|dpo,
+                                                  [--key=value, ...]], ...] -> JOBS.json.out, the message of each
 
-Each fault changes one thing that the code under test takes for granted, before the script's own main function runs. $PLANT says where.
+Each fault changes one thing that the code under test takes for granted, before the script's own main function runs.
 """
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,10 +19,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from posttrain import data, dpo, loop, policy, sft  # noqa: E402
-from posttrain.objectives import SFT  # noqa: E402
+from posttrain.objectives import DPO, SFT  # noqa: E402
 from posttrain.run import main  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
+SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}
+PLACES = [(sft, "load_recipe"), (sft, "load_policy"), (dpo, "load_policy"), (policy, "load_model"), (data, "load"), (loop, "train_step")]
+PLACES += [(policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
 load_policy, load_model, load_data, sft_loss, train_step = dpo.load_policy, policy.load_model, data.load, SFT.loss, loop.train_step
 forward = policy.Policy.forward
 
@@ -38,6 +45,50 @@ def one_rank_with_a_changed_weight():
         if RANK == 1:
             with torch.no_grad():
                 model.model.layers[1].mlp.up_proj.weight[5, 7] += 1e-6
+        return model
+
+    policy.load_model = load
+
+
+def one_rank_with_another_token():
+    def load(*arguments):
+        prepared = load_data(*arguments)
+        plain = prepared.train.micro_batch
+
+        def micro_batch(indices):
+            batch = plain(indices)
+            return batch._replace(input_ids=batch.input_ids.index_fill(1, torch.tensor([2]), 9)) if RANK == 1 else batch
+
+        prepared.train.micro_batch = micro_batch
+        return prepared
+
+    data.load = load
+
+
+def one_rank_with_another_recipe():
+    load = sft.load_recipe
+    sft.load_recipe = lambda *arguments: load(*arguments).model_copy(update={"learning_rate": 0.5} if RANK == 1 else {})
+
+
+def a_loss_that_is_off():
+    plain = DPO.preference_losses
+    DPO.preference_losses = lambda *arguments: plain(*arguments) + 0.05
+
+
+def a_reference_that_computes_otherwise():
+    """The same weights, another forward pass."""
+
+    def log_probs(self, batch):
+        return forward(self, batch) * (1.0 if self.training else 1.0001)
+
+    policy.Policy.forward = log_probs
+
+
+def weights_that_are_nan():
+    def load(*arguments):
+        model = load_model(*arguments)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[1, 1] = torch.nan
         return model
 
     policy.load_model = load
@@ -69,15 +120,38 @@ def one_example_is_nan():
         return logps
 
     policy.Policy.forward = log_probs
+    loop.train_step = refused_steps_leave_no_trace
+
+
+def optimizer_state(training) -> dict[str, str]:
+    """Hashes of everything that an optimizer step changes: weights, float32 master weights, moments and their clock."""
+    optimizer = training.engine.optimizer
+    tensors = {f"weight {i}": getattr(p, "ds_tensor", p) for i, p in enumerate(training.engine.module.parameters())}
+    for i, (parameter, state) in enumerate(getattr(optimizer, "optimizer", optimizer).state.items()):
+        tensors[f"master {i}"] = parameter
+        tensors |= {f"{name} {i}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"{name} {i}": torch.tensor(value) for name, value in state.items() if isinstance(value, int)}
+    return {name: hashlib.sha256(t.detach().float().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+
+
+def refused_steps_leave_no_trace(training, number, *arguments, **others):
+    before = optimizer_state(training)
+    metrics, reason = train_step(training, number, *arguments, **others)
+    after = optimizer_state(training)
+    if reason:
+        assert after == before, [name for name in after if after[name] != before.get(name)]
+    else:
+        assert after != before
+    return metrics, reason
 
 
 def spikes():
     """$PLANT: the steps whose gradient is scaled up, and how much: STEP:SCALE,..."""
     scales = {int(step): float(scale) for step, scale in (one.split(":") for one in PLANT.split(","))}
 
-    def step(recipe, engine, split, objective, number, *arguments, **others):
-        objective.scale = scales.get(number, 1.0)
-        return train_step(recipe, engine, split, objective, number, *arguments, **others)
+    def step(training, number, *arguments, **others):
+        training.objective.scale = scales.get(number, 1.0)
+        return refused_steps_leave_no_trace(training, number, *arguments, **others)
 
     def loss(objective, batch, totals):
         share, sums = sft_loss(objective, batch, totals)
@@ -86,9 +160,33 @@ def spikes():
     loop.train_step, SFT.loss = step, loss
 
 
-if __name__ == "__main__":
-    fault, name, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    if fault != "none":
+def stop_one_after_another(jobs: Path) -> None:
+    messages = []
+    for fault, where, script, arguments in json.loads(jobs.read_text()):
+        globals()["PLANT"] = where
+        before = [getattr(*place) for place in PLACES]
         globals()[fault]()
-    sys.argv[1:] = arguments
-    main({"sft": sft.sft, "dpo": dpo.dpo}[name])
+        sys.argv[1:] = arguments
+        try:
+            SCRIPTS[script]()
+            messages.append("it was not stopped")
+        except (ValueError, OSError) as error:  # what run.main makes a message of
+            messages.append(str(error))
+        for place, value in zip(PLACES, before, strict=True):
+            setattr(*place, value)
+    if RANK == 0:
+        Path(f"{jobs}.out").write_text(json.dumps(messages))
+
+
+def none():
+    """No fault in the code: it is in what the arguments name."""
+
+
+if __name__ == "__main__":
+    first, *others = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    if not others:
+        stop_one_after_another(Path(first))
+    else:
+        globals()[first]()
+        sys.argv[1:] = others[1:]
+        main(SCRIPTS[others[0]])

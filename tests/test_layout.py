@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
     *("losses", "config", "schedule", "batches", "chat", "hub"),
     *("attention", "logprob", "data", "ckpt_pt", "tokenization"),
-    *("objectives", "engine", "checks", "policy", "checkpoint", "run", "reference", "guard"),
+    *("guard", "objectives", "engine", "checks", "policy", "checkpoint", "run", "reference"),
     *("step", "loop"),
 ]
 SCRIPTS = {"sft", "dpo"}
@@ -45,6 +45,7 @@ def test_every_mutation_still_has_its_place(tmp_path):
         (tmp_path / mutation.file).write_text(before)
         file, function = mutation.test.split("[")[0].split("::")
         assert f"def {function}(" in (ROOT / file).read_text()
+    assert f"breaks the code in {len(mutations.MUTATIONS)} ways" in (ROOT / "README.md").read_text()
 
 
 def test_deepspeed_is_touched_in_two_modules_only():

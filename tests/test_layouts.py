@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,20 +55,21 @@ def test_every_setting_meets_every_other_in_some_cell(invariance, small):
 
 
 def test_a_difference_is_seen(invariance):
-    """The comparison itself: a loss that is off, and one that is off to one side by less than the pointwise bound."""
+    """The comparison itself: a loss that is off, one that is off to one side by less than the pointwise bound, and so on."""
     import torch
 
-    def result(shift: float, first: float = 0.0) -> dict:
-        curve = [{"loss": 6.0 + shift + first * (not step), "grad_norm": 0.5, "rewards/accuracies": step / 9} for step in range(9)]
-        return {"curve": curve, "validation": {"loss": 5.0}}
+    def result(loss: float = 0.0, first: float = 0.0, norm: float = 0.0, validation: float = 0.0) -> dict:
+        curve = [{"loss": 6.0 + loss + first * (not step), "grad_norm": 0.5 + norm * (step == 4)} for step in range(9)]
+        return {"curve": curve, "validation": {"loss": 5.0 + validation}}
 
-    weights = {"w": torch.zeros(3)}
-    bounds = invariance.BOUNDS["float32"]
-    for changed, expected in (((0.0, 0.0), set()), ((0.0, 2e-4), {"loss", "drift"}), ((4e-5, 0.0), {"drift"}), ((0.0, 2e-5), set())):
-        found = invariance.differences(result(*changed), result(0.0), weights, weights)
-        assert {name for name, value in found.items() if not value <= bounds[name]} == expected
-    moved = invariance.differences(result(0.0), result(0.0), {"w": torch.tensor([0, 0, 1e-4])}, weights)
-    assert not moved["weights"] <= bounds["weights"]
+    bounds, still = invariance.BOUNDS["float32"], {"w": torch.zeros(3)}
+    cases = [({}, still, set()), ({"first": 2e-4}, still, {"loss", "drift"}), ({"loss": 4e-5}, still, {"drift"})]
+    cases += [({"first": 2e-5}, still, set()), ({"norm": 2e-5}, still, {"grad_norm"}), ({"validation": 1e-4}, still, {"validation"})]
+    cases += [({}, {"w": torch.tensor([0, 0, 1e-4])}, {"weights"}), ({"norm": math.nan}, still, {"grad_norm"})]
+    cases += [({}, {"w": torch.tensor([0, math.nan, 0])}, {"weights"})]
+    for changed, weights, expected in cases:
+        found = invariance.differences(result(**changed), result(), weights, still)
+        assert {name for name, value in found.items() if not value <= bounds[name]} == expected, changed
 
 
 def test_the_committed_table_is_whole_and_within_its_bounds(invariance):
@@ -76,6 +78,9 @@ def test_the_committed_table_is_whole_and_within_its_bounds(invariance):
     settings = [{name: cell[name] for name in expected} for cell, expected in zip(result["cells"], invariance.grid(False), strict=True)]
     assert settings == invariance.grid(False)
     assert result["bounds"] == invariance.BOUNDS
-    assert not [cell for cell in result["cells"] if cell["exceeded"]]
+    for cell in result["cells"]:
+        assert not cell["exceeded"]
+        assert all(cell["differences"][name] <= bound for name, bound in invariance.BOUNDS[cell["dtype"]].items())
+    assert f"in {len(result['cells'])} cells" in (ROOT / "README.md").read_text()
     assert result["steps"] == 20
     assert (ROOT / "benchmarks" / "results" / "invariance.md").read_text() == invariance.table(result["cells"], result)

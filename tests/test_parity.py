@@ -100,6 +100,10 @@ def ours(objective, split) -> tuple[float, torch.Tensor]:
     return loss, gradients(objective.policy.model)
 
 
+def policy_and_reference(tiny) -> list[Policy]:
+    return [Policy(load(tiny.base, shaken=shaken), attention.SEGMENTS) for shaken in (0.01, 0.0)]
+
+
 def dpo_recipe(**options) -> DPORecipe:
     values = {"sft_checkpoint_path": "m", "dpo_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": BATCH}
     return build_recipe(DPORecipe, values | options, {})
@@ -138,7 +142,13 @@ CASES = [*((name, {}) for name in TRL_NAMES), ("sigmoid", {"share_prompt": False
 CASES += [("apo_zero", {"ld_alpha": 0.0, "share_prompt": False}), ("hinge", {"chosen_nll_weight": 0.7})]
 
 
-@pytest.mark.parametrize(("loss", "options"), [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)])
+def named(position: int, loss: str, options: dict):
+    """A case under a name that other cases do not move."""
+    name = "-".join([loss, *(f"{option}={value}" for option, value in options.items())])
+    return pytest.param(loss, options, id=name, marks=pytest.mark.slow if position else ())
+
+
+@pytest.mark.parametrize(("loss", "options"), [named(i, *case) for i, case in enumerate(CASES)])
 def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
     model, beta = load(tiny.base, shaken=0.01), 0.3
     options = options | ({"label_smoothing": SMOOTHED[loss]} if loss in SMOOTHED else {})
@@ -149,9 +159,8 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
     value = trainer.compute_loss(model, first_batch(trainer))
     value.backward()
     recipe = dpo_recipe(loss=loss, beta=beta, **options)
-    engines = (Policy(load(tiny.base, shaken=shaken), attention.SEGMENTS) for shaken in (0.01, 0.0))
     split = data.load(tiny.dpo, "dpo", "", recipe.share_prompt).train
-    objective = DPO(*engines, recipe)
+    objective = DPO(*policy_and_reference(tiny), recipe)
     mine = ours(objective, split)
     assert_same(mine, (value.item(), gradients(model)))
 
@@ -164,14 +173,14 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
 
 
 def test_trl_1_16_ignores_label_smoothing_in_its_sigmoid_loss(tiny, tmp_path):
-    """The literature's conservative DPO (ericmitchell.ai/cdpo.pdf), ours, does not: TRL since 0.29 takes the option and does nothing."""
+    """TRL takes the option and does nothing with it; the literature's conservative DPO (ericmitchell.ai/cdpo.pdf) and ours do not."""
     assert trl.__version__ == "1.16.0", "look whether TRL honours label_smoothing again"
     model = load(tiny.base, shaken=0.01)
     values = {}
     for smoothing in (0.0, 0.2):
         trainer = dpo_trainer(tiny, tmp_path, model, load(tiny.base), beta=0.3, label_smoothing=smoothing)
-        engines = (Policy(load(tiny.base, shaken=shaken), attention.SEGMENTS) for shaken in (0.01, 0.0))
-        mine, _ = ours(DPO(*engines, dpo_recipe(beta=0.3, label_smoothing=smoothing)), data.load(tiny.dpo, "dpo", "").train)
+        objective = DPO(*policy_and_reference(tiny), dpo_recipe(beta=0.3, label_smoothing=smoothing))
+        mine, _ = ours(objective, data.load(tiny.dpo, "dpo", "").train)
         values[smoothing] = trainer.compute_loss(model, first_batch(trainer)).item(), mine
     assert values[0.2][0] == values[0.0][0] == pytest.approx(values[0.0][1], rel=1e-5)
     assert values[0.2][1] != pytest.approx(values[0.0][1], rel=1e-3)
@@ -184,8 +193,7 @@ def test_trl_1_16_averages_ipo_over_tokens(tiny, tmp_path):
     theirs = trainer.compute_loss(model, first_batch(trainer)).item()
     split = data.load(tiny.dpo, "dpo", "").train
     for name in ("ipo_sum", "ipo_mean"):
-        engines = (Policy(load(tiny.base, shaken=shaken), attention.SEGMENTS) for shaken in (0.01, 0.0))
-        mine, _ = ours(DPO(*engines, dpo_recipe(loss=name, beta=0.3)), split)
+        mine, _ = ours(DPO(*policy_and_reference(tiny), dpo_recipe(loss=name, beta=0.3)), split)
         assert (mine == pytest.approx(theirs, rel=1e-5)) == (name == "ipo_mean")
     with pytest.raises(ValueError, match=r"ipo_sum .* ipo_mean"):
         dpo_recipe(loss="ipo")
@@ -203,7 +211,7 @@ def test_simpo_and_orpo_equal_trls_functions():
     torch.testing.assert_close(LOSSES["orpo"](logps, None, lengths, {"beta": 0.3}), -means[0] - ratio)
 
 
-def same_five_steps(run, trainer, names: list[str]) -> None:
+def same_five_steps(tiny, run, trainer, names: list[str]) -> None:
     trainer.train()
     history = [record for record in trainer.state.log_history if "loss" in record]
     mine = metrics(run)
@@ -214,7 +222,7 @@ def same_five_steps(run, trainer, names: list[str]) -> None:
     weights = load(str(run / "final")).state_dict()
     for name, theirs in trainer.model.state_dict().items():
         torch.testing.assert_close(weights[name], theirs, rtol=0, atol=1e-4)
-    start = load(trainer.args.start).state_dict()
+    start = load(tiny.base).state_dict()
     assert max((weights[name] - start[name]).abs().max() for name in start) > 3e-3  # they have moved
 
 
@@ -235,13 +243,11 @@ def our_run(script: str, tiny, out, *paths: str) -> None:
 def test_five_steps_of_sft_on_two_ranks_equal_trls_trainer(tiny, tmp_path):
     our_run("posttrain/sft.py", tiny, tmp_path / "run", f"--checkpoint_path={tiny.base}", f"--sft_data_dir={tiny.sft}")
     trainer = sft_trainer(tiny, tmp_path / "trl", load(tiny.base))
-    trainer.args.start = tiny.base
-    same_five_steps(tmp_path / "run", trainer, [])
+    same_five_steps(tiny, tmp_path / "run", trainer, [])
 
 
 @pytest.mark.slow
 def test_five_steps_of_dpo_on_two_ranks_equal_trls_trainer(tiny, tmp_path):
     our_run("posttrain/dpo.py", tiny, tmp_path / "run", f"--sft_checkpoint_path={tiny.base}", f"--dpo_data_dir={tiny.dpo}", "--beta=0.3")
     trainer = dpo_trainer(tiny, tmp_path / "trl", load(tiny.base), load(tiny.base), beta=0.3)
-    trainer.args.start = tiny.base
-    same_five_steps(tmp_path / "run", trainer, ["rewards/chosen", "rewards/margins", "logps/rejected"])
+    same_five_steps(tiny, tmp_path / "run", trainer, ["rewards/chosen", "rewards/margins", "logps/rejected"])

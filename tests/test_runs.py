@@ -29,8 +29,10 @@ def sft_arguments(tiny, out_dir, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def sft_run(tiny, tmp_path_factory) -> tuple[Path, str]:
     out_dir = tmp_path_factory.mktemp("runs") / "sft"
+    before = set(Path("/dev/shm").glob("deepspeed*"))
     done = launch("posttrain/sft.py", *sft_arguments(tiny, out_dir))
     assert done.returncode == 0, done.stdout
+    assert set(Path("/dev/shm").glob("deepspeed*")) <= before  # DeepSpeed's own buffers would stay there for good
     return out_dir, done.stdout
 
 
@@ -176,3 +178,12 @@ def test_a_tokenizers_own_template_goes_through_training_into_the_result(tmp_pat
     assert len(result) == len(tokenizer)  # no ChatML tokens were added
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert result.convert_tokens_to_ids("<|eot_id|>") in model.generation_config.eos_token_id
+
+
+def test_deepspeeds_own_activation_checkpointing_survives_forward_passes_alone(tiny, tmp_path):
+    """Its contiguous buffers count on a backward pass after each forward one; the checks before step 1 and validation make none."""
+    section = {"partition_activations": True, "contiguous_memory_optimization": True, "number_checkpoints": 2}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "activation_checkpointing": section}))
+    settings = [f"--ds_config={tmp_path}/ds.json", "--activation_checkpointing=full", "--eval_interval=1", "--max_iters=2"]
+    done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", *settings))
+    assert done.returncode == 0, done.stdout
