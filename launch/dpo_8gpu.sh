@@ -2,7 +2,9 @@
 # DPO on the GPUs of this machine. Environment: NUM_GPUS (8), RECIPE. Everything else goes to posttrain/dpo.py:
 #   bash launch/dpo_8gpu.sh --beta=0.05 --out_dir=runs/beta0.05
 #   NUM_GPUS=2 bash launch/dpo_8gpu.sh ...       two GPUs, or two processes on a machine without any
+#   --max_restarts=3                             start again, from the newest checkpoint, where a rank or the machine failed
+# Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/env.sh"
-exec deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" "$root/posttrain/dpo.py" ${RECIPE:+"$RECIPE"} "$@"
+exec python "$root/launch/supervise.py" deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" "$root/posttrain/dpo.py" ${RECIPE:+"$RECIPE"} "$@"

@@ -30,7 +30,7 @@ mkdir -p "$out"
 
 for stage in sft dpo; do
     # a finished stage has final/, which is written last and whole
-    [ -d "$out/$stage/final" ] || deepspeed --quiet --num_gpus "$ranks" "posttrain/$stage.py" "launch/quickstart/$stage.yaml"
+    [ -d "$out/$stage/final" ] || python launch/supervise.py deepspeed --quiet --num_gpus "$ranks" "posttrain/$stage.py" "launch/quickstart/$stage.yaml"
 done
 mkdir -p "$out/base" && cp -r "$base/." "$out/base/"
 python launch/quickstart/measure.py --base "$out/base" --sft "$out/sft/final" --dpo "$out/dpo/final" \

@@ -1,78 +1,312 @@
-"""Checkpoints to continue from: DeepSpeed's engine state plus the step, in checkpoints/step_000200/.
+"""Checkpoints to continue from, in checkpoints/step_000200/: DeepSpeed's files, every rank's random states, and manifest.json.
 
-Written under a staging name and renamed when complete, so a folder named step_* is whole; older ones are deleted only after that.
+A save copies the state to host memory and writes in the background. When all ranks have written, rank 0 writes the manifest (what the
+files are, their sizes and checksums, the step, where every parameter lies), flushes all to disk and renames the staging folder: a folder
+named step_* is whole. Only then does `latest` move and an older checkpoint go.
 """
 
 import json
 import math
+import random
+import re
 import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
+import xxhash
+from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
+from posttrain import shards, storage
 from posttrain.guard import StepGuard
 
-KEPT = 2  # newest checkpoints kept
+NAME = re.compile(r"step_\d{6,}")
+FORMAT = 1
 
 
-def save(engine, folder: Path, step: int, guard: StepGuard) -> Path:
-    """Save the engine after optimizer step `step`, with its guard. All ranks."""
-    name = f"step_{step:06d}"
-    staging = folder / f"{name}.incomplete"
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_space(engine, folder)
-        shutil.rmtree(staging, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=staging.name, client_state={"guard": guard.state()}, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        facts = {
-            "step": step,
-            "last_applied": guard.last_applied,
-            "world_size": dist.get_world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
+class Found(NamedTuple):
+    """A checkpoint that is whole."""
+
+    path: Path
+    facts: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run: `kept` newest ones, and the one with the lowest validation loss. All ranks call every method."""
+
+    def __init__(self, engine, folder: Path, kept: int, say: Callable[[str], None], facts: dict):
+        """`facts`: what every manifest repeats, so that a checkpoint can be understood alone."""
+        self.engine, self.folder, self.kept, self.say, self.facts = engine, folder, kept, say, facts
+        self.writer = engine.checkpoint_engine = storage.BackgroundWriter()
+        self.pending: dict | None = None  # of the save that is being written
+
+    def save(self, step: int, guard: StepGuard, validation: float | None = None) -> None:
+        """Copy the state after optimizer step `step` and begin to write it; `finish` makes it count."""
+        self.finish()
+        name = f"step_{step:06d}"
+        staging = self.folder / f"{name}.incomplete"
+        on_rank_0(lambda: self._make_room(staging))
+        engine, rank = self.engine, dist.get_rank()
+        self.writer.beside = {f"random_rank_{rank:05d}.pt": _random_states()}
+        engine.save_checkpoint(str(self.folder), tag=staging.name, save_latest=False)
+        zero = engine.zero_optimization_stage() > 0
+        self.pending = {
+            "name": name,
+            "fragments": shards.fragments(engine) if zero or rank == 0 else [],
+            "file": Path(engine._get_zero_ckpt_name("", "") if zero else engine._get_ckpt_name("", "")).name,
+            "facts": {"step": step, "validation": validation, "guard": guard.state(), "optimizer_step": shards.optimizer_step(engine)},
         }
-        (staging / "checkpoint.json").write_text(json.dumps(facts) + "\n")
-        shutil.rmtree(folder / name, ignore_errors=True)
-        staging.rename(folder / name)
-        for old in complete(folder)[:-KEPT]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder / name
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has a save whose files are all written; `finish` will not wait for it."""
+        return self.pending is not None and self.writer.is_done
+
+    def finish(self, progress: Callable[[int], None] = lambda bytes_written: None) -> None:
+        """Wait until the save under way is on the disk, and let it count. Raises OSError, on all ranks, where one could not write."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        while not self.writer.is_done:
+            self.writer.thread.join(timeout=1)
+            progress(self.writer.bytes_written)
+        mine = {
+            "error": str(self.writer.error or ""),
+            "files": self.writer.files,
+            "fragments": pending["fragments"],
+            "file": pending["file"],
+        }
+        everyones: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+        final = self.folder / pending["name"]
+        if failed := {rank: one["error"] for rank, one in enumerate(everyones) if one["error"]}:
+            error = next(iter(failed.values()))
+            on_rank_0(lambda: shutil.rmtree(final.with_name(f"{final.name}.incomplete"), ignore_errors=True))
+            self._failed(final, f"{error} (ranks {', '.join(map(str, failed))})")
+        try:
+            on_rank_0(lambda: self._seal(final, pending["facts"], everyones))
+        except OSError as error:
+            self._failed(final, str(error))
+        self.say(f"saved {final}")
+
+    def _failed(self, final: Path, why: str) -> NoReturn:
+        raise OSError(
+            f"{final} could not be written: {why}. Earlier checkpoints are whole: make room, and the same command goes on from the newest"
+        )
+
+    def _seal(self, final: Path, facts: dict, everyones: list[dict]) -> None:
+        staging = final.with_name(f"{final.name}.incomplete")
+        files = {name: value for one in everyones for name, value in one["files"].items()}
+        for path in staging.iterdir():  # DeepSpeed puts its script beside the files that converts them
+            if path.name not in files:
+                files[path.name] = storage.file_facts(path)
+        zero = self.engine.zero_optimization_stage()
+        parts = everyones if zero else everyones[:1]
+        state = {
+            "zero_stage": zero,
+            "optimizer_step": facts["optimizer_step"],
+            "shapes": shards.shapes(self.engine),
+            "files": [one["file"] for one in parts],
+            "fragments": [one["fragments"] for one in parts],
+        }
+        manifest = {"format": FORMAT, **facts, "world_size": len(everyones), **self.facts, "state": state, "files": files}
+        storage.write_whole(staging / "manifest.json", json.dumps(manifest | {"checksum": _checksum(manifest)}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        storage.sync_folder(self.folder)
+        storage.write_whole(self.folder / "latest", final.name)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        there = _listed(self.folder)
+        losses = {path: json.loads((path / "manifest.json").read_text())["validation"] for path in there}
+        measured = [path for path in there if losses[path] is not None and math.isfinite(losses[path])]
+        best = min(measured, key=losses.get, default=None)
+        if best:
+            storage.write_whole(self.folder / "best", best.name)
+        for old in there[: -self.kept]:
+            if old != best:
+                shutil.rmtree(old)
+
+    def newest(self, before: float = math.inf, report: bool = True) -> Found | None:
+        """The newest whole checkpoint whose weights no step from `before` on has changed; damaged ones are reported."""
+        names = on_rank_0(lambda: [path.name for path in _listed(self.folder)])
+        for path in (self.folder / name for name in reversed(names)):
+            facts, problem = _verified(path)
+            if problem and report:
+                self.say(f"warning  {path} is damaged, and is not used: {problem}")
+            if not problem and facts["guard"]["last_applied"] < before:
+                return Found(path, facts)
+        return None
+
+    def restore(self, found: Found, guard: StepGuard) -> int:
+        """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Returns the step it was taken after."""
+        shards.restore(self.engine, shards.Saved(found.path, found.facts["state"]))
+        guard.restore(found.facts["guard"])
+        if found.facts["world_size"] == dist.get_world_size():
+            _restore_random_states(found.path / f"random_rank_{dist.get_rank():05d}.pt")
+        return found.facts["step"]
+
+    def forget_after(self, step: int) -> None:
+        """Set aside what lies after the step that the run goes on from: it is damaged, or of a future that will not come."""
+
+        def set_aside():
+            if not self.folder.is_dir():
+                return
+            for path in self.folder.glob("step_*.incomplete"):
+                shutil.rmtree(path)
+            for path in _listed(self.folder):
+                if int(path.name.removeprefix("step_")) > step:
+                    aside = path.with_name(f"{path.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+
+        on_rank_0(set_aside)
+
+    def bytes_of_one(self) -> int:
+        """Size of a checkpoint, all ranks together: the weights, and float32 master weights with two moments."""
+        parameters = list(self.engine.module.parameters())
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        weights = 0 if self.engine.zero_optimization_stage() == 3 else torch.finfo(parameters[0].dtype).bits // 8
+        alone = self.engine.zero_optimization_stage() == 0 and parameters[0].dtype == torch.float32  # the weights are the master weights
+        return count * (weights + (8 if alone else 12))
+
+    def check_space_for(self, saves: int, weights: int) -> None:
+        """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""
+
+        def check():
+            there = len(_listed(self.folder)) if self.folder.is_dir() else 0
+            most = min(saves, self.kept + 2)  # the best one, and one being written
+            needed = max(0, most - there) * self.bytes_of_one() + weights
+            self._refuse_unless_free(needed, f"{most} checkpoints and the result need", self.folder.parent)
+
+        on_rank_0(check)
+
+    def check_shared(self) -> None:
+        """Refuse a run whose hosts do not see one folder: each would write checkpoints that only it can read."""
+        place = self.folder.parent
+        token = on_rank_0(lambda: _touch_token(place))
+        deadline = time.monotonic() + 10  # a network file system may show it late
+        while not (seen := (place / token).exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        everyones: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (socket.gethostname(), seen))
+        on_rank_0(lambda: (place / token).unlink())
+        if blind := sorted({host for host, seen in everyones if not seen}):
+            raise ValueError(
+                f"{place.resolve()} is not the same folder on all hosts: {', '.join(blind)} does not see what rank 0 on {everyones[0][0]} "
+                "writes there. Give an --out_dir on a file system that the hosts share"
+            )
+
+    def _make_room(self, staging: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        self._refuse_unless_free(self.bytes_of_one(), "a checkpoint needs", self.folder)
+        staging.mkdir()
+
+    def _refuse_unless_free(self, needed: int, what: str, place: Path) -> None:
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: {what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Nothing was deleted: make room, or "
+                "lower keep_checkpoints, and give the same command again"
+            )
 
 
-def complete(folder: Path) -> list[Path]:
-    """The whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "checkpoint.json").is_file() and not path.name.endswith(".incomplete"))
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint folder. Raises ValueError where it is missing, damaged, or names a file outside the folder."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        checksum = manifest.pop("checksum")
+    except OSError:
+        raise ValueError("it has no manifest.json") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError("manifest.json is not readable") from None
+    if checksum != _checksum(manifest):
+        raise ValueError("manifest.json is not what was written")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, this code reads {FORMAT}")
+    for name in [*manifest["files"], *manifest["state"]["files"]]:
+        if name != Path(name).name or (path / name).is_symlink():
+            raise ValueError(f"manifest.json names {name!r}, which is not a file in this folder")
+    return manifest
 
 
-def resume(engine, folder: Path, guard: StepGuard, before: float = math.inf) -> int:
-    """Load the newest checkpoint whose weights no step from `before` on has changed, and the guard's state with it. All ranks.
-
-    Returns the step it was taken after, or 0 where there is no such checkpoint.
-    """
-    read = {path: json.loads((path / "checkpoint.json").read_text()) for path in complete(folder)}
-    found = [path for path, facts in read.items() if facts["last_applied"] < before]
-    if not found:
-        return 0
-    facts = read[found[-1]]
-    now = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
-    different = [f"{name} {facts[name]} -> {value}" for name, value in now.items() if facts[name] != value]
-    if different:
-        raise ValueError(f"{found[-1]} cannot be continued with another layout yet ({', '.join(different)}); start it as it was")
-    path, client_state = engine.load_checkpoint(str(folder), tag=found[-1].name)
-    if path is None:
-        raise ValueError(f"DeepSpeed could not load {found[-1]}; delete it to continue from the one before")
-    guard.restore(client_state["guard"])
-    return facts["step"]
+def file_problem(path: Path, name: str, facts: dict) -> str | None:
+    """What is wrong with a file of a checkpoint."""
+    if not (path / name).is_file():
+        return f"{name} is missing"
+    if (size := (path / name).stat().st_size) != facts["size"]:
+        return f"{name} has {size} bytes, {facts['size']} were written"
+    if storage.file_facts(path / name) != facts:
+        return f"{name} is not what was written (its checksum differs)"
+    return None
 
 
-def _check_space(engine, folder: Path) -> None:
-    """Weights, float32 master weights and two moments; refused before anything is written."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed = parameters * (torch.finfo(next(engine.module.parameters()).dtype).bits // 8 + 12)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; nothing was deleted")
+def on_rank_0(action: Callable):
+    """What `action` returns on rank 0, on every rank; its OSError or ValueError is raised on every rank. All ranks."""
+    box: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except (OSError, ValueError) as error:
+            box[1] = (type(error) if type(error) in (OSError, ValueError) else OSError, str(error))
+    dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        kind, message = box[1]
+        raise kind(message)
+    return box[0]
+
+
+def _touch_token(place: Path) -> str:
+    place.mkdir(parents=True, exist_ok=True)
+    token = f".shared.{uuid.uuid4().hex}"
+    (place / token).touch()
+    return token
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Folders named as a whole checkpoint, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def _verified(path: Path) -> tuple[dict, str | None]:
+    """The manifest and what is wrong with the checkpoint, each rank having read its share of the files. All ranks."""
+    try:
+        facts, problem = read_manifest(path), None
+    except ValueError as error:
+        facts, problem = {}, str(error)
+    files = sorted(facts.get("files", {}).items())
+    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+        problem = problem or file_problem(path, name, expected)
+    everyones: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, problem)
+    return facts, next((one for one in everyones if one), None)
+
+
+def _checksum(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _random_states() -> dict:
+    """This rank's random states. Training draws from none that outlives a step; a model's own code, or a kernel's, might."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.copy()), *rest)}
+    return states | {"device": get_accelerator().get_rng_state()}
+
+
+def _restore_random_states(path: Path) -> None:
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    get_accelerator().set_rng_state(states["device"])
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))

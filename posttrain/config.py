@@ -5,12 +5,13 @@ The recipe fixes the loss curve; hardware settings only decide how fast it is dr
 """
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from posttrain.losses import LOSSES
 
@@ -21,6 +22,18 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 Period = Annotated[int, Field(ge=0)]  # in optimizer steps; 0 = off
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _seconds(value):
+    """8h, 90m, 45s, 08:00:00 or a number of seconds."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([hms])", value.strip())):
+        return float(found[1]) * {"h": 3600, "m": 60, "s": 1}[found[2]]
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+):(\d\d):(\d\d)", value.strip())):
+        return int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3])
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 
 # Two ways to say one thing. In one place (file or command line) they exclude each other; the command line's replaces the file's.
 EXCLUSIVE = (({"max_iters"}, {"epochs"}), ({"global_batch_size"}, {"batch_size", "gradient_accumulation_steps"}))
@@ -69,6 +82,11 @@ class Recipe(BaseModel):
     replay_step: Period = key(0, "run this step's batch alone on the newest checkpoint from before it, print each example's loss; 0 = off")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
     save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
+    save_seconds: Period = key(0, "seconds after which a checkpoint is due even so; 0 = off")
+    keep_checkpoints: Count = key(2, "newest checkpoints kept, besides the one with the lowest validation loss")
+    time_limit: Seconds = key(0.0, "how long the job may last (8h, 90m, 08:00:00 or seconds): it saves and stops before; 0 = no limit")
+    watchdog_seconds: Period = key(300, "a rank without a sign of life, or no progress anywhere, for so long ends the run; 0 = off")
+    extend: bool = key(False, "with a larger max_iters or epochs: go on beyond the run's end; lr_decay_iters may change, too")
     wandb_log: bool = key(False, "also log to Weights & Biases")
     wandb_project: str = key("posttrain", "Weights & Biases project")
     wandb_run_name: str | None = key(None, "Weights & Biases run name; none: the name of out_dir")
@@ -264,7 +282,9 @@ def _split(kind, argv: list[str]) -> tuple[Path | None, dict[str, str]]:
             continue
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            if not equals:
+            if not equals and name in kind.model_fields and kind.model_fields[name].annotation is bool:
+                value = "True"
+            elif not equals:
                 raise ValueError(f"{argument} has no value; write --{name}=VALUE.{nearest(name, kind.model_fields)}")
             overrides[name] = value
         elif path is None:

@@ -6,7 +6,7 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data, reference
+from posttrain import data, reference, watchdog
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import DPORecipe, load_recipe
 from posttrain.engine import (
@@ -38,6 +38,7 @@ def dpo() -> None:
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed()
+    watchdog.start(recipe.watchdog_seconds, rank, world_size)
     same_inputs_on_all_ranks(recipe, prepared)
 
     def frozen():

@@ -180,6 +180,8 @@ def _check_zero(path: str, section: dict) -> None:
     if zero.zenflow is not None or offload.get("super_offload") or offload.get("ratio", 1) != 1:
         # these step optimizers of their own, which neither the learning rate nor the check of a bad step would reach
         raise ValueError(f"{path}: zenflow, super_offload and an offload ratio other than 1 are not supported; remove them")
+    if "nvme" in (offload.get("device"), (section.get("offload_param") or {}).get("device")):
+        raise ValueError(f"{path}: offload to nvme is not supported: its state would not be in the checkpoints. Offload to cpu")
     if not zero.compute_grad_norm:
         raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
     if not isinstance(section.get("stage", 0), int):

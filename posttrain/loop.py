@@ -6,12 +6,14 @@ import time
 import torch
 from torch import distributed as dist
 
-from posttrain import batches, checkpoint, checks
+from posttrain import batches, checks, export, watchdog
 from posttrain import engine as engines
-from posttrain import policy as policies
+from posttrain.card import model_card
 from posttrain.chat import ChatFormat
+from posttrain.checkpoint import on_rank_0
 from posttrain.config import DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
+from posttrain.keeper import Keeper
 from posttrain.losses import LOSSES
 from posttrain.objectives import DPO
 from posttrain.run import Run
@@ -74,14 +76,13 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
 
 def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) -> None:
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
-    recipe, engine, data, guard = training.recipe, training.engine, training.data, training.guard
+    recipe, engine, data = training.recipe, training.engine, training.data
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, choices)
     _check_positions(data, engine.module.model.config)
     check_start(training)
-    done = checkpoint.resume(engine, run.checkpoints, guard, before=recipe.replay_step or math.inf)
-    if done:
-        run.say(f"continuing after step {done}")
+    keeper = Keeper(training, run, steps)
+    done = keeper.resume()
     if recipe.replay_step:
         replay(training, run, done, steps)
         return
@@ -91,7 +92,9 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(training).items()))
         return
 
-    run.start(done + 1, steps)
+    model = engine.module.model
+    keeper.begin(done, export.written_bytes(model))
+    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder))
     validating = bool(recipe.eval_interval and len(data.validation))
     if validating and not done:
         _validate(training, run, 0)
@@ -118,29 +121,32 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
         if reason:
-            _refused(training, run, step, reason, metrics)
+            _refused(training, run, keeper, step, reason, metrics)
         elif sample and not told_too_small and lr > recipe.learning_rate / 2 and metrics["bf16_changed"] < TOO_SMALL:
             told_too_small = True
             run.say(
                 f"warning  step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {lr:.1e} an update "
                 "is too small to register. The float32 master weights keep it, but the model hardly moves; raise learning_rate"
             )
+        validation = None
         if validating and (step % recipe.eval_interval == 0 or step == steps):
-            _validate(training, run, step)
-        if recipe.save_interval and step % recipe.save_interval == 0 and step < steps:
-            run.say(f"saved {checkpoint.save(engine, run.checkpoints, step, guard)}")
-    if steps > done:
-        run.say(f"saved {checkpoint.save(engine, run.checkpoints, steps, guard)}")
-    finish(engine, chat, run)
+            validation = _validate(training, run, step)
+        if keeper.after(step, validation, time.perf_counter() - started):
+            keeper.say_stopped(step)
+            run.close()
+            return
+    finish(training, chat, run)
 
 
-def _validate(training: Training, run: Run, step: int) -> None:
+def _validate(training: Training, run: Run, step: int) -> float:
+    """Measure, log and say; returns the loss. All ranks."""
     metrics = evaluate(training)
     run.log(step, "eval", metrics)
     run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return metrics["loss"]
 
 
-def _refused(training: Training, run: Run, step: int, reason: str, metrics: dict[str, float]) -> None:
+def _refused(training: Training, run: Run, keeper: Keeper, step: int, reason: str, metrics: dict[str, float]) -> None:
     """Say and record that a step was not applied; stop the run where that happens too often. All ranks."""
     examples = example_losses(training, step)
     run.bad_batch(step, reason, metrics, examples)
@@ -150,11 +156,11 @@ def _refused(training: Training, run: Run, step: int, reason: str, metrics: dict
         f"{_shown(worst['loss'])}; all are in {run.path}/bad_batches.jsonl"
     )
     if training.guard.must_stop:
-        path = checkpoint.save(training.engine, run.checkpoints, step, training.guard)
+        keeper.save_now(step)
         raise ValueError(
-            f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. {path} holds the weights from "
-            f"before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command goes on "
-            "after them; a new run with a lower --learning_rate or without these examples is what usually helps"
+            f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. The newest checkpoint holds the "
+            f"weights from before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command "
+            "goes on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
         )
 
 
@@ -177,12 +183,16 @@ def _shown(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def finish(engine, chat: ChatFormat, run: Run) -> None:
+def finish(training: Training, chat: ChatFormat, run: Run) -> None:
     """Write final/. All ranks."""
-    state = engines.gathered_state_dict(engine)
-    if state is not None:
-        policies.write_model(engine.module, state, chat, run.final)
-    dist.barrier()
+    watchdog.enter("export")
+    state = engines.gathered_state_dict(training.engine)
+
+    def write():
+        card = model_card(run.path, run.settled, training.data.manifest)
+        export.write_model(training.engine.module.model, state, chat, run.final, card)
+
+    on_rank_0(write)
     run.say(f"saved {run.final}")
     run.close()
 

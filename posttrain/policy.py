@@ -1,18 +1,17 @@
-"""The model: loaded from any accepted form, wrapped so that its forward pass gives log-probs of trained tokens, and written out.
+"""The model: loaded from any accepted form, wrapped so that its forward pass gives log-probs of trained tokens.
 
 `Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
 """
 
-import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posttrain import attention, ckpt_pt, hub, tokenization
 from posttrain.chat import ChatFormat, render_prompt
@@ -245,44 +244,3 @@ def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoi
     elif mode == "selective":
         for layer in model.base_model.layers:
             layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-
-
-def write_model(policy: Policy, state_dict: dict[str, torch.Tensor], chat: ChatFormat, folder: Path) -> None:
-    """Write a Hugging Face folder that loads in plain transformers and stops where an answer ends. Rank 0 only.
-
-    state_dict holds the wrapped model's own names, on the CPU. The folder appears whole or not at all.
-    """
-    staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        _write_files(policy.model, state_dict, chat, staging)
-    except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(
-            f"{folder} could not be written: {error}. The run's checkpoints are whole: make room, and the same command writes it"
-        ) from error
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    staging.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _write_files(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], chat: ChatFormat, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    tokenizer = chat.tokenizer
-    if model.config.tie_word_embeddings:
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
-
-    # the tokenizer keeps its own end token, so that its identity does not change: generation_config says where to stop
-    stops = [chat.end_id]
-    if tokenizer.eos_token_id not in (None, *stops):
-        stops.append(tokenizer.eos_token_id)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(**special, max_new_tokens=512).save_pretrained(folder)
-    config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True, **special})
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    tokenizer.chat_template = chat.jinja
-    tokenizer.save_pretrained(folder)
-    save_torch_state_dict(state_dict, folder, max_shard_size="5GB")

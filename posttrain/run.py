@@ -1,22 +1,27 @@
 """A run is a directory: recipe, metrics, TensorBoard events, checkpoints and the final model. Also the terminal and the way out.
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
-runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, what the run was extended by
+runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
 runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
 runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
 runs/NAME/checkpoints/      step_000200/ ... to go on from
 runs/NAME/final/            the result, a Hugging Face folder
 """
 
+import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from rich.console import Console
@@ -24,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from posttrain import storage, watchdog
 from posttrain.batches import PLAN_VERSION
 from posttrain.config import Recipe
 
@@ -44,6 +50,11 @@ MAY_CHANGE = {
     "eval_only",
     "log_interval",
     "save_interval",
+    "save_seconds",
+    "keep_checkpoints",
+    "time_limit",
+    "watchdog_seconds",
+    "extend",
     "checks",
     "wandb_log",
     "wandb_project",
@@ -51,6 +62,9 @@ MAY_CHANGE = {
     "batch_size",
     "gradient_accumulation_steps",
 }
+
+MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
+LENGTH = {"max_iters", "epochs", "lr_decay_iters"}  # what --extend may change
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -73,30 +87,51 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
         was |= yaml.safe_load((out_dir / "recipe.yaml").read_text())
         if recipe.global_batch_size is None and stored["batch_form"] == form:
             batch = was["global_batch_size"]  # set once, when the run was created, whatever the number of GPUs is now
-        recipe = recipe.model_copy(update={"global_batch_size": batch})
-        changed = [
-            f"    {name}: {was.get(name)!r} -> {value!r}"
-            for name, value in recipe.model_dump().items()
-            if name not in MAY_CHANGE and was.get(name) != value
-        ]
+        recipe = _keep_schedule(recipe.model_copy(update={"global_batch_size": batch}), was, stored)
+        changed = {name for name, value in recipe.model_dump().items() if name not in MAY_CHANGE and was.get(name) != value}
+        if recipe.extend:
+            changed -= LENGTH
         if changed:
+            lines = [f"    {name}: {was.get(name)!r} -> {getattr(recipe, name)!r}" for name in recipe.model_dump() if name in changed]
             raise ValueError(
-                f"{out_dir} holds a run of another recipe, which goes on only as it began:\n" + "\n".join(changed) + "\n"
+                f"{out_dir} holds a run of another recipe, which goes on only as it began:\n" + "\n".join(lines) + "\n"
                 "Undo these changes, or start a new run with another --out_dir"
+                + (". To go on beyond the run's end, add --extend" if changed <= LENGTH else "")
             )
     elif out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})
 
 
+def _keep_schedule(recipe: Recipe, was: dict, stored: dict) -> Recipe:
+    """A run that is extended keeps its learning rates up to the old end; the steps after it need some, too."""
+    if not recipe.extend or not recipe.decay_lr or all(getattr(recipe, name) == was[name] for name in LENGTH):
+        return recipe
+    if recipe.lr_decay_iters in (None, was["lr_decay_iters"]):
+        end = was["lr_decay_iters"] or stored["total_steps"]
+        if not recipe.min_lr:
+            raise ValueError(
+                f"the learning rate of {recipe.out_dir} is 0 after step {end}: give --lr_decay_iters=N with --extend, the step at which "
+                "the cosine now reaches min_lr"
+            )
+        return recipe.model_copy(update={"lr_decay_iters": end})
+    return recipe
+
+
 def already_finished(recipe: Recipe, rank: int) -> bool:
-    """Whether final/ is there, which is written last and whole. Says so on rank 0."""
+    """Whether final/ is there, which is written last and whole, for as many steps as the recipe says. Says so on rank 0."""
     final = Path(recipe.out_dir) / "final"
-    if recipe.only_looks or not final.is_dir():
+    if recipe.only_looks or not final.is_dir() or _extension(recipe):
         return False
     if rank == 0:
         console.print(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir", markup=False)
     return True
+
+
+def _extension(recipe: Recipe) -> dict[str, list]:
+    """What --extend changes in the run that is there: old and new value by name."""
+    was = yaml.safe_load((Path(recipe.out_dir) / "recipe.yaml").read_text())
+    return {name: [was.get(name), getattr(recipe, name)] for name in sorted(LENGTH) if was.get(name) != getattr(recipe, name)}
 
 
 class Run:
@@ -105,9 +140,11 @@ class Run:
     def __init__(self, recipe: Recipe, kind: str, rank: int, inputs: dict[str, str]):
         """`inputs`: fingerprints of what the recipe names by path, and what may therefore have changed since the run began."""
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
-        self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
+        packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
+        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages, "recipe": self.settled}
         self.progress = self.tensorboard = self.wandb = None
-        self.kind, self.inputs = kind, inputs
         if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
             if stored.keys() != inputs.keys():
@@ -121,34 +158,40 @@ class Run:
                     "runs. Put back what it began with, or start a new run with another --out_dir"
                 )
 
-    def _create(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        settled = self.recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None}
-        (self.path / "recipe.yaml").write_text(yaml.safe_dump(settled, sort_keys=False))
+    def _create(self, total_steps: int, describe_model: Callable[[Path], None]) -> None:
+        (self.path / "model").mkdir(parents=True, exist_ok=True)
+        describe_model(self.path / "model")
+        storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
-        packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        facts = {"kind": self.kind, "plan_version": PLAN_VERSION, "batch_form": form, "inputs": self.inputs, "packages": packages}
-        (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
+        own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
+        facts = {name: value for name, value in self.facts.items() if name != "recipe"} | own
+        storage.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
 
-    def start(self, first_step: int, total_steps: int) -> None:
-        """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam."""
+    def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None]) -> None:
+        """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
+
+        `describe_model` writes what belongs to the model besides weights into a folder, for a new run.
+        """
         if self.rank:
             return
         if not (self.path / "run.json").exists():
-            self._create()
+            self._create(total_steps, describe_model)
+        elif change := _extension(self.recipe):
+            self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
+            storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
         if self.recipe.checks == "off":
-            self._note_unchecked(first_step)
+            self._update(unchecked_from_steps=[first_step])
         for name in ("metrics.jsonl", "bad_batches.jsonl"):
             if (self.path / name).exists():
                 kept = [
                     line for line in (self.path / name).read_text().splitlines() if 1 < first_step > _step_of(line)
                 ]  # at step 1 nothing
-                (self.path / name).write_text("".join(line + "\n" for line in kept))
+                storage.write_whole(self.path / name, "".join(line + "\n" for line in kept))
         self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else 0)
         self.tensorboard.add_text("recipe", f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```")
         if self.recipe.wandb_log:
-            self.wandb = _start_wandb(self.recipe)
+            self.wandb = _start_wandb(self.recipe, json.loads((self.path / "run.json").read_text())["wandb_id"])
         if console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.percentage:.0f}% | time left"), TimeRemainingColumn())
             self.progress = Progress(*columns, console=console)
@@ -156,13 +199,12 @@ class Run:
             self.progress.start()
         self.total_steps, self.step_seconds = total_steps, []
 
-    def _note_unchecked(self, first_step: int) -> None:
-        """Write into the run that it went on without checks: recipe.yaml keeps what it began with."""
+    def _update(self, **changes) -> None:
+        """Write into the run how it went on otherwise than it began; lists grow."""
         facts = json.loads((self.path / "run.json").read_text())
-        facts["unchecked_from_steps"] = [*facts.get("unchecked_from_steps", []), first_step]
-        staging = self.path / "run.json.incomplete"
-        staging.write_text(json.dumps(facts, indent=2) + "\n")
-        staging.replace(self.path / "run.json")
+        for name, value in changes.items():
+            facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
+        storage.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""
@@ -200,8 +242,13 @@ class Run:
             file.write(json.dumps(facts) + "\n")
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        """To the terminal. Where it has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
+        if self.rank:
+            return
+        try:
             console.print(text, markup=False)
+        except OSError:
+            console.file = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
     def close(self) -> None:
         if self.rank or self.tensorboard is None:
@@ -223,36 +270,48 @@ def main(script: Callable[[], None]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         script()
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        _fail(rank, f"error: {error}", traceback.format_exc())
+        _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if isinstance(error, ValueError) else 1)
     except Exception:
-        _fail(rank, traceback.format_exc(), "")
+        details = traceback.format_exc()
+        if gone := watchdog.explain():  # what failed here is what another rank's end has caused
+            watchdog.say(gone)
+            os._exit(watchdog.LOST)
+        _fail(rank, details, "")
     if dist.is_initialized():
         dist.barrier()
+        watchdog.close()
+        dist.barrier()
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(0)
 
 
-def _fail(rank: int, message: str, details: str) -> None:
+def _fail(rank: int, message: str, details: str, code: int = 1) -> NoReturn:
     """Rank 0 speaks. Others mostly failed alike and are ended by the launcher while they wait; one that failed alone speaks after all."""
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    watchdog.say(message)
     if details and os.environ.get("POSTTRAIN_TRACEBACK"):
-        print(details, file=sys.stderr, flush=True)
-    os._exit(1)
+        watchdog.say(details)
+    os._exit(code)
 
 
-def _start_wandb(recipe: Recipe):
+def _start_wandb(recipe: Recipe, identity: str):
+    """The same Weights & Biases run at every start; steps that it has already are not logged twice."""
     try:
         import wandb
     except ImportError:
         raise ValueError("wandb_log=True needs the wandb package: pip install wandb") from None
     name = recipe.wandb_run_name or Path(recipe.out_dir).name
-    return wandb.init(project=recipe.wandb_project, name=name, dir=recipe.out_dir, config=recipe.model_dump())
+    settings = {"project": recipe.wandb_project, "name": name, "dir": recipe.out_dir, "config": recipe.model_dump()}
+    return wandb.init(**settings, id=identity, resume="allow")
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -5,6 +5,7 @@ not depend on ranks, micro-batches or ZeRO stage.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from posttrain import batches
+from posttrain import batches, watchdog
 from posttrain import engine as engines
 from posttrain.config import Recipe
 from posttrain.data import PreparedData, Split
@@ -29,6 +30,8 @@ class Training:
     data: PreparedData
     objective: SFT | DPO
     guard: StepGuard = field(init=False)
+    votes: dict[str, Callable[[], bool]] = field(default_factory=dict)  # what each rank is asked at the end of every step
+    counted: dict[str, int] = field(default_factory=dict)  # and on how many ranks the answer was yes, the same on all
 
     def __post_init__(self):
         self.guard = StepGuard(self.recipe.skip_spikes)
@@ -51,6 +54,7 @@ def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[
     With apply=False weights and optimizer stay as they are whatever the step's numbers, which are judged all the same.
     """
     recipe, engine, objective, train = training.recipe, training.engine, training.objective, training.data.train
+    watchdog.enter("data", step)
     indices, mine = step_share(training, step)
     totals = objective.totals(train, indices)
     sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=training.device)
@@ -61,10 +65,17 @@ def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[
         loss, _ = objective.loss(train.micro_batch(_largest(recipe, train)).to(training.device), totals)
         engines.backward(engine, loss * 0.0, is_last=False)
     for i, part in enumerate(mine):
-        loss, part_sums = objective.loss(train.micro_batch(part).to(training.device), totals)
+        watchdog.enter("data")
+        batch = train.micro_batch(part).to(training.device)
+        watchdog.enter("forward")
+        loss, part_sums = objective.loss(batch, totals)
+        watchdog.enter("backward")
         engines.backward(engine, loss, is_last=i == len(mine) - 1)
         sums += part_sums
-    metrics = _reduce(objective, sums, totals)
+    watchdog.enter("step")
+    votes = sums.new_tensor([float(ask()) for ask in training.votes.values()])
+    metrics = _reduce(objective, sums, totals, votes)
+    training.counted = dict(zip(training.votes, map(round, votes.tolist()), strict=True))
     can_apply = apply and math.isfinite(metrics["loss"])
     metrics["grad_norm"], applied = engines.update(engine, training.guard.largest_norm if can_apply else -1.0)
     reason = training.guard.judge(metrics["loss"], metrics["grad_norm"])
@@ -83,6 +94,7 @@ def evaluate(training: Training) -> dict[str, float]:
     totals = objective.totals(validation, indices)
     training.engine.eval()
     for part in batches.my_share(indices, validation.lengths, recipe, dist.get_rank(), dist.get_world_size()):
+        watchdog.enter("eval")
         sums += objective.loss(validation.micro_batch(part).to(training.device), totals)[1]
     training.engine.train()
     return _reduce(objective, sums, totals)
@@ -122,7 +134,10 @@ def _largest(recipe: Recipe, split: Split) -> list[int]:
     return batches.largest_micro_batch(split.lengths, *limits)
 
 
-def _reduce(objective: SFT | DPO, sums: torch.Tensor, totals: dict[str, int]) -> dict[str, float]:
-    """Sums of all ranks -> metrics. Forces a device sync. All ranks."""
-    dist.all_reduce(sums)
-    return objective.metrics(dict(zip(objective.sums, sums.tolist(), strict=True)), totals)
+def _reduce(objective: SFT | DPO, sums: torch.Tensor, totals: dict[str, int], votes: torch.Tensor | None = None) -> dict[str, float]:
+    """Sums of all ranks -> metrics; `votes` travel along and are summed in place. Forces a device sync. All ranks."""
+    votes = sums.new_empty(0) if votes is None else votes
+    everything = torch.cat([sums, votes])
+    dist.all_reduce(everything)
+    votes.copy_(everything[len(sums) :])
+    return objective.metrics(dict(zip(objective.sums, everything[: len(sums)].tolist(), strict=True)), totals)

@@ -1,0 +1,99 @@
+"""Runs a launcher's command so that a run can be stopped and is started again: python launch/supervise.py COMMAND [--max_restarts=N]
+
+A signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) goes to the ranks, which save and stop; the exit code is then 0. A second one ends them at
+once. (DeepSpeed's launcher does not pass SIGTERM on, and its inner launcher ends one rank after another.) Where the command fails for
+another reason than a mistake in it, it is started again up to N times and goes on from the newest checkpoint.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+MISTAKE = 2  # exit code of the scripts for what a restart would not mend
+PAUSE = 3  # seconds before a restart
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Supervisor:
+    def __init__(self, command: list[str], max_restarts: int):
+        self.command, self.max_restarts, self.asked = command, max_restarts, 0
+        self.child: subprocess.Popen | None = None
+
+    def run(self) -> int:
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._pass_on)
+        environment = {"POSTTRAIN_STARTED": str(time.time())} | os.environ  # a job's time limit counts from here
+        for restart in range(self.max_restarts + 1):
+            # a session of its own: Ctrl-C in the terminal reaches the ranks once, through _pass_on
+            self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
+            code = self.child.wait()
+            self._end_what_is_left()
+            if code == 0 or self.asked or code == MISTAKE or restart == self.max_restarts:
+                return code if code >= 0 else 128 - code
+            print(f"supervise.py: exit code {code}; restart {restart + 1} of {self.max_restarts} in {PAUSE} s", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
+            if self.asked:
+                return 0
+        raise AssertionError("unreachable")
+
+    def _pass_on(self, number: int, frame) -> None:
+        self.asked += 1
+        if self.child is None or self.child.poll() is not None:
+            return
+        ranks = self._ranks()
+        for process in ranks if self.asked < 3 else self._session():
+            try:
+                process.send_signal(number if self.asked < 3 else signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        if not ranks:  # none has started yet: there is nothing to save
+            os.killpg(self.child.pid, signal.SIGTERM)
+
+    def _ranks(self) -> list[psutil.Process]:
+        return [process for process in self._session() if any(part.startswith("--local_rank=") for part in _command_line(process))]
+
+    def _session(self) -> list[psutil.Process]:
+        """All processes that the command has started, orphans too."""
+        return [process for process in psutil.process_iter() if _session_of(process.pid) == self.child.pid]
+
+    def _end_what_is_left(self) -> None:
+        for process in self._session():
+            if process.pid != self.child.pid:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    """Of a rank: the launcher itself also names --local_rank, within one argument."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def main(arguments: list[str]) -> int:
+    restarts = [argument for argument in arguments if argument.startswith("--max_restarts")]
+    command = [argument for argument in arguments if argument not in restarts]
+    value = restarts[-1].partition("=")[2] if restarts else "0"
+    if not value.isdigit() or not command:
+        print(f"supervise.py: expected --max_restarts=NUMBER and a command, saw {' '.join(arguments)}", file=sys.stderr)
+        return MISTAKE
+    return Supervisor(command, int(value)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Where a training state lies: which elements of which parameter each rank's flat tensors hold, in memory and in DeepSpeed's files.
+
+A checkpoint records this map, so it can be read into any other number of ranks and any ZeRO stage: each rank copies the elements that
+it now holds, float32 weights and both moments, from wherever they were. It is the only way in which a checkpoint is loaded, the same
+layout included. (DeepSpeed's universal checkpoints do not cross between ZeRO 1 to 2 and 3 on 0.19.8.)
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import distributed as dist
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")  # float32 all
+# What DeepSpeed's files hold besides tensors and plain values. Nothing else is unpickled, so a file cannot bring code.
+ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+class Fragment(NamedTuple):
+    """Elements start to start + length of a flattened parameter: elements offset to offset + length of flat tensor `group`."""
+
+    name: str
+    start: int
+    length: int
+    group: int
+    offset: int
+
+
+def fragments(engine) -> list[Fragment]:
+    """What this rank's optimizer holds."""
+    stage, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, []
+    parameters = dict(engine.module.named_parameters())
+    if stage == 0:
+        groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
+        index = {id(parameter): i for i, parameter in enumerate(p for group in groups for p in group)}
+        return [Fragment(name, 0, parameter.numel(), index[id(parameter)], 0) for name, parameter in parameters.items()]
+    for name, parameter in parameters.items():
+        if stage == 3:
+            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = dist.get_rank() * length
+            length = min(length, parameter.ds_numel - start)  # the last ranks' parts are padded
+            if length > 0:
+                found.append(Fragment(name, start, length, group, offset))
+        elif (part := parameter._hp_mapping) is not None:
+            inside, outside = part.lp_fragment_address, part.hp_fragment_address
+            found.append(Fragment(name, inside.start, inside.numel, part.param_group_index, outside.start))
+    return found
+
+
+def shapes(engine) -> dict[str, list[int]]:
+    """The whole shape of every parameter."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    """The flat tensors of float32 weights, by group, and the torch optimizer whose state is keyed by them."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        return optimizer.fp32_partitioned_groups_flat, optimizer.optimizer
+    if stage > 0:
+        return optimizer.single_partition_of_fp32_groups, optimizer.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        return [tensor for group in optimizer.fp32_groups for tensor in group], optimizer.optimizer
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]], optimizer
+
+
+def optimizer_step(engine) -> int:
+    """Adam's clock: how many steps the optimizer has made."""
+    masters, optimizer = _masters(engine)
+    clocks = {int(optimizer.state[master]["step"]) for master in masters if optimizer.state.get(master)}
+    assert len(clocks) <= 1, clocks
+    return clocks.pop() if clocks else 0
+
+
+@torch.no_grad()
+def restore(engine, saved: "Saved") -> None:
+    """Copy a saved training state into the engine, whatever layout either has. All ranks.
+
+    Raises ValueError where the checkpoint holds another model.
+    """
+    here, stage = shapes(engine), engine.zero_optimization_stage()
+    if here != saved.shapes:
+        names = [name for name in {**here, **saved.shapes} if here.get(name) != saved.shapes.get(name)]
+        raise ValueError(f"{saved.folder} holds another model: {len(names)} parameters differ, first {names[0]}")
+    masters, optimizer = _masters(engine)
+    if saved.optimizer_step:
+        for master in masters:
+            fused = isinstance(optimizer, torch.optim.AdamW)
+            clock = torch.tensor(float(saved.optimizer_step), device=master.device) if fused else saved.optimizer_step
+            optimizer.state[master] = {"step": clock, **{kind: torch.zeros_like(master) for kind in KINDS[1:]}}
+    for part in fragments(engine):
+        for kind in KINDS if saved.optimizer_step else KINDS[:1]:
+            whole = masters[part.group] if kind == "weights" else optimizer.state[masters[part.group]][kind]
+            into = whole.detach().view(-1)[part.offset : part.offset + part.length]
+            for start, values in saved.read(part.name, kind, part.start, part.length):
+                into[start - part.start : start - part.start + len(values)].copy_(values)
+    _weights_from_masters(engine, stage)
+
+
+def _weights_from_masters(engine, stage: int) -> None:
+    """The weights that compute, from the float32 ones, as after a step. All ranks."""
+    optimizer = engine.optimizer
+    if stage == 3:
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    elif stage > 0:
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                weight.data.copy_(master.data)
+
+
+class Saved:
+    """The training state in a checkpoint's files, read element by element from mapped memory."""
+
+    def __init__(self, folder: Path, facts: dict):
+        """`facts`: what the checkpoint's manifest says under "state"."""
+        self.folder, self.stage, self.optimizer_step, self.shapes = folder, facts["zero_stage"], facts["optimizer_step"], facts["shapes"]
+        self.files: list[str] = facts["files"]
+        self.parts: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.shapes}
+        for rank, parts in enumerate(facts["fragments"][: len(self.files)]):
+            for part in parts:
+                self.parts[part[0]].append((rank, Fragment(*part)))
+        self._tensors = cache(self._open)
+
+    def read(self, name: str, kind: str, start: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements start to start + length of a parameter or its moment, as (first element, values) of each saved piece."""
+        found, end = 0, start + length
+        for rank, part in self.parts[name]:
+            first, last = max(start, part.start), min(end, part.start + part.length)
+            if first < last:
+                flat = self._tensors(rank)[kind][part.group]
+                yield first, flat[part.offset + first - part.start : part.offset + last - part.start]
+                found += last - first
+        if found != length:
+            raise ValueError(f"{self.folder} holds {found} of {length} elements of {name}: it is not whole")
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A whole parameter in float32."""
+        whole = torch.empty(self.shapes[name])
+        for start, values in self.read(name, "weights", 0, whole.numel()):
+            whole.view(-1)[start : start + len(values)] = values
+        return whole
+
+    def _open(self, rank: int) -> dict[str, list[torch.Tensor]]:
+        """The flat tensors of a rank's file, by kind and group."""
+        path = self.folder / self.files[rank]
+        with torch.serialization.safe_globals(ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if self.stage == 3:
+            optimizer = content["optimizer_state_dict"]
+            weights, state = optimizer["fp32_flat_groups"], optimizer["optimizer_state_dict"]["state"]
+        elif self.stage > 0:
+            optimizer = content["optimizer_state_dict"]
+            weights, state = optimizer["single_partition_of_fp32_groups"], optimizer["base_optimizer_state"]["state"]
+        elif "fp32_groups" in content["optimizer"]:
+            optimizer = content["optimizer"]
+            weights, state = [t for group in optimizer["fp32_groups"] for t in group], optimizer["optimizer_state_dict"]["state"]
+        else:
+            names = {parts[0][1].group: name for name, parts in self.parts.items()}
+            weights, state = [content["module"][names[group]] for group in sorted(names)], content["optimizer"]["state"]
+        flat = {"weights": [tensor.detach().view(-1) for tensor in weights]}
+        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in KINDS[1:]}
