@@ -88,40 +88,18 @@ def grid(small: bool) -> list[dict]:
 
 def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     """The cell's numbers; on rank 0 also its final weights. All ranks."""
-    import torch
+    from tiny import build_training
 
-    from posttrain import data, reference
     from posttrain import engine as engines
-    from posttrain.config import DPORecipe, SFTRecipe, build_recipe
     from posttrain.loop import check_start
-    from posttrain.objectives import DPO, SFT
-    from posttrain.policy import load_chat, load_policy
-    from posttrain.step import Training, evaluate, train_step
+    from posttrain.step import evaluate, train_step
 
-    torch._dynamo.reset()  # else the cells' layers, which share their code, would soon reach the limit of recompilations
-    kind = cell["kind"]
     settings = {name: value for name, value in cell.items() if name not in ("kind", "ranks", "zero")}
     settings |= RECIPE | {"max_iters": steps, "ds_config": f"ds_configs/{cell['zero']}.json"}
-    if kind == "sft":
-        recipe = build_recipe(SFTRecipe, {**settings, "checkpoint_path": f"{tiny}/base", "sft_data_dir": f"{tiny}/sft"}, {})
-    else:
-        settings |= {"sft_checkpoint_path": f"{tiny}/base", "dpo_data_dir": f"{tiny}/dpo", "chosen_nll_weight": 0.3, "ld_alpha": 0.7}
-        recipe = build_recipe(DPORecipe, settings, {})
-    ds_config = engines.read_ds_config(recipe.ds_config)
-    prepared = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
-    chat = load_chat(recipe, prepared.manifest)
-    device = engines.start_distributed()
-
-    def frozen():
-        return engines.build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
-
-    beside = frozen() if cell.get("reference") == "beside" else None
-    policy, _ = load_policy(recipe, chat.tokenizer, device, engines.checkpoint_function(recipe, ds_config))
-    if cell.get("reference") == "precompute":
-        reference.attach(recipe, prepared, policy.fingerprint, device, frozen)
-    engine = engines.build_engine(policy, recipe, ds_config)
-    objective = SFT(engine) if kind == "sft" else DPO(engine, beside, recipe)
-    training, curve = Training(recipe, engine, prepared, objective), []
+    if cell["kind"] == "dpo":
+        settings |= {"chosen_nll_weight": 0.3, "ld_alpha": 0.7}
+    training, curve = build_training(tiny, cell["kind"], settings), []
+    recipe, engine = training.recipe, training.engine
     start = check_start(training)
     for step in range(1, steps + 1):
         engines.set_learning_rate(engine, recipe.learning_rate)

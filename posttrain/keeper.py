@@ -1,6 +1,7 @@
 """When a run is saved, and when it stops early: the loop asks after every step."""
 
 import math
+import os
 import time
 
 from torch import distributed as dist
@@ -44,7 +45,7 @@ class Keeper:
             self.checkpoints.check_space_for(math.ceil(self.steps / interval) - done // interval, result_bytes)
         self.checkpoints.check_shared()
         self.checkpoints.forget_after(done)
-        self.stop = StopRequest(recipe.time_limit, is_launched=dist.get_world_size() > 1)
+        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # which the launcher sets
         self.training.votes = {
             "stop": lambda: self.stop.reason is not None,
             "written": lambda: self.checkpoints.is_written,

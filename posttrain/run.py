@@ -66,7 +66,16 @@ MAY_CHANGE = {
 MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
 LENGTH = {"max_iters", "epochs", "lr_decay_iters"}  # what --extend may change
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Terminal(Console):
+    """Where the terminal has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Terminal(highlight=False, soft_wrap=True)
 
 
 def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
@@ -242,13 +251,8 @@ class Run:
             file.write(json.dumps(facts) + "\n")
 
     def say(self, text: str) -> None:
-        """To the terminal. Where it has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
-        if self.rank:
-            return
-        try:
+        if self.rank == 0:
             console.print(text, markup=False)
-        except OSError:
-            console.file = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
     def close(self) -> None:
         if self.rank or self.tensorboard is None:

@@ -5,6 +5,7 @@ it now holds, float32 weights and both moments, from wherever they were. It is t
 layout included. (DeepSpeed's universal checkpoints do not cross between ZeRO 1 to 2 and 3 on 0.19.8.)
 """
 
+import pickle
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -63,8 +64,9 @@ def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         return optimizer.fp32_partitioned_groups_flat, optimizer.optimizer
-    if stage > 0:
-        return optimizer.single_partition_of_fp32_groups, optimizer.optimizer
+    if stage > 0:  # bfloat16 at ZeRO-1 has an optimizer of its own, BF16_Optimizer
+        name = "fp32_groups_flat_partition" if hasattr(optimizer, "fp32_groups_flat_partition") else "single_partition_of_fp32_groups"
+        return getattr(optimizer, name), optimizer.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         return [tensor for group in optimizer.fp32_groups for tensor in group], optimizer.optimizer
     return [tensor for group in optimizer.param_groups for tensor in group["params"]], optimizer
@@ -152,8 +154,13 @@ class Saved:
     def _open(self, rank: int) -> dict[str, list[torch.Tensor]]:
         """The flat tensors of a rank's file, by kind and group."""
         path = self.folder / self.files[rank]
-        with torch.serialization.safe_globals(ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            with torch.serialization.safe_globals(ALLOWED):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than tensors and plain values, which would run as code: {str(error).splitlines()[0]}"
+            ) from None
         if self.stage == 3:
             optimizer = content["optimizer_state_dict"]
             weights, state = optimizer["fp32_flat_groups"], optimizer["optimizer_state_dict"]["state"]

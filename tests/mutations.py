@@ -33,14 +33,27 @@ SFT_STEPS = "tests/test_parity.py::test_five_steps_of_sft_on_two_ranks_equal_trl
 DPO_STEPS = "tests/test_parity.py::test_five_steps_of_dpo_on_two_ranks_equal_trls_trainer"
 LITERAL = "tests/test_losses.py::test_a_loss_equals_its_papers_equation_on_literal_numbers"
 PLANTED = "tests/test_planted.py::"
+RELAYOUT = "tests/test_checkpoint.py::test_a_training_state_goes_on_in_every_layout[2]"
 STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 MUTATIONS = {
+    "moments_not_restored": Mutation("posttrain/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),
+    "adams_clock_not_restored": Mutation("posttrain/shards.py", "float(saved.optimizer_step)", "1.0", RELAYOUT),
+    "saved_without_a_copy": Mutation(
+        "posttrain/storage.py",
+        "copies[id(tensor)] = seen[place]",
+        "copies[id(tensor)] = tensor",
+        "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_time_of_the_save",
+    ),
+    "checksum_not_compared": Mutation(
+        "posttrain/checkpoint.py",
+        "if storage.file_facts(path / name) != facts:",
+        "if False:",
+        "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
+    ),
     "sft_shifted_by_one": Mutation("posttrain/data.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
     "dpo_shifted_by_one": Mutation("posttrain/data.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
-    "last_micro_batch_alone_counted": Mutation(
-        "posttrain/step.py", "sums += part_sums\n    metrics", "sums = part_sums\n    metrics", SFT_STEPS
-    ),
+    "last_micro_batch_alone_counted": Mutation("posttrain/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
@@ -60,7 +73,7 @@ MUTATIONS = {
     "world_size_factor_missing_dpo": Mutation("posttrain/engine.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
     "step_after_every_micro_batch": Mutation("posttrain/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
     "clipping_off": Mutation("posttrain/engine.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS),
-    "metrics_of_one_rank": Mutation("posttrain/step.py", "dist.all_reduce(sums)", "pass", SFT_STEPS),
+    "metrics_of_one_rank": Mutation("posttrain/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
     "prompt_tokens_trained_sft": Mutation(
         "posttrain/data.py",
         "trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]",

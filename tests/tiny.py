@@ -60,3 +60,35 @@ def make_tiny(folder: Path) -> SimpleNamespace:
     prepare("dpo", ["--source", f"{folder}/dpo.jsonl", "--output_dir", f"{folder}/dpo", *common])
     base, sft, dpo = (str(folder / name) for name in ("base", "sft", "dpo"))
     return SimpleNamespace(folder=folder, base=base, sft=sft, dpo=dpo, tokenizer=tokenizer, chat=ChatFormat(tokenizer), words=words)
+
+
+def build_training(tiny: str, kind: str, settings: dict):
+    """A Training on the tiny world, as the scripts build it, in this process: several may follow each other. All ranks."""
+    import torch
+
+    from posttrain import data, reference
+    from posttrain import engine as engines
+    from posttrain.config import DPORecipe, SFTRecipe, build_recipe
+    from posttrain.objectives import DPO, SFT
+    from posttrain.policy import load_chat, load_policy
+    from posttrain.step import Training
+
+    torch._dynamo.reset()  # else the layers of one after another, which share their code, would reach the limit of recompilations
+    names = ("checkpoint_path", "sft_data_dir") if kind == "sft" else ("sft_checkpoint_path", "dpo_data_dir")
+    paths = {names[0]: f"{tiny}/base", names[1]: f"{tiny}/{kind}"}
+    recipe = build_recipe(SFTRecipe if kind == "sft" else DPORecipe, {**settings, **paths}, {})
+    ds_config = engines.read_ds_config(recipe.ds_config)
+    prepared = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
+    chat = load_chat(recipe, prepared.manifest)
+    device = engines.start_distributed()
+
+    def frozen():
+        return engines.build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+
+    how = getattr(recipe, "reference", None)
+    beside = frozen() if how == "beside" else None
+    policy, _ = load_policy(recipe, chat.tokenizer, device, engines.checkpoint_function(recipe, ds_config))
+    if how == "precompute":
+        reference.attach(recipe, prepared, policy.fingerprint, device, frozen)
+    engine = engines.build_engine(policy, recipe, ds_config)
+    return Training(recipe, engine, prepared, SFT(engine) if kind == "sft" else DPO(engine, beside, recipe))

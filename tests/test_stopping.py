@@ -1,0 +1,197 @@
+"""Stopping and starting again: what asks a run to stop, the supervisor, longer runs, limits of time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch_command, metrics, rank_environment
+from test_runs import sft_arguments
+
+from posttrain.config import SFTRecipe, build_recipe
+from posttrain.stopping import STARTED, StopRequest
+
+SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
+LEAST = {"checkpoint_path": "x", "sft_data_dir": "y", "out_dir": "z", "epochs": 1, "batch_size": 1}
+
+
+@pytest.fixture
+def signals():
+    """Handlers as they were."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_asks(signals):
+    stop = StopRequest(0, is_launched=False)
+    assert stop.reason is None
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    assert stop.reason == "SIGUSR1"
+
+
+def test_the_time_limit_leaves_room_for_a_step_and_a_save(signals, monkeypatch):
+    monkeypatch.setenv(STARTED, str(time.time() - 1000))  # the job began before this start of it
+    stop = StopRequest(1100, is_launched=False)
+    assert stop.reason is None
+    stop.expect(step_seconds=20, save_seconds=30)  # 2 x 20 + 2 x 30 + 5 > 100
+    assert stop.reason == "the time limit is near"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("8h", 28800), ("90m", 5400), ("45s", 45), ("1.5h", 5400), ("08:00:30", 28830), ("60", 60), (0, 0)]
+)
+def test_a_time_limit_may_be_written_in_several_ways(text, seconds):
+    assert build_recipe(SFTRecipe, LEAST, {"time_limit": text}).time_limit == seconds
+
+
+def test_a_time_limit_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="time_limit='8 hours'"):
+        build_recipe(SFTRecipe, LEAST | {"time_limit": "8 hours"}, {})
+
+
+def supervise(tmp_path: Path, script: str, *more: str) -> tuple[subprocess.CompletedProcess, int]:
+    """The supervisor's result, and how often it started the script."""
+    (tmp_path / "script.py").write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n{script}\n")
+    command = [*SUPERVISE, sys.executable, str(tmp_path / "script.py"), *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    return done, len((tmp_path / "starts").read_text()) if (tmp_path / "starts").exists() else 0
+
+
+def test_a_failure_is_started_again(tmp_path):
+    text = f"import os, sys; sys.exit(0 if os.path.getsize({str(tmp_path / 'starts')!r}) > 1 else 9)"
+    done, starts = supervise(tmp_path, text, "--max_restarts=2")
+    assert (done.returncode, starts) == (0, 2)
+    assert "exit code 9; restart 1 of 2" in done.stdout
+
+
+def test_restarts_are_counted(tmp_path):
+    done, starts = supervise(tmp_path, "import sys; sys.exit(9)", "--max_restarts=1")
+    assert (done.returncode, starts) == (9, 2)
+
+
+def test_a_mistake_is_not_repeated(tmp_path):
+    done, starts = supervise(tmp_path, "import sys; sys.exit(2)", "--max_restarts=5")
+    assert (done.returncode, starts) == (2, 1)
+
+
+def test_a_number_of_restarts_that_is_none_is_refused(tmp_path):
+    done, starts = supervise(tmp_path, "", "--max_restarts=many")
+    assert (done.returncode, starts) == (2, 0)
+    assert "expected --max_restarts=NUMBER" in done.stdout
+
+
+def test_nothing_is_left_running(tmp_path):
+    """A command that fails and leaves a child behind."""
+    pid = str(tmp_path / "pid")
+    text = f"import subprocess, sys\nopen({pid!r}, 'w').write(str(subprocess.Popen(['sleep', '300']).pid))\nsys.exit(1)"
+    done, _ = supervise(tmp_path, text)
+    assert done.returncode == 1
+    time.sleep(0.2)
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat").read_text().split()[2] if Path(f"/proc/{pid}").exists() else "gone"
+    assert state in ("gone", "Z")  # a zombie is its parent's to clear away, here init's
+
+
+def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
+    """A stand-in for a rank, which takes its time to stop."""
+    text = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from posttrain.stopping import StopRequest
+stop = StopRequest(0, is_launched=False)
+print("ready", flush=True)
+while stop.reason is None: time.sleep(0.01)
+print("asked", stop.reason, flush=True)
+time.sleep(60)
+"""
+    (tmp_path / "rank.py").write_text(text)
+    command = [*SUPERVISE, sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked SIGTERM\n"
+    time.sleep(2.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:
+    """The SFT script on one device, without a launcher."""
+    arguments = last_of_each(sft_arguments(tiny, out_dir, "--eval_interval=0", "--decay_lr=False", "--min_lr=0", *more))
+    command = [sys.executable, str(ROOT / "posttrain" / "sft.py"), *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=rank_environment())
+
+
+@pytest.mark.slow
+def test_a_longer_run_must_be_asked_for_and_is_then_the_same_as_one_from_the_start(tiny, tmp_path):
+    straight, grown = tmp_path / "straight", tmp_path / "grown"
+    assert alone(tiny, straight, "--max_iters=9").returncode == 0
+    assert alone(tiny, grown).returncode == 0
+    refused = alone(tiny, grown, "--max_iters=9")
+    assert refused.returncode == 2
+    assert "max_iters: 6 -> 9" in refused.stdout
+    assert "add --extend" in refused.stdout
+    done = alone(tiny, grown, "--max_iters=9", "--extend")
+    assert done.returncode == 0, done.stdout
+    assert "continuing after step 6" in done.stdout
+    assert [record["loss"] for record in metrics(grown)] == [record["loss"] for record in metrics(straight)]
+    files = [run / "final" / "model.safetensors" for run in (straight, grown)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert '"from_step": 7' in (grown / "run.json").read_text()
+    assert "is finished" in alone(tiny, grown, "--max_iters=9").stdout  # what it was extended to is now what it is
+
+
+@pytest.mark.slow
+def test_a_run_saves_and_stops_before_its_time_is_over(tiny, tmp_path):
+    done = alone(
+        tiny, tmp_path / "run", "--max_iters=100000", "--time_limit=12s", "--save_seconds=2", "--save_interval=0", "--skip_spikes=0"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "the time limit is near (rank 0)" in done.stdout
+    assert done.stdout.count("saved ") >= 1
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:06d}").is_dir()
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_and_another_stage_in_the_middle_of_a_run(tiny, tmp_path):
+    """2 ranks at ZeRO-2, then 1 at ZeRO-3, then 4 at ZeRO-1: the losses of the run that never changed, to 1e-5 in float32."""
+    steps, base = 150, ["--max_iters=150", "--learning_rate=1e-3", "--eval_interval=50", "--save_interval=0", "--skip_spikes=0"]
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    run_through(tiny, straight, 2, "zero2", None, base)
+    for ranks, zero, last in ((2, "zero2", 40), (1, "zero3", 90), (4, "zero1", None)):
+        output = run_through(tiny, changed, ranks, zero, last, base)
+    assert "from 1 ranks at ZeRO-3 to 4 at ZeRO-1" in output
+    for split in ("train", "eval"):
+        mine, right = metrics(changed, split), metrics(straight, split)
+        assert [record["step"] for record in mine] == [record["step"] for record in right]
+        for one, other in zip(mine, right, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), (split, one["step"])
+    assert len(metrics(changed)) == steps
+
+
+def last_of_each(arguments: list[str]) -> list[str]:
+    return list({argument.split("=")[0]: argument for argument in arguments}.values())
+
+
+def run_through(tiny, out_dir: Path, ranks: int, zero: str, last: int | None, more: list[str]) -> str:
+    """Run until about step `last`, stopped by SIGTERM, or to the end; what was printed."""
+    arguments = last_of_each(sft_arguments(tiny, out_dir, *more, f"--ds_config=ds_configs/{zero}.json"))
+    command = [*SUPERVISE, *launch_command("posttrain/sft.py", *arguments, ranks=ranks)]
+    process = subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while last and process.poll() is None:
+        if (out_dir / "metrics.jsonl").exists() and len((out_dir / "metrics.jsonl").read_bytes().splitlines()) > last:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert last is None or "the same command goes on" in output
+    return output
