@@ -6,6 +6,7 @@ the whole plan from the lengths, all know the step's totals and the (equal) numb
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,9 +23,16 @@ def steps_per_epoch(num_examples: int, batch: int) -> int:
 def step_examples(num_examples: int, batch: int, seed: int, step: int) -> np.ndarray:
     """Indices of the examples of optimizer step `step` (1-based)."""
     epoch, within = divmod(step - 1, steps_per_epoch(num_examples, batch))
+    return epoch_order(num_examples, seed, epoch)[within * batch : (within + 1) * batch]
+
+
+@lru_cache(maxsize=2)  # half a second for 10 million examples
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples of an epoch (from 0) in their order."""
     # RandomState, because NumPy guarantees its streams for ever (NEP 19); a Generator's may change between versions
     order = np.random.RandomState([seed, epoch]).permutation(num_examples)
-    return order[within * batch : (within + 1) * batch]
+    order.flags.writeable = False
+    return order
 
 
 def my_share(indices: np.ndarray, lengths: np.ndarray, recipe: Recipe, rank: int, world_size: int) -> list[np.ndarray]:

@@ -221,6 +221,11 @@ class Checkpoints:
             )
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is named and laid out as one of a run's checkpoints."""
+    return bool(NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint folder. Raises ValueError where it is missing, damaged, or names a file outside the folder."""
     try:

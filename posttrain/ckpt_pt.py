@@ -44,18 +44,19 @@ def is_ckpt_pt(path) -> bool:
     return str(path).endswith((".pt", ".pth"))
 
 
-def load_ckpt_pt(path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The model in a ckpt.pt, on the CPU, in `dtype` and in eval mode (as from_pretrained gives it).
+def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCausalLM:
+    """The model in a ckpt.pt, on the CPU, in `dtype` (None: as stored) and in eval mode (as from_pretrained gives it).
 
     Warns where model_args differs from the tensors. Raises FileNotFoundError, or ValueError for a file that is broken, holds
     code, lacks a needed setting or tensor, has tensors of unexpected names or shapes, or is of a kind that Llama cannot express.
     """
-    checkpoint = _read(path)
+    checkpoint = read(path)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in checkpoint["model"].items()}
     state = {key: tensor for key, tensor in state.items() if not BUFFER.fullmatch(key)}
     args = checkpoint["model_args"]
     _refuse_inexpressible(path, args)
     sizes = _sizes(path, state, args)
+    dtype = dtype or state["token_embeddings.weight"].dtype
     tied = _tied(path, state, args)
     _check_tensors(path, state, sizes)
     _warn_of_differences(path, args, sizes)
@@ -129,7 +130,8 @@ def save_ckpt_pt(model: LlamaForCausalLM, path, iter_num: int = 0, best_val_loss
             os.remove(temporary)
 
 
-def _read(path) -> dict:
+def read(path) -> dict:
+    """The content of a ckpt.pt, of which nothing runs as code. Raises as load_ckpt_pt does."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist or is not a file; expected a ckpt.pt written by torch.save")
     try:

@@ -135,7 +135,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
             keeper.say_stopped(step)
             run.close()
             return
-    finish(training, chat, run)
+    finish(training, run)
 
 
 def _validate(training: Training, run: Run, step: int) -> float:
@@ -183,14 +183,14 @@ def _shown(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def finish(training: Training, chat: ChatFormat, run: Run) -> None:
+def finish(training: Training, run: Run) -> None:
     """Write final/. All ranks."""
     watchdog.enter("export")
     state = engines.gathered_state_dict(training.engine)
 
     def write():
         card = model_card(run.path, run.settled, training.data.manifest)
-        export.write_model(training.engine.module.model, state, chat, run.final, card)
+        export.write_model(state, run.path / "model", run.final, card)
 
     on_rank_0(write)
     run.say(f"saved {run.final}")
@@ -226,8 +226,6 @@ def check_start(training: Training) -> dict[str, float]:
 
 def _tokens_before(recipe: Recipe, split: Split, done: int) -> int:
     """Tokens seen in steps 1 to `done`."""
-    per_epoch = batches.steps_per_epoch(len(split), recipe.global_batch_size)
-    whole, rest = divmod(done, per_epoch)
-    tail = range(whole * per_epoch + 1, whole * per_epoch + rest + 1)
-    partial = sum(int(split.lengths[batches.step_examples(len(split), recipe.global_batch_size, recipe.seed, s)].sum()) for s in tail)
-    return whole * int(split.lengths.sum()) + partial
+    epochs, steps = divmod(done, batches.steps_per_epoch(len(split), recipe.global_batch_size))
+    begun = batches.epoch_order(len(split), recipe.seed, epochs)[: steps * recipe.global_batch_size]
+    return epochs * int(split.lengths.sum()) + int(split.lengths[begun].sum())

@@ -3,17 +3,19 @@
 `Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
 """
 
+import pickle
 from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from posttrain import attention, ckpt_pt, hub, tokenization
+from posttrain import attention, checkpoint, ckpt_pt, hub, shards, tokenization
 from posttrain.chat import ChatFormat, render_prompt
 from posttrain.checks import digest, hash_weights, same_on_all_ranks
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
@@ -66,6 +68,10 @@ def find_model(path: str, how_to_make: str) -> None:
     place, seen = Path(path), "nothing"
     if ckpt_pt.is_ckpt_pt(path):
         found = place.is_file()
+    elif checkpoint.is_checkpoint(place):
+        found, seen = (_run_model(place) / "config.json").is_file(), "a checkpoint outside its run, whose model/ describes it"
+    elif (place / "run.json").is_file():
+        found, seen = False, "a run; its result is in final/, and checkpoints/step_* are taken, too"
     elif place.is_dir():
         found, seen = (place / "config.json").is_file(), "a folder without config.json"
     elif found := hub.is_hub_name(path):
@@ -75,14 +81,22 @@ def find_model(path: str, how_to_make: str) -> None:
         raise FileNotFoundError(f"there is no model at {path} (found {seen}). {how_to_make}")
 
 
-def load_model(path: str, dtype: torch.dtype, how_to_make: str) -> PreTrainedModel:
-    """The base model at `path`: a Hugging Face folder, a hub name, or a ckpt.pt file. Raises ValueError for one that is damaged."""
+def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTrainedModel:
+    """The model at `path`: a Hugging Face folder, a hub name, a ckpt.pt file or a run's checkpoint; in `dtype`, None for its own.
+
+    Raises ValueError for one that is damaged.
+    """
     find_model(path, how_to_make)
     if ckpt_pt.is_ckpt_pt(path):
         return ckpt_pt.load_ckpt_pt(path, dtype)
+    if checkpoint.is_checkpoint(Path(path)):
+        return _from_checkpoint(Path(path), dtype)
     offline = Path(path).is_dir() or not hub.is_reachable()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, local_files_only=offline)
+        where = {"local_files_only": offline, "trust_remote_code": False}
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **where)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"the model at {path} cannot be loaded: its file holds more than tensors, which would run as code") from error
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:  # by cause: no file, cut file, other shapes, other kind
         raise ValueError(f"the model at {path} cannot be loaded: {error}. {how_to_make}") from error
     if missing := sorted(report["missing_keys"]):
@@ -91,6 +105,27 @@ def load_model(path: str, dtype: torch.dtype, how_to_make: str) -> PreTrainedMod
             "would start at random values. The folder is incomplete, or its config.json belongs to another model"
         )
     return model
+
+
+def _run_model(path: Path) -> Path:
+    """The description of the model of a run's checkpoint."""
+    return path.parent.parent / "model"
+
+
+def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model in a training state, its float32 master weights rounded to `dtype`."""
+    try:
+        facts = checkpoint.read_manifest(path)
+        problem = next((found for name, file in facts["files"].items() if (found := checkpoint.file_problem(path, name, file))), None)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}")
+    saved = shards.Saved(path, facts["state"])
+    config = AutoConfig.from_pretrained(_run_model(path), trust_remote_code=False)
+    state = {name.removeprefix("model."): saved.parameter(name).to(dtype or torch.float32) for name in saved.shapes}
+    kind = getattr(transformers, config.architectures[0])
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or torch.float32)
 
 
 def prepare_command(recipe: Recipe) -> str:
@@ -140,6 +175,8 @@ def _beside(model_path: str) -> str | None:
     if hub.is_hub_name(model_path):
         return model_path
     folder = Path(model_path).parent if ckpt_pt.is_ckpt_pt(model_path) else Path(model_path)
+    if checkpoint.is_checkpoint(folder):
+        folder = _run_model(folder)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return str(folder)
     if (folder / "tokenizer.model").is_file():
@@ -239,8 +276,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoi
     contexts, is not possible under ZeRO-3: its gathering inside the recomputed region changes the sequence of operations (torch 2.13).
     """
     if mode == "full":
-        function = deepspeed_checkpoint or partial(checkpoint, use_reentrant=False)
+        function = deepspeed_checkpoint or partial(recompute, use_reentrant=False)
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif mode == "selective":
         for layer in model.base_model.layers:
-            layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+            layer.mlp.forward = partial(recompute, layer.mlp.forward, use_reentrant=False)

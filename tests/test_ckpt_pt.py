@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.ckpt_pt import is_ckpt_pt, load_ckpt_pt, save_ckpt_pt
+from posttrain.parity import ckpt_pt_logits
 
 VOCAB, DIM, HEADS, FF, LAYERS, LENGTH = 37, 24, 6, 20, 2, 16
 IDS = torch.arange(12) * 7 % VOCAB
@@ -44,39 +45,6 @@ def write(tmp_path, content, name="ckpt.pt"):
     return tmp_path / name
 
 
-def original_logits(content, ids):
-    """The original model, written out: pre-norm, interleaved rotary pairs, gated feed-forward. [T] → [T, V]."""
-    state, args = content["model"], content["model_args"]
-    head, time = DIM // HEADS, len(ids)
-
-    def norm(x, weight):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + args["norm_eps"]) * weight
-
-    def rotate(x):  # [heads, T, head]
-        angle = torch.outer(torch.arange(time).float(), args["rope_theta"] ** (-torch.arange(0, head, 2) / head))
-        even, odd = x[..., 0::2], x[..., 1::2]
-        pairs = [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()]
-        return torch.stack(pairs, -1).flatten(-2)
-
-    x = state["token_embeddings.weight"][ids]
-    for i in range(LAYERS):
-        weights = {name.removeprefix(f"blocks.{i}."): tensor for name, tensor in state.items()}
-        h = norm(x, weights["norm1.weight"])
-        if "attn.c_attn.weight" in weights:
-            q, k, v = (h @ weights["attn.c_attn.weight"].T).chunk(3, -1)
-        else:
-            q, (k, v) = h @ weights["attn.c_q.weight"].T, (h @ weights["attn.c_kv.weight"].T).chunk(2, -1)
-        q, k, v = (t.view(time, -1, head).transpose(0, 1) for t in (q, k, v))
-        k, v = (t.repeat_interleave(HEADS // len(t), 0) for t in (k, v))
-        scores = rotate(q) @ rotate(k).transpose(1, 2) / head**0.5
-        scores = scores.masked_fill(torch.ones(time, time).triu(1).bool(), float("-inf"))
-        x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(time, DIM) @ weights["attn.c_proj.weight"].T
-        h = norm(x, weights["norm2.weight"])
-        gate, value = h @ weights["ffn.w_gate.weight"].T, h @ weights["ffn.w_value.weight"].T
-        x = x + (torch.nn.functional.silu(gate) * value) @ weights["ffn.w_out.weight"].T
-    return norm(x, state["final_norm.weight"]) @ state["lm_head.weight"].T
-
-
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(ids[None]).logits[0]
@@ -86,7 +54,7 @@ def logits(model, ids=IDS):
 def test_computes_what_the_original_model_computes(tmp_path, kv_heads, tied):
     content = checkpoint(kv_heads, tied)
     model = load_ckpt_pt(write(tmp_path, content))
-    torch.testing.assert_close(logits(model), original_logits(content, IDS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), ckpt_pt_logits(content, IDS), atol=1e-4, rtol=1e-4)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
     assert model.config.max_position_embeddings == LENGTH and not model.training
     for tensor in model.parameters():
@@ -101,6 +69,9 @@ def test_shared_checkpoints_give_their_recorded_logits(shared_data, name):
     found = logits(load_ckpt_pt(folder / f"{name}.pt"), torch.tensor(expected["input_ids"]))
     torch.testing.assert_close(found[:, :8], torch.tensor(expected["logits_first8_of_each_position"]), atol=1e-4, rtol=0)
     assert found.argmax(-1).tolist() == expected["logits_argmax"]
+    content = torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu")
+    plain = ckpt_pt_logits(content, torch.tensor(expected["input_ids"]))  # what conversions are compared with
+    torch.testing.assert_close(plain[:, :8], torch.tensor(expected["logits_first8_of_each_position"]), atol=1e-4, rtol=0)
 
 
 def test_the_trained_checkpoint_tells_its_story(shared_data):
@@ -201,7 +172,7 @@ def test_the_old_torch_format_loads(tmp_path):
 def test_compiled_models_keep_their_weights(tmp_path):
     plain, prefixed = checkpoint(), checkpoint(prefix="_orig_mod.")
     model = load_ckpt_pt(write(tmp_path, prefixed))
-    torch.testing.assert_close(logits(model), original_logits(plain, IDS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), ckpt_pt_logits(plain, IDS), atol=1e-4, rtol=1e-4)
 
 
 def test_tensors_win_over_model_args_and_every_lie_is_named(tmp_path):
@@ -211,7 +182,7 @@ def test_tensors_win_over_model_args_and_every_lie_is_named(tmp_path):
         model = load_ckpt_pt(write(tmp_path, content))
     text = " ".join(str(one.message) for one in warned)
     assert all(f"{key}={value}" in text for key, value in lies.items()), text
-    torch.testing.assert_close(logits(model), original_logits(content, IDS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), ckpt_pt_logits(content, IDS), atol=1e-4, rtol=1e-4)
 
 
 def test_a_tie_in_the_file_wins_over_model_args(tmp_path):

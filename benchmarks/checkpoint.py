@@ -1,0 +1,136 @@
+"""How long a save holds training up, and a restart takes: python benchmarks/checkpoint.py
+
+Two ranks, ZeRO-2 in float32, a model of 40 million parameters (0.64 GB of state). Beside it: copying this rank's state to host memory
+(what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
+"""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SAVES = 5
+
+
+def worker(folder: Path) -> None:
+    """All ranks."""
+    import torch
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from tiny import build_training
+    from torch import distributed as dist
+
+    from posttrain import shards
+    from posttrain.checkpoint import Checkpoints
+    from posttrain.step import train_step
+
+    settings = {"out_dir": "unused", "max_iters": 9, "global_batch_size": 4, "learning_rate": 1e-4, "dtype": "float32"}
+    training = build_training(str(folder / "world"), "sft", settings | {"ds_config": "ds_configs/zero2.json"})
+    engine = training.engine
+    train_step(training, 1)
+    theirs = []
+    engine.checkpoint_engine = TorchCheckpointEngine()
+    for save in range(SAVES):
+        theirs.append(_timed(lambda save=save: engine.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
+    checkpoints = Checkpoints(engine, folder / "ours", 2, lambda text: None, {})
+    copies, blocked, whole, restored = [], [], [], []
+    for save in range(SAVES):
+        copies.append(_copy_seconds(engine))
+        started = time.perf_counter()
+        blocked.append(_timed(lambda save=save: checkpoints.save(save + 2, training.guard)))
+        checkpoints.finish()
+        whole.append(time.perf_counter() - started)
+    for _ in range(SAVES):
+        dist.barrier()
+        restored.append(_timed(lambda: checkpoints.restore(checkpoints.newest(), training.guard)))
+    if dist.get_rank() == 0:
+        seconds = {"copy_to_host": copies, "blocked": blocked, "until_on_disk": whole, "deepspeed_blocked": theirs}
+        seconds["verify_and_restore"] = restored
+        medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first one allocates
+        result = {
+            "parameters": sum(p.numel() for p in engine.module.parameters()),
+            "bytes_on_disk": sum(p.stat().st_size for p in (folder / "ours" / "step_000006").iterdir()),
+            "seconds": {name: round(value, 3) for name, value in medians.items()},
+            "first_blocked": round(blocked[0], 3),
+            "blocked_by_copy": round(medians["blocked"] / medians["copy_to_host"], 2),
+            "deepspeed_by_ours": round(medians["deepspeed_blocked"] / medians["blocked"], 1),
+            "optimizer_step": shards.optimizer_step(engine),
+            "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+            "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        }
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    assert torch.isfinite(next(engine.module.parameters())).all()
+
+
+def _timed(action) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _copy_seconds(engine) -> float:
+    """The slowest rank's time for a copy of all that it saves, into memory that is there already."""
+    import torch
+    from torch import distributed as dist
+
+    from posttrain.storage import _collect
+
+    state: list[torch.Tensor] = []
+    _collect(engine.optimizer.state_dict(), state)
+    if dist.get_rank() == 0:
+        _collect(engine.module.state_dict(), state)
+    buffers = [torch.zeros_like(tensor) for tensor in state]
+    dist.barrier()
+    started = time.perf_counter()
+    for buffer, tensor in zip(buffers, state, strict=True):
+        buffer.copy_(tensor)
+    seconds = torch.tensor(time.perf_counter() - started)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def make_world(folder: Path) -> None:
+    """The tests' tiny world with a larger model."""
+    import torch
+    from tiny import make_tiny
+    from transformers import AutoConfig, Qwen3ForCausalLM
+
+    folder.mkdir()
+    make_tiny(folder)
+    config = AutoConfig.from_pretrained(folder / "base")
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "head_dim": 64}
+    config.update(shape | {"layer_types": ["full_attention"] * 6})
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="posttrain_checkpoint_"))
+    make_world(folder / "world")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", "2", "--master_port", port]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ
+    subprocess.run([*command, __file__, "--worker", str(folder)], check=True, env=environment)
+    shutil.copy(folder / "result.json", ROOT / "benchmarks" / "results" / "checkpoint.json")
+    print((folder / "result.json").read_text())
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        from posttrain.run import main as run_main
+
+        place = Path(sys.argv[sys.argv.index("--worker") + 1])
+        run_main(lambda: worker(place))
+    main()

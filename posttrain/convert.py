@@ -1,0 +1,130 @@
+"""Converts a model between the forms that this package reads and writes; what SRC is says in which direction.
+
+python posttrain/convert.py SRC DST [--tokenizer T]
+    SRC  a ckpt.pt file                       DST becomes a Hugging Face folder, with the tokenizer T where one is given
+         a Hugging Face folder                DST becomes a ckpt.pt file (Llama models)
+         RUN/checkpoints/step_000200          DST becomes a Hugging Face folder, or a ckpt.pt file where its name ends in .pt
+
+Every conversion is proven: the file is opened again and must give SRC's logits, or nothing is left of it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for one: conversions need none
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from posttrain import ckpt_pt, parity
+from posttrain.checkpoint import is_checkpoint, read_manifest
+from posttrain.export import write_description, write_model
+from posttrain.policy import load_model
+from posttrain.run import main
+
+LIMIT = 1e-4  # largest difference of logits, by the largest logit: float32 rounding in another order of operations
+
+
+def convert() -> None:
+    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("dst", metavar="DST")
+    parser.add_argument("--tokenizer", metavar="T", help="a Hugging Face folder or a SentencePiece .model file, put into a new folder")
+    options = parser.parse_args()
+    src, dst = Path(options.src), Path(options.dst)
+    to_ckpt_pt = _direction(src, dst)
+    if to_ckpt_pt and options.tokenizer:
+        raise ValueError("a ckpt.pt holds no tokenizer, so --tokenizer would not be read; remove it")
+    transformers.utils.logging.disable_progress_bar()
+    model = load_model(str(src), _dtype(src), "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
+    ids = torch.arange(24) * 7919 % model.config.vocab_size
+    expected = _logits_of_source(src, model, ids)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    if to_ckpt_pt:
+        ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
+        found = parity.ckpt_pt_logits(ckpt_pt.read(dst), ids)
+    else:
+        with tempfile.TemporaryDirectory() as description:
+            _describe(src, model, options.tokenizer, Path(description))
+            write_model(model.state_dict(), Path(description), dst, f"Converted from `{src}` by posttrain.\n")
+        found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32), ids)
+    difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    if not difference <= LIMIT:
+        shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
+        raise ValueError(
+            f"{src} as {dst} gives other logits: they differ by {difference:.2g} of the largest (limit {LIMIT:g}). The model computes "
+            "something that the other form does not express; nothing was written"
+        )
+    print(f"converted {src} to {dst}: {model.num_parameters():,} parameters, logits equal to {difference:.1e} of the largest")
+
+
+def _direction(src: Path, dst: Path) -> bool:
+    """Whether DST becomes a ckpt.pt file."""
+    if dst.exists():
+        raise ValueError(f"{dst} exists; name another, or remove it")
+    if ckpt_pt.is_ckpt_pt(src) and ckpt_pt.is_ckpt_pt(dst):
+        raise ValueError(f"{src} is a ckpt.pt file already; DST should be a folder")
+    if ckpt_pt.is_ckpt_pt(src) or is_checkpoint(src):
+        return ckpt_pt.is_ckpt_pt(dst)
+    if (src / "config.json").is_file() and not ckpt_pt.is_ckpt_pt(dst):
+        raise ValueError(f"{src} is a Hugging Face folder already; DST should be a file named *.pt")
+    return True
+
+
+def _dtype(src: Path) -> torch.dtype | None:
+    """What the weights are stored in, or were trained in; None where the file itself says."""
+    return getattr(torch, read_manifest(src)["recipe"]["dtype"]) if is_checkpoint(src) else None
+
+
+def _logits_of_source(src: Path, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return parity.ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Float32 logits (T, V), computed in float32 whatever the weights are stored in."""
+    stored = model.dtype
+    logits = model.float().eval()(ids[None]).logits[0]
+    model.to(stored)
+    return logits
+
+
+def _history(src: Path) -> dict:
+    """Steps and lowest validation loss, where SRC belongs to a run."""
+    if is_checkpoint(src):
+        facts = read_manifest(src)
+        return {"iter_num": facts["step"], "best_val_loss": facts["validation"]}
+    metrics = src.parent / "metrics.jsonl"
+    if not metrics.is_file():
+        return {}
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["split"] == "eval" and record["loss"] is not None]
+    return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
+
+
+def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
+    """What belongs into the new folder besides weights."""
+    if is_checkpoint(src) and not tokenizer:
+        shutil.copytree(src.parent.parent / "model", folder, dirs_exist_ok=True)
+        return
+    write_description(model, None, folder)
+    if tokenizer and tokenizer.endswith(".model"):
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    elif tokenizer:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if (needed := 1 + max(loaded.get_vocab().values())) > rows:
+            print(f"warning  {tokenizer} has ids up to {needed - 1}, the model has rows for {rows}: training adds the rest")
+        loaded.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    main(convert)
