@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,20 @@ def spikes():
         return share * getattr(objective, "scale", 1.0), sums
 
     loop.train_step, SFT.loss = step, loss
+
+
+def one_rank_hangs():
+    """$PLANT: how many micro-batches rank 1 computes before it stays in one for ever; it can still answer."""
+    left = int(PLANT)
+
+    def loss(objective, batch, totals):
+        nonlocal left
+        left -= 1
+        while RANK == 1 and left < 0:
+            time.sleep(0.1)
+        return sft_loss(objective, batch, totals)
+
+    SFT.loss = loss
 
 
 def stop_one_after_another(jobs: Path) -> None:

@@ -1,6 +1,7 @@
 """Faults planted in real two-rank runs: each stops the run before its first step with its cause, or is kept out of the weights."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -237,3 +238,17 @@ def test_an_infinite_gradient_norm_is_not_applied(tiny, tmp_path):
     evals = [record["loss"] for record in metrics(tmp_path / "run", "eval")]
     assert None not in evals
     assert evals[3] == evals[2] != evals[4]
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tiny, tmp_path):
+    """It is alive and answers the watchdog, so the one that has come least far is named; both show where they are."""
+    well, output = run(
+        "one_rank_hangs", "sft", *sft_arguments(tiny, tmp_path / "run", "--watchdog_seconds=4", "--eval_interval=0"), plant="6"
+    )
+    assert not well
+    assert re.search(r"error: rank 1 \(.*pid \d+\) has made no progress for [45] s, last seen in phase forward of step \d", output), output
+    assert "others: rank 0 in " in output
+    assert output.count("has made no progress") == 1
+    for rank, place in ((1, "planted.py"), (0, "all_reduce")):  # the stacks
+        assert re.search(rf"rank {rank} was in phase \w+ of step \d+ for \d+ s:", output), output
+        assert place in output
