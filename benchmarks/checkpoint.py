@@ -82,12 +82,12 @@ def _copy_seconds(engine) -> float:
     import torch
     from torch import distributed as dist
 
-    from posttrain.storage import _collect
+    from posttrain.storage import tensors_in
 
     state: list[torch.Tensor] = []
-    _collect(engine.optimizer.state_dict(), state)
+    tensors_in(engine.optimizer.state_dict(), state)
     if dist.get_rank() == 0:
-        _collect(engine.module.state_dict(), state)
+        tensors_in(engine.module.state_dict(), state)
     buffers = [torch.zeros_like(tensor) for tensor in state]
     dist.barrier()
     started = time.perf_counter()

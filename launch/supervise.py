@@ -15,6 +15,7 @@ import psutil
 
 MISTAKE = 2  # exit code of the scripts for what a restart would not mend
 PAUSE = 3  # seconds before a restart
+GRACE = 600  # seconds for ranks whose launcher has gone; they notice it, save, and stop by themselves
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -31,8 +32,9 @@ class Supervisor:
         for restart in range(self.max_restarts + 1):
             # a session of its own: Ctrl-C in the terminal reaches the ranks once, through _pass_on
             self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
-            code = self.child.wait()
-            self._end_what_is_left()
+            if self.asked:  # while it was being started
+                os.killpg(self.child.pid, signal.SIGTERM)
+            code = self._wait()
             if code == 0 or self.asked or code == MISTAKE or restart == self.max_restarts:
                 return code if code >= 0 else 128 - code
             print(f"supervise.py: exit code {code}; restart {restart + 1} of {self.max_restarts} in {PAUSE} s", file=sys.stderr, flush=True)
@@ -41,9 +43,20 @@ class Supervisor:
                 return 0
         raise AssertionError("unreachable")
 
+    def _wait(self) -> int:
+        """The command's exit code. Where its launcher has gone before its ranks they get GRACE seconds to save and stop."""
+        code, ranks = self.child.wait(), self._ranks()
+        if ranks:
+            deadline = time.monotonic() + GRACE
+            while self._ranks() and time.monotonic() < deadline and self.asked < 2:
+                time.sleep(0.2)
+            code = 0 if self.asked and not self._ranks() else code or 1
+        self._end_what_is_left()
+        return code
+
     def _pass_on(self, number: int, frame) -> None:
         self.asked += 1
-        if self.child is None or self.child.poll() is not None:
+        if self.child is None:
             return
         ranks = self._ranks()
         for process in ranks if self.asked < 3 else self._session():
@@ -51,7 +64,7 @@ class Supervisor:
                 process.send_signal(number if self.asked < 3 else signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue
-        if not ranks:  # none has started yet: there is nothing to save
+        if not ranks and self.child.poll() is None:  # none has started yet: there is nothing to save
             os.killpg(self.child.pid, signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:

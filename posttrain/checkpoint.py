@@ -5,6 +5,7 @@ files are, their sizes and checksums, the step, where every parameter lies), flu
 named step_* is whole. Only then does `latest` move and an older checkpoint go.
 """
 
+import fcntl
 import json
 import math
 import random
@@ -103,9 +104,6 @@ class Checkpoints:
     def _seal(self, final: Path, facts: dict, everyones: list[dict]) -> None:
         staging = final.with_name(f"{final.name}.incomplete")
         files = {name: value for one in everyones for name, value in one["files"].items()}
-        for path in staging.iterdir():  # DeepSpeed puts its script beside the files that converts them
-            if path.name not in files:
-                files[path.name] = storage.file_facts(path)
         zero = self.engine.zero_optimization_stage()
         parts = everyones if zero else everyones[:1]
         state = {
@@ -125,24 +123,40 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         there = _listed(self.folder)
-        losses = {path: json.loads((path / "manifest.json").read_text())["validation"] for path in there}
+        losses = {path: _validation_loss(path) for path in there}
         measured = [path for path in there if losses[path] is not None and math.isfinite(losses[path])]
         best = min(measured, key=losses.get, default=None)
         if best:
             storage.write_whole(self.folder / "best", best.name)
         for old in there[: -self.kept]:
             if old != best:
-                shutil.rmtree(old)
+                self._delete(old)
 
-    def newest(self, before: float = math.inf, report: bool = True) -> Found | None:
+    def _delete(self, old: Path) -> None:
+        """Under another name first: half a checkpoint must not look like one."""
+        doomed = old.with_name(f"{old.name}.incomplete")
+        try:
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            self.say(f"warning  {old} could not be deleted: {error}")
+
+    def newest(self, before: float = math.inf) -> Found | None:
         """The newest whole checkpoint whose weights no step from `before` on has changed; damaged ones are reported."""
         names = on_rank_0(lambda: [path.name for path in _listed(self.folder)])
+        usable = 0
         for path in (self.folder / name for name in reversed(names)):
             facts, problem = _verified(path)
-            if problem and report:
+            if problem:
                 self.say(f"warning  {path} is damaged, and is not used: {problem}")
+            usable += not problem
             if not problem and facts["guard"]["last_applied"] < before:
                 return Found(path, facts)
+        if names and not usable:
+            raise ValueError(
+                f"none of the checkpoints in {self.folder} can be used, and going on would begin at step 1 again. Restore one of them; or "
+                "move the folder away, and the same command begins anew"
+            )
         return None
 
     def restore(self, found: Found, guard: StepGuard) -> int:
@@ -162,10 +176,14 @@ class Checkpoints:
             for path in self.folder.glob("step_*.incomplete"):
                 shutil.rmtree(path)
             for path in _listed(self.folder):
-                if int(path.name.removeprefix("step_")) > step:
+                if _step(path) > step:
                     aside = path.with_name(f"{path.name}.damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
+            if left := _listed(self.folder):
+                storage.write_whole(self.folder / "latest", left[-1].name)
+            if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text()).is_dir():
+                (self.folder / "best").unlink()
 
         on_rank_0(set_aside)
 
@@ -187,6 +205,19 @@ class Checkpoints:
             self._refuse_unless_free(needed, f"{most} checkpoints and the result need", self.folder.parent)
 
         on_rank_0(check)
+
+    def lock(self) -> None:
+        """Refuse to work on a run that another start of it works on. Held until this process ends."""
+
+        def take():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.held = (self.folder.parent / ".lock").open("w")
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.folder.parent} is being worked on by another start of this run; wait for it, or stop it") from None
+
+        on_rank_0(take)
 
     def check_shared(self) -> None:
         """Refuse a run whose hosts do not see one folder: each would write checkpoints that only it can read."""
@@ -280,7 +311,19 @@ def _touch_token(place: Path) -> str:
 
 def _listed(folder: Path) -> list[Path]:
     """Folders named as a whole checkpoint, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_step) if folder.is_dir() else []
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _validation_loss(path: Path) -> float | None:
+    """None also for a checkpoint that is damaged."""
+    try:
+        return read_manifest(path)["validation"]
+    except ValueError:
+        return None
 
 
 def _verified(path: Path) -> tuple[dict, str | None]:
@@ -305,13 +348,14 @@ def _random_states() -> dict:
     """This rank's random states. Training draws from none that outlives a step; a model's own code, or a kernel's, might."""
     kind, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.copy()), *rest)}
-    return states | {"device": get_accelerator().get_rng_state()}
+    return states | {"device": get_accelerator().get_rng_state(), "kind": get_accelerator().device_name()}
 
 
 def _restore_random_states(path: Path) -> None:
     states = torch.load(path, weights_only=True)
     torch.set_rng_state(states["torch"])
-    get_accelerator().set_rng_state(states["device"])
+    if states["kind"] == get_accelerator().device_name():
+        get_accelerator().set_rng_state(states["device"])
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))

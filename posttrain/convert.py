@@ -111,7 +111,7 @@ def _history(src: Path) -> dict:
 def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
     """What belongs into the new folder besides weights."""
     if is_checkpoint(src) and not tokenizer:
-        shutil.copytree(src.parent.parent / "model", folder, dirs_exist_ok=True)
+        shutil.copytree(src.resolve().parent.parent / "model", folder, dirs_exist_ok=True)
         return
     write_description(model, None, folder)
     if tokenizer and tokenizer.endswith(".model"):

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def start_distributed() -> torch.device:
         _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
     _quiet_libraries()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
-        deepspeed.init_distributed(verbose=False)
+        # long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
 
@@ -182,6 +184,9 @@ def _check_zero(path: str, section: dict) -> None:
         raise ValueError(f"{path}: zenflow, super_offload and an offload ratio other than 1 are not supported; remove them")
     if "nvme" in (offload.get("device"), (section.get("offload_param") or {}).get("device")):
         raise ValueError(f"{path}: offload to nvme is not supported: its state would not be in the checkpoints. Offload to cpu")
+    if zero.round_robin_gradients or zero.elastic_checkpoint:
+        # DeepSpeed 0.19.8 maps parameters wrongly to their parts with the first, and writes checkpoints of another form with the second
+        raise ValueError(f"{path}: round_robin_gradients and elastic_checkpoint are not supported: checkpoints would be wrong. Remove them")
     if not zero.compute_grad_norm:
         raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
     if not isinstance(section.get("stage", 0), int):

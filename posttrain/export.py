@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from posttrain import storage
 from posttrain.chat import ChatFormat
 
 
@@ -29,6 +30,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
         save_torch_state_dict(state_dict, staging, max_shard_size="5GB")
         (staging / "README.md").write_text(card)
         _compare(staging, state_dict)
+        storage.sync_files(staging)
     except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
@@ -38,6 +40,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
     if folder.exists():
         folder.rename(previous)
     staging.rename(folder)
+    storage.sync_folder(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -21,12 +21,14 @@ class Keeper:
     def __init__(self, training: Training, run: Run, steps: int):
         self.training, self.run, self.steps = training, run, steps
         self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, run.facts)
-        self.last_save = time.monotonic()
+        self.last_save, self.longest_step = time.monotonic(), 0.0
         self.save_seconds = self.checkpoints.bytes_of_one() / WRITE_SPEED
 
     def resume(self) -> int:
         """Load the newest whole checkpoint; the step it was taken after, 0 where there is none."""
         recipe = self.training.recipe
+        if not recipe.only_looks:
+            self.checkpoints.lock()
         found = self.checkpoints.newest(before=recipe.replay_step or math.inf)
         if found is None:
             return 0
@@ -55,7 +57,8 @@ class Keeper:
     def after(self, step: int, validation: float | None, seconds: float) -> bool:
         """Save where it is due. Returns whether the run stops here, saved."""
         recipe, counted = self.training.recipe, self.training.counted
-        self.stop.expect(seconds, self.save_seconds)
+        self.longest_step = max(self.longest_step, seconds)  # with its validation
+        self.stop.expect(self.longest_step, self.save_seconds)
         if counted["written"] == dist.get_world_size():
             self._finish()
         is_last = step == self.steps
@@ -70,6 +73,7 @@ class Keeper:
 
     def say_stopped(self, step: int) -> None:
         """One sentence on why, and how to go on."""
+        watchdog.enter("export")  # what follows may take its time: logs are closed, uploads ended
         reasons: list = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, self.stop.reason)
         why = ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason)
@@ -85,6 +89,7 @@ class Keeper:
         if self.checkpoints.pending is None:
             return
         watchdog.enter("save")
+        self.run.sync()
         seen = 0
 
         def progress(bytes_written: int) -> None:

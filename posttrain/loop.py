@@ -83,6 +83,8 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     check_start(training)
     keeper = Keeper(training, run, steps)
     done = keeper.resume()
+    if steps < done:
+        raise ValueError(f"{run.path} has made {done} steps already, more than the {steps} of this command; it can only become longer")
     if recipe.replay_step:
         replay(training, run, done, steps)
         return
@@ -193,6 +195,7 @@ def finish(training: Training, run: Run) -> None:
         export.write_model(state, run.path / "model", run.final, card)
 
     on_rank_0(write)
+    run.finished()
     run.say(f"saved {run.final}")
     run.close()
 

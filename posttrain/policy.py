@@ -109,7 +109,7 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTra
 
 def _run_model(path: Path) -> Path:
     """The description of the model of a run's checkpoint."""
-    return path.parent.parent / "model"
+    return path.resolve().parent.parent / "model"
 
 
 def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:

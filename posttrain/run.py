@@ -64,11 +64,18 @@ MAY_CHANGE = {
 }
 
 MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
+CREATING = ".creating"  # there while a run is created: a crash then leaves no run, and the same command begins anew
 LENGTH = {"max_iters", "epochs", "lr_decay_iters"}  # what --extend may change
 
 
 class _Terminal(Console):
     """Where the terminal has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
+
+    def print(self, *objects, **settings) -> None:
+        try:
+            super().print(*objects, **settings)
+        except OSError:  # a lost terminal gives EIO
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -107,13 +114,15 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
                 "Undo these changes, or start a new run with another --out_dir"
                 + (". To go on beyond the run's end, add --extend" if changed <= LENGTH else "")
             )
-    elif out_dir.exists() and any(out_dir.iterdir()):
+    elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(path.name.startswith(".") for path in out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})
 
 
 def _keep_schedule(recipe: Recipe, was: dict, stored: dict) -> Recipe:
     """A run that is extended keeps its learning rates up to the old end; the steps after it need some, too."""
+    if stored.get("extended") and recipe.lr_decay_iters is None:
+        recipe = recipe.model_copy(update={"lr_decay_iters": was["lr_decay_iters"]})
     if not recipe.extend or not recipe.decay_lr or all(getattr(recipe, name) == was[name] for name in LENGTH):
         return recipe
     if recipe.lr_decay_iters in (None, was["lr_decay_iters"]):
@@ -130,7 +139,9 @@ def _keep_schedule(recipe: Recipe, was: dict, stored: dict) -> Recipe:
 def already_finished(recipe: Recipe, rank: int) -> bool:
     """Whether final/ is there, which is written last and whole, for as many steps as the recipe says. Says so on rank 0."""
     final = Path(recipe.out_dir) / "final"
-    if recipe.only_looks or not final.is_dir() or _extension(recipe):
+    if recipe.only_looks or not final.is_dir():
+        return False
+    if json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("finished") != _length(recipe):
         return False
     if rank == 0:
         console.print(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir", markup=False)
@@ -141,6 +152,10 @@ def _extension(recipe: Recipe) -> dict[str, list]:
     """What --extend changes in the run that is there: old and new value by name."""
     was = yaml.safe_load((Path(recipe.out_dir) / "recipe.yaml").read_text())
     return {name: [was.get(name), getattr(recipe, name)] for name in sorted(LENGTH) if was.get(name) != getattr(recipe, name)}
+
+
+def _length(recipe: Recipe) -> dict:
+    return {name: getattr(recipe, name) for name in sorted(LENGTH)}
 
 
 class Run:
@@ -168,13 +183,17 @@ class Run:
                 )
 
     def _create(self, total_steps: int, describe_model: Callable[[Path], None]) -> None:
-        (self.path / "model").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CREATING).touch()
+        (self.path / "model").mkdir(exist_ok=True)
         describe_model(self.path / "model")
         storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
         facts = {name: value for name, value in self.facts.items() if name != "recipe"} | own
+        storage.sync_files(self.path / "model")
         storage.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
+        (self.path / CREATING).unlink()
 
     def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None]) -> None:
         """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
@@ -186,8 +205,8 @@ class Run:
         if not (self.path / "run.json").exists():
             self._create(total_steps, describe_model)
         elif change := _extension(self.recipe):
-            self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
             storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+            self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.recipe.checks == "off":
             self._update(unchecked_from_steps=[first_step])
         for name in ("metrics.jsonl", "bad_batches.jsonl"):
@@ -253,6 +272,17 @@ class Run:
     def say(self, text: str) -> None:
         if self.rank == 0:
             console.print(text, markup=False)
+
+    def sync(self) -> None:
+        """Put the logs on the disk: what a checkpoint follows must not be lost where the checkpoint is not."""
+        if self.rank == 0:
+            os.fsync(self.metrics_file.fileno())
+            self.tensorboard.flush()
+
+    def finished(self) -> None:
+        """Note that final/ is there, and for how long a run."""
+        if self.rank == 0:
+            self._update(finished=_length(self.recipe))
 
     def close(self) -> None:
         if self.rank or self.tensorboard is None:

@@ -90,6 +90,8 @@ def restore(engine, saved: "Saved") -> None:
     if here != saved.shapes:
         names = [name for name in {**here, **saved.shapes} if here.get(name) != saved.shapes.get(name)]
         raise ValueError(f"{saved.folder} holds another model: {len(names)} parameters differ, first {names[0]}")
+    if stage == 3:  # a forward pass has left small parameters gathered: partitioned, they are gathered anew from what is restored
+        engine.optimizer.checkpoint_event_prologue()
     masters, optimizer = _masters(engine)
     if saved.optimizer_step:
         for master in masters:
@@ -103,6 +105,8 @@ def restore(engine, saved: "Saved") -> None:
             for start, values in saved.read(part.name, kind, part.start, part.length):
                 into[start - part.start : start - part.start + len(values)].copy_(values)
     _weights_from_masters(engine, stage)
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
 
 
 def _weights_from_masters(engine, stage: int) -> None:

@@ -22,7 +22,7 @@ class StopRequest:
         """`time_limit`: seconds that the job may last, 0 for no limit. `is_launched`: started by a launcher, without which it stops."""
         began = float(os.environ.get(STARTED, time.time()))
         self.ends = began + time_limit if time_limit else None
-        self.launchers = _ancestors() if is_launched else None
+        self.launchers = AT_START if is_launched else None
         self.reserve = 0.0  # seconds that a step and a save take
         self.signal: int | None = None
         self._listen()
@@ -71,3 +71,6 @@ def _ancestors() -> tuple[int, int]:
         return parent, psutil.Process(parent).ppid()
     except psutil.NoSuchProcess:  # it has just ended
         return os.getppid(), 0
+
+
+AT_START = _ancestors()

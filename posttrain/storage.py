@@ -10,7 +10,8 @@ import xxhash
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-CHUNK = 2**24  # bytes read at a time for a checksum
+CHUNK = 2**24  # bytes read or written at a time
+FLUSH = 2**28  # bytes between flushes
 
 
 class BackgroundWriter(CheckpointEngine):
@@ -57,7 +58,7 @@ class BackgroundWriter(CheckpointEngine):
     def _host_copy(self, state: dict, file: str):
         """A deep copy on the host, tensors in buffers that are used again."""
         tensors: list[torch.Tensor] = []
-        _collect(state, tensors)
+        tensors_in(state, tensors)
         copies, seen = {}, {}
         for index, tensor in enumerate(tensors):
             place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -80,8 +81,8 @@ class BackgroundWriter(CheckpointEngine):
                 with _CheckedFile(path, self) as file:
                     torch.save(state, file)
                 self.files[path.name] = file.facts
-        except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-            self.error = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+        except Exception as error:  # whatever it is, the files are not whole; torch wraps a full disk in a RuntimeError
+            self.error = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}".splitlines()[0])
         finally:
             self.jobs = []
 
@@ -98,11 +99,15 @@ class _CheckedFile:
 
     def write(self, data) -> int:
         view, written = memoryview(data).cast("B"), 0
-        while written < len(view):  # a raw write may take only a part
-            written += self.file.write(view[written:])
-        self.hash.update(view)
-        self.size += len(view)
-        self.writer.bytes_written += len(view)
+        while written < len(view):  # a tensor comes in one piece, and a raw write may take only a part of what it is given
+            piece = view[written : written + CHUNK]
+            count = self.file.write(piece)
+            self.hash.update(piece[:count])
+            written += count
+            if self.size // FLUSH < (self.size + count) // FLUSH:
+                os.fdatasync(self.file.fileno())  # so that progress is bytes on the disk, and the end not one long wait
+            self.size += count
+            self.writer.bytes_written += count
         return len(view)
 
     def flush(self) -> None:
@@ -118,16 +123,16 @@ class _CheckedFile:
         return {"size": self.size, "xxh3": self.hash.hexdigest()}
 
 
-def _collect(value, tensors: list[torch.Tensor]) -> None:
+def tensors_in(value, tensors: list[torch.Tensor]) -> None:
     """Every tensor in nested containers, in order."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
     elif isinstance(value, dict):
         for item in value.values():
-            _collect(item, tensors)
+            tensors_in(item, tensors)
     elif isinstance(value, list | tuple):
         for item in value:
-            _collect(item, tensors)
+            tensors_in(item, tensors)
 
 
 def file_facts(path: Path) -> dict:
@@ -149,6 +154,13 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     staging.replace(path)
     sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Flush a folder's files and entries."""
+    for path in folder.iterdir():
+        sync_folder(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -38,7 +38,7 @@ class Watchdog:
         self.verdict = ""
         self.over = threading.Event()
         self.tick = min(max(seconds / 10, 0.2), 5.0) if seconds else 1.0
-        self.place = {"host": socket.gethostname(), "pid": self.process.pid, "born": self.process.create_time(), "machine": _machine()}
+        self.place = {"host": socket.gethostname(), "pid": self.process.pid, "born": _born(self.process.pid), "machine": _machine()}
         if world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             timeout = timedelta(seconds=max(seconds, 1) if seconds else 60)
@@ -214,9 +214,14 @@ def _process_state(words: dict) -> str | None:
     try:
         process = psutil.Process(words["pid"])
         state = process.status()
-        return state if process.create_time() == words["born"] and state != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
+        return state if _born(words["pid"]) == words["born"] and state != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return None
+
+
+def _born(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did: psutil's time moves with the clock on the wall."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def say(text: str) -> None:

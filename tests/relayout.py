@@ -17,6 +17,7 @@ from torch import distributed as dist  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
 from posttrain.checkpoint import Checkpoints  # noqa: E402
+from posttrain.loop import check_start  # noqa: E402
 from posttrain.run import main  # noqa: E402
 from posttrain.step import train_step  # noqa: E402
 
@@ -72,6 +73,7 @@ def load(folder: Path) -> None:
             for zero in targets(dtype, source):
                 training, _ = build(folder, dtype, zero)
                 checkpoints = Checkpoints(training.engine, folder / f"{dtype}_{source}", 2, print, {})
+                check_start(training)  # as a run does: its forward passes leave parameters gathered at ZeRO-3
                 assert checkpoints.restore(checkpoints.newest(), training.guard) == 2
                 results.append({"dtype": dtype, "from": source, "to": zero, **steps(training, 3, 4)})
     if dist.get_rank() == 0:

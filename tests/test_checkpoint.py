@@ -110,8 +110,15 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(states, tmp_path,
         assert checkpoints.newest().path.name == "step_000001", cause
         assert len(said) == 1
         assert cause in said[0]
+    damage()
+    other = tmp_path / "checkpoints" / "step_000001"
+    other.rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* can be used"):
+        checkpoints.newest()
+    (tmp_path / "kept").rename(other)
     checkpoints.forget_after(1)
-    assert {path.name for path in newest.parent.iterdir()} == {"step_000001", "step_000002.damaged"}
+    assert {path.name for path in newest.parent.iterdir()} == {"step_000001", "step_000002.damaged", "latest"}
+    assert (newest.parent / "latest").read_text() == "step_000001"
 
 
 @pytest.mark.slow
@@ -187,7 +194,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(SimpleNamespace(), tmp_path, 2, print, {})
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         (tmp_path / f"step_{step:06d}").mkdir()
-        (tmp_path / f"step_{step:06d}" / "manifest.json").write_text(json.dumps({"validation": loss}))
+        facts = {"validation": loss, "format": checkpoint.FORMAT, "files": {}, "state": {"files": []}}
+        text = json.dumps(facts | {"checksum": checkpoint._checksum(facts)})
+        (tmp_path / f"step_{step:06d}" / "manifest.json").write_text(text)
         checkpoints._delete_old()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000004", "step_000005"]
     assert (tmp_path / "best").read_text() == "step_000002"
