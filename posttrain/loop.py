@@ -97,9 +97,8 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     model = engine.module.model
     keeper.begin(done, export.written_bytes(model))
     run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder))
-    validating = bool(recipe.eval_interval and len(data.validation))
-    if validating and not done:
-        _validate(training, run, 0)
+    if _validates_at(training, done, steps) and not on_rank_0(lambda: run.has(done, "eval")):
+        _validate(training, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens, told_too_small = _tokens_before(recipe, data.train, done), False
     for step in range(done + 1, steps + 1):
@@ -131,13 +130,19 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
                 "is too small to register. The float32 master weights keep it, but the model hardly moves; raise learning_rate"
             )
         validation = None
-        if validating and (step % recipe.eval_interval == 0 or step == steps):
+        if _validates_at(training, step, steps) and (step == steps or not training.counted["stop"]):  # a stop must not wait for it
             validation = _validate(training, run, step)
         if keeper.after(step, validation, time.perf_counter() - started):
             keeper.say_stopped(step)
             run.close()
             return
     finish(training, run)
+
+
+def _validates_at(training: Training, step: int, steps: int) -> bool:
+    """Every eval_interval steps, from step 0 on, and after the last one."""
+    interval = training.recipe.eval_interval
+    return bool(interval and len(training.data.validation)) and (step % interval == 0 or step == steps)
 
 
 def _validate(training: Training, run: Run, step: int) -> float:

@@ -244,6 +244,11 @@ class Run:
         if self.wandb:
             self.wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
+    def has(self, step: int, split: str) -> bool:
+        """Whether the log holds a record."""
+        records = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
+        return any(record["step"] == step and record["split"] == split for record in records)
+
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
         if self.rank:
             return

@@ -228,6 +228,15 @@ def test_every_rank_sees_the_same_folder(tmp_path, alone, monkeypatch):
         checkpoints.check_shared()
 
 
+def test_two_starts_do_not_work_on_one_run(tmp_path, alone):
+    first, second = (Checkpoints(SimpleNamespace(), tmp_path / "run" / "checkpoints", 2, print, {}) for _ in range(2))
+    first.lock()
+    with pytest.raises(ValueError, match=r"is being worked on by another start of this run"):
+        second.lock()
+    first.held.close()  # as when its process ends
+    second.lock()
+
+
 def test_random_states_come_back(tmp_path):
     import random
 

@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, launch_command, metrics, rank_environment
 from test_runs import sft_arguments
 
+from posttrain import run
 from posttrain.config import SFTRecipe, build_recipe
 from posttrain.stopping import STARTED, StopRequest
 
@@ -122,6 +124,51 @@ time.sleep(60)
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path):
+    """As DeepSpeed's does, when a scheduler signals every process of a job."""
+    rank = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from posttrain.stopping import StopRequest
+stop = StopRequest(0, is_launched=False)
+print("ready", flush=True)
+while stop.reason is None: time.sleep(0.01)
+time.sleep(1.5)
+print("saved", flush=True)
+"""
+    (tmp_path / "rank.py").write_text(rank)
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}, '--local_rank=0'])"
+    (tmp_path / "launcher.py").write_text(launcher)
+    process = subprocess.Popen([*SUPERVISE, sys.executable, str(tmp_path / "launcher.py")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for pid in [child.pid for child in psutil.Process(process.pid).children(recursive=True)] + [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert process.stdout.readline() == "saved\n"
+    assert process.wait(10) == 0
+
+
+def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
+    """final/ is there, of the shorter run, while the longer one is under way."""
+    values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run")}
+    short = build_recipe(SFTRecipe, values, {})
+    begun = run.Run(short, "sft", 0, {})
+    begun.start(1, 6, lambda folder: None)
+    (tmp_path / "run" / "final").mkdir()
+    begun.finished()
+    begun.close()
+    assert run.already_finished(run.resolve(short, "sft", 1), 0)
+    with pytest.raises(ValueError, match=r"the learning rate of .* is 0 after step 6: give --lr_decay_iters"):
+        run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), "sft", 1)
+    for _ in range(2):  # the first start of the longer run is interrupted
+        longer = run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
+        assert not run.already_finished(longer, 0)
+        again = run.Run(longer, "sft", 0, {})
+        again.start(7, 9, lambda folder: None)
+        again.close()
+    again.finished()
+    assert run.already_finished(run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)
+
+
 def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:
     """The SFT script on one device, without a launcher."""
     arguments = last_of_each(sft_arguments(tiny, out_dir, "--eval_interval=0", "--decay_lr=False", "--min_lr=0", *more))
@@ -163,7 +210,7 @@ def test_a_run_saves_and_stops_before_its_time_is_over(tiny, tmp_path):
 @pytest.mark.slow
 def test_another_number_of_ranks_and_another_stage_in_the_middle_of_a_run(tiny, tmp_path):
     """2 ranks at ZeRO-2, then 1 at ZeRO-3, then 4 at ZeRO-1: the losses of the run that never changed, to 1e-5 in float32."""
-    steps, base = 150, ["--max_iters=150", "--learning_rate=1e-3", "--eval_interval=50", "--save_interval=0", "--skip_spikes=0"]
+    steps, base = 150, ["--max_iters=150", "--learning_rate=1e-3", "--eval_interval=1", "--save_interval=0", "--skip_spikes=0"]
     straight, changed = tmp_path / "straight", tmp_path / "changed"
     run_through(tiny, straight, 2, "zero2", None, base)
     for ranks, zero, last in ((2, "zero2", 40), (1, "zero3", 90), (4, "zero1", None)):
