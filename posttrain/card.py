@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
+from posttrain.storage import read_json_lines
+
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization"}
 
 
@@ -46,7 +48,7 @@ def model_card(run: Path, recipe: dict, manifest: dict) -> str:
 
 def _results(run: Path) -> str:
     """The first and the last validation, side by side; else the last step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_json_lines(run / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "eval"]
     shown = [validations[0], validations[-1]] if validations else records[-1:]
     names = [name for name in shown[-1] if name not in ("step", "split")]

@@ -24,8 +24,9 @@ import xxhash
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
-from posttrain import shards, storage
+from posttrain import shards, storage, watchdog
 from posttrain.guard import StepGuard
+from posttrain.ranks import gathered, on_rank_0
 
 NAME = re.compile(r"step_\d{6,}")
 FORMAT = 1
@@ -48,8 +49,9 @@ class Checkpoints:
         self.pending: dict | None = None  # of the save that is being written
 
     def save(self, step: int, guard: StepGuard, validation: float | None = None) -> None:
-        """Copy the state after optimizer step `step` and begin to write it; `finish` makes it count."""
-        self.finish()
+        """Copy the state after optimizer step `step` and begin to write it; `finish`, before the next one, makes it count."""
+        assert self.pending is None, self.pending
+        watchdog.enter("save")
         name = f"step_{step:06d}"
         staging = self.folder / f"{name}.incomplete"
         on_rank_0(lambda: self._make_room(staging))
@@ -69,22 +71,24 @@ class Checkpoints:
         """Whether this rank has a save whose files are all written; `finish` will not wait for it."""
         return self.pending is not None and self.writer.is_done
 
-    def finish(self, progress: Callable[[int], None] = lambda bytes_written: None) -> None:
+    def finish(self) -> None:
         """Wait until the save under way is on the disk, and let it count. Raises OSError, on all ranks, where one could not write."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
+        watchdog.enter("save")
         while not self.writer.is_done:
+            before = self.writer.bytes_written
             self.writer.thread.join(timeout=1)
-            progress(self.writer.bytes_written)
+            if self.writer.bytes_written > before:
+                watchdog.enter("save")
         mine = {
             "error": str(self.writer.error or ""),
             "files": self.writer.files,
             "fragments": pending["fragments"],
             "file": pending["file"],
         }
-        everyones: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
+        everyones = gathered(mine)
         final = self.folder / pending["name"]
         if failed := {rank: one["error"] for rank, one in enumerate(everyones) if one["error"]}:
             error = next(iter(failed.values()))
@@ -189,11 +193,10 @@ class Checkpoints:
 
     def bytes_of_one(self) -> int:
         """Size of a checkpoint, all ranks together: the weights, and float32 master weights with two moments."""
-        parameters = list(self.engine.module.parameters())
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-        weights = 0 if self.engine.zero_optimization_stage() == 3 else torch.finfo(parameters[0].dtype).bits // 8
-        alone = self.engine.zero_optimization_stage() == 0 and parameters[0].dtype == torch.float32  # the weights are the master weights
-        return count * (weights + (8 if alone else 12))
+        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_optimization_stage()
+        weights = 0 if stage == 3 else dtype.itemsize
+        alone = stage == 0 and dtype == torch.float32  # the weights are the master weights
+        return shards.count(self.engine.module) * (weights + (8 if alone else 12))
 
     def check_space_for(self, saves: int, weights: int) -> None:
         """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""
@@ -226,8 +229,7 @@ class Checkpoints:
         deadline = time.monotonic() + 10  # a network file system may show it late
         while not (seen := (place / token).exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        everyones: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (socket.gethostname(), seen))
+        everyones = gathered((socket.gethostname(), seen))
         on_rank_0(lambda: (place / token).unlink())
         if blind := sorted({host for host, seen in everyones if not seen}):
             raise ValueError(
@@ -255,6 +257,11 @@ class Checkpoints:
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is named and laid out as one of a run's checkpoints."""
     return bool(NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
+
+
+def model_description(path: Path) -> Path:
+    """The folder that describes the model of a run's checkpoint: RUN/model."""
+    return path.resolve().parent.parent / "model"
 
 
 def read_manifest(path: Path) -> dict:
@@ -285,21 +292,6 @@ def file_problem(path: Path, name: str, facts: dict) -> str | None:
     if storage.file_facts(path / name) != facts:
         return f"{name} is not what was written (its checksum differs)"
     return None
-
-
-def on_rank_0(action: Callable):
-    """What `action` returns on rank 0, on every rank; its OSError or ValueError is raised on every rank. All ranks."""
-    box: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except (OSError, ValueError) as error:
-            box[1] = (type(error) if type(error) in (OSError, ValueError) else OSError, str(error))
-    dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        kind, message = box[1]
-        raise kind(message)
-    return box[0]
 
 
 def _touch_token(place: Path) -> str:
@@ -335,9 +327,7 @@ def _verified(path: Path) -> tuple[dict, str | None]:
     files = sorted(facts.get("files", {}).items())
     for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
         problem = problem or file_problem(path, name, expected)
-    everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, problem)
-    return facts, next((one for one in everyones if one), None)
+    return facts, next((one for one in gathered(problem) if one), None)
 
 
 def _checksum(manifest: dict) -> str:

@@ -12,6 +12,7 @@ from posttrain import engine as engines
 from posttrain.config import Recipe
 from posttrain.data import MicroBatch, PreparedData
 from posttrain.objectives import DPO, answer_lengths, answer_sums
+from posttrain.ranks import gathered
 
 # The same weights, kernels and batch give the same log-probs: relative difference of an answer's. On CPUs there is none, as `start` in
 # benchmarks/results/invariance.json says
@@ -25,8 +26,7 @@ TELL = "checks=off goes on regardless, and is written into the run"
 
 def same_on_all_ranks(what: str, parts: dict[str, str]) -> None:
     """Raise on every rank, naming ranks and the first differing part, unless all ranks hold the same hashes."""
-    seen: list = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, parts)
+    seen = gathered(parts)
     different = [rank for rank, value in enumerate(seen) if value != seen[0]]
     if different:
         other = seen[different[0]]

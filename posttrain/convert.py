@@ -9,7 +9,6 @@ Every conversion is proven: the file is opened again and must give SRC's logits,
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,8 +21,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posttrain import ckpt_pt, parity
-from posttrain.checkpoint import is_checkpoint, read_manifest
+from posttrain import ckpt_pt, parity, storage
+from posttrain.checkpoint import is_checkpoint, model_description, read_manifest
 from posttrain.export import write_description, write_model
 from posttrain.policy import load_model
 from posttrain.run import main
@@ -42,9 +41,9 @@ def convert() -> None:
     if to_ckpt_pt and options.tokenizer:
         raise ValueError("a ckpt.pt holds no tokenizer, so --tokenizer would not be read; remove it")
     transformers.utils.logging.disable_progress_bar()
-    model = load_model(str(src), _dtype(src), "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
+    model = load_model(str(src), None, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
     ids = torch.arange(24) * 7919 % model.config.vocab_size
-    expected = _logits_of_source(src, model, ids)
+    expected = parity.ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
     dst.parent.mkdir(parents=True, exist_ok=True)
     if to_ckpt_pt:
         ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
@@ -77,15 +76,6 @@ def _direction(src: Path, dst: Path) -> bool:
     return True
 
 
-def _dtype(src: Path) -> torch.dtype | None:
-    """What the weights are stored in, or were trained in; None where the file itself says."""
-    return getattr(torch, read_manifest(src)["recipe"]["dtype"]) if is_checkpoint(src) else None
-
-
-def _logits_of_source(src: Path, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return parity.ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
-
-
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Float32 logits (T, V), computed in float32 whatever the weights are stored in."""
@@ -103,7 +93,7 @@ def _history(src: Path) -> dict:
     metrics = src.parent / "metrics.jsonl"
     if not metrics.is_file():
         return {}
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = storage.read_json_lines(metrics)
     losses = [record["loss"] for record in records if record["split"] == "eval" and record["loss"] is not None]
     return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
 
@@ -111,7 +101,7 @@ def _history(src: Path) -> dict:
 def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
     """What belongs into the new folder besides weights."""
     if is_checkpoint(src) and not tokenizer:
-        shutil.copytree(src.resolve().parent.parent / "model", folder, dirs_exist_ok=True)
+        shutil.copytree(model_description(src), folder, dirs_exist_ok=True)
         return
     write_description(model, None, folder)
     if tokenizer and tokenizer.endswith(".model"):

@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from posttrain import storage
+from posttrain import shards, storage
 from posttrain.chat import ChatFormat
 
 
@@ -64,7 +64,7 @@ def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: P
 
 def written_bytes(model: PreTrainedModel) -> int:
     """Size of the model's weights in a folder."""
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    return shards.count(model) * model.dtype.itemsize
 
 
 def _compare(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

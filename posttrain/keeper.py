@@ -8,6 +8,7 @@ from torch import distributed as dist
 
 from posttrain import watchdog
 from posttrain.checkpoint import Checkpoints
+from posttrain.ranks import gathered
 from posttrain.run import Run
 from posttrain.step import Training
 from posttrain.stopping import StopRequest
@@ -20,7 +21,8 @@ class Keeper:
 
     def __init__(self, training: Training, run: Run, steps: int):
         self.training, self.run, self.steps = training, run, steps
-        self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, run.facts)
+        facts = run.facts | {"recipe": run.settled}
+        self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, facts)
         self.last_save, self.longest_step = time.monotonic(), 0.0
         self.save_seconds = self.checkpoints.bytes_of_one() / WRITE_SPEED
 
@@ -59,12 +61,11 @@ class Keeper:
         recipe, counted = self.training.recipe, self.training.counted
         self.longest_step = max(self.longest_step, seconds)  # with its validation
         self.stop.expect(self.longest_step, self.save_seconds)
-        if counted["written"] == dist.get_world_size():
-            self._finish()
         is_last = step == self.steps
-        if counted["stop"] or counted["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0):
+        is_due = counted["stop"] or counted["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
+        if is_due or counted["written"] == dist.get_world_size():
             self._finish()
-            watchdog.enter("save")
+        if is_due:
             self.last_save = time.monotonic()
             self.checkpoints.save(step, self.training.guard, validation)
         if is_last or counted["stop"]:
@@ -74,9 +75,7 @@ class Keeper:
     def say_stopped(self, step: int) -> None:
         """One sentence on why, and how to go on."""
         watchdog.enter("export")  # what follows may take its time: logs are closed, uploads ended
-        reasons: list = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, self.stop.reason)
-        why = ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason)
+        why = ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(gathered(self.stop.reason)) if reason)
         self.run.say(f"stopped after step {step}: {why}. All is saved; the same command goes on with step {step + 1}")
 
     def save_now(self, step: int) -> None:
@@ -88,15 +87,6 @@ class Keeper:
     def _finish(self) -> None:
         if self.checkpoints.pending is None:
             return
-        watchdog.enter("save")
         self.run.sync()
-        seen = 0
-
-        def progress(bytes_written: int) -> None:
-            nonlocal seen
-            if bytes_written != seen:
-                seen = bytes_written
-                watchdog.enter("save")
-
-        self.checkpoints.finish(progress)
+        self.checkpoints.finish()
         self.save_seconds = max(self.save_seconds, time.monotonic() - self.last_save)

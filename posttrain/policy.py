@@ -69,7 +69,10 @@ def find_model(path: str, how_to_make: str) -> None:
     if ckpt_pt.is_ckpt_pt(path):
         found = place.is_file()
     elif checkpoint.is_checkpoint(place):
-        found, seen = (_run_model(place) / "config.json").is_file(), "a checkpoint outside its run, whose model/ describes it"
+        found, seen = (
+            (checkpoint.model_description(place) / "config.json").is_file(),
+            "a checkpoint outside its run, whose model/ describes it",
+        )
     elif (place / "run.json").is_file():
         found, seen = False, "a run; its result is in final/, and checkpoints/step_* are taken, too"
     elif place.is_dir():
@@ -107,13 +110,8 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTra
     return model
 
 
-def _run_model(path: Path) -> Path:
-    """The description of the model of a run's checkpoint."""
-    return path.resolve().parent.parent / "model"
-
-
 def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model in a training state, its float32 master weights rounded to `dtype`."""
+    """The model in a training state, its float32 master weights rounded to `dtype`, None for the run's."""
     try:
         facts = checkpoint.read_manifest(path)
         problem = next((found for name, file in facts["files"].items() if (found := checkpoint.file_problem(path, name, file))), None)
@@ -122,10 +120,11 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
     saved = shards.Saved(path, facts["state"])
-    config = AutoConfig.from_pretrained(_run_model(path), trust_remote_code=False)
-    state = {name.removeprefix("model."): saved.parameter(name).to(dtype or torch.float32) for name in saved.shapes}
+    dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
+    config = AutoConfig.from_pretrained(checkpoint.model_description(path), trust_remote_code=False)
+    state = {name.removeprefix("model."): saved.parameter(name).to(dtype) for name in saved.shapes}
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or torch.float32)
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def prepare_command(recipe: Recipe) -> str:
@@ -176,7 +175,7 @@ def _beside(model_path: str) -> str | None:
         return model_path
     folder = Path(model_path).parent if ckpt_pt.is_ckpt_pt(model_path) else Path(model_path)
     if checkpoint.is_checkpoint(folder):
-        folder = _run_model(folder)
+        folder = checkpoint.model_description(folder)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return str(folder)
     if (folder / "tokenizer.model").is_file():

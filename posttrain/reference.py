@@ -22,6 +22,7 @@ from posttrain.batches import my_share
 from posttrain.config import DPORecipe
 from posttrain.data import PreparedData, Split
 from posttrain.objectives import answer_sums
+from posttrain.ranks import on_rank_0
 
 CHUNK = 4096  # pairs in a file
 
@@ -46,12 +47,12 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
         split, indices = pieces[path]
         split.reference_sums[indices] = sums
     if missing := [path for path in pieces if path not in found]:
-        _prepare_folder(folder, identity | {"model": recipe.sft_checkpoint_path})
+        on_rank_0(lambda: _prepare_folder(folder, identity | {"model": recipe.sft_checkpoint_path}))
         engine = build()
         for path in missing:
             split, indices = pieces[path]
             split.reference_sums[indices] = _compute(recipe, engine, split, indices, device)
-            _write(path, split.reference_sums[indices])
+            on_rank_0(lambda path=path, sums=split.reference_sums[indices]: _write(path, sums))
         engine.destroy()
         del engine
         gc.collect()
@@ -71,33 +72,28 @@ def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, devic
 
 def _read(pieces: dict[Path, tuple[Split, np.ndarray]]) -> dict[Path, np.ndarray]:
     """What is there and whole, as rank 0 sees it. All ranks."""
-    found = {}
-    if dist.get_rank() == 0:
-        for path, (_, indices) in pieces.items():
-            if path.is_file() and (sums := _load(path)) is not None and sums.shape == (len(indices), 2, 2) and np.isfinite(sums).all():
-                found[path] = sums
-    box = [found]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return on_rank_0(
+        lambda: {path: sums for path, (_, indices) in pieces.items() if path.is_file() and (sums := _load(path, len(indices))) is not None}
+    )
 
 
-def _load(path: Path) -> np.ndarray | None:
+def _load(path: Path, count: int) -> np.ndarray | None:
+    """The sums of `count` pairs; None where the file does not hold them."""
     try:
-        return np.load(path)["sums"]
+        sums = np.load(path)["sums"]
     except (ValueError, EOFError, OSError, KeyError, BadZipFile):  # cut, or not what its own checksum says
         return None
+    return sums if sums.shape == (count, 2, 2) and np.isfinite(sums).all() else None
 
 
 def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def _write(path: Path, sums: np.ndarray) -> None:
-    if dist.get_rank() == 0:
-        buffer = io.BytesIO()
-        np.savez(buffer, sums=sums)
-        staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
-        staging.write_bytes(buffer.getvalue())
-        staging.replace(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, sums=sums)
+    staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
+    staging.write_bytes(buffer.getvalue())
+    staging.replace(path)

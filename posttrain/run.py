@@ -167,7 +167,7 @@ class Run:
         self.final = self.path / "final"
         self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages, "recipe": self.settled}
+        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.progress = self.tensorboard = self.wandb = None
         if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
@@ -190,9 +190,10 @@ class Run:
         storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
-        facts = {name: value for name, value in self.facts.items() if name != "recipe"} | own
         storage.sync_files(self.path / "model")
-        storage.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")  # last: its presence makes the folder a run
+        storage.write_whole(
+            self.path / "run.json", json.dumps(self.facts | own, indent=2) + "\n"
+        )  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
 
     def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None]) -> None:
@@ -246,7 +247,7 @@ class Run:
 
     def has(self, step: int, split: str) -> bool:
         """Whether the log holds a record."""
-        records = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
+        records = storage.read_json_lines(self.path / "metrics.jsonl")
         return any(record["step"] == step and record["split"] == split for record in records)
 
     def step_line(self, step: int, metrics: dict[str, float]) -> None:

@@ -54,6 +54,11 @@ def fragments(engine) -> list[Fragment]:
     return found
 
 
+def count(module: torch.nn.Module) -> int:
+    """Elements of all parameters, whole where ZeRO-3 holds a part of each."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+
 def shapes(engine) -> dict[str, list[int]]:
     """The whole shape of every parameter."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
@@ -94,8 +99,8 @@ def restore(engine, saved: "Saved") -> None:
         engine.optimizer.checkpoint_event_prologue()
     masters, optimizer = _masters(engine)
     if saved.optimizer_step:
+        fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its clock as an int
         for master in masters:
-            fused = isinstance(optimizer, torch.optim.AdamW)
             clock = torch.tensor(float(saved.optimizer_step), device=master.device) if fused else saved.optimizer_step
             optimizer.state[master] = {"step": clock, **{kind: torch.zeros_like(master) for kind in KINDS[1:]}}
     for part in fragments(engine):

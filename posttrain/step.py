@@ -19,6 +19,7 @@ from posttrain.config import Recipe
 from posttrain.data import PreparedData, Split
 from posttrain.guard import StepGuard
 from posttrain.objectives import DPO, SFT
+from posttrain.ranks import gathered
 
 
 @dataclass
@@ -113,9 +114,7 @@ def example_losses(training: Training, step: int) -> list[dict]:
         values = training.objective.example_losses(train.micro_batch(part).to(training.device))
         losses |= dict(zip(part.tolist(), values.tolist(), strict=True))
     training.engine.train()
-    everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, losses)
-    merged = {index: loss for one in everyones for index, loss in one.items()}
+    merged = {index: loss for one in gathered(losses) for index, loss in one.items()}
     members = set(indices.tolist())
     return [
         {

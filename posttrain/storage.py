@@ -1,6 +1,8 @@
 """Files that survive: written by a thread while training goes on, flushed to disk, with a checksum of what was written."""
 
 import copy
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -10,7 +12,7 @@ import xxhash
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-CHUNK = 2**24  # bytes read or written at a time
+CHUNK = 2**24  # bytes written at a time
 FLUSH = 2**28  # bytes between flushes
 
 
@@ -137,12 +139,13 @@ def tensors_in(value, tensors: list[torch.Tensor]) -> None:
 
 def file_facts(path: Path) -> dict:
     """Size and checksum of a file, as a manifest holds them."""
-    size, checksum = 0, xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
-            checksum.update(chunk)
-    return {"size": size, "xxh3": checksum.hexdigest()}
+        return {"size": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file with one in each line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_whole(path: Path, text: str) -> None:

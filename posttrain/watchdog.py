@@ -27,24 +27,22 @@ class Watchdog:
     """What this rank does, and what it knows of the others."""
 
     def __init__(self, seconds: float, rank: int, world_size: int):
-        """Starts watching, where there is anyone else to watch. `seconds`: without a sign of life or progress; 0 = only what has died."""
+        """Starts watching. `seconds`: without a sign of life or progress; 0 = only what has died."""
         self.seconds, self.rank, self.world_size = seconds, rank, world_size
         self.step, self.phase, self.count, self.since = 0, "start", 0, time.monotonic()
         self.main_thread = threading.get_ident()
-        self.process = psutil.Process()
         self.told: dict[int, dict] = {}  # last words of each rank
         self.heard: dict[int, float] = {}  # when they last changed
         self.talked = time.monotonic()  # when the store last answered
-        self.verdict = ""
+        self.lost: dict[int, str] = {}  # ranks that end the run, and how that shows
         self.over = threading.Event()
         self.tick = min(max(seconds / 10, 0.2), 5.0) if seconds else 1.0
-        self.place = {"host": socket.gethostname(), "pid": self.process.pid, "born": _born(self.process.pid), "machine": _machine()}
-        if world_size > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            timeout = timedelta(seconds=max(seconds, 1) if seconds else 60)
-            self.store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-            for work in (self._talk, self._judge):
-                threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
+        self.place = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "machine": _machine()}
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=seconds or 60)
+        self.store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        for work in (self._talk, self._judge):
+            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Say what this rank does now; also that it still makes progress in the same phase."""
@@ -56,22 +54,18 @@ class Watchdog:
         """The work is done: other ranks may now leave before this one."""
         self.enter("end")
         self.over.set()
-        if self.world_size > 1:
-            self._tell()
+        self._tell()
 
     def explain(self, wait: float = 3.0) -> str | None:
         """Who is gone, once an operation with the others has failed; None where all seem to live. Waits for the news to arrive.
 
         Only the lowest rank that lives has more to say than its name.
         """
-        if self.world_size == 1:
-            return None
         self.over.set()
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline:
             if gone := self._gone():
-                lowest = min(rank for rank in self.told if rank not in gone)
-                return self._report(gone) if self.rank == lowest else f"rank {self.rank} stops, too"
+                return self._report(gone) if self._speaks_for(gone) else f"rank {self.rank} stops, too"
             time.sleep(0.1)
         return None
 
@@ -88,14 +82,14 @@ class Watchdog:
     def _tell(self) -> None:
         words = {"step": self.step, "phase": self.phase, "count": self.count, "beat": time.time(), **self.place}
         self.store.set(f"posttrain/{self.rank}", json.dumps(words))
-        if self.verdict:
-            self.store.set("posttrain/verdict", self.verdict)
+        if self.lost:
+            self.store.set("posttrain/lost", json.dumps(self.lost))
 
     def _listen(self) -> None:
         """The last words of every rank, when they changed, and what another rank has found out already."""
         now = time.monotonic()
-        if self.store.check(["posttrain/verdict"]):
-            self.verdict = self.store.get("posttrain/verdict").decode()
+        if self.store.check(["posttrain/lost"]):
+            self.lost = {int(rank): how for rank, how in json.loads(self.store.get("posttrain/lost")).items()}
         for rank in range(self.world_size):
             if rank not in self.told and not self.store.check([f"posttrain/{rank}"]):
                 continue  # it has not begun
@@ -114,10 +108,9 @@ class Watchdog:
                 self.talked, self.heard = now, dict.fromkeys(self.heard, now)
                 self.told = {rank: words | {"progress": now} for rank, words in self.told.items()}
             looked = now
-            if not self.verdict and (found := self._gone() or self._stuck(now)):
-                self.verdict = self._report(found)
-            if self.verdict and not self.over.is_set():
-                self._end(self.verdict)
+            self.lost = self.lost or self._gone() or self._stuck(now)
+            if self.lost and not self.over.is_set():
+                self._end()
 
     def _gone(self) -> dict[int, str]:
         """Ranks that have died or fallen silent, and how that shows. Where rank 0 is silent, which keeps the store, all seem to be."""
@@ -148,7 +141,7 @@ class Watchdog:
     def _report(self, found: dict[int, str]) -> str:
         lines = []
         for rank, how in found.items():
-            words = self.told.get(rank, {"host": "?", "pid": "?", "phase": "start", "step": 0})
+            words = self.told[rank]
             lines.append(
                 f"rank {rank} ({words['host']}, pid {words['pid']}) {how}, last seen in phase {words['phase']} of step {words['step']}"
             )
@@ -159,32 +152,35 @@ class Watchdog:
             + ". The same command goes on from the newest checkpoint"
         )
 
-    def _end(self, verdict: str) -> None:
+    def _speaks_for(self, lost: dict[int, str]) -> bool:
+        """Whether this is the lowest rank that is left."""
+        return self.rank == min((rank for rank in self.told if rank not in lost), default=self.rank)
+
+    def _end(self) -> None:
         """Print, and leave. Called by the thread: the main one may be stuck for ever."""
         stack = "".join(traceback.format_stack(sys._current_frames()[self.main_thread]))
-        head = f"rank {self.rank} was in phase {self.phase} of step {self.step} for {time.monotonic() - self.since:.0f} s:\n"
-        live = [rank for rank in self.told if f"rank {rank} (" not in verdict]
-        say(f"{verdict}\n{head}{stack}" if self.rank == min(live, default=self.rank) else f"{head}{stack}")
-        time.sleep(3 * self.tick)  # the others read the verdict before this rank, which may keep the store, has gone
-        self._kill_silent(verdict)
+        here = f"rank {self.rank} was in phase {self.phase} of step {self.step} for {time.monotonic() - self.since:.0f} s:\n{stack}"
+        say(f"{self._report(self.lost)}\n{here}" if self._speaks_for(self.lost) else here)
+        time.sleep(3 * self.tick)  # the others hear of it before this rank, which may keep the store, has gone
+        for rank in set(self.lost) - {self.rank}:
+            self._kill(self.told[rank])
         os._exit(LOST)
 
-    def _kill_silent(self, verdict: str) -> None:
+    def _kill(self, words: dict) -> None:
         """A stopped process of this machine would stay for ever: only SIGKILL ends it."""
-        for rank, words in self.told.items():
-            if f"rank {rank} (" in verdict and words["machine"] == self.place["machine"] and rank != self.rank and _process_state(words):
-                psutil.Process(words["pid"]).kill()
+        if words["machine"] == self.place["machine"] and _process_state(words):
+            psutil.Process(words["pid"]).kill()
 
 
 _active: Watchdog | None = None  # a process is one rank
 
 
 def start(seconds: float, rank: int, world_size: int) -> None:
-    """Watch, and be watched, from here on. After the process group is there."""
+    """Watch, and be watched, from here on, where there is anyone else. After the process group is there."""
     global _active
     if _active:
         _active.over.set()
-    _active = Watchdog(seconds, rank, world_size)
+    _active = Watchdog(seconds, rank, world_size) if world_size > 1 else None
 
 
 def enter(phase: str, step: int | None = None) -> None:

@@ -26,10 +26,10 @@ SAVED_ON = 2  # ranks
 RECIPE = {"out_dir": "unused", "max_iters": 4, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "grad_clip": 0.3}
 
 
-def build(folder: Path, dtype: str, zero: str):
+def build(folder: Path, dtype: str, zero: str, source: str):
+    """A training in layout `zero`, and the checkpoints of layout `source`."""
     training = build_training(f"{folder}/tiny", "sft", {**RECIPE, "dtype": dtype, "ds_config": f"ds_configs/{zero}.json"})
-    checkpoints = Checkpoints(training.engine, folder / f"{dtype}_{zero}", 2, print if dist.get_rank() == 0 else lambda text: None, {})
-    return training, checkpoints
+    return training, Checkpoints(training.engine, folder / f"{dtype}_{source}", 2, print, {})
 
 
 def steps(training, first: int, last: int) -> dict:
@@ -48,7 +48,7 @@ def steps(training, first: int, last: int) -> dict:
 def save(folder: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         for zero in LAYOUTS:
-            training, checkpoints = build(folder, dtype, zero)
+            training, checkpoints = build(folder, dtype, zero, zero)
             steps(training, 1, 2)
             checkpoints.save(2, training.guard)
             checkpoints.finish()
@@ -67,12 +67,11 @@ def targets(dtype: str, source: str) -> list[str]:
 
 def load(folder: Path) -> None:
     results = []
+    engines.start_distributed()
     for dtype in ("float32", "bfloat16"):
         for source in LAYOUTS:
-            engines.start_distributed()
             for zero in targets(dtype, source):
-                training, _ = build(folder, dtype, zero)
-                checkpoints = Checkpoints(training.engine, folder / f"{dtype}_{source}", 2, print, {})
+                training, checkpoints = build(folder, dtype, zero, source)
                 check_start(training)  # as a run does: its forward passes leave parameters gathered at ZeRO-3
                 assert checkpoints.restore(checkpoints.newest(), training.guard) == 2
                 results.append({"dtype": dtype, "from": source, "to": zero, **steps(training, 3, 4)})

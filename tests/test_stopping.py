@@ -101,8 +101,8 @@ def test_nothing_is_left_running(tmp_path):
     assert state in ("gone", "Z")  # a zombie is its parent's to clear away, here init's
 
 
-def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
-    """A stand-in for a rank, which takes its time to stop."""
+def stand_in(tmp_path: Path, seconds: float) -> list[str]:
+    """The command of a rank that takes `seconds` to save once it is asked to stop."""
     text = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -111,11 +111,15 @@ stop = StopRequest(0, is_launched=False)
 print("ready", flush=True)
 while stop.reason is None: time.sleep(0.01)
 print("asked", stop.reason, flush=True)
-time.sleep(60)
+time.sleep({seconds})
+print("saved", flush=True)
 """
     (tmp_path / "rank.py").write_text(text)
-    command = [*SUPERVISE, sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return [sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
+
+
+def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
+    process = subprocess.Popen([*SUPERVISE, *stand_in(tmp_path, 60)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "asked SIGTERM\n"
@@ -126,23 +130,12 @@ time.sleep(60)
 
 def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path):
     """As DeepSpeed's does, when a scheduler signals every process of a job."""
-    rank = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from posttrain.stopping import StopRequest
-stop = StopRequest(0, is_launched=False)
-print("ready", flush=True)
-while stop.reason is None: time.sleep(0.01)
-time.sleep(1.5)
-print("saved", flush=True)
-"""
-    (tmp_path / "rank.py").write_text(rank)
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}, '--local_rank=0'])"
-    (tmp_path / "launcher.py").write_text(launcher)
+    (tmp_path / "launcher.py").write_text(f"import subprocess; subprocess.run({stand_in(tmp_path, 1.5)!r})")
     process = subprocess.Popen([*SUPERVISE, sys.executable, str(tmp_path / "launcher.py")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     for pid in [child.pid for child in psutil.Process(process.pid).children(recursive=True)] + [process.pid]:
         os.kill(pid, signal.SIGTERM)
+    assert process.stdout.readline() == "asked SIGTERM\n"
     assert process.stdout.readline() == "saved\n"
     assert process.wait(10) == 0
 
