@@ -1,7 +1,7 @@
 """How long a save holds training up, and a restart takes: python benchmarks/checkpoint.py
 
-Two ranks, ZeRO-2 in float32, a model of 40 million parameters (0.64 GB of state). Beside it: copying this rank's state to host memory
-(what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
+Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3.2 GB of state). Beside it: copying this rank's state
+to host memory (what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
 """
 
 import json
@@ -20,6 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SAVES = 5
+SHAPES = {
+    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "head_dim": 64},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16, "head_dim": 64},
+}
 
 
 def worker(folder: Path) -> None:
@@ -41,6 +45,10 @@ def worker(folder: Path) -> None:
     engine.checkpoint_engine = TorchCheckpointEngine()
     for save in range(SAVES):
         theirs.append(_timed(lambda save=save: engine.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "theirs")
+        dist.barrier()
     checkpoints = Checkpoints(engine, folder / "ours", 2, lambda text: None, {})
     copies, blocked, whole, restored = [], [], [], []
     for save in range(SAVES):
@@ -57,17 +65,14 @@ def worker(folder: Path) -> None:
         seconds["verify_and_restore"] = restored
         medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first one allocates
         result = {
-            "parameters": sum(p.numel() for p in engine.module.parameters()),
+            "parameters": shards.count(engine.module),
             "bytes_on_disk": sum(p.stat().st_size for p in (folder / "ours" / "step_000006").iterdir()),
             "seconds": {name: round(value, 3) for name, value in medians.items()},
             "first_blocked": round(blocked[0], 3),
             "blocked_by_copy": round(medians["blocked"] / medians["copy_to_host"], 2),
             "deepspeed_by_ours": round(medians["deepspeed_blocked"] / medians["blocked"], 1),
-            "optimizer_step": shards.optimizer_step(engine),
-            "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in ("torch", "deepspeed")},
         }
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / "result.json").write_text(json.dumps(result))
     assert torch.isfinite(next(engine.module.parameters())).all()
 
 
@@ -98,7 +103,7 @@ def _copy_seconds(engine) -> float:
     return seconds.item()
 
 
-def make_world(folder: Path) -> None:
+def make_world(folder: Path, shape: dict) -> None:
     """The tests' tiny world with a larger model."""
     import torch
     from tiny import make_tiny
@@ -107,24 +112,35 @@ def make_world(folder: Path) -> None:
     folder.mkdir()
     make_tiny(folder)
     config = AutoConfig.from_pretrained(folder / "base")
-    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "head_dim": 64}
-    config.update(shape | {"layer_types": ["full_attention"] * 6})
+    config.update(shape | {"layer_types": ["full_attention"] * shape["num_hidden_layers"]})
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder / "base")
 
 
-def main() -> None:
+def measure(shape: dict) -> dict:
+    """Run the worker on two ranks with a model of this shape; its result."""
     folder = Path(tempfile.mkdtemp(prefix="posttrain_checkpoint_"))
-    make_world(folder / "world")
+    make_world(folder / "world", shape)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", "2", "--master_port", port]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run([*command, __file__, "--worker", str(folder)], check=True, env=environment)
-    shutil.copy(folder / "result.json", ROOT / "benchmarks" / "results" / "checkpoint.json")
-    print((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
     shutil.rmtree(folder)
+    return result
+
+
+def main() -> None:
+    about = {
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "deepspeed")},
+    }
+    results = about | {name: measure(shape) for name, shape in SHAPES.items()}
+    text = json.dumps(results, indent=2) + "\n"
+    (ROOT / "benchmarks" / "results" / "checkpoint.json").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def _results(run: Path) -> str:
     records = read_json_lines(run / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "eval"]
     shown = [validations[0], validations[-1]] if validations else records[-1:]
+    if not shown:
+        return "None are on record.\n"
     names = [name for name in shown[-1] if name not in ("step", "split")]
     head = "| | " + " | ".join(f"{'validation' if validations else 'training'} at step {record['step']}" for record in shown) + " |"
     lines = [head, "|---|" + "---|" * len(shown)]

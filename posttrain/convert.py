@@ -9,10 +9,12 @@ Every conversion is proven: the file is opened again and must give SRC's logits,
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for one: conversions need none
@@ -45,22 +47,33 @@ def convert() -> None:
     ids = torch.arange(24) * 7919 % model.config.vocab_size
     expected = parity.ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    if to_ckpt_pt:
-        ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
-        found = parity.ckpt_pt_logits(ckpt_pt.read(dst), ids)
-    else:
-        with tempfile.TemporaryDirectory() as description:
-            _describe(src, model, options.tokenizer, Path(description))
-            write_model(model.state_dict(), Path(description), dst, f"Converted from `{src}` by posttrain.\n")
-        found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32), ids)
-    difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
-    if not difference <= LIMIT:
-        shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
-        raise ValueError(
-            f"{src} as {dst} gives other logits: they differ by {difference:.2g} of the largest (limit {LIMIT:g}). The model computes "
-            "something that the other form does not express; nothing was written"
-        )
+    with _removed_unless_proven(dst):
+        if to_ckpt_pt:
+            ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
+            found = parity.ckpt_pt_logits(ckpt_pt.read(dst), ids)
+        else:
+            with tempfile.TemporaryDirectory() as description:
+                _describe(src, model, options.tokenizer, Path(description))
+                write_model(model.state_dict(), Path(description), dst, f"Converted from `{src}` by posttrain.\n")
+            found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32), ids)
+        difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+        if not difference <= LIMIT:
+            raise ValueError(
+                f"{src} as {dst} gives other logits: they differ by {difference:.2g} of the largest (limit {LIMIT:g}). The model "
+                "computes something that the other form does not express; nothing was written"
+            )
     print(f"converted {src} to {dst}: {model.num_parameters():,} parameters, logits equal to {difference:.1e} of the largest")
+
+
+@contextlib.contextmanager
+def _removed_unless_proven(dst: Path) -> Iterator[None]:
+    proven = False
+    try:
+        yield
+        proven = True
+    finally:
+        if not proven and dst.exists():
+            shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
 
 
 def _direction(src: Path, dst: Path) -> bool:

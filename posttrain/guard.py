@@ -16,8 +16,12 @@ IN_A_ROW = 3  # bad steps that stop a run
 class StepGuard:
     """Judges gradient norms by the run's own. The same on all ranks, since what it sees is reduced over them."""
 
-    def __init__(self, skip_spikes: float):
-        self.factor = skip_spikes
+    def __init__(self, skip_spikes: float, grad_clip: float):
+        """A norm is a spike above `skip_spikes` times the median, but never below `grad_clip`: such a gradient is not even clipped.
+
+        (Where a model has learnt its data by heart the median is tiny, and every batch with something new in it would be a spike.)
+        """
+        self.factor, self.least = skip_spikes, grad_clip
         self.norms: deque[float] = deque(maxlen=REMEMBERED)
         self.bad_in_a_row = self.last_applied = 0
 
@@ -26,7 +30,8 @@ class StepGuard:
         """A gradient norm above this is a spike."""
         if not self.factor or len(self.norms) < FEWEST:
             return math.inf
-        return self.factor * median(self.norms) or math.inf  # a median of 0, as the hinge loss may have, is no measure
+        typical = median(self.norms)
+        return max(self.factor * typical, self.least) if typical else math.inf  # 0, as the hinge loss may have, is no measure
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why the step must not be applied, or was not; None for a good one."""
@@ -35,7 +40,7 @@ class StepGuard:
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
         if grad_norm > self.largest_norm:
-            typical = self.largest_norm / self.factor
+            typical = median(self.norms)
             return f"the gradient norm {grad_norm:.4g} is more than {self.factor:g} times {typical:.4g}, the median of the last steps"
         return None
 

@@ -114,6 +114,8 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
                 "Undo these changes, or start a new run with another --out_dir"
                 + (". To go on beyond the run's end, add --extend" if changed <= LENGTH else "")
             )
+    elif recipe.extend:
+        raise ValueError(f"--extend makes a run longer, and {out_dir} is not a run: remove it, or name the run's --out_dir")
     elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(path.name.startswith(".") for path in out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})

@@ -35,7 +35,7 @@ class Training:
     counted: dict[str, int] = field(default_factory=dict)  # and on how many ranks the answer was yes, the same on all
 
     def __post_init__(self):
-        self.guard = StepGuard(self.recipe.skip_spikes)
+        self.guard = StepGuard(self.recipe.skip_spikes, self.recipe.grad_clip)
 
     @property
     def device(self) -> torch.device:

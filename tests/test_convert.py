@@ -99,6 +99,11 @@ def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypat
         convert.convert()
     assert not (tmp_path / "ckpt.pt").exists()
 
+    monkeypatch.setattr(ckpt_pt, "read", lambda path: 1 / 0)  # neither does one whose proof fails for another reason
+    with pytest.raises(ZeroDivisionError):
+        convert.convert()
+    assert not (tmp_path / "ckpt.pt").exists()
+
 
 @pytest.mark.slow
 def test_what_cannot_be_converted_is_told(tiny, tmp_path):

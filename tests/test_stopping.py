@@ -101,8 +101,8 @@ def test_nothing_is_left_running(tmp_path):
     assert state in ("gone", "Z")  # a zombie is its parent's to clear away, here init's
 
 
-def stand_in(tmp_path: Path, seconds: float) -> list[str]:
-    """The command of a rank that takes `seconds` to save once it is asked to stop."""
+def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
+    """The command of a rank that takes `seconds` to save once it is asked to stop, and ends with `code`."""
     text = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -113,6 +113,7 @@ while stop.reason is None: time.sleep(0.01)
 print("asked", stop.reason, flush=True)
 time.sleep({seconds})
 print("saved", flush=True)
+sys.exit({code})
 """
     (tmp_path / "rank.py").write_text(text)
     return [sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
@@ -128,16 +129,23 @@ def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
-def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path):
+@pytest.mark.parametrize("code", [0, 1])
+def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path, code):
     """As DeepSpeed's does, when a scheduler signals every process of a job."""
-    (tmp_path / "launcher.py").write_text(f"import subprocess; subprocess.run({stand_in(tmp_path, 1.5)!r})")
+    (tmp_path / "launcher.py").write_text(f"import subprocess; subprocess.run({stand_in(tmp_path, 1.5, code)!r})")
     process = subprocess.Popen([*SUPERVISE, sys.executable, str(tmp_path / "launcher.py")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     for pid in [child.pid for child in psutil.Process(process.pid).children(recursive=True)] + [process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert process.stdout.readline() == "asked SIGTERM\n"
     assert process.stdout.readline() == "saved\n"
-    assert process.wait(10) == 0
+    assert process.wait(10) == code  # 1, as where the disk is full: it was asked to stop, but it is not saved
+
+
+def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
+    values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run"), "extend": True}
+    with pytest.raises(ValueError, match=r"--extend makes a run longer, and .*run is not a run: remove it, or name the run's --out_dir"):
+        run.resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
 
 
 def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
