@@ -244,15 +244,17 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict):
     policy.train()
     optimizer = _optimizer(_parameter_groups(policy, recipe.weight_decay), recipe, json_config)
     gate = _put_gate_before(optimizer)
-    engine = _initialize(model=policy, optimizer=optimizer, config=config)
+    engine = _initialize(recipe, policy, optimizer=optimizer, config=config)
     _undo_first_step(engine.optimizer)
     engine.gate, gate.engine = gate, engine
     return engine
 
 
-def _initialize(**settings):
+def _initialize(recipe: Recipe, model, **settings):
+    if recipe.compile:  # ZeRO-3 then gathers a layer as a whole, and not within it, where its hooks would break the graph
+        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.base_model.layers[0])])
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the memory in use 4 times and more for bfloat16 at ZeRO-1
-        return deepspeed.initialize(**settings)[0]
+        return deepspeed.initialize(model=model, **settings)[0]
 
 
 class _Gate:
@@ -288,7 +290,7 @@ def build_reference(policy: torch.nn.Module, recipe: Recipe):
     """The frozen reference in its own engine: ZeRO-3, no optimizer. All ranks."""
     config = merge(recipe.model_copy(update={"activation_checkpointing": "none"}), read_ds_config("ds_configs/zero3_inference.json"))
     policy.eval().requires_grad_(False)
-    engine = _initialize(model=policy, config={**config, "gradient_clipping": 0.0, "data_types": {}})
+    engine = _initialize(recipe, policy, config={**config, "gradient_clipping": 0.0, "data_types": {}})
     engine.eval()
     return engine
 

@@ -1,6 +1,7 @@
 """Log-probs of given tokens from hidden states, never holding a [tokens x vocabulary] matrix.
 
-One operator serves SFT, DPO and the reference: logits are made for a chunk of rows at a time, in forward and again in backward.
+One operator serves SFT, DPO and the reference: logits are made for a chunk of rows at a time, in forward and again in backward; where one
+chunk holds all rows, backward takes the logits of forward.
 Symbols: N rows (trained positions), D hidden size, V vocabulary.
 """
 
@@ -21,35 +22,42 @@ class LogProbHead(nn.Linear):
         """hidden (N, D), targets (N,) -> log-probs (N,) in float32; without targets the ordinary logits."""
         if targets is None:
             return super().forward(hidden)
-        return _TokenLogProbs.apply(hidden, self.weight, targets)
+        return token_logps(hidden, self.weight, targets)
+
+
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,) in float32, and gradients for hidden and weight."""
+    return _TokenLogProbs.apply(hidden, weight, targets)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        logps = hidden.new_empty(len(targets), dtype=torch.float32)
-        normalizers = torch.empty_like(logps)
-        for rows in _chunks(len(targets), weight.shape[0]):
-            logits = (hidden[rows] @ weight.t()).float()
-            normalizers[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normalizers[rows]
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
+        normalizers, chunks = torch.empty_like(logps), _chunks(len(targets), weight.shape[0])
+        for rows in chunks:
+            logits = hidden[rows] @ weight.t()
+            kept = logits if len(chunks) == 1 else None
+            logps[rows] = logits.log_softmax(-1, torch.float32).gather(1, targets[rows, None]).squeeze(1)
+            normalizers[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logps[rows]
+        ctx.save_for_backward(hidden, weight, targets, normalizers, kept)
         return logps
 
     @staticmethod
     def backward(ctx, grad):
         """d logp / d logits = onehot(target) - softmax(logits), so each chunk costs one more product than in forward."""
-        hidden, weight, targets, normalizers = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks against the sum
+        hidden, weight, targets, normalizers, kept = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
         for rows in _chunks(len(targets), weight.shape[0]):
-            logits = (hidden[rows] @ weight.t()).float()
-            grad_logits = (logits - normalizers[rows, None]).exp_().mul_(-grad[rows, None])
+            logits = hidden[rows] @ weight.t() if kept is None else kept
+            grad_logits = (logits - normalizers[rows, None]).exp_().mul_(-grad[rows, None])  # in float32, as the normalizers are
             grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            part = grad_logits.t() @ hidden[rows]
+            # in float32, since bf16 would lose small chunks against the sum
+            grad_weight = part if kept is not None else part.float() if grad_weight is None else grad_weight.add_(part)
+        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:

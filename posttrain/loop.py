@@ -1,5 +1,6 @@
 """The training loop, the only one: SFT and DPO differ in their objective. What happens within a step is in step.py."""
 
+import gc
 import math
 import time
 
@@ -100,8 +101,11 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         _validate(training, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens, told_too_small = _tokens_before(recipe, data.train, done), False
+    gc.freeze()
+    gc.disable()  # within a step a collection on one rank makes all others wait: they collect together, between steps
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
+        gc.collect(1 if step % 100 else 2)
         lr = learning_rate(recipe, step, steps)
         engines.set_learning_rate(engine, lr)
         before = sample.values() if sample else []

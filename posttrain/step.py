@@ -6,6 +6,7 @@ not depend on ranks, micro-batches or ZeRO stage.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,36 @@ from torch import distributed as dist
 from posttrain import batches, watchdog
 from posttrain import engine as engines
 from posttrain.config import Recipe
-from posttrain.data import PreparedData, Split
+from posttrain.data import MicroBatch, PreparedData, Split
 from posttrain.guard import StepGuard
 from posttrain.objectives import DPO, SFT
 from posttrain.ranks import gathered
+
+
+class Ahead:
+    """Builds the next micro-batch of training in a thread, and copies it to the device, while this one is worked on."""
+
+    def __init__(self, training: "Training"):
+        self.training, self.thread = training, ThreadPoolExecutor(1, thread_name_prefix="next micro-batch")
+        self.expected: tuple[tuple[int, int], Future] | None = None  # step and number of the micro-batch, and what will be it
+
+    def get(self, step: int, number: int, parts: list[np.ndarray]) -> MicroBatch:
+        """Micro-batch `number` of this rank's `parts` of a step; the one after it is begun."""
+        key, future = self.expected or (None, None)
+        batch = future.result() if key == (step, number) else self._build(parts[number])
+        if number + 1 < len(parts):
+            self.expected = (step, number + 1), self.thread.submit(self._build, parts[number + 1])
+        else:
+            self.expected = (step + 1, 0), self.thread.submit(self._first_of, step + 1)
+        return batch
+
+    def _first_of(self, step: int) -> MicroBatch:
+        return self._build(step_share(self.training, step)[1][0])
+
+    def _build(self, part: np.ndarray) -> MicroBatch:
+        if self.training.device.type == "cuda":  # a thread begins on the first GPU, where a context would take memory
+            torch.cuda.set_device(self.training.device)
+        return self.training.data.train.micro_batch(part).to(self.training.device)
 
 
 @dataclass
@@ -31,11 +58,13 @@ class Training:
     data: PreparedData
     objective: SFT | DPO
     guard: StepGuard = field(init=False)
+    ahead: Ahead = field(init=False)
     votes: dict[str, Callable[[], bool]] = field(default_factory=dict)  # what each rank is asked at the end of every step
     counted: dict[str, int] = field(default_factory=dict)  # and on how many ranks the answer was yes, the same on all
 
     def __post_init__(self):
         self.guard = StepGuard(self.recipe.skip_spikes, self.recipe.grad_clip)
+        self.ahead = Ahead(self)
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +94,9 @@ def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[
         # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
         loss, _ = objective.loss(train.micro_batch(_largest(recipe, train)).to(training.device), totals)
         engines.backward(engine, loss * 0.0, is_last=False)
-    for i, part in enumerate(mine):
+    for i in range(len(mine)):
         watchdog.enter("data")
-        batch = train.micro_batch(part).to(training.device)
+        batch = training.ahead.get(step, i, mine)
         watchdog.enter("forward")
         loss, part_sums = objective.loss(batch, totals)
         watchdog.enter("backward")

@@ -1,0 +1,152 @@
+"""One run of one trainer on the world of a benchmark, on every rank: started by side_by_side.py under the `deepspeed` launcher.
+
+contestant.py OUT JSON    JSON: trainer (ours, trl), kind (sft, dpo), world, rows, options of the trainer; each rank writes OUT/rank_N.json
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this script's folder
+
+
+class Clock:
+    """When optimizer steps ended, the useful tokens of each on this rank, and the memory above what imports need."""
+
+    def __init__(self):
+        self.times, self.tokens, self.base, self.peak = [], [], None, 0
+
+    def begin(self) -> None:
+        self.base = psutil.Process().memory_info().rss
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, psutil.Process().memory_info().rss)
+            time.sleep(0.05)
+
+    def step(self, tokens: float) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        self.tokens.append(tokens)
+
+    def write(self, folder: Path) -> None:
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak - self.base
+        result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peak}
+        (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def ours(job: dict, clock: Clock, out: Path) -> None:
+    """The command itself; its log call at the end of every step is the clock."""
+    from posttrain import run
+    from posttrain.dpo import dpo
+    from posttrain.sft import sft
+
+    world, log = Path(job["world"]), run.Run.log
+    tokens = _tokens(world, job["kind"])
+    steps, ranks = job["rows"] // job["batch"], int(os.environ["WORLD_SIZE"])
+
+    def timed(self, step: int, split: str, metrics: dict) -> None:
+        log(self, step, split, metrics)
+        clock.step(tokens / steps / ranks)
+
+    run.Run.log = timed
+    names = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[job["kind"]]
+    recipe = {names[0]: world / "base", names[1]: world / job["kind"], "out_dir": out / "run", "max_iters": steps}
+    recipe |= {"global_batch_size": job["batch"], "learning_rate": 1e-5, "eval_interval": 0, "save_interval": 0, "warmup_iters": 0}
+    sys.argv = [job["kind"], *(f"--{name}={value}" for name, value in {**recipe, "ds_config": job["ds_config"], **job["options"]}.items())]
+    clock.begin()
+    {"sft": sft, "dpo": dpo}[job["kind"]]()
+
+
+def trl(job: dict, clock: Clock, out: Path) -> None:
+    """TRL's trainer on the same token ids, trained positions and examples a step; DeepSpeed through its own integration."""
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    world, kind, options = Path(job["world"]), job["kind"], dict(job["options"])
+    batch, ranks = options.pop("per_device_train_batch_size", 8), int(os.environ["WORLD_SIZE"])
+    attention = options.pop("attn_implementation", "sdpa")
+    rows = load_from_disk(str(world / kind / "train"))
+    if kind == "dpo":
+        rows = rows.rename_columns({name: f"{name}_ids" for name in ("prompt", "chosen", "rejected")})
+    base, config, trainer = {"sft": (SFTTrainer, SFTConfig, None), "dpo": (DPOTrainer, DPOConfig, None)}[kind]
+    zero = json.loads((ROOT / job["ds_config"]).read_text())
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    deepspeed = {**zero, "bf16": {"enabled": True}, **dict.fromkeys(auto, "auto")}
+    arguments = config(
+        output_dir=str(out / "run"),
+        num_train_epochs=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=options.pop("gradient_accumulation_steps", job["batch"] // ranks // batch),
+        deepspeed=deepspeed,
+        learning_rate=1e-5,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        **{"max_length": None, **options},
+    )
+
+    class Timed(base):
+        counted = 0
+
+        def _prepare_dataset(self, dataset, *others):
+            return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *others)
+
+        def training_step(self, model, inputs, *others):
+            mask = inputs.get("attention_mask")
+            self.counted += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            return super().training_step(model, inputs, *others)
+
+    from transformers import TrainerCallback
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.step(trainer.counted)
+            trainer.counted = 0
+
+    clock.begin()
+    load = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    models = {"model": AutoModelForCausalLM.from_pretrained(world / "base", **load)}
+    if kind == "dpo":
+        models["ref_model"] = AutoModelForCausalLM.from_pretrained(world / "base", **load)
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    trainer = Timed(**models, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Stamp()])
+    trainer.train()
+
+
+def _tokens(world: Path, kind: str) -> int:
+    """Useful tokens of the data, every one counted once: a prompt that two answers share, too."""
+    from posttrain import data
+
+    return int(data.load(str(world / kind), kind, "").train.lengths.sum())
+
+
+def main() -> None:
+    place, words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    out, job = Path(place), json.loads(words)
+    clock = Clock()
+    try:
+        {"ours": ours, "trl": trl}[job["trainer"]](job, clock, out)
+        clock.write(out)
+    finally:
+        sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

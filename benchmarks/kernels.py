@@ -1,0 +1,217 @@
+# ruff: noqa: E402
+"""Each kernel beside its alternatives, and beside what the device's matrix units can do: python benchmarks/kernels.py
+
+On one device (a GPU where there is one), one process; forward and backward together; medians of REPEATS after a warm-up. Every alternative
+is first compared with the first of its table, value and gradient. Written to results/NAME.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank's share of two cores
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.side_by_side import RESULTS, machine, versions
+from posttrain import attention
+from posttrain.logprob import token_logps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+REPEATS = 20 if ON_GPU else 7
+PATIENCE = 20  # seconds for one way; the slow ones are repeated less often
+
+
+def seconds(action: Callable) -> float:
+    """The median time of an action."""
+    times, begun = [], time.perf_counter()
+    while len(times) < REPEATS + 2 and time.perf_counter() - begun < PATIENCE:
+        _wait()
+        started = time.perf_counter()
+        action()
+        _wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:] or times)
+
+
+def _wait() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak_bytes(action: Callable) -> int | None:
+    """What an action allocates at most beside what is there; unknown on CPUs."""
+    if not ON_GPU:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare(ways: dict[str, Callable], inputs: list[torch.Tensor], flops: float, limit: float) -> dict:
+    """Time, memory and the share of the matrix limit of each way from inputs to (loss-like) output; the first is the yardstick."""
+    rows, expected = {}, None
+    for name, way in ways.items():
+
+        def both(way=way):
+            output = way(*inputs)
+            grad = torch.ones_like(output)
+            return output.detach(), torch.autograd.grad(output, [x for x in inputs if x.requires_grad], grad)
+
+        try:
+            output, gradients = both()
+        except (RuntimeError, ImportError, AttributeError, NotImplementedError) as error:
+            rows[name] = {"did_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            continue
+        expected = expected or (output, gradients)
+        off = [_difference(mine, theirs) for mine, theirs in zip([output, *gradients], [expected[0], *expected[1]], strict=True)]
+        taken = seconds(both)
+        rows[name] = {"ms": round(1000 * taken, 3), "of_matrix_limit": round(flops / taken / limit, 3), "differs_by": f"{max(off):.1e}"}
+        if (most := peak_bytes(both)) is not None:
+            rows[name]["peak_mb"] = round(most / 2**20, 1)
+        print(f"  {name:40} {rows[name]}", flush=True)
+    return rows
+
+
+def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative, by the norm."""
+    return ((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-12)).item()
+
+
+def matrix_limit() -> float:
+    """FLOP/s of a large bfloat16 product."""
+    size = 8192 if ON_GPU else 1024
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b)
+
+
+def heads(limit: float) -> dict:
+    """The summed negative log-probs of N tokens from N hidden states: the head of SFT, DPO and the reference."""
+    results = {}
+    for rows, hidden, vocabulary in [(4096, 2048, 151936), (32768, 2048, 151936)] if ON_GPU else [(1024, 256, 6400), (256, 512, 151936)]:
+        states = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        weight = (torch.randn(vocabulary, hidden, device=DEVICE) / hidden**0.5).bfloat16().requires_grad_()
+        targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+
+        def ours(states, weight, targets=targets):
+            return -token_logps(states, weight, targets).sum()
+
+        def whole(states, weight, targets=targets):
+            return F.cross_entropy((states @ weight.t()).float(), targets, reduction="sum")
+
+        def of_torch(states, weight, targets=targets):
+            return F.linear_cross_entropy(states, weight, targets, reduction="sum", options=nn.LinearCrossEntropyOptions())
+
+        def of_liger(states, weight, targets=targets):
+            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+
+            return Fused.apply(states, weight, targets, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+
+        ways = {"all logits in float32": whole, "posttrain": ours, "torch linear_cross_entropy": of_torch, "liger": of_liger}
+        if rows > 20000:  # the logits and their gradient would not fit
+            del ways["all logits in float32"]
+        name = f"head, {rows} x {hidden} x {vocabulary}"
+        print(name)
+        results[name] = compare(ways, [states, weight], 6 * rows * hidden * vocabulary, limit)
+    return results
+
+
+def attentions(limit: float) -> dict:
+    """Causal attention in a packed row, examples of mixed lengths; and pairs that share their prompt."""
+    heads, kv_heads, width = (16, 8, 128) if ON_GPU else (8, 4, 32)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(128 if ON_GPU else 24, generator=generator).mul(0.8).exp() * 90).int().clamp(8, 1500).tolist()
+    plain, shared, start = [], [], 0
+    for length in lengths:
+        plain.append(attention.Segment(start, start + length))
+        shared.append(attention.Segment(start, start + length))
+        start += length
+        prefix = length * 2 // 3  # its last third is the chosen answer; a rejected one as long follows
+        shared_end = start
+        plain.append(attention.Segment(start, start + length - prefix))
+        shared.append(attention.Segment(start, start + length - prefix, shared_end - length, shared_end - length + prefix))
+        start += length - prefix
+    results = {}
+    for what, segments in (("examples", plain), ("pairs that share a prompt", shared)):
+        packing = attention.to_device(attention.pack(segments), DEVICE)
+        shapes = [(1, heads, start, width), (1, kv_heads, start, width), (1, kv_heads, start, width)]
+        inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+
+        def by(function, packing=packing):
+            return lambda q, k, v: function(None, q, k, v, None, width**-0.5, packing)[0]
+
+        def one_by_one(q, k, v, segments=segments):
+            outputs = []
+            for s in segments:
+                rows = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
+                unseen = torch.ones(s.end - s.start, len(rows), device=DEVICE).triu(s.prefix_end - s.prefix_start + 1).bool()
+                outputs.append(
+                    F.scaled_dot_product_attention(
+                        q[:, :, s.start : s.end], k[:, :, rows], v[:, :, rows], attn_mask=~unseen, scale=width**-0.5, enable_gqa=True
+                    )
+                )
+            return torch.cat(outputs, dim=2).transpose(1, 2)
+
+        def through_autograd(q, k, v, packing=packing):
+            return attention._attend_anywhere(q, k, v, packing.segments, width**-0.5, 0.0)
+
+        ways = {"one call an example": one_by_one, "groups, autograd": through_autograd, "groups": by(attention.attend_segments)}
+        if ON_GPU:
+            ways["varlen"] = by(attention.attend_varlen)
+        flops = 6 * 2 * heads * width * sum((s.end - s.start) * (s.prefix_end - s.prefix_start + (s.end - s.start) / 2) for s in segments)
+        name = f"attention, {what}, {len(segments)} segments, {start} tokens"
+        print(name)
+        results[name] = compare(ways, inputs, flops, limit)
+    return results
+
+
+def widths(limit: float) -> dict:
+    """Feed-forward and head of the odd shape (5461, 151669) of the 1.8B ckpt.pt, and of the next multiples of 128."""
+    results = {}
+    rows, hidden = (8192, 2048) if ON_GPU else (256, 2048)
+    states = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    for what, odd, even in (("feed-forward", 5461, 5504), ("head", 151669, 151680)):
+        weight = (torch.randn(even, hidden, device=DEVICE) / hidden**0.5).bfloat16()
+        back = (torch.randn(hidden, even, device=DEVICE) / even**0.5).bfloat16()
+        ways = {}
+        for width in (odd, even):
+            w, b = weight[:width].clone().requires_grad_(), back[:, :width].clone().requires_grad_()
+            if what == "head":
+                ways[f"{width} wide"] = lambda x, w=w: token_logps(x[: rows // 8], w, torch.arange(rows // 8, device=DEVICE)).sum()
+            else:
+                ways[f"{width} wide"] = lambda x, w=w, b=b: F.linear(F.silu(F.linear(x, w)), b)
+        name = f"{what} of odd and of padded width, {rows} rows"
+        print(name)
+        flops = 2 * (2 if what == "head" else 3) * odd * hidden * (rows // 8 if what == "head" else 2 * rows)
+        results[name] = compare(ways, [states], flops, limit)
+    return results
+
+
+SECTIONS = {"heads": heads, "attentions": attentions, "widths": widths}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="kernels_cpu", help="of the result file")
+    parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=SECTIONS)
+    options = parser.parse_args()
+    limit = matrix_limit()
+    print(f"a large bfloat16 product: {limit / 1e12:.3f} TFLOP/s")
+    results = {"machine": machine(), "versions": versions(), "matrix_limit_tflops": round(limit / 1e12, 3)}
+    for section in options.sections:
+        results |= SECTIONS[section](limit)
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

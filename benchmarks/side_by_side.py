@@ -1,0 +1,181 @@
+"""Trainers in alternation on one model and one set of data: the frame of sft.py and dpo.py.
+
+Each run is a launch of its own, as a user starts one. A run's speed is that of its optimizer steps after the first WARM: the data is made
+once, of as many rows as the steps need, so that every trainer sees every row once. A round runs every contestant once; ratios are taken
+within a round, and the table shows their median with the lowest and the highest.
+"""
+
+import json
+import os
+import platform
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WARM = 2  # steps that are not counted
+PACKAGES = ("posttrain", "torch", "transformers", "deepspeed", "trl", "accelerate")
+
+
+@dataclass
+class Contestant:
+    """A trainer with its settings. `shown`: what is special about them, in words."""
+
+    name: str
+    trainer: str
+    shown: str
+    options: dict = field(default_factory=dict)
+
+
+@dataclass
+class Race:
+    """What is trained, the same for all."""
+
+    kind: str  # sft or dpo
+    lengths: dict[str, tuple[float, float]]  # of each text: mean tokens and the deviation of their logarithm
+    longest: int  # a longer text is cut
+    model: dict  # of the Qwen3 configuration
+    batch: int  # examples a step
+    steps: int
+    ds_config: str
+    ranks: int
+
+
+def make_world(race: Race, folder: Path) -> dict:
+    """A tokenizer, a random model and prepared data in FOLDER; returns what they measure."""
+    sys.path[:0] = [str(ROOT)]
+    import sentencepiece
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from data_prep.prepare import prepare
+    from posttrain import data
+    from posttrain.tokenization import load_tokenizer
+
+    draw = random.Random(0)
+    words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
+
+    def text(mean: float, deviation: float) -> str:
+        tokens = draw.lognormvariate(0, deviation) * mean / 2.718281828 ** (deviation**2 / 2)
+        return " ".join(draw.choice(words) for _ in range(max(1, min(race.longest, round(tokens)))))
+
+    rows = [{name: text(*shape) for name, shape in race.lengths.items()} for _ in range(race.batch * race.steps)]
+    source = folder / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
+    settings = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, "normalization_rule_name": "identity"}
+    settings |= {"character_coverage": 1.0, "bos_id": -1, "hard_vocab_limit": False, "minloglevel": 2, "vocab_size": 5000}
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), **settings)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
+    prepare(race.kind, [*where, "--max_length", str(8 * race.longest)])
+    split = data.load(str(folder / race.kind), race.kind, "").train
+    assert len(split) == len(rows), f"{len(split)} of {len(rows)} rows were kept"
+    texts = [name for name in data.COLUMNS[race.kind] if name in ("input_ids", "prompt", "chosen", "rejected")]
+    means = {name: round(sum(map(len, split.table[name])) / len(split), 1) for name in texts}
+    return {"parameters": model.num_parameters(), "rows": len(rows), "mean_lengths": means, "trained": int(split.trained.sum())}
+
+
+def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
+    """One launch: its rate, memory and time; the end of its output where it did not come through."""
+    out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
+    job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "rows": race.batch * race.steps}
+    job |= {"batch": race.batch, "ds_config": race.ds_config, "options": contestant.options}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(race.ranks), "--master_port", port]
+    command += [str(ROOT / "benchmarks" / "contestant.py"), str(out), json.dumps(job)]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} if not _on_gpu() else {}
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | os.environ)
+    wall = time.perf_counter() - started
+    files = [out / f"rank_{rank}.json" for rank in range(race.ranks)]
+    if done.returncode or not all(file.exists() for file in files):
+        return done.stdout[-3000:]
+    ranks = [json.loads(file.read_text()) for file in files]
+    shutil.rmtree(out)
+    lead = ranks[0]
+    seconds = lead["times"][-1] - lead["times"][WARM - 1]
+    tokens = sum(sum(rank["tokens"][WARM:]) for rank in ranks)
+    steps = len(lead["times"]) - WARM
+    result = {"tokens_per_second": tokens / seconds, "step_seconds": seconds / steps, "steps": steps}
+    if race.kind == "dpo":
+        result["pairs_per_second"] = race.batch * steps / seconds
+    return result | {"peak_mb": max(rank["peak_bytes"] for rank in ranks) / 2**20, "wall_seconds": wall}
+
+
+def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> dict:
+    """All rounds; the result is written to results/NAME.json as it grows."""
+    world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
+    about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
+    runs, failures = {one.name: [] for one in contestants}, {}
+    for number in range(rounds):
+        for one in contestants:
+            if one.name in failures:
+                continue
+            result = run_once(race, one, world)
+            if isinstance(result, str):
+                failures[one.name] = result
+                print(f"round {number + 1}  {one.name:24} did not run: {result[-600:]}", flush=True)
+                continue
+            runs[one.name].append({key: round(value, 4) for key, value in result.items()})
+            print(f"round {number + 1}  {one.name:24} " + "  ".join(f"{k} {v:,.2f}" for k, v in result.items()), flush=True)
+    shutil.rmtree(world)
+    unit = "pairs_per_second" if race.kind == "dpo" else "tokens_per_second"
+    summary = {one.name: summarise(runs[contestants[0].name], runs[one.name], unit) for one in contestants if runs[one.name]}
+    results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
+    results |= {"summary": summary, "runs": runs, "did_not_run": {name: text[-1500:] for name, text in failures.items()}}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results, unit))
+    return results
+
+
+def summarise(first: list[dict], other: list[dict], unit: str) -> dict:
+    """Medians of a contestant, and how many times faster the first is than it, round by round."""
+    ratios = [mine[unit] / theirs[unit] for mine, theirs in zip(first, other, strict=False)]
+    medians = {key: round(statistics.median(run[key] for run in other), 3) for key in (unit, "peak_mb", "step_seconds")}
+    return medians | {"times_faster": [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]}
+
+
+def table(results: dict, unit: str) -> str:
+    """Markdown: a contestant a line."""
+    lines = [
+        f"| trainer | {unit.replace('_per_', '/').replace('second', 's')} | memory of a rank, MB | ours is faster by |",
+        "|---|---|---|---|",
+    ]
+    for name, values in results["summary"].items():
+        middle, least, most = values["times_faster"]
+        factor = f"{middle:.2f} ({least:.2f} to {most:.2f})"
+        lines.append(f"| {results['contestants'][name]['settings']} | {values[unit]:,.1f} | {values['peak_mb']:,.0f} | {factor} |")
+    return "\n".join(lines)
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def machine() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if _on_gpu() else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
