@@ -1,6 +1,6 @@
 """One run of one trainer on the world of a benchmark, on every rank: started by side_by_side.py under the `deepspeed` launcher.
 
-contestant.py OUT JSON    JSON: trainer (ours, trl), kind (sft, dpo), world, rows, options of the trainer; each rank writes OUT/rank_N.json
+contestant.py OUT JSON    trainer (ours, trl), kind (sft, dpo), world, steps, batch, ds_config, options; each rank writes OUT/rank_N.json
 """
 
 import json
@@ -53,17 +53,15 @@ def ours(job: dict, clock: Clock, out: Path) -> None:
     from posttrain.dpo import dpo
     from posttrain.sft import sft
 
-    world, log = Path(job["world"]), run.Run.log
-    tokens = _tokens(world, job["kind"])
-    steps, ranks = job["rows"] // job["batch"], int(os.environ["WORLD_SIZE"])
+    world, log, ranks = Path(job["world"]), run.Run.log, int(os.environ["WORLD_SIZE"])
 
     def timed(self, step: int, split: str, metrics: dict) -> None:
         log(self, step, split, metrics)
-        clock.step(tokens / steps / ranks)
+        clock.step(metrics["num_tokens"] / ranks - sum(clock.tokens))
 
     run.Run.log = timed
     names = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[job["kind"]]
-    recipe = {names[0]: world / "base", names[1]: world / job["kind"], "out_dir": out / "run", "max_iters": steps}
+    recipe = {names[0]: world / "base", names[1]: world / job["kind"], "out_dir": out / "run", "max_iters": job["steps"]}
     recipe |= {"global_batch_size": job["batch"], "learning_rate": 1e-5, "eval_interval": 0, "save_interval": 0, "warmup_iters": 0}
     sys.argv = [job["kind"], *(f"--{name}={value}" for name, value in {**recipe, "ds_config": job["ds_config"], **job["options"]}.items())]
     clock.begin()
@@ -127,13 +125,6 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     trainer = Timed(**models, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Stamp()])
     trainer.train()
-
-
-def _tokens(world: Path, kind: str) -> int:
-    """Useful tokens of the data, every one counted once: a prompt that two answers share, too."""
-    from posttrain import data
-
-    return int(data.load(str(world / kind), kind, "").train.lengths.sum())
 
 
 def main() -> None:

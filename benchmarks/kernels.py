@@ -1,8 +1,8 @@
 # ruff: noqa: E402
 """Each kernel beside its alternatives, and beside what the device's matrix units can do: python benchmarks/kernels.py
 
-On one device (a GPU where there is one), one process; forward and backward together; medians of REPEATS after a warm-up. Every alternative
-is first compared with the first of its table, value and gradient. Written to results/NAME.json.
+On one device (a GPU where there is one), one process; forward and backward together; medians of REPEATS after a warm-up. How far each
+is from the first of its table, in value and gradients, stands beside it. Written to results/NAME.json.
 """
 
 import argparse
@@ -150,16 +150,13 @@ def attentions(limit: float) -> dict:
         def by(function, packing=packing):
             return lambda q, k, v: function(None, q, k, v, None, width**-0.5, packing)[0]
 
-        def one_by_one(q, k, v, segments=segments):
+        alone = [(s, *_rows_and_mask(s)) for s in segments]
+
+        def one_by_one(q, k, v, alone=alone):
             outputs = []
-            for s in segments:
-                rows = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
-                unseen = torch.ones(s.end - s.start, len(rows), device=DEVICE).triu(s.prefix_end - s.prefix_start + 1).bool()
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        q[:, :, s.start : s.end], k[:, :, rows], v[:, :, rows], attn_mask=~unseen, scale=width**-0.5, enable_gqa=True
-                    )
-                )
+            for s, rows, mask in alone:
+                how = {"attn_mask": mask, "is_causal": mask is None, "scale": width**-0.5, "enable_gqa": True}
+                outputs.append(F.scaled_dot_product_attention(q[:, :, s.start : s.end], k[:, :, rows], v[:, :, rows], **how))
             return torch.cat(outputs, dim=2).transpose(1, 2)
 
         def through_autograd(q, k, v, packing=packing):
@@ -175,25 +172,31 @@ def attentions(limit: float) -> dict:
     return results
 
 
+def _rows_and_mask(s: attention.Segment) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
+    """Of a segment's keys."""
+    if not s.prefix_end:
+        return slice(s.start, s.end), None
+    rows = torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]).to(DEVICE)
+    return rows, torch.ones(s.end - s.start, len(rows), device=DEVICE).tril(s.prefix_end - s.prefix_start).bool()
+
+
 def widths(limit: float) -> dict:
-    """Feed-forward and head of the odd shape (5461, 151669) of the 1.8B ckpt.pt, and of the next multiples of 128."""
-    results = {}
+    """A product up and one down, and the head, of the odd widths (5461, 151669) of the 1.8B ckpt.pt, and of the next multiples of 128."""
     rows, hidden = (8192, 2048) if ON_GPU else (256, 2048)
     states = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    results = {f"feed-forward, {rows} rows": {}, f"head, {rows // 8} rows": {}}
     for what, odd, even in (("feed-forward", 5461, 5504), ("head", 151669, 151680)):
         weight = (torch.randn(even, hidden, device=DEVICE) / hidden**0.5).bfloat16()
         back = (torch.randn(hidden, even, device=DEVICE) / even**0.5).bfloat16()
-        ways = {}
         for width in (odd, even):
+            used = rows // 8 if what == "head" else rows
             w, b = weight[:width].clone().requires_grad_(), back[:, :width].clone().requires_grad_()
             if what == "head":
-                ways[f"{width} wide"] = lambda x, w=w: token_logps(x[: rows // 8], w, torch.arange(rows // 8, device=DEVICE)).sum()
+                inputs, way = [states, w], lambda x, w: token_logps(x[:used], w, torch.arange(used, device=DEVICE)).sum()  # noqa: B023
             else:
-                ways[f"{width} wide"] = lambda x, w=w, b=b: F.linear(F.silu(F.linear(x, w)), b)
-        name = f"{what} of odd and of padded width, {rows} rows"
-        print(name)
-        flops = 2 * (2 if what == "head" else 3) * odd * hidden * (rows // 8 if what == "head" else 2 * rows)
-        results[name] = compare(ways, [states], flops, limit)
+                inputs, way = [states, w, b], lambda x, w, b: F.linear(F.silu(F.linear(x, w)), b)
+            flops = 6 * used * hidden * odd * (1 if what == "head" else 2)
+            results[f"{what}, {used} rows"] |= compare({f"{width} wide": way}, inputs, flops, limit)
     return results
 
 

@@ -2,13 +2,16 @@
 
 Each run is a launch of its own, as a user starts one. A run's speed is that of its optimizer steps after the first WARM: the data is made
 once, of as many rows as the steps need, so that every trainer sees every row once. A round runs every contestant once; ratios are taken
-within a round, and the table shows their median with the lowest and the highest.
+within a round, and the table shows their median with the lowest and the highest. Pairs/s takes all pairs as alike: a trainer's steps after
+the first WARM may hold a percent or two more or less work than the mean.
 """
 
 import json
+import math
 import os
 import platform
 import random
+import re
 import shutil
 import socket
 import statistics
@@ -18,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +52,7 @@ class Race:
     steps: int
     ds_config: str
     ranks: int
+    rows: int | None = None  # of the data; none: as many as the steps need
 
 
 def make_world(race: Race, folder: Path) -> dict:
@@ -68,7 +73,7 @@ def make_world(race: Race, folder: Path) -> dict:
         tokens = draw.lognormvariate(0, deviation) * mean / 2.718281828 ** (deviation**2 / 2)
         return " ".join(draw.choice(words) for _ in range(max(1, min(race.longest, round(tokens)))))
 
-    rows = [{name: text(*shape) for name, shape in race.lengths.items()} for _ in range(race.batch * race.steps)]
+    rows = [{name: text(*shape) for name, shape in race.lengths.items()} for _ in range(race.rows or race.batch * race.steps)]
     source = folder / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
@@ -92,7 +97,7 @@ def make_world(race: Race, folder: Path) -> dict:
 def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     """One launch: its rate, memory and time; the end of its output where it did not come through."""
     out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
-    job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "rows": race.batch * race.steps}
+    job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "steps": race.steps}
     job |= {"batch": race.batch, "ds_config": race.ds_config, "options": contestant.options}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -112,14 +117,15 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     seconds = lead["times"][-1] - lead["times"][WARM - 1]
     tokens = sum(sum(rank["tokens"][WARM:]) for rank in ranks)
     steps = len(lead["times"]) - WARM
-    result = {"tokens_per_second": tokens / seconds, "step_seconds": seconds / steps, "steps": steps}
-    if race.kind == "dpo":
-        result["pairs_per_second"] = race.batch * steps / seconds
-    return result | {"peak_mb": max(rank["peak_bytes"] for rank in ranks) / 2**20, "wall_seconds": wall}
+    rate = {"tokens_per_second": tokens / seconds} if race.kind == "sft" else {"pairs_per_second": race.batch * steps / seconds}
+    spread = [round(after - before, 3) for before, after in pairwise(lead["times"])]
+    result = rate | {"peak_mb": max(rank["peak_bytes"] for rank in ranks) / 2**20, "wall_seconds": wall}
+    return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread}
 
 
 def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> dict:
     """All rounds; the result is written to results/NAME.json as it grows."""
+    unit = "pairs_per_second" if race.kind == "dpo" else "tokens_per_second"
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
     about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
     runs, failures = {one.name: [] for one in contestants}, {}
@@ -132,24 +138,29 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
                 failures[one.name] = result
                 print(f"round {number + 1}  {one.name:24} did not run: {result[-600:]}", flush=True)
                 continue
-            runs[one.name].append({key: round(value, 4) for key, value in result.items()})
-            print(f"round {number + 1}  {one.name:24} " + "  ".join(f"{k} {v:,.2f}" for k, v in result.items()), flush=True)
+            runs[one.name].append(result)
+            print(f"round {number + 1}  {one.name:24} {unit} {result[unit]:,.1f}  peak_mb {result['peak_mb']:,.0f}", flush=True)
+        summary = {one.name: summarise(runs[contestants[0].name], runs[one.name], unit) for one in contestants if runs[one.name]}
+        results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
+        results |= {"summary": summary, "did_not_run": {name: text[-1500:] for name, text in failures.items()}, "runs": runs}
+        (RESULTS / f"{name}.json").write_text(as_text(results))
     shutil.rmtree(world)
-    unit = "pairs_per_second" if race.kind == "dpo" else "tokens_per_second"
-    summary = {one.name: summarise(runs[contestants[0].name], runs[one.name], unit) for one in contestants if runs[one.name]}
-    results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
-    results |= {"summary": summary, "runs": runs, "did_not_run": {name: text[-1500:] for name, text in failures.items()}}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results, unit))
     return results
 
 
+def as_text(results: dict) -> str:
+    """JSON, a list of numbers on one line."""
+    text = json.dumps(results, indent=2) + "\n"
+    return re.sub(r"\[\s+([\d.,\s-]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
 def summarise(first: list[dict], other: list[dict], unit: str) -> dict:
     """Medians of a contestant, and how many times faster the first is than it, round by round."""
-    ratios = [mine[unit] / theirs[unit] for mine, theirs in zip(first, other, strict=False)]
-    medians = {key: round(statistics.median(run[key] for run in other), 3) for key in (unit, "peak_mb", "step_seconds")}
-    return medians | {"times_faster": [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]}
+    medians = {key: round(statistics.median(run[key] for run in other), 3) for key in (unit, "peak_mb")}
+    if ratios := [mine[unit] / theirs[unit] for mine, theirs in zip(first, other, strict=False)]:
+        medians["times_faster"] = [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+    return medians
 
 
 def table(results: dict, unit: str) -> str:
@@ -159,7 +170,7 @@ def table(results: dict, unit: str) -> str:
         "|---|---|---|---|",
     ]
     for name, values in results["summary"].items():
-        middle, least, most = values["times_faster"]
+        middle, least, most = values.get("times_faster", [math.nan] * 3)
         factor = f"{middle:.2f} ({least:.2f} to {most:.2f})"
         lines.append(f"| {results['contestants'][name]['settings']} | {values[unit]:,.1f} | {values['peak_mb']:,.0f} | {factor} |")
     return "\n".join(lines)

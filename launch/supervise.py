@@ -5,19 +5,20 @@ once. (DeepSpeed's launcher does not pass SIGTERM on, and its inner launcher end
 another reason than a mistake in it, it is started again up to N times and goes on from the newest checkpoint.
 """
 
-import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 
 MISTAKE = 2  # exit code of the scripts for what a restart would not mend
 PAUSE = 3  # seconds before a restart
 GRACE = 600  # seconds for ranks whose launcher has gone; they notice it, save, and stop by themselves
-PR_SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -30,8 +31,15 @@ class Supervisor:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._pass_on)
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks whose launcher has gone become children of this process
-        environment = {"POSTTRAIN_STARTED": str(time.time())} | os.environ  # a job's time limit counts from here
+        self.well = Path(tempfile.mkdtemp(prefix="posttrain_supervise_")) / "all_is_well"  # made by rank 0, see posttrain/stopping.py
+        # a job's time limit counts from here
+        environment = {"POSTTRAIN_STARTED": str(time.time())} | os.environ | {"POSTTRAIN_ALL_IS_WELL": str(self.well)}
+        try:
+            return self._run(environment)
+        finally:
+            shutil.rmtree(self.well.parent, ignore_errors=True)
+
+    def _run(self, environment: dict[str, str]) -> int:
         for restart in range(self.max_restarts + 1):
             # a session of its own: Ctrl-C in the terminal reaches the ranks once, through _pass_on
             self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
@@ -53,10 +61,9 @@ class Supervisor:
             deadline = time.monotonic() + GRACE
             while self._ranks() and time.monotonic() < deadline and self.asked < 2:
                 time.sleep(0.2)
-            failed = [one for rank in ranks if (one := _exit_code(rank))]
-            code = failed[0] if failed else 0 if self.asked and not self._ranks() else code or 1
+            code = code or 1
         self._end_what_is_left()
-        return code
+        return 0 if self.asked and self.well.exists() else code
 
     def _pass_on(self, number: int, frame) -> None:
         self.asked += 1
@@ -91,14 +98,6 @@ def _session_of(pid: int) -> int | None:
     try:
         return os.getsid(pid)
     except OSError:
-        return None
-
-
-def _exit_code(rank: psutil.Process) -> int | None:
-    """Of a rank that has become this process's child, and has ended."""
-    try:
-        return rank.wait(timeout=0)
-    except (psutil.TimeoutExpired, psutil.NoSuchProcess):
         return None
 
 

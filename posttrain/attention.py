@@ -65,7 +65,7 @@ def to_device(packing: Packing, device: torch.device) -> Packing:
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device; on a GPU the copy may still be under way, which what is queued after it waits for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def groups_of(segments: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
@@ -73,7 +73,7 @@ def groups_of(segments: torch.Tensor, dtype: torch.dtype, device: torch.device) 
     return _groups_of(segments.numpy().tobytes(), dtype, device)
 
 
-@lru_cache(maxsize=4)  # every layer of policy and reference asks, in forward and in backward
+@lru_cache(maxsize=1)  # every layer of policy and reference asks, in forward and in backward, before the next micro-batch comes
 def _groups_of(segments: bytes, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
     every = list(starmap(Segment, np.frombuffer(segments, np.int64).reshape(-1, 4).tolist()))
     members = defaultdict(list)
@@ -114,7 +114,7 @@ def attend_segments(module, query, key, value, attention_mask, scaling, packing,
 
     query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), None.
     """
-    if query.device.type == "cpu" and not dropout:
+    if query.device.type == "cpu" and not dropout and value.shape[-1] == query.shape[-1]:
         return attend_on_cpu(query, key, value, packing.segments, scaling)[0], None
     return _attend_anywhere(query, key, value, packing.segments, scaling, dropout), None
 

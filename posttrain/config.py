@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     grad_clip: NotNegative = key(1.0, "largest global gradient norm; 0 = no clipping")
     skip_spikes: float = key(
         20.0,
-        "a gradient norm over this many times the median of the last 50 (at least 20) is not applied; 0 = off",
+        "a gradient norm over this many times the median of the last 50 (at least 20), and over all before it, is not applied; 0 = off",
         ge=0,
     )
     dropout: Fraction = key(0.0, "attention dropout; above 0 the curve depends on the layout, and DPO refuses it")

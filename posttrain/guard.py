@@ -16,12 +16,12 @@ IN_A_ROW = 3  # bad steps that stop a run
 class StepGuard:
     """Judges gradient norms by the run's own. The same on all ranks, since what it sees is reduced over them."""
 
-    def __init__(self, skip_spikes: float, grad_clip: float):
-        """A norm is a spike above `skip_spikes` times the median, but never below `grad_clip`: such a gradient is not even clipped.
+    def __init__(self, skip_spikes: float):
+        """A norm is a spike above `skip_spikes` times the median, and above all that were applied.
 
         (Where a model has learnt its data by heart the median is tiny, and every batch with something new in it would be a spike.)
         """
-        self.factor, self.least = skip_spikes, grad_clip
+        self.factor, self.highest = skip_spikes, 0.0
         self.norms: deque[float] = deque(maxlen=REMEMBERED)
         self.bad_in_a_row = self.last_applied = 0
 
@@ -31,7 +31,7 @@ class StepGuard:
         if not self.factor or len(self.norms) < FEWEST:
             return math.inf
         typical = median(self.norms)
-        return max(self.factor * typical, self.least) if typical else math.inf  # 0, as the hinge loss may have, is no measure
+        return max(self.factor * typical, self.highest) if typical else math.inf  # 0, as the hinge loss may have, is no measure
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why the step must not be applied, or was not; None for a good one."""
@@ -51,6 +51,7 @@ class StepGuard:
         else:
             self.bad_in_a_row, self.last_applied = 0, step
             self.norms.append(grad_norm)
+            self.highest = max(self.highest, grad_norm)
 
     @property
     def must_stop(self) -> bool:
@@ -58,9 +59,9 @@ class StepGuard:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row, "last_applied": self.last_applied}
+        return {"norms": list(self.norms), "highest": self.highest, "bad_in_a_row": self.bad_in_a_row, "last_applied": self.last_applied}
 
     def restore(self, state: dict) -> None:
         self.norms.extend(state["norms"])
-        self.last_applied = state["last_applied"]
+        self.highest, self.last_applied = state["highest"], state["last_applied"]
         self.bad_in_a_row = state["bad_in_a_row"] % IN_A_ROW  # going on after a stop begins to count anew

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from hidden states, never holding a [tokens x vocabulary] matrix.
+"""Log-probs of given tokens from hidden states, never holding more than CHUNK_ELEMENTS logits.
 
 One operator serves SFT, DPO and the reference: logits are made for a chunk of rows at a time, in forward and again in backward; where one
 chunk holds all rows, backward takes the logits of forward.

@@ -101,6 +101,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         _validate(training, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens, told_too_small = _tokens_before(recipe, data.train, done), False
+    gc.collect()
     gc.freeze()
     gc.disable()  # within a step a collection on one rank makes all others wait: they collect together, between steps
     for step in range(done + 1, steps + 1):

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from posttrain import storage, watchdog
+from posttrain import stopping, storage, watchdog
 from posttrain.batches import PLAN_VERSION
 from posttrain.config import Recipe
 
@@ -115,7 +115,7 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
                 + (". To go on beyond the run's end, add --extend" if changed <= LENGTH else "")
             )
     elif recipe.extend:
-        raise ValueError(f"--extend makes a run longer, and {out_dir} is not a run: remove it, or name the run's --out_dir")
+        raise ValueError(f"--extend makes a run longer, and {out_dir} is not a run: leave --extend out, or name the run's --out_dir")
     elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(path.name.startswith(".") for path in out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})
@@ -330,6 +330,8 @@ def main(script: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
+    if rank == 0:
+        stopping.tell_that_all_is_well()
     os._exit(0)
 
 

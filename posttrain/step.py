@@ -27,7 +27,7 @@ class Ahead:
     """Builds the next micro-batch of training in a thread, and copies it to the device, while this one is worked on."""
 
     def __init__(self, training: "Training"):
-        self.training, self.thread = training, ThreadPoolExecutor(1, thread_name_prefix="next micro-batch")
+        self.training, self.thread = training, ThreadPoolExecutor(1, thread_name_prefix=watchdog.AHEAD)
         self.expected: tuple[tuple[int, int], Future] | None = None  # step and number of the micro-batch, and what will be it
 
     def get(self, step: int, number: int, parts: list[np.ndarray]) -> MicroBatch:
@@ -63,7 +63,7 @@ class Training:
     counted: dict[str, int] = field(default_factory=dict)  # and on how many ranks the answer was yes, the same on all
 
     def __post_init__(self):
-        self.guard = StepGuard(self.recipe.skip_spikes, self.recipe.grad_clip)
+        self.guard = StepGuard(self.recipe.skip_spikes)
         self.ahead = Ahead(self)
 
     @property

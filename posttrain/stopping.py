@@ -7,11 +7,15 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST = 2.0  # seconds: Ctrl-C in a terminal reaches a rank twice, as SIGINT and as the launcher's SIGTERM
+# a file that rank 0 makes once all ranks have finished, or saved and stopped; named by launch/supervise.py, which cannot go by exit codes:
+# DeepSpeed's launchers, once they are signalled, end with 1 or not at all
+ALL_IS_WELL = "POSTTRAIN_ALL_IS_WELL"
 STARTED = "POSTTRAIN_STARTED"  # when the job began, in seconds since 1970; set by launch/supervise.py, whose restarts do not begin it anew
 
 
@@ -62,6 +66,12 @@ class StopRequest:
         if self.ends is not None and time.time() + self.reserve > self.ends:
             return "the time limit is near"
         return None
+
+
+def tell_that_all_is_well() -> None:
+    """Tell the supervisor, where there is one, that nothing is lost. Rank 0, at its end."""
+    if path := os.environ.get(ALL_IS_WELL):
+        Path(path).touch()
 
 
 def _ancestors() -> tuple[int, int]:

@@ -19,6 +19,7 @@ import psutil
 from torch import distributed as dist
 
 PHASES = ("data", "forward", "backward", "step", "eval", "save")  # in the order of a step
+AHEAD = "next micro-batch"  # name of the thread, of posttrain/step.py, that builds it
 LOST = 75  # exit code: nothing is wrong with the run itself, the same command goes on (EX_TEMPFAIL of sysexits.h)
 UNTIMED = ("start", "export", "end")  # phases that may take any time: loading, compiling, writing the result
 
@@ -158,7 +159,9 @@ class Watchdog:
 
     def _end(self) -> None:
         """Print, and leave. Called by the thread: the main one may be stuck for ever."""
-        stack = "".join(traceback.format_stack(sys._current_frames()[self.main_thread]))
+        frames, names = sys._current_frames(), {thread.ident: thread.name for thread in threading.enumerate()}
+        shown = [self.main_thread, *(ident for ident, name in names.items() if name.startswith(AHEAD))]  # the one may wait for the other
+        stack = "".join(line for ident in shown for line in traceback.format_stack(frames[ident]))
         here = f"rank {self.rank} was in phase {self.phase} of step {self.step} for {time.monotonic() - self.since:.0f} s:\n{stack}"
         say(f"{self._report(self.lost)}\n{here}" if self._speaks_for(self.lost) else here)
         time.sleep(3 * self.tick)  # the others hear of it before this rank, which may keep the store, has gone

@@ -1,6 +1,6 @@
-"""Worker of test_compile.py, started by the deepspeed launcher: a compiled model in KIND and ZERO trains and validates.
+"""Worker of test_compile.py, started by the deepspeed launcher: a model trains and validates in KIND and ZERO, compiled and not.
 
-compiled.py FOLDER KIND ZERO     prints graphs and breaks after a step and a validation, and after more of other lengths
+compiled.py FOLDER KIND ZERO     prints the graphs and breaks after the first steps, and after more of other lengths; and the curves
 """
 
 import json
@@ -18,21 +18,26 @@ from posttrain import engine as engines  # noqa: E402
 from posttrain.run import main  # noqa: E402
 from posttrain.step import evaluate, train_step  # noqa: E402
 
-RECIPE = {"out_dir": "unused", "max_iters": 6, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "compile": True}
+RECIPE = {"out_dir": "unused", "max_iters": 6, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "dtype": "float32"}
 
 
 def work(folder: Path, kind: str, zero: str) -> None:
-    training = build_training(str(folder), kind, {**RECIPE, "dtype": "bfloat16", "ds_config": f"ds_configs/{zero}.json"})
-    seen, lengths = [], set()
-    for steps in ((1, 2), (3, 4, 5, 6)):
-        for step in steps:
-            engines.set_learning_rate(training.engine, 1e-2)
-            assert train_step(training, step)[1] is None
-        evaluate(training)
-        seen.append({"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())})
-    lengths = {int(n) for n in training.data.train.lengths}
+    curves, seen = {}, []
+    for compiled in (False, True):
+        training = build_training(str(folder), kind, {**RECIPE, "compile": compiled, "ds_config": f"ds_configs/{zero}.json"})
+        curve = curves[compiled] = []
+        for steps in ((1, 2), (3, 4, 5, 6)):
+            for step in steps:
+                engines.set_learning_rate(training.engine, RECIPE["learning_rate"])
+                metrics, reason = train_step(training, step)
+                assert reason is None
+                curve += [metrics["loss"], metrics["grad_norm"]]
+            curve.append(evaluate(training)["loss"])
+            seen.append({"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())})
     if dist.get_rank() == 0:
-        print("seen " + json.dumps({"first": seen[0], "then": seen[1], "lengths": len(lengths)}), flush=True)
+        lengths = len({int(n) for n in training.data.train.lengths})
+        facts = {"first": seen[2], "then": seen[3], "lengths": lengths, "plain": curves[False], "compiled": curves[True]}
+        print("seen " + json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,14 @@ def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
     text = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from posttrain.stopping import StopRequest
+from posttrain.stopping import StopRequest, tell_that_all_is_well
 stop = StopRequest(0, is_launched=False)
 print("ready", flush=True)
 while stop.reason is None: time.sleep(0.01)
 print("asked", stop.reason, flush=True)
 time.sleep({seconds})
 print("saved", flush=True)
+if {code} == 0: tell_that_all_is_well()
 sys.exit({code})
 """
     (tmp_path / "rank.py").write_text(text)
@@ -131,20 +132,24 @@ def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path, code):
-    """As DeepSpeed's does, when a scheduler signals every process of a job."""
-    (tmp_path / "launcher.py").write_text(f"import subprocess; subprocess.run({stand_in(tmp_path, 1.5, code)!r})")
+    """As DeepSpeed's do, when a scheduler signals every process of a job: the outer one dies, the inner one waits and ends with 1."""
+    stays = "import signal, subprocess, sys\nsignal.signal(signal.SIGTERM, lambda *_: None)"
+    (tmp_path / "inner.py").write_text(f"{stays}\nsubprocess.run({stand_in(tmp_path, 1.5, code)!r})\nsys.exit(1)")
+    (tmp_path / "launcher.py").write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, {str(tmp_path / 'inner.py')!r}])")
     process = subprocess.Popen([*SUPERVISE, sys.executable, str(tmp_path / "launcher.py")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     for pid in [child.pid for child in psutil.Process(process.pid).children(recursive=True)] + [process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert process.stdout.readline() == "asked SIGTERM\n"
     assert process.stdout.readline() == "saved\n"
-    assert process.wait(10) == code  # 1, as where the disk is full: it was asked to stop, but it is not saved
+    assert (process.wait(10) == 0) == (code == 0)  # 1, as where the disk is full: it was asked to stop, but it is not saved
 
 
 def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run"), "extend": True}
-    with pytest.raises(ValueError, match=r"--extend makes a run longer, and .*run is not a run: remove it, or name the run's --out_dir"):
+    with pytest.raises(
+        ValueError, match=r"--extend makes a run longer, and .*run is not a run: leave --extend out, or name the run's --out_dir"
+    ):
         run.resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
 
 

@@ -1,0 +1,55 @@
+# ruff: noqa: E402
+"""Does a step's cost depend on how many rows there are, or on how many micro-batches it has? python benchmarks/scaling.py
+
+SFT on two ranks, ZeRO-2, bfloat16, a Qwen3 of a million parameters, so that all that is not the model shows: rows from 1,000 to 100,000 at
+64 a step, then examples a step from 64 to 1,024 in micro-batches of at most 2,048 tokens. Written to results/scaling.json.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.side_by_side import RESULTS, Contestant, Race, as_text, machine, make_world, run_once, versions
+
+RACE = Race(
+    kind="sft",
+    lengths={"instruction": (15, 0.4), "output": (20, 0.6)},
+    longest=200,
+    model={"vocab_size": 6400, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 1024},
+    batch=64,
+    steps=22,
+    ds_config="ds_configs/zero2.json",
+    ranks=2,
+)
+ROWS = (1_000, 10_000, 100_000)
+BATCHES = (64, 256, 1024)
+ROUNDS = 3
+
+
+def main() -> None:
+    results = {"machine": machine(), "versions": versions(), "rows": {}, "examples_a_step": {}}
+    with tempfile.TemporaryDirectory(prefix="posttrain_scaling_") as folder:
+        worlds = {}
+        for rows in ROWS:
+            worlds[rows] = Path(folder) / str(rows)
+            worlds[rows].mkdir()
+            make_world(replace(RACE, rows=rows), worlds[rows])
+        cells = [("rows", rows, replace(RACE, rows=rows), worlds[rows]) for rows in ROWS]
+        cells += [("examples_a_step", batch, replace(RACE, batch=batch, steps=12), worlds[ROWS[-1]]) for batch in BATCHES]
+        for _ in range(ROUNDS):
+            for what, value, race, world in cells:
+                options = {} if what == "rows" else {"max_tokens_per_gpu": 2048}
+                result = run_once(race, Contestant("ours", "ours", "posttrain", options), world)
+                if isinstance(result, str):
+                    sys.exit(result)
+                results[what].setdefault(str(value), []).append(result)
+                print(f"{what:16} {value:>8,}  {result['tokens_per_second']:,.0f} tokens/s  {result['peak_mb']:,.0f} MB", flush=True)
+    (RESULTS / "scaling.json").write_text(as_text(results))
+
+
+if __name__ == "__main__":
+    main()
