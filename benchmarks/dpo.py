@@ -1,9 +1,8 @@
 # ruff: noqa: E402
-"""DPO beside TRL, with a live reference: python benchmarks/dpo.py [--rounds 5]
+"""DPO beside TRL, both with a live reference: python benchmarks/dpo.py [--race RACE ...]
 
-Writes results/dpo_ultrafeedback_cpu.json and dpo_hh_cpu.json. Two ranks, ZeRO-2, bfloat16, a Qwen3 of 7 million parameters. Pairs as long
-as UltraFeedback's (about 254, 426 and 370 tokens of prompt, chosen and rejected), 16 a step; and as Anthropic's HH's (about
-135, 41 and 51), where ours also runs with the prompt computed for each answer apart.
+Pairs as long as UltraFeedback's (about 254, 426 and 370 tokens of prompt, chosen and rejected) or Anthropic's HH's (about 135, 41 and 51),
+where ours also runs with the prompt computed for each answer apart. Machines, models and result files as in sft.py.
 """
 
 import argparse
@@ -12,39 +11,38 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.sft import MODEL, NO_RECOMPUTING
+from benchmarks.sft import MODEL, NO_RECOMPUTING, ON_CPU, ON_GPU, QWEN3_1_7B, TINY, TRL, WITH_ROOM
 from benchmarks.side_by_side import Contestant, Race, compete
 
-COMMON = {"kind": "dpo", "model": MODEL, "batch": 16, "ds_config": "ds_configs/zero2.json", "ranks": 2}
-RACES = {  # spreads of the logarithm as in the data sets themselves, tails cut
-    "ultrafeedback": Race(lengths={"prompt": (320, 1.3), "chosen": (475, 0.9), "rejected": (450, 0.9)}, longest=1300, steps=9, **COMMON),
-    "hh": Race(lengths={"prompt": (132, 1.0), "chosen": (41, 0.87), "rejected": (51, 0.92)}, longest=900, steps=14, **COMMON),
+# spreads of the logarithm as in the data sets themselves, tails cut
+ULTRAFEEDBACK = {"lengths": {"prompt": (320, 1.3), "chosen": (475, 0.9), "rejected": (450, 0.9)}, "longest": 1300}
+HH = {"lengths": {"prompt": (132, 1.0), "chosen": (41, 0.87), "rejected": (51, 0.92)}, "longest": 900}
+RACES = {
+    "ultrafeedback_cpu": Race(kind="dpo", model=MODEL, batch=16, steps=9, **ULTRAFEEDBACK, **ON_CPU),
+    "hh_cpu": Race(kind="dpo", model=MODEL, batch=16, steps=14, **HH, **ON_CPU),
+    "ultrafeedback_gpu": Race(kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU),
+    "ultrafeedback_dry": Race(kind="dpo", model=TINY, batch=16, steps=3, **(ULTRAFEEDBACK | {"longest": 60}), **ON_GPU),
 }
 SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 1}  # no padding of pairs to each other; padding_free is off in TRL 1.16
 OURS = Contestant("ours", "ours", "posttrain, defaults")
+PLAIN = Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING)
+SMALL = Contestant("trl_batch_1", "trl", "TRL, 1 pair a batch, no activation checkpointing", SMALL_BATCH)
+ON_GPU_CONTESTANTS = [Contestant("ours", "ours", "posttrain", WITH_ROOM), TRL, SMALL]
 CONTESTANTS = {
-    "ultrafeedback": [
-        OURS,
-        Contestant("trl", "trl", "TRL, defaults"),
-        Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
-        Contestant("trl_batch_1", "trl", "TRL, 1 pair a batch, no activation checkpointing", SMALL_BATCH),
-    ],
-    "hh": [
-        OURS,
-        Contestant("ours_prompt_twice", "ours", "posttrain, --share_prompt=False", {"share_prompt": False}),
-        Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
-        Contestant("trl_batch_1", "trl", "TRL, 1 pair a batch, no activation checkpointing", SMALL_BATCH),
-    ],
+    "ultrafeedback_cpu": [OURS, TRL, PLAIN, SMALL],
+    "hh_cpu": [OURS, Contestant("ours_prompt_twice", "ours", "posttrain, --share_prompt=False", {"share_prompt": False}), PLAIN, SMALL],
+    "ultrafeedback_gpu": ON_GPU_CONTESTANTS,
+    "ultrafeedback_dry": ON_GPU_CONTESTANTS,
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--race", nargs="*", default=["ultrafeedback_cpu", "hh_cpu"], choices=RACES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", nargs="*", default=list(RACES), choices=RACES)
     options = parser.parse_args()
-    for name in options.data:
-        compete(f"dpo_{name}_cpu", RACES[name], CONTESTANTS[name], options.rounds)
+    for name in options.race:
+        compete(f"dpo_{name}", RACES[name], CONTESTANTS[name], options.rounds)
 
 
 if __name__ == "__main__":

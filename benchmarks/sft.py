@@ -1,7 +1,11 @@
-"""SFT beside TRL: python benchmarks/sft.py [--rounds 5]        writes results/sft_cpu.json
+# ruff: noqa: E402
+"""SFT beside TRL, with its defaults and with each setting that could make it faster: python benchmarks/sft.py [--race cpu|gpu|dry]
 
-Two ranks, ZeRO-2, bfloat16, a Qwen3 of 7 million parameters, rows as long as Alpaca's (about 110 tokens, from 30 to 560), 32 a step.
-TRL with its defaults and with each setting that could make it faster here.
+cpu   two ranks, ZeRO-2, a Qwen3 of 7 million parameters, rows as long as Alpaca's (about 110 tokens, from 30 to 560), 32 a step
+gpu   one GPU, ZeRO-1, the shape of Qwen3-1.7B, rows of about 2,000 tokens, 16 a step
+dry   as gpu with a tiny model and three steps, to try the script where there is no GPU; its figures mean nothing
+
+All in bfloat16 with float32 master weights. Writes results/sft_RACE.json.
 """
 
 import argparse
@@ -10,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.side_by_side import Contestant, Race, compete  # noqa: E402
+from benchmarks.side_by_side import Contestant, Race, compete, room_for_16k_tokens
 
 MODEL = {
     "vocab_size": 6400,
@@ -22,41 +26,64 @@ MODEL = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
-RACE = Race(
-    kind="sft",
-    lengths={"instruction": (22, 0.5), "output": (70, 0.9)},
-    longest=500,
-    model=MODEL,
-    batch=32,
-    steps=14,
-    ds_config="ds_configs/zero2.json",
-    ranks=2,
-)
+QWEN3_1_7B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+}
+TINY = MODEL | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+ALPACA = {"instruction": (22, 0.5), "output": (70, 0.9)}
+LONG = {"instruction": (30, 0.1), "output": (3000, 0.1)}
+ON_CPU = {"ranks": 2, "ds_config": "ds_configs/zero2.json"}
+ON_GPU = {"ranks": 1, "ds_config": "ds_configs/zero1.json"}
+RACES = {
+    "cpu": Race(kind="sft", lengths=ALPACA, longest=500, model=MODEL, batch=32, steps=14, **ON_CPU),
+    "gpu": Race(kind="sft", lengths=LONG, longest=1900, model=QWEN3_1_7B, batch=16, steps=14, **ON_GPU),
+    "dry": Race(kind="sft", lengths=LONG, longest=200, model=TINY, batch=16, steps=3, **ON_GPU),
+}
 NO_RECOMPUTING = {"gradient_checkpointing": False}
-SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 2}  # less padding, as many examples a step
+SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 2}  # less padding, or less memory; as many examples a step
 GROUPED = NO_RECOMPUTING | {"train_sampling_strategy": "group_by_length"}
 # rows of 1024 tokens, as many a step as make its tokens; TRL 1.16 counts packed rows as examples
 PACKING = NO_RECOMPUTING | {"packing": True, "max_length": 1024, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-CONTESTANTS = [
-    Contestant("ours", "ours", "posttrain, defaults"),
-    Contestant("trl", "trl", "TRL, defaults"),
-    Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
-    Contestant("trl_batch_2", "trl", "TRL, 2 rows a batch, no activation checkpointing", SMALL_BATCH),
-    Contestant("trl_grouped", "trl", "TRL, rows grouped by length, no activation checkpointing", GROUPED),
-    Contestant("trl_packing", "trl", "TRL, packing, no activation checkpointing", PACKING),
-    Contestant("trl_packing_compile", "trl", "TRL, packing, torch.compile", PACKING | {"torch_compile": True}),
-    Contestant("ours_compile", "ours", "posttrain, --compile", {"compile": True}),
+TRL = Contestant("trl", "trl", "TRL, defaults")
+COMMON = [TRL, Contestant("trl_batch_2", "trl", "TRL, 2 rows a batch, no activation checkpointing", SMALL_BATCH)]
+WITH_ROOM = {"max_tokens_per_gpu": 16384 if room_for_16k_tokens() else 8192}
+ON_GPU_CONTESTANTS = [
+    Contestant("ours", "ours", "posttrain", WITH_ROOM),
+    Contestant("ours_compile", "ours", "posttrain, --compile", WITH_ROOM | {"compile": True}),
+    *COMMON,
+    Contestant("trl_compile", "trl", "TRL, 2 rows a batch, torch.compile", SMALL_BATCH | {"torch_compile": True}),
+    Contestant("trl_liger", "trl", "TRL, 2 rows a batch, liger kernels", SMALL_BATCH | {"use_liger_kernel": True}),
 ]
+CONTESTANTS = {
+    "cpu": [
+        Contestant("ours", "ours", "posttrain, defaults"),
+        *COMMON,
+        Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
+        Contestant("trl_grouped", "trl", "TRL, rows grouped by length, no activation checkpointing", GROUPED),
+        Contestant("trl_packing", "trl", "TRL, packing, no activation checkpointing", PACKING),
+        Contestant("trl_packing_compile", "trl", "TRL, packing, torch.compile", PACKING | {"torch_compile": True}),
+        Contestant("ours_compile", "ours", "posttrain, --compile", {"compile": True}),
+    ],
+    "gpu": ON_GPU_CONTESTANTS,
+    "dry": ON_GPU_CONTESTANTS,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--race", default="cpu", choices=RACES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="contestants, the first of them is compared with the others")
-    parser.add_argument("--name", default="sft_cpu", help="of the result file")
+    parser.add_argument("--only", nargs="*", help="contestants; the first of them is compared with the others")
     options = parser.parse_args()
-    chosen = [one for one in CONTESTANTS if not options.only or one.name in options.only]
-    compete(options.name, RACE, chosen, options.rounds)
+    chosen = [one for one in CONTESTANTS[options.race] if not options.only or one.name in options.only]
+    compete(f"sft_{options.race}", RACES[options.race], chosen, options.rounds)
 
 
 if __name__ == "__main__":

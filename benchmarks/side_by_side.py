@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WARM = 2  # steps that are not counted
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "A100": 312e12}
 PACKAGES = ("posttrain", "torch", "transformers", "deepspeed", "trl", "accelerate")
 
 
@@ -119,6 +120,8 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     steps = len(lead["times"]) - WARM
     rate = {"tokens_per_second": tokens / seconds} if race.kind == "sft" else {"pairs_per_second": race.batch * steps / seconds}
     spread = [round(after - before, 3) for before, after in pairwise(lead["times"])]
+    if race.kind == "sft" and (peak := peak_flops()):
+        rate["mfu"] = rate["tokens_per_second"] * model_flops(race.model, tokens / steps / race.batch) / peak / race.ranks
     result = rate | {"peak_mb": max(rank["peak_bytes"] for rank in ranks) / 2**20, "wall_seconds": wall}
     return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread}
 
@@ -139,7 +142,8 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
                 print(f"round {number + 1}  {one.name:24} did not run: {result[-600:]}", flush=True)
                 continue
             runs[one.name].append(result)
-            print(f"round {number + 1}  {one.name:24} {unit} {result[unit]:,.1f}  peak_mb {result['peak_mb']:,.0f}", flush=True)
+            numbers = {key: value for key, value in result.items() if not isinstance(value, list)}
+            print(f"round {number + 1}  {one.name:24} " + "  ".join(f"{k} {v:,.3f}" for k, v in numbers.items()), flush=True)
         summary = {one.name: summarise(runs[contestants[0].name], runs[one.name], unit) for one in contestants if runs[one.name]}
         results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
         results |= {"summary": summary, "did_not_run": {name: text[-1500:] for name, text in failures.items()}, "runs": runs}
@@ -157,7 +161,7 @@ def as_text(results: dict) -> str:
 
 def summarise(first: list[dict], other: list[dict], unit: str) -> dict:
     """Medians of a contestant, and how many times faster the first is than it, round by round."""
-    medians = {key: round(statistics.median(run[key] for run in other), 3) for key in (unit, "peak_mb")}
+    medians = {key: round(statistics.median(run[key] for run in other), 3) for key in other[0] if key in (unit, "peak_mb", "mfu")}
     if ratios := [mine[unit] / theirs[unit] for mine, theirs in zip(first, other, strict=False)]:
         medians["times_faster"] = [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
     return medians
@@ -174,6 +178,30 @@ def table(results: dict, unit: str) -> str:
         factor = f"{middle:.2f} ({least:.2f} to {most:.2f})"
         lines.append(f"| {results['contestants'][name]['settings']} | {values[unit]:,.1f} | {values['peak_mb']:,.0f} | {factor} |")
     return "\n".join(lines)
+
+
+def model_flops(model: dict, length: float) -> float:
+    """FLOPs a token of training, forward and backward, in an example of `length` tokens with causal attention.
+
+    6 for every weight that multiplies (the head too, the embeddings not), and 6 x layers x heads x width x length of attention.
+    """
+    hidden, width = model["hidden_size"], model["head_dim"]
+    heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
+    layer = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * model["intermediate_size"]
+    multiplied = model["num_hidden_layers"] * layer + model["vocab_size"] * hidden
+    return 6 * multiplied + 6 * model["num_hidden_layers"] * heads * width * length
+
+
+def peak_flops() -> float | None:
+    """Of the GPU's matrix units in bfloat16, by its data sheet; None for an unknown one or none."""
+    return next((flops for name, flops in PEAKS.items() if _on_gpu() and name in machine()), None)
+
+
+def room_for_16k_tokens() -> bool:
+    """Whether a GPU holds a model of 1.7B parameters in training with 16k tokens without recomputing activations."""
+    import torch
+
+    return _on_gpu() and torch.cuda.get_device_properties(0).total_memory > 100e9
 
 
 def _on_gpu() -> bool:

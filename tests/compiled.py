@@ -1,6 +1,6 @@
-"""Worker of test_compile.py, started by the deepspeed launcher: a model trains and validates in KIND and ZERO, compiled and not.
+"""Worker of test_compile.py, started by the deepspeed launcher: models train and validate, compiled and not.
 
-compiled.py FOLDER KIND ZERO     prints the graphs and breaks after the first steps, and after more of other lengths; and the curves
+compiled.py FOLDER     for each case prints the graphs and breaks after the first steps, and after more of other lengths; and the curves
 """
 
 import json
@@ -21,8 +21,11 @@ from posttrain.step import evaluate, train_step  # noqa: E402
 RECIPE = {"out_dir": "unused", "max_iters": 6, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "dtype": "float32"}
 
 
-def work(folder: Path, kind: str, zero: str) -> None:
-    curves, seen = {}, []
+CASES = [("sft", "zero1"), ("sft", "zero3"), ("dpo", "zero3")]
+
+
+def work(folder: Path, kind: str, zero: str) -> dict:
+    curves, seen, before = {}, [], dict(counters["stats"])
     for compiled in (False, True):
         training = build_training(str(folder), kind, {**RECIPE, "compile": compiled, "ds_config": f"ds_configs/{zero}.json"})
         curve = curves[compiled] = []
@@ -33,13 +36,19 @@ def work(folder: Path, kind: str, zero: str) -> None:
                 assert reason is None
                 curve += [metrics["loss"], metrics["grad_norm"]]
             curve.append(evaluate(training)["loss"])
-            seen.append({"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())})
+            graphs = counters["stats"]["unique_graphs"] - before.get("unique_graphs", 0)
+            seen.append({"graphs": graphs, "breaks": sum(counters["graph_break"].values())})
+    lengths = len({int(n) for n in training.data.train.lengths})
+    facts = {"first": seen[2], "then": seen[3], "lengths": lengths, "plain": curves[False], "compiled": curves[True]}
+    return {"case": f"{kind} {zero}", **facts}
+
+
+def every_case(folder: Path) -> None:
+    results = [work(folder, *case) for case in CASES]
     if dist.get_rank() == 0:
-        lengths = len({int(n) for n in training.data.train.lengths})
-        facts = {"first": seen[2], "then": seen[3], "lengths": lengths, "plain": curves[False], "compiled": curves[True]}
-        print("seen " + json.dumps(facts), flush=True)
+        print("seen " + json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":
-    place, what, how = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    main(lambda: work(Path(place), what, how))
+    place = next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))
+    main(lambda: every_case(Path(place)))

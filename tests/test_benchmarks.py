@@ -1,0 +1,39 @@
+"""The benchmarks still run, and count as they say. What they measure is no test's business."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import dpo, sft  # noqa: E402
+from benchmarks.side_by_side import as_text, make_world, model_flops, run_once, summarise  # noqa: E402
+
+
+def test_flops_of_qwen3_1_7b():
+    """11.03 GFLOP a token at 2,048 tokens, by hand: 1.409 billion weights in 28 layers, 0.311 in the head, and attention."""
+    assert model_flops(sft.QWEN3_1_7B, 2048) == pytest.approx(11.03e9, rel=1e-3)
+    assert model_flops(sft.QWEN3_1_7B, 0) == 6 * (1_409_286_144 + 311_164_928)
+
+
+def test_ratios_are_taken_within_a_round():
+    mine, theirs = ([{"tokens_per_second": rate, "peak_mb": 1.0} for rate in rates] for rates in ((10, 20, 30), (5, 5, 10)))
+    assert summarise(mine, theirs, "tokens_per_second")["times_faster"] == [3.0, 2.0, 4.0]
+    assert summarise([], theirs, "tokens_per_second") == {"tokens_per_second": 5, "peak_mb": 1.0}
+    assert as_text({"runs": [{"step_seconds": [0.1, 2]}]}) == '{\n  "runs": [\n    {\n      "step_seconds": [0.1, 2]\n    }\n  ]\n}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("race", "contestants"),
+    [(sft.RACES["dry"], [sft.ON_GPU_CONTESTANTS[0], sft.TRL]), (dpo.RACES["ultrafeedback_dry"], [dpo.SMALL])],
+    ids=["sft", "dpo"],
+)
+def test_a_dry_race_comes_through(race, contestants, tmp_path):
+    make_world(race, tmp_path)
+    for contestant in contestants:
+        result = run_once(race, contestant, tmp_path)
+        assert isinstance(result, dict), result
+        assert len(result["step_seconds"]) == race.steps - 1
