@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from tiny import make_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+# started in the background by a shell that is no terminal's, this process ignores SIGINT, and so would every rank that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
