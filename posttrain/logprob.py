@@ -1,7 +1,8 @@
 """Log-probs of given tokens from hidden states, never holding more than CHUNK_ELEMENTS logits.
 
-One operator serves SFT, DPO and the reference: logits are made for a chunk of rows at a time, in forward and again in backward; where one
-chunk holds all rows, backward takes the logits of forward.
+One operator serves SFT, DPO and the reference. Forward makes the logits of some rows at a time; backward makes those of some columns, for
+all rows, so that the gradient of a vocabulary entry comes whole from one product, which adds up in float32, and no second copy of the
+weights in float32 is read and written for each piece. Where all logits are few enough, forward keeps them.
 Symbols: N rows (trained positions), D hidden size, V vocabulary.
 """
 
@@ -45,21 +46,22 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """d logp / d logits = onehot(target) - softmax(logits), so each chunk costs one more product than in forward."""
+        """d logp / d logits = onehot(target) - softmax(logits)."""
         hidden, weight, targets, normalizers, kept = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        for rows in _chunks(len(targets), weight.shape[0]):
-            logits = hidden[rows] @ weight.t() if kept is None else kept
-            grad_logits = (logits - normalizers[rows, None]).exp_().mul_(-grad[rows, None])  # in float32, as the normalizers are
-            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+        grad_hidden, grad_weight = hidden.new_zeros(hidden.shape, dtype=torch.float32), torch.zeros_like(weight)
+        for columns in _chunks(weight.shape[0], len(targets)):
+            logits = hidden @ weight[columns].t() if kept is None else kept
+            grad_logits = (logits - normalizers[:, None]).exp_().mul_(-grad[:, None])  # in float32, as the normalizers are
+            places = targets - columns.start
+            is_here = (places >= 0) & (places < logits.shape[1])  # else it is another piece's; no row is picked out, which would wait
+            grad_logits.scatter_add_(1, places.clamp(0, logits.shape[1] - 1)[:, None], torch.where(is_here, grad, 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            part = grad_logits.t() @ hidden[rows]
-            # in float32, since bf16 would lose small chunks against the sum
-            grad_weight = part if kept is not None else part.float() if grad_weight is None else grad_weight.add_(part)
-        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None
+            grad_hidden += grad_logits @ weight[columns]
+            torch.mm(grad_logits.t(), hidden, out=grad_weight[columns])
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+def _chunks(count: int, other: int) -> list[slice]:
+    """Cuts `count` rows (or columns) of logits that have `other` columns (or rows)."""
+    size = max(1, CHUNK_ELEMENTS // max(1, other))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -131,7 +131,7 @@ MUTATIONS = {
     "ipo_sum_averaged": Mutation(
         "posttrain/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
     ),
-    "gradient_of_the_log_probs": Mutation("posttrain/logprob.py", ".mul_(-grad[rows, None])", ".mul_(grad[rows, None])", SFT_PARITY),
+    "gradient_of_the_log_probs": Mutation("posttrain/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/step.py",
         "indices = np.arange(count)",

@@ -160,6 +160,20 @@ def test_log_probs_equal_cross_entropy_in_value_and_gradient(monkeypatch, rows):
     assert head(hidden).shape == (rows, 37)
 
 
+def test_gradients_of_bfloat16_do_not_depend_on_the_pieces(monkeypatch):
+    """300 rows add up in float32, however few logits are held at a time; sums in bfloat16 would be off."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16().requires_grad_()
+    targets = torch.randint(64, (300,))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(-F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum"), exact)
+    for held in (2**26, 300 * 7, 50):
+        monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", held)
+        actual = torch.autograd.grad(logprob.token_logps(hidden, weight, targets).sum(), (hidden, weight))
+        for mine, right in zip(actual, expected, strict=True):
+            assert (mine - right).norm() / right.norm() < 5e-3, held
+
+
 def test_log_probs_of_bfloat16_are_float32():
     head = torch.nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)
     head.__class__ = logprob.LogProbHead
