@@ -1,0 +1,107 @@
+# ruff: noqa: E402
+"""Where a step's time goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
+
+SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device waited for at each border, and
+the kernels that take most of the time, by torch's profiler, in other steps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+sys.path.insert(1, str(ROOT / "tests"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from tiny import build_training
+
+from benchmarks.sft import RACES, WITH_ROOM
+from benchmarks.side_by_side import RESULTS, machine, make_world, versions
+from posttrain import engine as engines
+from posttrain import step as steps
+from posttrain.objectives import SFT
+from posttrain.run import Run
+
+WARM, TIMED, PROFILED = 3, 8, 3
+KERNELS = 15
+
+
+def timed(spent: Counter, phase: str, owner, name: str) -> None:
+    """Count what a function takes under `phase`."""
+    function = getattr(owner, name)
+
+    def wrapper(*arguments, **settings):
+        started = _now()
+        try:
+            return function(*arguments, **settings)
+        finally:
+            spent[phase] += _now() - started
+
+    setattr(owner, name, wrapper)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(race, folder: Path) -> dict:
+    make_world(race, folder)
+    recipe = {"out_dir": str(folder / "run"), "max_iters": 99, "global_batch_size": race.batch, "learning_rate": 1e-5}
+    on_gpu = torch.cuda.is_available()
+    training = build_training(str(folder), "sft", recipe | {"ds_config": race.ds_config} | (WITH_ROOM if on_gpu else {}))
+    run = Run(training.recipe, "sft", 0, {})
+    run.start(1, 99, lambda folder: None)
+    run.step_line = lambda *_: None
+
+    def one(step: int) -> None:
+        metrics, _ = steps.train_step(training, step)
+        run.log(step, "train", metrics)
+
+    for step in range(1, WARM + 1):
+        one(step)
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profiler:
+        for step in range(WARM + 1, WARM + PROFILED + 1):
+            one(step)
+    events = profiler.key_averages()
+    cost = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    total = sum(cost.values())
+    kernels = {name[:90]: round(value / total, 4) for name, value in Counter(cost).most_common(KERNELS)}
+
+    spent, whole = Counter(), []
+    places = {"data": (steps.Ahead, "get"), "forward": (SFT, "loss"), "backward": (engines, "backward"), "optimizer": (engines, "update")}
+    for phase, place in (places | {"logging": (Run, "log")}).items():
+        timed(spent, phase, *place)
+    for step in range(WARM + PROFILED + 1, WARM + PROFILED + TIMED + 1):
+        started = _now()
+        one(step)
+        whole.append(_now() - started)
+    shares = {phase: round(seconds / sum(whole), 4) for phase, seconds in spent.items()}
+    shares["the rest"] = round(1 - sum(shares.values()), 4)
+    return {"step_seconds": round(statistics.median(whole), 4), "share_of_a_step": shares, "share_of_device_time": kernels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--race", default="cpu", choices=RACES)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="posttrain_phases_") as folder:
+        result = {"machine": machine(), "versions": versions()} | measure(RACES[options.race], Path(folder))
+    text = json.dumps(result, indent=2) + "\n"
+    (RESULTS / f"phases_{options.race}.json").write_text(text)
+    print(text, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
