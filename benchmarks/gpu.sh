@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Every measurement that needs a GPU, on one of them, in one call of under ten minutes: kernels, where a step's
-# time goes, SFT and DPO beside TRL. Results go to
-# benchmarks/results/ and, where OUT names a folder, there too. Packages must be there already (torch, deepspeed, transformers, datasets,
-# trl, and liger-kernel for the contestant that uses it). RACE=dry tries the script on a CPU.
+# Every measurement that needs a GPU, on one of them, in one call of under ten minutes: kernels, where a step's time goes, SFT and DPO beside
+# TRL. Results go to benchmarks/results/ and, where OUT names a folder, there too. Packages must be there already (torch, deepspeed,
+# transformers, datasets, trl, and liger-kernel for the contestant that uses it). RACE=dry tries the script on a CPU, kernels left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 race="${RACE:-gpu}"
