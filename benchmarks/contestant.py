@@ -72,16 +72,15 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
     """TRL's trainer on the same token ids, trained positions and examples a step; DeepSpeed through its own integration."""
     import torch
     from datasets import load_from_disk
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     world, kind, options = Path(job["world"]), job["kind"], dict(job["options"])
     batch, ranks = options.pop("per_device_train_batch_size", 8), int(os.environ["WORLD_SIZE"])
-    attention = options.pop("attn_implementation", "sdpa")
     rows = load_from_disk(str(world / kind / "train"))
     if kind == "dpo":
         rows = rows.rename_columns({name: f"{name}_ids" for name in ("prompt", "chosen", "rejected")})
-    base, config, trainer = {"sft": (SFTTrainer, SFTConfig, None), "dpo": (DPOTrainer, DPOConfig, None)}[kind]
+    base, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[kind]
     zero = json.loads((ROOT / job["ds_config"]).read_text())
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     deepspeed = {**zero, "bf16": {"enabled": True}, **dict.fromkeys(auto, "auto")}
@@ -110,15 +109,13 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
             self.counted += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             return super().training_step(model, inputs, *others)
 
-    from transformers import TrainerCallback
-
     class Stamp(TrainerCallback):
         def on_step_end(self, *_, **__):
             clock.step(trainer.counted)
             trainer.counted = 0
 
     clock.begin()
-    load = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    load = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
     models = {"model": AutoModelForCausalLM.from_pretrained(world / "base", **load)}
     if kind == "dpo":
         models["ref_model"] = AutoModelForCausalLM.from_pretrained(world / "base", **load)
@@ -131,11 +128,9 @@ def main() -> None:
     place, words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     out, job = Path(place), json.loads(words)
     clock = Clock()
-    try:
-        {"ours": ours, "trl": trl}[job["trainer"]](job, clock, out)
-        clock.write(out)
-    finally:
-        sys.stdout.flush()
+    {"ours": ours, "trl": trl}[job["trainer"]](job, clock, out)
+    clock.write(out)
+    sys.stdout.flush()
     os._exit(0)
 
 

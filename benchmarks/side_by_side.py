@@ -58,14 +58,13 @@ class Race:
 
 def make_world(race: Race, folder: Path) -> dict:
     """A tokenizer, a random model and prepared data in FOLDER; returns what they measure."""
-    sys.path[:0] = [str(ROOT)]
-    import sentencepiece
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
+    from tiny import train_tokenizer
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from data_prep.prepare import prepare
     from posttrain import data
-    from posttrain.tokenization import load_tokenizer
 
     draw = random.Random(0)
     words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
@@ -78,10 +77,7 @@ def make_world(race: Race, folder: Path) -> dict:
     source = folder / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
-    settings = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, "normalization_rule_name": "identity"}
-    settings |= {"character_coverage": 1.0, "bos_id": -1, "hard_vocab_limit": False, "minloglevel": 2, "vocab_size": 5000}
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), **settings)
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = train_tokenizer(folder, vocab_size=5000)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(torch.bfloat16)
     model.save_pretrained(folder / "base")

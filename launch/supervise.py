@@ -41,6 +41,7 @@ class Supervisor:
 
     def _run(self, environment: dict[str, str]) -> int:
         for restart in range(self.max_restarts + 1):
+            self.well.unlink(missing_ok=True)  # of the start before: ranks that outlived their launcher may have stopped in order
             # a session of its own: Ctrl-C in the terminal reaches the ranks once, through _pass_on
             self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
             if self.asked:  # while it was being started

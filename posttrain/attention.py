@@ -168,11 +168,11 @@ def _attend_on_cpu_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     groups, order = groups_of(segments, query.dtype, query.device)
-    padded = sum(group.query_rows.numel() for group in groups)
+    sizes = [group.query_rows.numel() for group in groups]
+    padded = sum(sizes)
     # padding has no gradient, and a normalizer under which its weights are 0, whatever they are
     grads = grad.new_zeros(padded, *grad.shape[2:]).index_copy_(0, order, grad[0])
     normalizers = normalizers.new_full((padded, normalizers.shape[1]), torch.inf).index_copy_(0, order, normalizers)
-    sizes = [group.query_rows.numel() for group in groups]
     grad_queries = []
     grad_key, grad_value = (x.new_zeros(x.shape[2], x.shape[1], x.shape[3]) for x in (key, value))
     for group, grad_rows, normalizer in zip(groups, grads.split(sizes), normalizers.split(sizes), strict=True):

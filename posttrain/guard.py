@@ -63,5 +63,6 @@ class StepGuard:
 
     def restore(self, state: dict) -> None:
         self.norms.extend(state["norms"])
-        self.highest, self.last_applied = state["highest"], state["last_applied"]
+        self.highest = state.get("highest", 0.0)  # checkpoints from before it was kept have none
+        self.last_applied = state["last_applied"]
         self.bad_in_a_row = state["bad_in_a_row"] % IN_A_ROW  # going on after a stop begins to count anew

@@ -1,8 +1,9 @@
 """A rank that dies or hangs must not leave the others waiting: each rank has a thread that watches all of them.
 
-Every rank tells a store (its own connection to the one that the process group meets in) what it does and since when. A rank of this
-machine whose process has gone, one that has not told anything for `watchdog_seconds`, or no progress anywhere for as long, ends all ranks:
-each prints the stack of its main thread, the lowest one a report that names the rank and its phase, and the exit code is LOST.
+Every rank tells a store (its own connection to the one that the process group meets in) what it does and since when. A rank of this machine
+whose process has gone, one that has not told anything for `watchdog_seconds`, or no progress anywhere for as long, ends all ranks: each
+prints the stack of its main thread (and of the one that reads ahead), the lowest one a report that names the rank and its phase, and the
+exit code is LOST.
 """
 
 import json

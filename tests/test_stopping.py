@@ -145,6 +145,24 @@ def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path, code)
     assert (process.wait(10) == 0) == (code == 0)  # 1, as where the disk is full: it was asked to stop, but it is not saved
 
 
+def test_an_orderly_end_before_a_restart_says_nothing_of_what_follows(tmp_path):
+    """The first start stops in order, as ranks do whose launcher dies; the second is interrupted before it has saved anything."""
+    (tmp_path / "script.py").write_text(f"""
+import os, sys, time
+open({str(tmp_path / "starts")!r}, "a").write("x")
+if os.path.getsize({str(tmp_path / "starts")!r}) == 1:
+    open(os.environ["POSTTRAIN_ALL_IS_WELL"], "w").close()
+    sys.exit(9)
+print("ready", flush=True)
+time.sleep(60)
+""")
+    command = [*SUPERVISE, sys.executable, str(tmp_path / "script.py"), "--max_restarts=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+
+
 def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run"), "extend": True}
     with pytest.raises(

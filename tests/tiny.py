@@ -6,15 +6,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
+def train_tokenizer(folder: Path, vocab_size: int):
+    """Train a SentencePiece BPE on FOLDER/text.txt, into FOLDER/tokenizer.model; returns it as the project loads it."""
+    import sentencepiece
+
+    from posttrain.tokenization import load_tokenizer
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return load_tokenizer(folder / "tokenizer.model")
+
+
 def make_tiny(folder: Path) -> SimpleNamespace:
     """Write FOLDER/base (model and tokenizer), FOLDER/sft and FOLDER/dpo; all made by the project's own tools, from a fixed seed."""
-    import sentencepiece
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from data_prep.prepare import prepare
     from posttrain.chat import ChatFormat
-    from posttrain.tokenization import load_tokenizer
 
     draw = random.Random(0)
     words = ["".join(draw.choice("ptkmnlr") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(60)]
@@ -27,20 +47,7 @@ def make_tiny(folder: Path) -> SimpleNamespace:
     (folder / "text.txt").write_text("\n".join(" ".join(row.values()) for row in chats + pairs))
     (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (folder / "dpo.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        normalization_rule_name="identity",
-        character_coverage=1.0,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = train_tokenizer(folder, vocab_size=420)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
