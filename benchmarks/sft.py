@@ -24,7 +24,7 @@ MODEL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 4096,
 }
 QWEN3_1_7B = {
     "vocab_size": 151936,
