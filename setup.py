@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "ruff", "hypothesis", "trl"],  # trl: its trainers are what the tests compare with
+        "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
         "wandb": ["wandb"],
     },
 )

@@ -1,6 +1,7 @@
 """One run of one trainer on the world of a benchmark, on every rank: started by side_by_side.py under the `deepspeed` launcher.
 
-contestant.py OUT JSON    trainer (ours, trl), kind (sft, dpo), world, steps, batch, ds_config, options; each rank writes OUT/rank_N.json
+contestant.py OUT JSON    trainer (ours, trl), kind (sft, dpo), world, steps, batch, ds_config, dtype, options; each rank writes
+                          OUT/rank_N.json
 """
 
 import json
@@ -63,7 +64,8 @@ def ours(job: dict, clock: Clock, out: Path) -> None:
     names = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[job["kind"]]
     recipe = {names[0]: world / "base", names[1]: world / job["kind"], "out_dir": out / "run", "max_iters": job["steps"]}
     recipe |= {"global_batch_size": job["batch"], "learning_rate": 1e-5, "eval_interval": 0, "save_interval": 0, "warmup_iters": 0}
-    sys.argv = [job["kind"], *(f"--{name}={value}" for name, value in {**recipe, "ds_config": job["ds_config"], **job["options"]}.items())]
+    recipe |= {"ds_config": job["ds_config"], "dtype": job["dtype"], **job["options"]}
+    sys.argv = [job["kind"], *(f"--{name}={value}" for name, value in recipe.items())]
     clock.begin()
     {"sft": sft, "dpo": dpo}[job["kind"]]()
 
@@ -83,13 +85,15 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
     base, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[kind]
     zero = json.loads((ROOT / job["ds_config"]).read_text())
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    deepspeed = {**zero, "bf16": {"enabled": True}, **dict.fromkeys(auto, "auto")}
+    in_bfloat16 = job["dtype"] == "bfloat16"
+    deepspeed = {**zero, "bf16": {"enabled": in_bfloat16}, **dict.fromkeys(auto, "auto")}
     arguments = config(
         output_dir=str(out / "run"),
         num_train_epochs=1,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=options.pop("gradient_accumulation_steps", job["batch"] // ranks // batch),
         deepspeed=deepspeed,
+        bf16=in_bfloat16,
         learning_rate=1e-5,
         save_strategy="no",
         report_to="none",
@@ -115,7 +119,7 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
             trainer.counted = 0
 
     clock.begin()
-    load = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    load = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": "sdpa"}
     models = {"model": AutoModelForCausalLM.from_pretrained(world / "base", **load)}
     if kind == "dpo":
         models["ref_model"] = AutoModelForCausalLM.from_pretrained(world / "base", **load)

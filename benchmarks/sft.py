@@ -5,7 +5,7 @@ cpu   two ranks, ZeRO-2, a Qwen3 of 7 million parameters, rows as long as Alpaca
 gpu   one GPU, ZeRO-1, the shape of Qwen3-1.7B, rows of about 2,000 tokens, 16 a step
 dry   as gpu with a tiny model and three steps, to try the script where there is no GPU; its figures mean nothing
 
-All in bfloat16 with float32 master weights. Writes results/sft_RACE.json.
+All in bfloat16 with float32 master weights; in float32 on a CPU without instructions for bfloat16. Writes results/sft_RACE.json.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.side_by_side import Contestant, Race, compete, room_for_16k_tokens
+from benchmarks.side_by_side import Contestant, Race, compete, dtype_of_cpu, room_for_16k_tokens
 
 MODEL = {
     "vocab_size": 6400,
@@ -39,7 +39,7 @@ QWEN3_1_7B = {
 TINY = MODEL | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 ALPACA = {"instruction": (22, 0.5), "output": (70, 0.9)}
 LONG = {"instruction": (30, 0.1), "output": (3000, 0.1)}
-ON_CPU = {"ranks": 2, "ds_config": "ds_configs/zero2.json"}
+ON_CPU = {"ranks": 2, "ds_config": "ds_configs/zero2.json", "dtype": dtype_of_cpu()}
 ON_GPU = {"ranks": 1, "ds_config": "ds_configs/zero1.json"}
 RACES = {
     "cpu": Race(kind="sft", lengths=ALPACA, longest=500, model=MODEL, batch=32, steps=14, **ON_CPU),

@@ -54,6 +54,7 @@ class Race:
     ds_config: str
     ranks: int
     rows: int | None = None  # of the data; none: as many as the steps need
+    dtype: str = "bfloat16"  # of weights and activations
 
 
 def make_world(race: Race, folder: Path) -> dict:
@@ -79,7 +80,7 @@ def make_world(race: Race, folder: Path) -> dict:
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
     tokenizer = train_tokenizer(folder, vocab_size=5000)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(getattr(torch, race.dtype))
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
@@ -95,7 +96,7 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     """One launch: its rate, memory and time; the end of its output where it did not come through."""
     out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
     job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "steps": race.steps}
-    job |= {"batch": race.batch, "ds_config": race.ds_config, "options": contestant.options}
+    job |= {"batch": race.batch, "ds_config": race.ds_config, "dtype": race.dtype, "options": contestant.options}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -206,10 +207,20 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def dtype_of_cpu() -> str:
+    """What a CPU is made for: where it has no instructions for bfloat16, torch multiplies it tens of times slower than float32."""
+    import torch
+
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
 def machine() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if _on_gpu() else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+    if _on_gpu():
+        return torch.cuda.get_device_name()
+    extensions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {extensions}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions() -> dict[str, str]:

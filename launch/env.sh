@@ -6,7 +6,7 @@
 #   PIP_INDEX_URL, PIP_...     pip's own settings are respected, e.g. an index with CPU-only builds of torch
 
 _posttrain_setup() {
-    local root python stamp wanted log
+    local root python stamp wanted log extras=dev
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     stamp="$root/.venv/complete"
     wanted="$(cat "$root/constraints.txt" "$root/setup.py" "$root/launch/build_ops.py" | cksum)"
@@ -31,6 +31,7 @@ _posttrain_setup() {
     command -v c++ >/dev/null || { echo "env.sh: DeepSpeed compiles its ops; install a C++ compiler (Debian: g++)" >&2; return 1; }
 
     log="$root/.venv/setup.log"
+    command -v nvidia-smi >/dev/null && extras=dev,gpu
     (
         flock 9 || exit 1 # two terminals may ask for the environment at once
         [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
@@ -40,7 +41,7 @@ _posttrain_setup() {
             echo "  installing torch ..." &&
             pip install -q -c "$root/constraints.txt" torch numpy setuptools wheel >"$log" 2>&1 &&
             echo "  installing deepspeed, transformers, datasets ..." &&
-            pip install -q -c "$root/constraints.txt" -e "$root[dev]" >>"$log" 2>&1 &&
+            pip install -q -c "$root/constraints.txt" -e "$root[$extras]" >>"$log" 2>&1 &&
             echo "  compiling DeepSpeed's ops ..." &&
             python "$root/launch/build_ops.py" >>"$log" 2>&1 &&
             echo "$wanted" >"$stamp"

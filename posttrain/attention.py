@@ -17,9 +17,13 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from posttrain.layers import multiplies_in_float32
+
 aten = torch.ops.aten
 # names in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
 SEGMENTS, VARLEN = "posttrain_segments", "posttrain_varlen"
+FLASH_VERSIONS = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2")}  # by compute capability, the fastest first; others have the second
+SAME = 0.02  # largest relative difference of two bfloat16 implementations
 
 
 class Segment(NamedTuple):
@@ -98,15 +102,61 @@ def _groups_of(segments: bytes, dtype: torch.dtype, device: torch.device) -> tup
     return groups, order.to(device)
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
-    """The attention implementation's registered name, and why it was chosen."""
+def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: float, config) -> tuple[str, str]:
+    """The attention implementation's registered name, and why it was chosen; `config` is the model's, for its heads."""
     if kernels == "torch":
         return SEGMENTS, "kernels=torch"
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         return SEGMENTS, "variable-length flash attention needs an Ampere or newer GPU"
     if dtype == torch.float32 or dropout:
         return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
-    return VARLEN, "one kernel for all examples of a micro-batch"
+    passed_over = ""
+    for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
+        try:
+            _activate(version)
+            difference = disagreement(attend_varlen, config, device, dtype)
+        except (ImportError, RuntimeError, ValueError, AttributeError, TypeError) as error:  # not installed, or not for this card or torch
+            passed_over += f"; not {version}: {str(error).splitlines()[0][:100]}"
+            continue
+        if difference <= SAME:
+            return VARLEN, f"{version}, one kernel for all examples of a micro-batch, {difference:.1e} from one call for each{passed_over}"
+        passed_over += f"; not {version}: it differs by {difference:.1e}"
+    return SEGMENTS, f"no variable-length kernel works here{passed_over}"
+
+
+def _activate(version: str) -> None:
+    """The flash attention behind torch's operators: its own is the second, later ones are packages that it knows of."""
+    if version != "FA2":
+        torch.nn.attention.activate_flash_attention_impl(version)
+    elif torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def disagreement(function, config, device: torch.device, dtype: torch.dtype) -> float:
+    """How far an attention function is from attend_segments: the largest difference in output and gradients, relative to their norm.
+
+    On what could go wrong: odd lengths, a single token, prompts shared by answers of one token, of other lengths and shorter ones.
+    """
+    segments = [Segment(0, 1), Segment(1, 18), Segment(18, 319)]
+    for prompt, chosen, rejected in ((129, 33, 45), (7, 64, 1), (1, 2, 3)):
+        start = segments[-1].end
+        middle = start + prompt + chosen
+        segments += [Segment(start, middle), Segment(middle, middle + rejected, start, start + prompt)]
+    packing, rows = to_device(pack(segments), device), segments[-1].end
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    draw = torch.Generator().manual_seed(0)
+    *inputs, grad = (
+        torch.randn(shape, generator=draw).to(device, dtype)
+        for shape in [(1, heads, rows, width), (1, kv_heads, rows, width), (1, kv_heads, rows, width), (1, rows, heads, width)]
+    )
+    outcomes = []
+    for attend in (attend_segments, function):
+        mine = [x.clone().requires_grad_() for x in inputs]
+        output, _ = attend(None, *mine, None, width**-0.5, packing)
+        outcomes.append([output.detach(), *torch.autograd.grad(output, mine, grad)])
+    return max(((a.float() - b.float()).norm() / a.float().norm()).item() for a, b in zip(*outcomes, strict=True))
 
 
 def attend_segments(module, query, key, value, attention_mask, scaling, packing, dropout=0.0, **_):
@@ -145,6 +195,8 @@ def attend_on_cpu(
     One node in a compiled graph, whatever the lengths; and a backward pass that writes every gradient once, where autograd would add up
     as many tensors of T rows as there are groups.
     """
+    dtype = query.dtype
+    query, key, value = (_workable(x) for x in (query, key, value))
     groups, order = groups_of(segments, query.dtype, query.device)
     outputs, normalizers = [], []
     for group in groups:
@@ -153,7 +205,7 @@ def attend_on_cpu(
         )
         outputs.append(_rows(output))
         normalizers.append(_rows(normalizer))
-    return torch.cat(outputs).index_select(0, order).unsqueeze(0), torch.cat(normalizers).index_select(0, order)
+    return torch.cat(outputs).index_select(0, order).unsqueeze(0).to(dtype), torch.cat(normalizers).index_select(0, order)
 
 
 @torch.library.custom_op("posttrain::attend_on_cpu_backward", mutates_args=())
@@ -167,6 +219,8 @@ def _attend_on_cpu_backward(
     segments: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = query.dtype
+    grad, query, key, value, output = (_workable(x) for x in (grad, query, key, value, output))
     groups, order = groups_of(segments, query.dtype, query.device)
     sizes = [group.query_rows.numel() for group in groups]
     padded = sum(sizes)
@@ -191,7 +245,12 @@ def _attend_on_cpu_backward(
         grad_key.index_add_(0, group.key_rows.flatten(), _rows(of_key))
         grad_value.index_add_(0, group.key_rows.flatten(), _rows(of_value))
     grad_query = torch.cat(grad_queries).index_select(0, order)
-    return tuple(x.transpose(0, 1).unsqueeze(0) for x in (grad_query, grad_key, grad_value))
+    return tuple(x.transpose(0, 1).unsqueeze(0).to(dtype) for x in (grad_query, grad_key, grad_value))
+
+
+def _workable(x: torch.Tensor) -> torch.Tensor:
+    """In a dtype that this CPU multiplies well."""
+    return x.float() if multiplies_in_float32(x.device, x.dtype) else x
 
 
 def _rectangles(group: Group, query, key, value) -> list[torch.Tensor]:

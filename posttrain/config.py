@@ -93,8 +93,10 @@ class Recipe(BaseModel):
 
     ds_config: str = key("ds_configs/zero1.json", "DeepSpeed JSON: sharding, offload and communication only")
     packing: bool = key(True, "several examples in a micro-batch; False: one each, slower")
-    activation_checkpointing: Literal["none", "selective", "full"] = key(
-        "none", "recompute in backward: nothing, the feed-forward blocks, or whole layers; saves memory, costs time"
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = key(
+        "none",
+        "recompute in backward: nothing, the feed-forward blocks, or whole layers (offload: and keep their inputs in host memory); "
+        "saves memory, costs time",
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     kernels: Literal["auto", "torch"] = key("auto", "auto: the fastest kernels this machine has; torch: plain PyTorch ones")

@@ -197,13 +197,11 @@ def _check_zero(path: str, section: dict) -> None:
 
 def merge(recipe: Recipe, json_config: dict) -> dict:
     """DeepSpeed's whole configuration."""
-    if recipe.activation_checkpointing == "none" and "activation_checkpointing" in json_config:
+    if "activation_checkpointing" in json_config and recipe.activation_checkpointing != "full":
         raise ValueError(
-            f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: none. "
-            "Set it to full, or remove the section"
+            f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
+            f"{recipe.activation_checkpointing}. Set it to full, the only one that the section applies to, or remove the section"
         )
-    if recipe.activation_checkpointing == "selective" and "activation_checkpointing" in json_config:
-        raise ValueError(f"{recipe.ds_config}: its activation_checkpointing section applies to full checkpointing only, not to selective")
     config = {
         **json_config,
         "train_micro_batch_size_per_gpu": 1,
@@ -223,14 +221,20 @@ def accumulates_in_fp32(recipe: Recipe, json_config: dict) -> bool:
 
 
 def checkpoint_function(recipe: Recipe, json_config: dict):
-    """DeepSpeed's activation checkpointing as its JSON section configures it; None without a section."""
-    if "activation_checkpointing" not in json_config:
+    """DeepSpeed's activation checkpointing as its JSON section configures it, or with offload; None for torch's."""
+    config = merge(recipe, json_config)
+    if recipe.activation_checkpointing == "offload":
+        config["activation_checkpointing"] = {"cpu_checkpointing": True}
+    if "activation_checkpointing" not in config:
         return None
-    if json_config["activation_checkpointing"].get("cpu_checkpointing") and get_accelerator().device_name() == "cpu":
+    if config["activation_checkpointing"].get("cpu_checkpointing") and get_accelerator().device_name() == "cpu":
         # DeepSpeed 0.19.8 would take its "copy" of an activation, then empty the original, which is the same tensor here
-        raise ValueError(f"{recipe.ds_config}: cpu_checkpointing moves activations from a GPU to the CPU; here the model is on the CPU")
+        raise ValueError(
+            "activation_checkpointing: offload (cpu_checkpointing in JSON) moves activations from a GPU to the CPU; here the model is on "
+            "the CPU. Use full"
+        )
     # without this call the section would do nothing: the engine never reads it
-    deepspeed.checkpointing.configure(None, deepspeed_config=merge(recipe, json_config))
+    deepspeed.checkpointing.configure(None, deepspeed_config=config)
     return deepspeed.checkpointing.checkpoint
 
 
@@ -382,6 +386,17 @@ def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
     return state if dist.get_rank() == 0 else None
 
 
+def offloads_optimizer(json_config: dict) -> bool:
+    return ((json_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device") or "none") != "none"
+
+
+def describe_optimizer(json_config: dict) -> str:
+    """The line of the first screen that says which optimizer runs, and why."""
+    if offloads_optimizer(json_config):
+        return "optimizer: DeepSpeed's CPU Adam (its states are offloaded)"
+    return "optimizer: torch's fused AdamW (at the limit of memory, as DeepSpeed's, which would have to be compiled first)"
+
+
 def _parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices only, as usual for transformers."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -391,7 +406,6 @@ def _parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict
 
 def _optimizer(groups, recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
     settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
+    if offloads_optimizer(json_config):
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
     return torch.optim.AdamW(groups, **settings, fused=True)

@@ -15,14 +15,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from posttrain import attention, checkpoint, ckpt_pt, hub, shards, tokenization
+from posttrain import attention, checkpoint, ckpt_pt, hub, layers, shards, tokenization
 from posttrain.chat import ChatFormat, render_prompt
 from posttrain.checks import digest, hash_weights, same_on_all_ranks
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
+from posttrain.layers import ARCHITECTURES
 from posttrain.logprob import LogProbHead
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 HOW_TO_MAKE = {
     SFTRecipe: (
         "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
@@ -52,6 +52,10 @@ class Policy(nn.Module):
         self.model = model
 
     @property
+    def head(self) -> LogProbHead:
+        return self.model.get_output_embeddings()
+
+    @property
     def fingerprint(self) -> str:
         return digest(self.weights)
 
@@ -60,7 +64,7 @@ class Policy(nn.Module):
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
         ).last_hidden_state
-        return self.model.get_output_embeddings()(hidden[0].index_select(0, batch.rows), batch.targets)
+        return self.head(hidden[0].index_select(0, batch.rows), batch.targets)
 
 
 def find_model(path: str, how_to_make: str) -> None:
@@ -195,18 +199,20 @@ def load_policy(
     _set_dropout(model, recipe.dropout)
     if recipe.dropout:
         choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
-    name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout)
-    choices.append(f"attention: {name} ({reason})")
     weights = hash_weights(model)
     same_on_all_ranks("model", weights)
-    policy = build_policy(model.to(device), name, recipe.checks == "on")
+    model.to(device)
+    name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
+    choices.append(f"attention: {name} ({reason})")
+    choices.append(f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}")
+    policy = build_policy(model, name, recipe.checks == "on")
+    choices.append(f"head: {policy.head.choose(recipe.kernels)}")
     policy.weights = weights
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:
         for layer in model.base_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        choices.append("torch.compile: each decoder layer")
     return policy, choices
 
 
@@ -269,12 +275,12 @@ def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
-    """Recompute activations in backward: whole layers (full), or the feed-forward blocks, which hold most of them (selective).
+    """Recompute activations in backward: whole layers (full, offload), or the feed-forward blocks, which hold most of them (selective).
 
     `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how. Recomputing only what is cheap, by torch's selective
     contexts, is not possible under ZeRO-3: its gathering inside the recomputed region changes the sequence of operations (torch 2.13).
     """
-    if mode == "full":
+    if mode in ("full", "offload"):
         function = deepspeed_checkpoint or partial(recompute, use_reentrant=False)
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif mode == "selective":

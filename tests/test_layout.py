@@ -11,7 +11,7 @@ import mutations
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
     *("losses", "config", "schedule", "batches", "chat", "hub", "ranks", "storage", "stopping", "watchdog", "card"),
-    *("attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
+    *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
     *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "export", "run", "reference"),
     *("step", "keeper", "loop"),
 ]

@@ -250,8 +250,12 @@ def test_activation_checkpointing_has_one_owner():
     section = {"activation_checkpointing": {"partition_activations": True}}
     with pytest.raises(ValueError, match="the recipe says activation_checkpointing: none"):
         engine.merge(build_recipe(SFTRecipe, values, {}), section)
-    with pytest.raises(ValueError, match="not to selective"):
-        engine.merge(build_recipe(SFTRecipe, values, {"activation_checkpointing": "selective"}), section)
+    for mode in ("selective", "offload"):
+        with pytest.raises(ValueError, match=f"activation_checkpointing: {mode}. Set it to full, the only one"):
+            engine.merge(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), section)
+    for mode, config in (("offload", {}), ("full", {"activation_checkpointing": {"cpu_checkpointing": True}})):
+        with pytest.raises(ValueError, match="moves activations from a GPU to the CPU; here the model is on the CPU. Use full"):
+            engine.checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
 
 
 def test_more_gpus_than_there_are():
