@@ -15,13 +15,15 @@ from benchmarks.sft import MODEL, NO_RECOMPUTING, ON_CPU, ON_GPU, QWEN3_1_7B, TI
 from benchmarks.side_by_side import Contestant, Race, compete
 
 # spreads of the logarithm as in the data sets themselves, tails cut
-ULTRAFEEDBACK = {"lengths": {"prompt": (320, 1.3), "chosen": (475, 0.9), "rejected": (450, 0.9)}, "longest": 1300}
-HH = {"lengths": {"prompt": (132, 1.0), "chosen": (41, 0.87), "rejected": (51, 0.92)}, "longest": 900}
+ULTRAFEEDBACK = {"lengths": {"prompt": (284, 1.3), "chosen": (464, 0.9), "rejected": (394, 0.9)}, "longest": 1300}
+HH = {"lengths": {"prompt": (127, 1.0), "chosen": (40, 0.87), "rejected": (50, 0.92)}, "longest": 900}
 RACES = {
-    "ultrafeedback_cpu": Race(kind="dpo", model=MODEL, batch=16, steps=9, **ULTRAFEEDBACK, **ON_CPU),
-    "hh_cpu": Race(kind="dpo", model=MODEL, batch=16, steps=14, **HH, **ON_CPU),
-    "ultrafeedback_gpu": Race(kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU),
-    "ultrafeedback_dry": Race(kind="dpo", model=TINY, batch=16, steps=3, **(ULTRAFEEDBACK | {"longest": 60}), **ON_GPU),
+    "ultrafeedback_cpu": Race("DPO, pairs as long as UltraFeedback's", "dpo", model=MODEL, batch=16, steps=7, **ULTRAFEEDBACK, **ON_CPU),
+    "hh_cpu": Race("DPO, pairs as long as HH's", "dpo", model=MODEL, batch=16, steps=14, **HH, **ON_CPU),
+    "ultrafeedback_gpu": Race(
+        "DPO of Qwen3-1.7B's shape, UltraFeedback's lengths", kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU
+    ),
+    "ultrafeedback_dry": Race("DPO, dry", "dpo", model=TINY, batch=16, steps=3, **(ULTRAFEEDBACK | {"longest": 60}), **ON_GPU),
 }
 SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 1}  # no padding of pairs to each other; padding_free is off in TRL 1.16
 OURS = Contestant("ours", "ours", "posttrain, defaults")

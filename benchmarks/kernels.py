@@ -1,8 +1,9 @@
 # ruff: noqa: E402
-"""Each kernel beside its alternatives, and beside what the device's matrix units can do: python benchmarks/kernels.py
+"""Each kernel beside its alternatives, and beside what the device's matrix units or memory can do: python benchmarks/kernels.py
 
 On one device (a GPU where there is one), one process; forward and backward together; medians of REPEATS after a warm-up. How far each
-is from the first of its table, in value and gradients, stands beside it. Written to results/NAME.json.
+is from the first of its table, in value and gradients, stands beside it. In bfloat16, on a CPU without instructions for it in float32.
+Written to results/NAME.json.
 """
 
 import argparse
@@ -21,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.side_by_side import RESULTS, machine, versions
-from posttrain import attention
+from benchmarks.side_by_side import RESULTS, dtype_of_cpu, machine, versions
+from posttrain import attention, layers
 from posttrain.logprob import token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else getattr(torch, dtype_of_cpu())
 REPEATS = 20 if ON_GPU else 7
 PATIENCE = 20  # seconds for one way; the slow ones are repeated less often
 
@@ -89,9 +91,9 @@ def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def matrix_limit() -> float:
-    """FLOP/s of a large bfloat16 product."""
+    """FLOP/s of a large product."""
     size = 8192 if ON_GPU else 1024
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b)
 
 
@@ -99,12 +101,15 @@ def heads(limit: float) -> dict:
     """The summed negative log-probs of N tokens from N hidden states: the head of SFT, DPO and the reference."""
     results = {}
     for rows, hidden, vocabulary in [(4096, 2048, 151936), (32768, 2048, 151936)] if ON_GPU else [(1024, 256, 6400), (256, 512, 151936)]:
-        states = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight = (torch.randn(vocabulary, hidden, device=DEVICE) / hidden**0.5).bfloat16().requires_grad_()
+        states = torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        weight = (torch.randn(vocabulary, hidden, device=DEVICE) / hidden**0.5).to(DTYPE).requires_grad_()
         targets = torch.randint(vocabulary, (rows,), device=DEVICE)
 
         def ours(states, weight, targets=targets):
             return -token_logps(states, weight, targets).sum()
+
+        def compiled(states, weight, targets=targets):
+            return -token_logps(states, weight, targets, compiled=True).sum()
 
         def whole(states, weight, targets=targets):
             return F.cross_entropy((states @ weight.t()).float(), targets, reduction="sum")
@@ -117,9 +122,17 @@ def heads(limit: float) -> dict:
 
             return Fused.apply(states, weight, targets, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
 
-        ways = {"all logits in float32": whole, "posttrain": ours, "torch linear_cross_entropy": of_torch, "liger": of_liger}
+        def of_cce(states, weight, targets=targets):
+            from cut_cross_entropy import linear_cross_entropy
+
+            return linear_cross_entropy(states, weight, targets, reduction="sum", impl="cce_kahan_full_c")
+
+        ways = {"all logits in float32": whole, "posttrain": ours, "posttrain, compiled": compiled, "torch linear_cross_entropy": of_torch}
+        ways |= {"liger": of_liger, "cut-cross-entropy": of_cce}
         if rows > 20000:  # the logits and their gradient would not fit
             del ways["all logits in float32"]
+        if not ON_GPU and vocabulary > 100_000:  # does not come back within minutes on a CPU (torch 2.13)
+            del ways["torch linear_cross_entropy"]
         name = f"head, {rows} x {hidden} x {vocabulary}"
         print(name)
         results[name] = compare(ways, [states, weight], 6 * rows * hidden * vocabulary, limit)
@@ -145,7 +158,7 @@ def attentions(limit: float) -> dict:
     for what, segments in (("examples", plain), ("pairs that share a prompt", shared)):
         packing = attention.to_device(attention.pack(segments), DEVICE)
         shapes = [(1, heads, start, width), (1, kv_heads, start, width), (1, kv_heads, start, width)]
-        inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
 
         def by(function, packing=packing):
             return lambda q, k, v: function(None, q, k, v, None, width**-0.5, packing)[0]
@@ -183,11 +196,11 @@ def _rows_and_mask(s: attention.Segment) -> tuple[slice | torch.Tensor, torch.Te
 def widths(limit: float) -> dict:
     """A product up and one down, and the head, of the odd widths (5461, 151669) of the 1.8B ckpt.pt, and of the next multiples of 128."""
     rows, hidden = (8192, 2048) if ON_GPU else (256, 2048)
-    states = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    states = torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
     results = {f"feed-forward, {rows} rows": {}, f"head, {rows // 8} rows": {}}
     for what, odd, even in (("feed-forward", 5461, 5504), ("head", 151669, 151680)):
-        weight = (torch.randn(even, hidden, device=DEVICE) / hidden**0.5).bfloat16()
-        back = (torch.randn(hidden, even, device=DEVICE) / even**0.5).bfloat16()
+        weight = (torch.randn(even, hidden, device=DEVICE) / hidden**0.5).to(DTYPE)
+        back = (torch.randn(hidden, even, device=DEVICE) / even**0.5).to(DTYPE)
         for width in (odd, even):
             used = rows // 8 if what == "head" else rows
             w, b = weight[:width].clone().requires_grad_(), back[:, :width].clone().requires_grad_()
@@ -200,7 +213,58 @@ def widths(limit: float) -> dict:
     return results
 
 
-SECTIONS = {"heads": heads, "attentions": attentions, "widths": widths}
+def layer(limit: float) -> dict:
+    """One decoder layer of Qwen3-1.7B's shape, on a CPU a smaller one: as it is, compiled, and with what is chosen for this device."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    hidden, rows = (2048, 8192) if ON_GPU else (512, 512)
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_attention_heads": hidden // 128, "head_dim": 128}
+    shape |= {"num_key_value_heads": max(1, hidden // 256), "num_hidden_layers": 1, "vocab_size": 128}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(DEVICE, DTYPE)
+    states = torch.randn(1, rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    positions = torch.arange(rows, device=DEVICE)[None]
+    embeddings = model.model.rotary_emb(states, positions)
+    inputs = [states, *model.model.layers[0].parameters()]
+    weights = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+
+    def of(function):
+        return lambda *_: function(states, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
+
+    results = compare({"transformers": of(model.model.layers[0])}, inputs, 6 * rows * weights, limit)
+    results |= compare({"compiled": of(torch.compile(model.model.layers[0], dynamic=True))}, inputs, 6 * rows * weights, limit)
+    chosen = layers.choose(model, "auto", compiled=False)
+    results |= compare({f"chosen: {chosen}": of(model.model.layers[0])}, inputs, 6 * rows * weights, limit)
+    return {f"decoder layer, {rows} x {hidden}": results}
+
+
+def optimizers(limit: float) -> dict:
+    """AdamW on 20 million float32 weights; the limit is memory: it reads weight, gradient and two moments, and writes three of them."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    count, settings = 20_000_000, {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+    source, target = (torch.randn(count, device=DEVICE) for _ in range(2))
+    bandwidth = 8 * count / seconds(lambda: target.copy_(source))
+    ways = {
+        "torch, fused": lambda p: torch.optim.AdamW(p, **settings, fused=True),
+        "torch, foreach": lambda p: torch.optim.AdamW(p, **settings, foreach=True),
+        "DeepSpeed": lambda p: FusedAdam(p, **settings) if ON_GPU else DeepSpeedCPUAdam(p, **settings),
+    }
+    rows = {}
+    for name, make in ways.items():
+        weights = nn.Parameter(torch.randn(count, device=DEVICE))
+        weights.grad = torch.randn(count, device=DEVICE)
+        try:
+            taken = seconds(make([weights]).step)
+        except (RuntimeError, ImportError, OSError) as error:  # DeepSpeed compiles its own, which needs nvcc
+            rows[name] = {"did_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            continue
+        rows[name] = {"ms": round(1000 * taken, 3), "of_memory_limit": round(28 * count / taken / bandwidth, 3)}
+        print(f"  {name:40} {rows[name]}", flush=True)
+    return {f"AdamW, {count:,} weights": {"memory_limit_gb_s": round(bandwidth / 1e9, 1), **rows}}
+
+
+SECTIONS = {"heads": heads, "attentions": attentions, "layer": layer, "optimizers": optimizers, "widths": widths}
 
 
 def main() -> None:
@@ -209,8 +273,8 @@ def main() -> None:
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=SECTIONS)
     options = parser.parse_args()
     limit = matrix_limit()
-    print(f"a large bfloat16 product: {limit / 1e12:.3f} TFLOP/s")
-    results = {"machine": machine(), "versions": versions(), "matrix_limit_tflops": round(limit / 1e12, 3)}
+    print(f"a large product: {limit / 1e12:.3f} TFLOP/s")
+    results = {"machine": machine(), "versions": versions(), "dtype": str(DTYPE), "matrix_limit_tflops": round(limit / 1e12, 3)}
     for section in options.sections:
         results |= SECTIONS[section](limit)
     (RESULTS / f"{options.name}.json").write_text(json.dumps(results, indent=2) + "\n")

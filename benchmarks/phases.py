@@ -56,7 +56,7 @@ def _now() -> float:
 
 def measure(race, folder: Path) -> dict:
     make_world(race, folder)
-    recipe = {"out_dir": str(folder / "run"), "max_iters": 99, "global_batch_size": race.batch, "learning_rate": 1e-5}
+    recipe = {"out_dir": str(folder / "run"), "max_iters": 99, "global_batch_size": race.batch, "learning_rate": 1e-5, "dtype": race.dtype}
     on_gpu = torch.cuda.is_available()
     training = build_training(str(folder), "sft", recipe | {"ds_config": race.ds_config} | (WITH_ROOM if on_gpu else {}))
     run = Run(training.recipe, "sft", 0, {})

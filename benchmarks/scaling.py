@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.side_by_side import RESULTS, Contestant, Race, as_text, machine, make_world, run_once, versions
 
 RACE = Race(
+    "SFT of a model of a million parameters",
     kind="sft",
     lengths={"instruction": (15, 0.4), "output": (20, 0.6)},
     longest=200,

@@ -37,14 +37,16 @@ QWEN3_1_7B = {
     "max_position_embeddings": 4096,
 }
 TINY = MODEL | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-ALPACA = {"instruction": (22, 0.5), "output": (70, 0.9)}
+ALPACA = {"instruction": (22, 0.5), "output": (75, 0.9)}
 LONG = {"instruction": (30, 0.1), "output": (3000, 0.1)}
 ON_CPU = {"ranks": 2, "ds_config": "ds_configs/zero2.json", "dtype": dtype_of_cpu()}
 ON_GPU = {"ranks": 1, "ds_config": "ds_configs/zero1.json"}
 RACES = {
-    "cpu": Race(kind="sft", lengths=ALPACA, longest=500, model=MODEL, batch=32, steps=14, **ON_CPU),
-    "gpu": Race(kind="sft", lengths=LONG, longest=1900, model=QWEN3_1_7B, batch=16, steps=14, **ON_GPU),
-    "dry": Race(kind="sft", lengths=LONG, longest=200, model=TINY, batch=16, steps=3, **ON_GPU),
+    "cpu": Race("SFT, rows as long as Alpaca's", "sft", lengths=ALPACA, longest=500, model=MODEL, batch=32, steps=14, **ON_CPU),
+    "gpu": Race(
+        "SFT of Qwen3-1.7B's shape, 2,000 tokens", kind="sft", lengths=LONG, longest=1900, model=QWEN3_1_7B, batch=16, steps=14, **ON_GPU
+    ),
+    "dry": Race("SFT, dry", "sft", lengths=LONG, longest=200, model=TINY, batch=16, steps=3, **ON_GPU),
 }
 NO_RECOMPUTING = {"gradient_checkpointing": False}
 SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 2}  # less padding, or less memory; as many examples a step

@@ -3,7 +3,7 @@
 Each run is a launch of its own, as a user starts one. A run's speed is that of its optimizer steps after the first WARM: the data is made
 once, of as many rows as the steps need, so that every trainer sees every row once. A round runs every contestant once; ratios are taken
 within a round, and the table shows their median with the lowest and the highest. Pairs/s takes all pairs as alike: a trainer's steps after
-the first WARM may hold a percent or two more or less work than the mean.
+the first WARM may hold a percent or two more or less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
 """
 
 import json
@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+UNITS = {"sft": "tokens_per_second", "dpo": "pairs_per_second"}
 WARM = 2  # steps that are not counted
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "A100": 312e12}
 PACKAGES = ("posttrain", "torch", "transformers", "deepspeed", "trl", "accelerate")
@@ -45,6 +46,7 @@ class Contestant:
 class Race:
     """What is trained, the same for all."""
 
+    shown: str  # what is trained, in words
     kind: str  # sft or dpo
     lengths: dict[str, tuple[float, float]]  # of each text: mean tokens and the deviation of their logarithm
     longest: int  # a longer text is cut
@@ -70,11 +72,14 @@ def make_world(race: Race, folder: Path) -> dict:
     draw = random.Random(0)
     words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
 
-    def text(mean: float, deviation: float) -> str:
-        tokens = draw.lognormvariate(0, deviation) * mean / 2.718281828 ** (deviation**2 / 2)
-        return " ".join(draw.choice(words) for _ in range(max(1, min(race.longest, round(tokens)))))
+    def texts(mean: float, deviation: float, count: int) -> list[str]:
+        """One from the middle of each of `count` equal parts of the distribution, in no order."""
+        quantiles = [statistics.NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+        lengths = [mean * math.exp(deviation * quantile - deviation**2 / 2) for quantile in draw.sample(quantiles, count)]
+        return [" ".join(draw.choice(words) for _ in range(max(1, min(race.longest, round(length))))) for length in lengths]
 
-    rows = [{name: text(*shape) for name, shape in race.lengths.items()} for _ in range(race.rows or race.batch * race.steps)]
+    columns = [texts(*shape, race.rows or race.batch * race.steps) for shape in race.lengths.values()]
+    rows = [dict(zip(race.lengths, row, strict=True)) for row in zip(*columns, strict=True)]
     source = folder / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
@@ -123,9 +128,9 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread}
 
 
-def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> dict:
+def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> None:
     """All rounds; the result is written to results/NAME.json as it grows."""
-    unit = "pairs_per_second" if race.kind == "dpo" else "tokens_per_second"
+    unit = UNITS[race.kind]
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
     about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
     runs, failures = {one.name: [] for one in contestants}, {}
@@ -146,8 +151,7 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
         results |= {"summary": summary, "did_not_run": {name: text[-1500:] for name, text in failures.items()}, "runs": runs}
         (RESULTS / f"{name}.json").write_text(as_text(results))
     shutil.rmtree(world)
-    print(table(results, unit))
-    return results
+    print(table([results]))
 
 
 def as_text(results: dict) -> str:
@@ -164,17 +168,24 @@ def summarise(first: list[dict], other: list[dict], unit: str) -> dict:
     return medians
 
 
-def table(results: dict, unit: str) -> str:
+def table(files: list[dict]) -> str:
     """Markdown: a contestant a line."""
-    lines = [
-        f"| trainer | {unit.replace('_per_', '/').replace('second', 's')} | memory of a rank, MB | ours is faster by |",
-        "|---|---|---|---|",
-    ]
-    for name, values in results["summary"].items():
-        middle, least, most = values.get("times_faster", [math.nan] * 3)
-        factor = f"{middle:.2f} ({least:.2f} to {most:.2f})"
-        lines.append(f"| {results['contestants'][name]['settings']} | {values[unit]:,.1f} | {values['peak_mb']:,.0f} | {factor} |")
+    lines = ["| | trainer | useful work | memory of a rank | posttrain is faster by |", "|---|---|---|---|---|"]
+    for results in files:
+        unit = UNITS[results["race"]["kind"]]
+        for name, values in results["summary"].items():
+            middle, least, most = values.get("times_faster", [math.nan] * 3)
+            factor = "" if name == next(iter(results["summary"])) else f"{middle:.2f} ({least:.2f} to {most:.2f})"
+            rate = f"{values[unit]:,.{1 if values[unit] < 100 else 0}f} {unit.replace('_per_second', '/s')}"
+            settings = results["contestants"][name]["settings"]
+            lines.append(f"| {results['race']['shown']} | {settings} | {rate} | {values['peak_mb']:,.0f} MB | {factor} |")
     return "\n".join(lines)
+
+
+def committed() -> list[dict]:
+    """The result files of the races that measure something, in the README's order."""
+    names = [f"{race}_{device}" for device in ("cpu", "gpu") for race in ("sft", "dpo_ultrafeedback", "dpo_hh")]
+    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names if (RESULTS / f"{name}.json").exists()]
 
 
 def model_flops(model: dict, length: float) -> float:
@@ -225,3 +236,7 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
+
+
+if __name__ == "__main__":
+    print(table(committed()))

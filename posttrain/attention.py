@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn import attention as flash
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
@@ -127,9 +128,9 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: floa
 def _activate(version: str) -> None:
     """The flash attention behind torch's operators: its own is the second, later ones are packages that it knows of."""
     if version != "FA2":
-        torch.nn.attention.activate_flash_attention_impl(version)
-    elif torch.nn.attention.current_flash_attention_impl():
-        torch.nn.attention.restore_flash_attention_impl()
+        flash.activate_flash_attention_impl(version)
+    elif hasattr(flash, "current_flash_attention_impl") and flash.current_flash_attention_impl():
+        flash.restore_flash_attention_impl()
 
 
 def disagreement(function, config, device: torch.device, dtype: torch.dtype) -> float:
