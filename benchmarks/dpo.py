@@ -18,7 +18,7 @@ from benchmarks.side_by_side import Contestant, Race, compete
 ULTRAFEEDBACK = {"lengths": {"prompt": (284, 1.3), "chosen": (464, 0.9), "rejected": (394, 0.9)}, "longest": 1300}
 HH = {"lengths": {"prompt": (127, 1.0), "chosen": (40, 0.87), "rejected": (50, 0.92)}, "longest": 900}
 RACES = {
-    "ultrafeedback_cpu": Race("DPO, pairs as long as UltraFeedback's", "dpo", model=MODEL, batch=16, steps=7, **ULTRAFEEDBACK, **ON_CPU),
+    "ultrafeedback_cpu": Race("DPO, pairs as long as UltraFeedback's", "dpo", model=MODEL, batch=16, steps=5, **ULTRAFEEDBACK, **ON_CPU),
     "hh_cpu": Race("DPO, pairs as long as HH's", "dpo", model=MODEL, batch=16, steps=14, **HH, **ON_CPU),
     "ultrafeedback_gpu": Race(
         "DPO of Qwen3-1.7B's shape, UltraFeedback's lengths", kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU
@@ -26,13 +26,14 @@ RACES = {
     "ultrafeedback_dry": Race("DPO, dry", "dpo", model=TINY, batch=16, steps=3, **(ULTRAFEEDBACK | {"longest": 60}), **ON_GPU),
 }
 SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 1}  # no padding of pairs to each other; padding_free is off in TRL 1.16
-OURS = Contestant("ours", "ours", "posttrain, defaults")
+OURS = Contestant("ours", "ours", "posttrain, defaults", stays=True)
+PROMPT_TWICE = Contestant("ours_prompt_twice", "ours", "posttrain, --share_prompt=False", {"share_prompt": False}, stays=True)
 PLAIN = Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING)
 SMALL = Contestant("trl_batch_1", "trl", "TRL, 1 pair a batch, no activation checkpointing", SMALL_BATCH)
-ON_GPU_CONTESTANTS = [Contestant("ours", "ours", "posttrain", WITH_ROOM), TRL, SMALL]
+ON_GPU_CONTESTANTS = [Contestant("ours", "ours", "posttrain", WITH_ROOM, stays=True), TRL, SMALL]
 CONTESTANTS = {
     "ultrafeedback_cpu": [OURS, TRL, PLAIN, SMALL],
-    "hh_cpu": [OURS, Contestant("ours_prompt_twice", "ours", "posttrain, --share_prompt=False", {"share_prompt": False}), PLAIN, SMALL],
+    "hh_cpu": [OURS, PROMPT_TWICE, TRL, PLAIN, SMALL],
     "ultrafeedback_gpu": ON_GPU_CONTESTANTS,
     "ultrafeedback_dry": ON_GPU_CONTESTANTS,
 }

@@ -53,11 +53,11 @@ SMALL_BATCH = NO_RECOMPUTING | {"per_device_train_batch_size": 2}  # less paddin
 GROUPED = NO_RECOMPUTING | {"train_sampling_strategy": "group_by_length"}
 # rows of 1024 tokens, as many a step as make its tokens; TRL 1.16 counts packed rows as examples
 PACKING = NO_RECOMPUTING | {"packing": True, "max_length": 1024, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-TRL = Contestant("trl", "trl", "TRL, defaults")
+TRL = Contestant("trl", "trl", "TRL, defaults", stays=True)
 COMMON = [TRL, Contestant("trl_batch_2", "trl", "TRL, 2 rows a batch, no activation checkpointing", SMALL_BATCH)]
 WITH_ROOM = {"max_tokens_per_gpu": 16384 if room_for_16k_tokens() else 8192}
 ON_GPU_CONTESTANTS = [
-    Contestant("ours", "ours", "posttrain", WITH_ROOM),
+    Contestant("ours", "ours", "posttrain", WITH_ROOM, stays=True),
     Contestant("ours_compile", "ours", "posttrain, --compile", WITH_ROOM | {"compile": True}),
     *COMMON,
     Contestant("trl_compile", "trl", "TRL, 2 rows a batch, torch.compile", SMALL_BATCH | {"torch_compile": True}),
@@ -65,7 +65,7 @@ ON_GPU_CONTESTANTS = [
 ]
 CONTESTANTS = {
     "cpu": [
-        Contestant("ours", "ours", "posttrain, defaults"),
+        Contestant("ours", "ours", "posttrain, defaults", stays=True),
         *COMMON,
         Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
         Contestant("trl_grouped", "trl", "TRL, rows grouped by length, no activation checkpointing", GROUPED),

@@ -1,9 +1,10 @@
 """Trainers in alternation on one model and one set of data: the frame of sft.py and dpo.py.
 
 Each run is a launch of its own, as a user starts one. A run's speed is that of its optimizer steps after the first WARM: the data is made
-once, of as many rows as the steps need, so that every trainer sees every row once. A round runs every contestant once; ratios are taken
-within a round, and the table shows their median with the lowest and the highest. Pairs/s takes all pairs as alike: a trainer's steps after
-the first WARM may hold a percent or two more or less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
+once, of as many rows as the steps need, so that every trainer sees every row once. The first round runs every contestant once, the others
+ours, the rival's defaults and what was its fastest configuration there. Ratios are taken within a round, and the table shows their median
+with the lowest and the highest. Pairs/s takes all pairs as alike: a trainer's steps after the first WARM may hold a percent or two more or
+less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
 """
 
 import json
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 UNITS = {"sft": "tokens_per_second", "dpo": "pairs_per_second"}
 WARM = 2  # steps that are not counted
-PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "A100": 312e12}
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "A100": 312e12}
 PACKAGES = ("posttrain", "torch", "transformers", "deepspeed", "trl", "accelerate")
 
 
@@ -40,6 +41,7 @@ class Contestant:
     trainer: str
     shown: str
     options: dict = field(default_factory=dict)
+    stays: bool = False  # for all rounds, whatever the first one shows
 
 
 @dataclass
@@ -134,13 +136,13 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
     about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
     runs, failures = {one.name: [] for one in contestants}, {}
+    running = list(contestants)
     for number in range(rounds):
-        for one in contestants:
-            if one.name in failures:
-                continue
+        for one in list(running):
             result = run_once(race, one, world)
             if isinstance(result, str):
                 failures[one.name] = result
+                running.remove(one)
                 print(f"round {number + 1}  {one.name:24} did not run: {result[-600:]}", flush=True)
                 continue
             runs[one.name].append(result)
@@ -150,6 +152,8 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
         results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
         results |= {"summary": summary, "did_not_run": {name: text[-1500:] for name, text in failures.items()}, "runs": runs}
         (RESULTS / f"{name}.json").write_text(as_text(results))
+        fastest = max((one for one in running if one.trainer != "ours"), key=lambda one: runs[one.name][0][unit], default=None)
+        running = [one for one in running if one.stays or one is fastest]
     shutil.rmtree(world)
     print(table([results]))
 
@@ -175,7 +179,8 @@ def table(files: list[dict]) -> str:
         unit = UNITS[results["race"]["kind"]]
         for name, values in results["summary"].items():
             middle, least, most = values.get("times_faster", [math.nan] * 3)
-            factor = "" if name == next(iter(results["summary"])) else f"{middle:.2f} ({least:.2f} to {most:.2f})"
+            spread = f"{least:.2f} to {most:.2f}" if len(results["runs"][name]) > 1 else "one run"
+            factor = "" if name == next(iter(results["summary"])) else f"{middle:.2f} ({spread})"
             rate = f"{values[unit]:,.{1 if values[unit] < 100 else 0}f} {unit.replace('_per_second', '/s')}"
             settings = results["contestants"][name]["settings"]
             lines.append(f"| {results['race']['shown']} | {settings} | {rate} | {values['peak_mb']:,.0f} MB | {factor} |")

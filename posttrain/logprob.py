@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from posttrain.layers import multiplies_in_float32
+from posttrain.layers import first_line, workable
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
 TILE = 128  # a piece is a multiple of it where it can be: what matrix units work in
@@ -25,14 +25,12 @@ class LogProbHead(nn.Linear):
     hooks stay as they are.
     """
 
-    compiled = in_float32 = False
+    compiled = False
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """hidden (N, D), targets (N,) -> log-probs (N,) in float32; without targets the ordinary logits."""
         if targets is None:
             return super().forward(hidden)
-        if self.in_float32:
-            return token_logps(hidden.float(), self.weight.float(), targets)
         return token_logps(hidden, self.weight, targets, self.compiled)
 
     def choose(self, kernels: str) -> str:
@@ -40,12 +38,11 @@ class LogProbHead(nn.Linear):
         if kernels == "torch":
             return "in pieces, without all logits (kernels=torch)"
         if self.weight.device.type != "cuda":
-            self.in_float32 = multiplies_in_float32(self.weight.device, self.weight.dtype)
-            return f"in pieces, without all logits{', products in float32' if self.in_float32 else ''} (compiled on GPUs only)"
+            return "in pieces, without all logits (compiled on GPUs only)"
         try:
             difference = disagreement(self.weight.device, self.weight.dtype)
-        except RuntimeError as error:  # no Triton, or no C compiler for it
-            return f"in pieces, without all logits (not compiled: {str(error).splitlines()[0][:100]})"
+        except Exception as error:  # no Triton, no C compiler for it, or whatever it meets
+            return f"in pieces, without all logits (not compiled: {first_line(error)})"
         if not difference <= SAME:
             return f"in pieces, without all logits (not compiled: that differs by {difference:.1e})"
         self.compiled = True
@@ -63,8 +60,9 @@ class _TokenLogProbs(torch.autograd.Function):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
         normalizers, chunks = torch.empty_like(logps), _chunks(len(targets), weight.shape[0])
         of_rows = _compiled()[0] if compiled else _logps_of_rows
+        all_weights = workable(weight)
         for rows in chunks:
-            logits = hidden[rows] @ weight.t()
+            logits = workable(hidden[rows]) @ all_weights.t()
             kept = logits if len(chunks) == 1 else None
             logps[rows], normalizers[rows] = of_rows(logits, targets[rows])
         ctx.save_for_backward(hidden, weight, targets, normalizers, kept)
@@ -74,12 +72,18 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, normalizers, kept = ctx.saved_tensors
-        grad_hidden, grad_weight = hidden.new_zeros(hidden.shape, dtype=torch.float32), torch.zeros_like(weight)
+        grad = grad.contiguous()  # a sum's comes as one number for all, and would be compiled apart
+        states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight)
         for columns in _chunks(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
-            logits = hidden @ weight[columns].t() if kept is None else kept
+            of_columns = workable(weight[columns])
+            logits = states @ of_columns.t() if kept is None else kept
             grad_logits = ctx.of_columns(logits, normalizers, grad, targets - columns.start)
-            grad_hidden += grad_logits @ weight[columns]
-            torch.mm(grad_logits.t(), hidden, out=grad_weight[columns])
+            grad_hidden += grad_logits @ of_columns
+            if states.dtype == weight.dtype:
+                torch.mm(grad_logits.t(), states, out=grad_weight[columns])
+            else:
+                grad_weight[columns] = grad_logits.t() @ states
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
@@ -125,7 +129,7 @@ def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width
     for compiled in (False, True):
         logps = token_logps(hidden, weight, targets, compiled)
         outcomes.append([logps.detach(), *torch.autograd.grad(logps, (hidden, weight), grad)])
-    return max(((a.float() - b.float()).norm() / a.float().norm()).item() for a, b in zip(*outcomes, strict=True))
+    return torch.stack([(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(*outcomes, strict=True)]).max().item()
 
 
 def _chunks(count: int, other: int) -> list[slice]:

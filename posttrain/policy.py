@@ -268,7 +268,7 @@ def _sliding_window(config) -> str | None:
 
 
 def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs of ids[1:] by the untouched transformers model."""
+    """Log-probs of ids[1:] by transformers' own forward pass, without packing."""
     ids = ids.to(next(model.parameters()).device)
     logits = model(input_ids=ids[None]).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)

@@ -1,5 +1,7 @@
 """Every fast way of computing is the slow one in value and gradient, and one that is not is refused before it is used."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -29,11 +31,19 @@ def aligned_to_the_start(module, query, key, value, attention_mask, scaling, pac
     return attention._attend_anywhere(query, key, value, segments, scaling, 0.0), None
 
 
+def no_gradients(module, query, *others, **_):
+    output, _ = by_autograd(module, query, *others)
+    output.register_hook(lambda grad: grad * torch.nan)
+    return output, None
+
+
 def test_attention_must_agree_with_the_yardstick(tiny):
     config = load(tiny).config
-    assert attention.disagreement(by_autograd, config, CPU, torch.float32) < 1e-5
-    assert attention.disagreement(by_autograd, config, CPU, torch.bfloat16) < attention.SAME
-    assert attention.disagreement(aligned_to_the_start, config, CPU, torch.bfloat16) > 10 * attention.SAME
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, attention.SAME)):
+        expected = attention.trial(attention.attend_segments, config, CPU, dtype)
+        assert attention.largest_difference(expected, attention.trial(by_autograd, config, CPU, dtype)) < limit
+        assert attention.largest_difference(expected, attention.trial(aligned_to_the_start, config, CPU, dtype)) > 10 * attention.SAME
+        assert not attention.largest_difference(expected, attention.trial(no_gradients, config, CPU, dtype)) <= attention.SAME
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -54,19 +64,30 @@ def test_products_in_float32_are_those_of_bfloat16_rounded_once(bias):
         assert torch.equal(seen, expected.to(torch.bfloat16)) or gap(expected, seen) < 2e-3
 
 
-def test_a_layer_that_multiplies_in_float32(tiny, monkeypatch):
-    """The path of CPUs without instructions for bfloat16, whatever this one has: attention, head and every linear layer."""
+@pytest.fixture
+def cpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     layers.multiplies_in_float32.cache_clear()
-    model = load(tiny)
-    before = layers.trial(model)
-    assert "products in float32" in layers.choose(model, "auto", compiled=False)
-    assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
-    exact = layers.trial(load(tiny, torch.float32))
-    for name, seen in layers.trial(model).items():
-        assert gap(exact[name], seen) < 0.02 > gap(before[name], seen), name
-    assert attention.disagreement(by_autograd, model.config, CPU, torch.bfloat16) < attention.SAME
+    yield
     layers.multiplies_in_float32.cache_clear()
+
+
+def test_products_in_float32_throughout(tiny, cpu_without_bfloat16):
+    """The path of CPUs without instructions for bfloat16, whatever this one has: every linear layer, attention and the head."""
+    model = load(tiny)
+    assert re.match(
+        r"products in float32, .* \(off by \S+ of the exact layer, transformers' own by \S+\)$", layers.choose(model, "auto", False)
+    )
+    assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
+    exact = attention.trial(attention.attend_segments, model.config, CPU, torch.float32)
+    assert attention.largest_difference(exact, attention.trial(attention.attend_segments, model.config, CPU, torch.bfloat16)) < 0.01
+    hidden, weight = torch.randn(7, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16().requires_grad_()
+    outcomes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        logps = logprob.token_logps(*inputs, torch.arange(7))
+        outcomes.append([logps.detach(), *torch.autograd.grad(logps.sum(), inputs)])
+    assert all(gap(*pair) < 4e-3 for pair in zip(*outcomes, strict=True))
 
 
 def test_kernels_torch_changes_nothing(tiny):
@@ -76,15 +97,40 @@ def test_kernels_torch_changes_nothing(tiny):
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
     assert head.choose("torch") == "in pieces, without all logits (kernels=torch)"
-    assert not head.in_float32
+    assert not head.compiled
 
 
-def test_wrong_kernels_in_a_layer_are_refused(tiny):
-    def change(model):
-        model.base_model.layers[0].self_attn.k_norm.variance_epsilon = 1.0
+def another_epsilon(model):
+    model.base_model.layers[0].self_attn.k_norm.variance_epsilon = 1.0
 
-    with pytest.raises(ValueError, match=r"a layer of Qwen3ForCausalLM .* most in self_attn\S+. Set --kernels=torch"):
-        layers._proven(load(tiny), change)
+
+def no_gradient(model):
+    norm = model.base_model.layers[0].input_layernorm
+    forward = norm.forward
+    norm.forward = lambda hidden: _NoGradient.apply(forward(hidden))
+
+
+class _NoGradient(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, grad: grad * torch.nan)
+
+
+def breaks_half_way(model):
+    another_epsilon(model)
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.parametrize("change", [another_epsilon, no_gradient, breaks_half_way])
+def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_without_bfloat16, change):
+    monkeypatch.setattr(layers, "_multiply_in_float32", change)
+    model = load(tiny)
+    before = layers.trial(model, model.base_model.layers[0], 5)
+    chosen = layers.choose(model, "auto", compiled=False)
+    seen = "no compiler" if change is breaks_half_way else r"\S+ of a layer is off by \S+ of its norm, without by \S+"
+    assert re.fullmatch(rf"transformers' own \(not products in float32, .*: {seen}\)", chosen)
+    after = layers.trial(model, model.base_model.layers[0], 5)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "forward" not in vars(model.base_model.layers[0].input_layernorm)
 
 
 @pytest.mark.slow

@@ -253,6 +253,8 @@ def test_activation_checkpointing_has_one_owner():
     for mode in ("selective", "offload"):
         with pytest.raises(ValueError, match=f"activation_checkpointing: {mode}. Set it to full, the only one"):
             engine.merge(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), section)
+    with pytest.raises(ValueError, match="compile does nothing within DeepSpeed's activation checkpointing"):
+        engine.checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": "full", "compile": True}), section)
     for mode, config in (("offload", {}), ("full", {"activation_checkpointing": {"cpu_checkpointing": True}})):
         with pytest.raises(ValueError, match="moves activations from a GPU to the CPU; here the model is on the CPU. Use full"):
             engine.checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
