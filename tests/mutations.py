@@ -131,6 +131,30 @@ MUTATIONS = {
     "ipo_sum_averaged": Mutation(
         "posttrain/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
     ),
+    "wrong_kernels_go_unseen": Mutation(
+        "posttrain/layers.py",
+        "if too_far.any():",
+        "if False:",
+        "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
+    ),
+    "wrong_kernels_stay": Mutation(
+        "posttrain/layers.py",
+        "part.__class__ = kind",
+        "continue",
+        "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
+    ),
+    "nan_is_no_difference": Mutation(
+        "posttrain/layers.py",
+        "too_far = ~(after <= FARTHER * before + ROUNDING)",
+        "too_far = after > FARTHER * before + ROUNDING",
+        "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
+    ),
+    "compiled_gradient_of_the_log_probs": Mutation(
+        "posttrain/logprob.py",
+        "is_target.float() - (logits",
+        "is_target.float() + (logits",
+        "tests/test_kernels.py::test_compiled_log_probs_equal_plain_ones",
+    ),
     "gradient_of_the_log_probs": Mutation("posttrain/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/step.py",

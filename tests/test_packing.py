@@ -100,6 +100,33 @@ def test_one_token_answers_and_a_long_prompt():
     assert batch.position_ids[0].tolist() == [*range(20), 20, 20]
 
 
+ODD_PAIRS = {
+    "one-token answers": [(23, 1, 1)],
+    "prompt longer than both": [(61, 7, 5)],
+    "one token against many": [(1, 1, 37)],
+    "all together": [(13, 1, 9), (61, 7, 5), (1, 37, 1), (2, 3, 3)],
+}
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("sizes", ODD_PAIRS.values(), ids=ODD_PAIRS.keys())
+def test_odd_pairs_equal_transformers(tiny, sizes, share_prompt):
+    torch.manual_seed(0)
+    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    pairs = [[torch.randint(plain.config.vocab_size, (size,)).tolist() for size in pair] for pair in sizes]
+    builder = data.RowBuilder()
+    for pair in pairs:
+        builder.add_pair(*pair, share_prompt)
+    batch = builder.build()
+    actual = answer_sums(packed(batch), batch).sum(1)
+    expected = torch.stack([plain_logps(plain, prompt, answer) for prompt, *answers in pairs for answer in answers])
+    torch.testing.assert_close(actual.float(), expected.detach(), rtol=1e-5, atol=1e-4)
+    weights = torch.randn(len(expected))
+    (actual * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(gradients(packed), gradients(plain), rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny):
     policy = Policy(load(tiny), attention.SEGMENTS)
     batch = data.load(tiny.sft, "sft", "").train.micro_batch(np.zeros(0, np.int64))
