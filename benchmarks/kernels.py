@@ -221,15 +221,22 @@ def widths(limit: float) -> dict:
 
 
 def layer(limit: float) -> dict:
-    """One decoder layer of Qwen3-1.7B's shape, on a CPU a smaller one: as it is, compiled, and with what is chosen for this device."""
+    """One decoder layer of Qwen3-1.7B's shape, on a CPU a smaller one: as it is, compiled, and with what is chosen for this device.
+
+    In bfloat16 also where the rest is measured in float32.
+    """
+    return {name: rows for dtype in dict.fromkeys((DTYPE, torch.bfloat16)) for name, rows in _layer(limit, dtype).items()}
+
+
+def _layer(limit: float, dtype: torch.dtype) -> dict:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     hidden, rows = (2048, 8192) if ON_GPU else (512, 512)
     shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_attention_heads": hidden // 128, "head_dim": 128}
     shape |= {"num_key_value_heads": max(1, hidden // 256), "num_hidden_layers": 1, "vocab_size": 128}
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(DEVICE, DTYPE)
-    states = torch.randn(1, rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(DEVICE, dtype).eval()
+    states = torch.randn(1, rows, hidden, device=DEVICE, dtype=dtype, requires_grad=True)
     positions = torch.arange(rows, device=DEVICE)[None]
     embeddings = model.model.rotary_emb(states, positions)
     inputs = [states, *model.model.layers[0].parameters()]
@@ -242,7 +249,8 @@ def layer(limit: float) -> dict:
     ways = {"transformers": of(plain), "transformers, compiled": of(torch.compile(plain, dynamic=True)), "chosen": of(plain)}
     before = {"chosen": lambda: chosen.append(layers.choose(model, "auto", compiled=False))}
     results = compare(ways, inputs, 6 * rows * weights, limit, before)
-    return {f"decoder layer, {rows} x {hidden}": {**results, "chosen": {"what": chosen[0], **results["chosen"]}}}
+    results["chosen"] = {"what": chosen[0], **results["chosen"]}
+    return {f"decoder layer, {rows} x {hidden}, {str(dtype).removeprefix('torch.')}": results}
 
 
 def optimizers(limit: float) -> dict:
@@ -251,7 +259,7 @@ def optimizers(limit: float) -> dict:
 
     count, settings = 20_000_000, {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
     source, target = (torch.randn(count, device=DEVICE) for _ in range(2))
-    bandwidth = 8 * count / seconds(lambda: target.copy_(source))
+    bandwidth = 12 * count / seconds(lambda: target.add_(source))
     ways = {
         "torch, fused": lambda p: torch.optim.AdamW(p, **settings, fused=True),
         "torch, foreach": lambda p: torch.optim.AdamW(p, **settings, foreach=True),
@@ -281,10 +289,16 @@ def main() -> None:
     options = parser.parse_args()
     limit = matrix_limit()
     print(f"a large product: {limit / 1e12:.3f} TFLOP/s")
+    file = RESULTS / f"{options.name}.json"
     results = {"machine": machine(), "versions": versions(), "dtype": str(DTYPE), "matrix_limit_tflops": round(limit / 1e12, 3)}
+    if file.exists() and options.sections != list(SECTIONS):  # the other sections stay
+        before = json.loads(file.read_text())
+        if any(before[name] != results[name] for name in ("machine", "versions", "dtype")):
+            sys.exit(f"{file} was measured on another machine or with other versions; measure all sections")
+        results = before
     for section in options.sections:
         results |= SECTIONS[section](limit)
-        (RESULTS / f"{options.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ CONTESTANTS = {
         *COMMON,
         Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING),
         Contestant("trl_grouped", "trl", "TRL, rows grouped by length, no activation checkpointing", GROUPED),
-        Contestant("trl_packing", "trl", "TRL, packing, no activation checkpointing", PACKING),
+        Contestant("trl_packing", "trl", "TRL, packing, no activation checkpointing", PACKING, stays=True),
         Contestant("trl_packing_compile", "trl", "TRL, packing, torch.compile", PACKING | {"torch_compile": True}),
         Contestant("ours_compile", "ours", "posttrain, --compile", {"compile": True}),
     ],

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import dpo, sft  # noqa: E402
-from benchmarks.side_by_side import as_text, make_world, model_flops, run_once, summarise  # noqa: E402
+from benchmarks.side_by_side import as_text, committed, make_world, model_flops, run_once, summarise, table  # noqa: E402
 
 
 def test_flops_of_qwen3_1_7b():
@@ -23,6 +23,15 @@ def test_ratios_are_taken_within_a_round():
     assert summarise(mine, theirs, "tokens_per_second")["times_faster"] == [3.0, 2.0, 4.0]
     assert summarise([], theirs, "tokens_per_second") == {"tokens_per_second": 5, "peak_mb": 1.0}
     assert as_text({"runs": [{"step_seconds": [0.1, 2]}]}) == '{\n  "runs": [\n    {\n      "step_seconds": [0.1, 2]\n    }\n  ]\n}\n'
+
+
+def test_the_readmes_table_is_that_of_the_result_files():
+    files = committed()
+    assert files
+    assert table(files) in (ROOT / "README.md").read_text()
+    failed = {**files[0], "runs": {**files[0]["runs"], "ours": []}}
+    failed["summary"] = {name: {k: v for k, v in values.items() if k != "times_faster"} for name, values in files[0]["summary"].items()}
+    assert "nan" in table([failed])  # ours did not run, and the rest is shown all the same
 
 
 @pytest.mark.slow
