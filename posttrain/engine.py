@@ -26,6 +26,7 @@ from packaging.version import Version
 from torch import distributed as dist
 
 from posttrain.config import REPOSITORY, Recipe, nearest
+from posttrain.layers import as_saved
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam hides it; clipping and gradient norms do not.
@@ -387,7 +388,7 @@ def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
     for name, parameter in engine.module.model.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             if dist.get_rank() == 0:
-                state[name] = parameter.detach().to("cpu", copy=True)
+                state[name] = as_saved(name, parameter.detach(), engine.module.model.config).to("cpu", copy=True)
     return state if dist.get_rank() == 0 else None
 
 

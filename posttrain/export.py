@@ -11,8 +11,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from posttrain import shards, storage
+from posttrain import storage
 from posttrain.chat import ChatFormat
+from posttrain.layers import count_as_saved
 
 
 def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: Path, card: str) -> None:
@@ -64,7 +65,7 @@ def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: P
 
 def written_bytes(model: PreTrainedModel) -> int:
     """Size of the model's weights in a folder."""
-    return shards.count(model) * model.dtype.itemsize
+    return count_as_saved(model) * model.dtype.itemsize
 
 
 def _compare(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

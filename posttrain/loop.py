@@ -7,13 +7,14 @@ import time
 import torch
 from torch import distributed as dist
 
-from posttrain import batches, checks, export, shards, watchdog
+from posttrain import batches, checks, export, watchdog
 from posttrain import engine as engines
 from posttrain.card import model_card
 from posttrain.chat import ChatFormat
 from posttrain.config import DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
 from posttrain.keeper import Keeper
+from posttrain.layers import count_as_saved
 from posttrain.losses import LOSSES
 from posttrain.objectives import DPO
 from posttrain.ranks import on_rank_0
@@ -46,7 +47,7 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
     """The first screen: what will happen."""
     passes = steps / batches.steps_per_epoch(len(data.train), recipe.global_batch_size)
     tokens = data.train.lengths.mean()
-    run.say(f"model    {recipe.model_path}: {type(model).__name__}, {shards.count(model):,} parameters, {recipe.dtype}")
+    run.say(f"model    {recipe.model_path}: {type(model).__name__}, {count_as_saved(model):,} parameters, {recipe.dtype}")
     run.say(
         f"data     {recipe.data_dir}: {len(data.train):,} for training, {len(data.validation):,} for validation, mean {tokens:.0f} tokens"
     )

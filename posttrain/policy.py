@@ -126,7 +126,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
     config = AutoConfig.from_pretrained(checkpoint.model_description(path), trust_remote_code=False)
-    state = {name.removeprefix("model."): saved.parameter(name).to(dtype) for name in saved.shapes}
+    state = {name.removeprefix("model."): layers.as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes}
     kind = getattr(transformers, config.architectures[0])
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
@@ -201,6 +201,8 @@ def load_policy(
         choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
     weights = hash_weights(model)
     same_on_all_ranks("model", weights)
+    if widened := layers.widen_feed_forward(model):
+        choices.append(widened)
     model.to(device)
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
     choices.append(f"attention: {name} ({reason})")

@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from conftest import launch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from posttrain import attention, layers, logprob
+from posttrain.policy import load_model
 
 CPU = torch.device("cpu")
 
@@ -131,6 +133,69 @@ def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_with
     after = layers.trial(model, model.base_model.layers[0], 5)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "forward" not in vars(model.base_model.layers[0].input_layernorm)
+
+
+def odd_model() -> PreTrainedModel:
+    shape = {"hidden_size": 32, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99, mlp_bias=True)).eval()
+
+
+def test_a_widened_feed_forward_trains_as_the_narrow_one_and_keeps_its_zeros():
+    narrow, wide = odd_model(), odd_model()
+    for model in (narrow, wide):
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mlp.up_proj.bias, generator=torch.Generator().manual_seed(1))
+    assert "45 wide, in memory 128" in layers.widen_feed_forward(wide)
+    assert layers.widen_feed_forward(load_even()) is None
+    ids = torch.randint(99, (1, 40))
+    for model in (narrow, wide):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = narrow.state_dict()
+    assert layers.count_as_saved(wide) == narrow.num_parameters() < wide.num_parameters()
+    for name, parameter in wide.named_parameters():
+        saved = layers.as_saved(name, parameter.detach(), wide.config)
+        torch.testing.assert_close(saved, expected[name], rtol=1e-4, atol=1e-5)
+        assert parameter.count_nonzero() == saved.count_nonzero(), name  # the rest is zeros
+
+
+def load_even() -> PreTrainedModel:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+@pytest.mark.slow
+def test_a_run_of_an_odd_width_leaves_models_of_that_width(tiny, tmp_path):
+    """Through ZeRO-3 on two ranks, a checkpoint, another start at another stage, final/, and the model in a checkpoint."""
+    config = AutoConfig.from_pretrained(tiny.base)
+    config.intermediate_size = 45
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer.save_pretrained(tmp_path / "base")
+    command = ["posttrain/sft.py", f"--checkpoint_path={tmp_path}/base", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run"]
+    command += [
+        "--global_batch_size=8",
+        "--warmup_iters=0",
+        "--learning_rate=1e-2",
+        "--dtype=float32",
+        "--eval_interval=0",
+        "--min_lr=1e-3",
+    ]
+    done = launch(*command, "--max_iters=2", "--ds_config=ds_configs/zero3.json")
+    assert done.returncode == 0, done.stdout
+    assert "45 wide, in memory 128" in done.stdout
+    assert f"{AutoModelForCausalLM.from_config(config).num_parameters():,} parameters" in done.stdout
+    done = launch(*command, "--max_iters=3", "--extend", "--ds_config=ds_configs/zero1.json")
+    assert done.returncode == 0, done.stdout
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").state_dict()
+    assert final["model.layers.0.mlp.down_proj.weight"].shape == (config.hidden_size, 45)
+    saved = load_model(str(tmp_path / "run" / "checkpoints" / "step_000003"), torch.float32, "").state_dict()
+    assert saved.keys() == final.keys()
+    assert all(torch.equal(saved[name], final[name]) for name in final)
 
 
 @pytest.mark.slow
