@@ -81,19 +81,13 @@ def compare(ways: dict[str, Callable], inputs: list[torch.Tensor], flops: float,
             rows[name] = {"did_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         expected = expected or (output, gradients)
-        off = [_difference(mine, theirs) for mine, theirs in zip([output, *gradients], [expected[0], *expected[1]], strict=True)]
+        differs = layers.distances([expected[0], *expected[1]], [output, *gradients]).max().item()
         taken = seconds(both)
-        differs = torch.tensor(off).max().item()  # nan where there is one
         rows[name] = {"ms": round(1000 * taken, 3), "of_matrix_limit": round(flops / taken / limit, 3), "differs_by": f"{differs:.1e}"}
         if (most := peak_bytes(both)) is not None:
             rows[name]["peak_mb"] = round(most / 2**20, 1)
         print(f"  {name:40} {rows[name]}", flush=True)
     return rows
-
-
-def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative, by the norm."""
-    return ((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-12)).item()
 
 
 def matrix_limit() -> float:

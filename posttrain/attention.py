@@ -19,7 +19,7 @@ from torch.nn import attention as flash
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from posttrain.layers import first_line, workable
+from posttrain.layers import distances, first_line, workable
 
 aten = torch.ops.aten
 # names in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
@@ -117,7 +117,7 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: floa
     for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
         try:
             _activate(version)
-            difference = largest_difference(expected, trial(attend_varlen, config, device, dtype))
+            difference = distances(expected, trial(attend_varlen, config, device, dtype)).max().item()
         except Exception as error:  # not installed, or not for this card or this torch: each says so in its own way
             passed_over += f"; not {version}: {first_line(error)}"
             continue
@@ -159,11 +159,6 @@ def trial(function, config, device: torch.device, dtype: torch.dtype) -> list[to
         x.requires_grad_()
     output, _ = function(None, *inputs, None, width**-0.5, packing)
     return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
-
-
-def largest_difference(expected: list[torch.Tensor], seen: list[torch.Tensor]) -> float:
-    """Relative to the expected one's norm; nan where there is one."""
-    return torch.stack([(b.float() - a.float()).norm() / a.float().norm() for a, b in zip(expected, seen, strict=True)]).max().item()
 
 
 def attend_segments(module, query, key, value, attention_mask, scaling, packing, dropout=0.0, **_):

@@ -14,7 +14,6 @@ from posttrain.engine import (
     build_reference,
     check_versions,
     checkpoint_function,
-    describe_optimizer,
     launch_shape,
     read_ds_config,
     start_distributed,
@@ -51,7 +50,6 @@ def dpo() -> None:
     if needs_reference(recipe) and precompute:
         choices.append(reference.attach(recipe, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
-    choices.append(describe_optimizer(ds_config))
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
     train(Training(recipe, engine, prepared, DPO(engine, beside, recipe)), chat, run, choices)
 

@@ -392,13 +392,9 @@ def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
     return state if dist.get_rank() == 0 else None
 
 
-def offloads_optimizer(json_config: dict) -> bool:
-    return ((json_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device") or "none") != "none"
-
-
-def describe_optimizer(json_config: dict) -> str:
+def describe_optimizer(engine) -> str:
     """The line of the first screen that says which optimizer runs, and why."""
-    if offloads_optimizer(json_config):
+    if isinstance(engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
         return "optimizer: DeepSpeed's CPU Adam (its states are offloaded)"
     return "optimizer: torch's fused AdamW (at the limit of memory where it was measured, and nothing to compile as for DeepSpeed's)"
 
@@ -412,6 +408,7 @@ def _parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict
 
 def _optimizer(groups, recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
     settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    if offloads_optimizer(json_config):
+    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
     return torch.optim.AdamW(groups, **settings, fused=True)

@@ -7,7 +7,7 @@ therefore multiply it ten to sixty times slower than float32, products in float3
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -167,7 +167,10 @@ def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> 
     try:
         change(model)
         changed = [trial(model, layer, rows) for rows in counts]
-        before, after = (torch.stack([_off(*pair) for pair in zip(exact, seen, strict=True)]) for seen in (plain, changed))
+        before, after = (
+            torch.stack([distances(one.values(), other.values()) for one, other in zip(exact, seen, strict=True)])
+            for seen in (plain, changed)
+        )
         too_far = ~(after <= FARTHER * before + ROUNDING)  # also where it is not a number
         if too_far.any():
             name = list(exact[0])[too_far.any(0).nonzero()[0].item()]
@@ -199,6 +202,7 @@ def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torc
     return {"output": output.detach(), **dict(zip(wanted, torch.autograd.grad(output, wanted.values(), grad), strict=True))}
 
 
-def _off(exact: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of each, the distance relative to the norm."""
-    return torch.stack([(seen[name].float() - one).norm() / one.norm().clamp(min=1e-12) for name, one in exact.items()])
+def distances(expected: Iterable[torch.Tensor], seen: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of each pair, relative to the norm of what was expected; nan where there is one, which their max() keeps."""
+    pairs = [(a.float(), b.float()) for a, b in zip(expected, seen, strict=True)]
+    return torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in pairs])

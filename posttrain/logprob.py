@@ -11,10 +11,9 @@ from functools import cache
 import torch
 from torch import nn
 
-from posttrain.layers import first_line, workable
+from posttrain.layers import WHOLE, distances, first_line, workable
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
-TILE = 128  # a piece is a multiple of it where it can be: what matrix units work in
 SAME = 0.02  # largest relative difference, in bfloat16, of the compiled pieces from the plain ones
 
 
@@ -129,12 +128,12 @@ def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width
     for compiled in (False, True):
         logps = token_logps(hidden, weight, targets, compiled)
         outcomes.append([logps.detach(), *torch.autograd.grad(logps, (hidden, weight), grad)])
-    return torch.stack([(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(*outcomes, strict=True)]).max().item()
+    return distances(*outcomes).max().item()
 
 
 def _chunks(count: int, other: int) -> list[slice]:
     """Cuts `count` rows (or columns) of logits that have `other` columns (or rows)."""
     size = max(1, CHUNK_ELEMENTS // max(1, other))
-    if size > TILE:
-        size -= size % TILE
+    if size > WHOLE:
+        size -= size % WHOLE
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

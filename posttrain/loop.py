@@ -79,7 +79,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
     recipe, engine, data = training.recipe, training.engine, training.data
     steps = total_steps(recipe, len(data.train))
-    describe(recipe, data, run, engine.module.model, steps, choices)
+    describe(recipe, data, run, engine.module.model, steps, [*choices, engines.describe_optimizer(engine)])
     _check_positions(data, engine.module.model.config)
     check_start(training)
     keeper = Keeper(training, run, steps)

@@ -20,7 +20,6 @@ from posttrain.chat import ChatFormat, render_prompt
 from posttrain.checks import digest, hash_weights, same_on_all_ranks
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
-from posttrain.layers import ARCHITECTURES
 from posttrain.logprob import LogProbHead
 
 HOW_TO_MAKE = {
@@ -231,10 +230,10 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
 
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
     """Wrap the model. An architecture that is not in ARCHITECTURES must prove itself; with `checks` the known ones must, too."""
-    known = type(model).__name__ in ARCHITECTURES
+    known = type(model).__name__ in layers.ARCHITECTURES
     if sliding := _sliding_window(model.config):
         raise ValueError(
-            f"{type(model).__name__} uses {sliding}, which packed attention does not do; known to work: {', '.join(ARCHITECTURES)}"
+            f"{type(model).__name__} uses {sliding}, which packed attention does not do; known to work: {', '.join(layers.ARCHITECTURES)}"
         )
     if known and not checks:
         return Policy(model, attention_name)
@@ -255,7 +254,7 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
         raise ValueError(
             f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats a token "
             f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
-            f"known to work: {', '.join(ARCHITECTURES)}"
+            f"known to work: {', '.join(layers.ARCHITECTURES)}"
         )
     return policy
 

@@ -9,15 +9,7 @@ import sys
 from posttrain import data, watchdog
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import SFTRecipe, load_recipe
-from posttrain.engine import (
-    build_engine,
-    check_versions,
-    checkpoint_function,
-    describe_optimizer,
-    launch_shape,
-    read_ds_config,
-    start_distributed,
-)
+from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
 from posttrain.loop import check_lengths, train
 from posttrain.objectives import SFT
 from posttrain.policy import load_chat, load_policy, prepare_command
@@ -42,7 +34,6 @@ def sft() -> None:
     same_inputs_on_all_ranks(recipe, prepared)
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
-    choices.append(describe_optimizer(ds_config))
     run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
     train(Training(recipe, engine, prepared, SFT(engine)), chat, run, choices)
 

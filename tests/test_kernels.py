@@ -43,9 +43,9 @@ def test_attention_must_agree_with_the_yardstick(tiny):
     config = load(tiny).config
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, attention.SAME)):
         expected = attention.trial(attention.attend_segments, config, CPU, dtype)
-        assert attention.largest_difference(expected, attention.trial(by_autograd, config, CPU, dtype)) < limit
-        assert attention.largest_difference(expected, attention.trial(aligned_to_the_start, config, CPU, dtype)) > 10 * attention.SAME
-        assert not attention.largest_difference(expected, attention.trial(no_gradients, config, CPU, dtype)) <= attention.SAME
+        assert layers.distances(expected, attention.trial(by_autograd, config, CPU, dtype)).max() < limit
+        assert layers.distances(expected, attention.trial(aligned_to_the_start, config, CPU, dtype)).max() > 10 * attention.SAME
+        assert not layers.distances(expected, attention.trial(no_gradients, config, CPU, dtype)).max() <= attention.SAME
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -82,7 +82,7 @@ def test_products_in_float32_throughout(tiny, cpu_without_bfloat16):
     )
     assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
     exact = attention.trial(attention.attend_segments, model.config, CPU, torch.float32)
-    assert attention.largest_difference(exact, attention.trial(attention.attend_segments, model.config, CPU, torch.bfloat16)) < 0.01
+    assert layers.distances(exact, attention.trial(attention.attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
     hidden, weight = torch.randn(7, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16().requires_grad_()
     outcomes = []
     for dtype in (torch.float32, torch.bfloat16):
