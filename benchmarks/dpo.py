@@ -19,7 +19,7 @@ ULTRAFEEDBACK = {"lengths": {"prompt": (284, 1.3), "chosen": (464, 0.9), "reject
 HH = {"lengths": {"prompt": (127, 1.0), "chosen": (40, 0.87), "rejected": (50, 0.92)}, "longest": 900}
 RACES = {
     "ultrafeedback_cpu": Race("DPO, pairs as long as UltraFeedback's", "dpo", model=MODEL, batch=16, steps=5, **ULTRAFEEDBACK, **ON_CPU),
-    "hh_cpu": Race("DPO, pairs as long as HH's", "dpo", model=MODEL, batch=16, steps=14, **HH, **ON_CPU),
+    "hh_cpu": Race("DPO, pairs as long as HH's", "dpo", model=MODEL, batch=16, steps=10, **HH, **ON_CPU),
     "ultrafeedback_gpu": Race(
         "DPO of Qwen3-1.7B's shape, UltraFeedback's lengths", kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU
     ),
