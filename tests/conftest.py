@@ -1,7 +1,9 @@
 """Fixtures: real development data where it exists, and a tiny world that every test machine can make for itself."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -47,11 +49,18 @@ def launch_script(name: str, *arguments: str, **environment: str) -> subprocess.
 
 
 def launch_command(script: str, *arguments: str, ranks: int) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
-    return [*launcher, "--num_gpus", str(ranks), "--master_port", str(port), str(ROOT / script), *map(str, arguments)]
+    return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
+
+
+def free_port() -> int:
+    """Below the ports that the system gives to outgoing connections: one of another test's would have it before the ranks listen."""
+    draw = random.SystemRandom()  # hypothesis seeds the other one, alike in all workers
+    while True:
+        port = draw.randint(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def rank_environment() -> dict[str, str]:
