@@ -181,7 +181,7 @@ def table(files: list[dict]) -> str:
             middle, least, most = values.get("times_faster", [math.nan] * 3)
             spread = f"{least:.2f} to {most:.2f}" if len(results["runs"][name]) > 1 else "one run"
             factor = "" if name == next(iter(results["summary"])) else f"{middle:.2f} ({spread})"
-            rate = f"{values[unit]:,.{1 if values[unit] < 100 else 0}f} {unit.replace('_per_second', '/s')}"
+            rate = f"{values[unit]:,.{(values[unit] < 100) + (values[unit] < 10)}f} {unit.replace('_per_second', '/s')}"
             settings = results["contestants"][name]["settings"]
             lines.append(f"| {results['race']['shown']} | {settings} | {rate} | {values['peak_mb']:,.0f} MB | {factor} |")
     return "\n".join(lines)
