@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.side_by_side import RESULTS, dtype_of_cpu, machine, versions
+from benchmarks.side_by_side import RESULTS, dtype_of_cpu, machine, suffix, versions
 from posttrain import attention, layers
 from posttrain.logprob import token_logps
 
@@ -278,7 +278,7 @@ SECTIONS = {"heads": heads, "attentions": attentions, "layer": layer, "optimizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="kernels_cpu", help="of the result file")
+    parser.add_argument("--name", default=f"kernels_cpu{suffix(dtype_of_cpu())}", help="of the result file")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=SECTIONS)
     options = parser.parse_args()
     limit = matrix_limit()

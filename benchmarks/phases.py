@@ -24,7 +24,7 @@ import torch
 from tiny import build_training
 
 from benchmarks.sft import RACES, WITH_ROOM
-from benchmarks.side_by_side import RESULTS, machine, make_world, versions
+from benchmarks.side_by_side import RESULTS, machine, make_world, suffix, versions
 from posttrain import engine as engines
 from posttrain import step as steps
 from posttrain.objectives import SFT
@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="posttrain_phases_") as folder:
         result = {"machine": machine(), "versions": versions()} | measure(RACES[options.race], Path(folder))
     text = json.dumps(result, indent=2) + "\n"
-    (RESULTS / f"phases_{options.race}.json").write_text(text)
+    (RESULTS / f"phases_{options.race}{suffix(RACES[options.race].dtype)}.json").write_text(text)
     print(text, flush=True)
     os._exit(0)
 

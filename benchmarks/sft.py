@@ -5,7 +5,8 @@ cpu   two ranks, ZeRO-2, a Qwen3 of 7 million parameters, rows as long as Alpaca
 gpu   one GPU, ZeRO-1, the shape of Qwen3-1.7B, rows of about 2,000 tokens, 16 a step
 dry   as gpu with a tiny model and three steps, to try the script where there is no GPU; its figures mean nothing
 
-All in bfloat16 with float32 master weights; in float32 on a CPU without instructions for bfloat16. Writes results/sft_RACE.json.
+All in bfloat16 with float32 master weights; in float32 on a CPU without instructions for bfloat16. Writes results/sft_RACE.json
+(in float32 sft_RACE_float32.json).
 """
 
 import argparse

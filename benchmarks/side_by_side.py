@@ -131,8 +131,8 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
 
 
 def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> None:
-    """All rounds; the result is written to results/NAME.json as it grows."""
-    unit = UNITS[race.kind]
+    """All rounds; the result is written to results/NAME.json, or NAME_DTYPE.json where that is not bfloat16, as it grows."""
+    unit, name = UNITS[race.kind], name + suffix(race.dtype)
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
     about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
     runs, failures = {one.name: [] for one in contestants}, {}
@@ -228,6 +228,11 @@ def dtype_of_cpu() -> str:
     import torch
 
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def suffix(dtype: str) -> str:
+    """Of a result file's name."""
+    return "" if dtype == "bfloat16" else f"_{dtype}"
 
 
 def machine() -> str:
