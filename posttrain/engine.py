@@ -103,6 +103,7 @@ def start_distributed() -> torch.device:
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if accelerator.device_name() == "cpu":
         _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
+        _limit_kernel_caches()
     _quiet_libraries()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
         # long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
@@ -129,6 +130,15 @@ def _share_cores(local_size: int, rank: int) -> None:
         torch.set_num_threads(max(1, cores // local_size))
     if local_size > cores and rank == 0:
         print(f"warning  {local_size} ranks share {cores} cores: right, but slow", flush=True)
+
+
+def _limit_kernel_caches() -> None:
+    """Before the first product. oneDNN, and torch (2.13) above it, keep 1,024 bfloat16 kernels, each for one number of rows.
+
+    Every micro-batch has another, so that came to gigabytes and to no speed: the layers of one micro-batch share some twenty.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def _quiet_libraries() -> None:
