@@ -18,18 +18,21 @@ sys.path[0] = str(ROOT)  # in place of this script's folder
 
 
 class Clock:
-    """When optimizer steps ended, the useful tokens of each on this rank, and the memory above what imports need."""
+    """When optimizer steps ended, the useful tokens of each on this rank, and the memory above what imports need.
+
+    On CPUs with and without the pages of files (of the data and of weights), which the system takes back when it needs them.
+    """
 
     def __init__(self):
-        self.times, self.tokens, self.base, self.peak = [], [], None, 0
+        self.times, self.tokens, self.base, self.peak = [], [], (0, 0), (0, 0)
 
     def begin(self) -> None:
-        self.base = psutil.Process().memory_info().rss
+        self.base = _memory()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, psutil.Process().memory_info().rss)
+            self.peak = tuple(map(max, self.peak, _memory()))
             time.sleep(0.05)
 
     def step(self, tokens: float) -> None:
@@ -43,9 +46,17 @@ class Clock:
     def write(self, folder: Path) -> None:
         import torch
 
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak - self.base
-        result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peak}
+        peaks = [peak - base for peak, base in zip(self.peak, self.base, strict=True)]
+        if torch.cuda.is_available():
+            peaks = [torch.cuda.max_memory_allocated()] * 2
+        result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1]}
         (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes that this process holds, and those of them that are not a file's."""
+    seen = psutil.Process().memory_info()
+    return seen.rss, seen.rss - seen.shared
 
 
 def ours(job: dict, clock: Clock, out: Path) -> None:

@@ -48,7 +48,10 @@ def main() -> None:
                 if isinstance(result, str):
                     sys.exit(result)
                 results[what].setdefault(str(value), []).append(result)
-                print(f"{what:16} {value:>8,}  {result['tokens_per_second']:,.0f} tokens/s  {result['peak_mb']:,.0f} MB", flush=True)
+                print(
+                    f"{what:16} {value:>8,}  {result['tokens_per_second']:,.0f} tokens/s  {result['peak_mb_without_files']:,.0f} MB",
+                    flush=True,
+                )
     (RESULTS / "scaling.json").write_text(as_text(results))
 
 

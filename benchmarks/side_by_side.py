@@ -126,7 +126,8 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     spread = [round(after - before, 3) for before, after in pairwise(lead["times"])]
     if race.kind == "sft" and (peak := peak_flops()):
         rate["mfu"] = rate["tokens_per_second"] * model_flops(race.model, tokens / steps / race.batch) / peak / race.ranks
-    result = rate | {"peak_mb": max(rank["peak_bytes"] for rank in ranks) / 2**20, "wall_seconds": wall}
+    memory = {f"peak_mb{what}": max(rank[f"peak_bytes{what}"] for rank in ranks) / 2**20 for what in ("", "_without_files")}
+    result = rate | memory | {"wall_seconds": wall}
     return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread}
 
 
