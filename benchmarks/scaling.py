@@ -28,6 +28,7 @@ RACE = Race(
 )
 ROWS = (1_000, 10_000, 100_000)
 BATCHES = (64, 256, 1024)
+EXAMPLES = 12 * 1024  # of each, so that all see as many micro-batches
 ROUNDS = 3
 # below what the longest rows of a step come to, of which more rows have longer ones: step 1 tries the largest micro-batch that can be
 OURS = Contestant("ours", "ours", "posttrain", {"max_tokens_per_gpu": 2048})
@@ -42,7 +43,7 @@ def main() -> None:
             worlds[rows].mkdir()
             make_world(replace(RACE, rows=rows), worlds[rows])
         cells = [("rows", rows, replace(RACE, rows=rows), worlds[rows]) for rows in ROWS]
-        cells += [("examples_a_step", batch, replace(RACE, batch=batch, steps=12), worlds[ROWS[-1]]) for batch in BATCHES]
+        cells += [("examples_a_step", batch, replace(RACE, batch=batch, steps=EXAMPLES // batch), worlds[ROWS[-1]]) for batch in BATCHES]
         for _ in range(ROUNDS):
             for what, value, race, world in cells:
                 result = run_once(race, OURS, world)
