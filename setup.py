@@ -30,7 +30,7 @@ setup(
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "hypothesis", "trl"],  # trl: its trainers are what the tests compare with
+        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "trl"],  # trl: its trainers are what the tests compare with
         "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
         "wandb": ["wandb"],
     },

@@ -7,4 +7,5 @@ source launch/env.sh
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
-exec python -m pytest "$@"
+# Two workers, each file whole in one of them: what starts is mostly one process that imports. -n 0 for one.
+exec python -m pytest -n 2 --dist loadfile "$@"
