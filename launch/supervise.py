@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,8 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Supervisor:
-    def __init__(self, command: list[str], max_restarts: int):
-        self.command, self.max_restarts, self.asked = command, max_restarts, 0
+    """`reach`: hands a signal to ranks on other hosts, whose orderly end the command's exit code tells."""
+
+    def __init__(self, command: list[str], max_restarts: int, reach: Callable[[int], None] | None = None):
+        self.command, self.max_restarts, self.reach, self.asked = command, max_restarts, reach, 0
         self.child: subprocess.Popen | None = None
 
     def run(self) -> int:
@@ -70,6 +73,9 @@ class Supervisor:
         self.asked += 1
         if self.child is None:
             return
+        if self.reach and self.asked < 3:
+            self.reach(number)
+            return
         ranks = self._ranks()
         for process in ranks if self.asked < 3 else self._session():
             try:
@@ -110,14 +116,23 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def main(arguments: list[str]) -> int:
+def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
+    """The number of --max_restarts=NUMBER, and what else there is."""
     restarts = [argument for argument in arguments if argument.startswith("--max_restarts")]
     command = [argument for argument in arguments if argument not in restarts]
     value = restarts[-1].partition("=")[2] if restarts else "0"
     if not value.isdigit() or not command:
-        print(f"supervise.py: expected --max_restarts=NUMBER and a command, saw {' '.join(arguments)}", file=sys.stderr)
+        raise ValueError(f"expected --max_restarts=NUMBER and a command, saw {' '.join(arguments)}")
+    return int(value), command
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        restarts, command = split_restarts(arguments)
+    except ValueError as error:
+        print(f"supervise.py: {error}", file=sys.stderr)
         return MISTAKE
-    return Supervisor(command, int(value)).run()
+    return Supervisor(command, restarts).run()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ One rank that wants to stop suffices: what it wants rides on the reduction of th
 """
 
 import os
+import select
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ SAME_REQUEST = 2.0  # seconds: Ctrl-C in a terminal reaches a rank twice, as SIG
 # DeepSpeed's launchers, once they are signalled, end with 1 or not at all
 ALL_IS_WELL = "POSTTRAIN_ALL_IS_WELL"
 STARTED = "POSTTRAIN_STARTED"  # when the job began, in seconds since 1970; set by launch/supervise.py, whose restarts do not begin it anew
+OVER_SSH = "POSTTRAIN_OVER_SSH"  # set by launch/multinode.py: what is printed goes through ssh to the host where the run was started
 
 
 class StopRequest:
@@ -63,9 +66,18 @@ class StopRequest:
             return signal.Signals(self.signal).name
         if self.launchers is not None and _ancestors() != self.launchers:
             return "the launcher has gone"
+        if OVER_SSH in os.environ and _nobody_reads():
+            return "the host that started it has gone"
         if self.ends is not None and time.time() + self.reserve > self.ends:
             return "the time limit is near"
         return None
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that this process prints to has lost its reader."""
+    poll = select.poll()
+    poll.register(sys.__stdout__.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def tell_that_all_is_well() -> None:

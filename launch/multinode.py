@@ -1,0 +1,175 @@
+"""Starts a training script on every host of a hostfile: python launch/multinode.py SCRIPT [RECIPE] [--key=value ...]
+
+Environment:
+  HOSTFILE (launch/hostfile)   a line a host: NAME slots=GPUS; see hostfile.example
+  NUM_GPUS                     of each host, where that is not what the hostfile says
+  MASTER_ADDR, MASTER_PORT     where the ranks meet: an address of the first host, and 29500
+  NODE_RANK                    0 on the first host, 1 on the second, ...: the same command on every host, without ssh between them
+
+What the ranks need of this environment (PASSED_ON) goes with them. Repository, environment, data and models are at the same paths on all
+hosts. A signal goes to the ranks, which save and stop.
+"""
+
+import ipaddress
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from supervise import MISTAKE, Supervisor, split_restarts
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")
+KEEP_ALIVE = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # what no shell changes
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots by host, in order. Raises ValueError for a line that is none, a host that comes twice, or no host."""
+    if not path.is_file():
+        raise ValueError(f"there is no hostfile at {path}. Copy launch/hostfile.example there, or name one with HOSTFILE=PATH")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if not found or int(found[2]) == 0:
+            raise ValueError(f"line {number} of {path} should read NAME slots=GPUS, saw {text!r}")
+        if found[1] in hosts:
+            raise ValueError(f"line {number} of {path} names {found[1]} again; give each host one line with all its slots")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise ValueError(f"{path} names no host; a line a host: NAME slots=GPUS")
+    return hosts
+
+
+def ssh(host: str, command: str, timeout: float = 30) -> subprocess.CompletedProcess:
+    """Output and exit code (255: ssh itself failed) of a shell command there."""
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "stdin": subprocess.DEVNULL}
+    try:
+        return subprocess.run(["ssh", *KEEP_ALIVE, host, command], timeout=timeout, **merged)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess([], 255, f"no answer within {timeout:.0f} s")
+
+
+def on_all(hosts: list[str], command: str) -> dict[str, subprocess.CompletedProcess]:
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        return dict(zip(hosts, threads.map(lambda host: ssh(host, command), hosts), strict=True))
+
+
+def check_hosts(hosts: list[str], script: Path) -> None:
+    """Raises ValueError naming every host that cannot be reached, or has no environment or no script where this one has them."""
+    wanted = "; ".join(f"test -e {path} || {{ echo {path}; exit 1; }}" for path in map(shlex.quote, (sys.executable, str(script))))
+    problems = []
+    for host, answer in on_all(hosts, wanted).items():
+        if answer.returncode == 255:
+            problems.append(f"{host} cannot be reached by ssh: {' '.join(answer.stdout.split()) or 'no reason given'}")
+        elif answer.returncode:
+            where = " ".join(answer.stdout.split())
+            problems.append(f"{host} has no {where}: the repository and its environment must be at the same path on every host")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def meeting_point(host: str, over_ssh: bool) -> str:
+    """An address of the first host, by which the others reach it."""
+    if os.environ.get("MASTER_ADDR"):
+        return os.environ["MASTER_ADDR"]
+    name = host.rpartition("@")[2]
+    if over_ssh:  # a name may be known to ssh only
+        settings = subprocess.check_output(["ssh", "-G", host], text=True)
+        name = re.search(r"^hostname (.+)$", settings, re.M)[1]
+    try:
+        address = socket.getaddrinfo(name, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0]
+    except socket.gaierror as error:
+        raise ValueError(f"the first host, {name}, has no address here ({error}); give one with MASTER_ADDR=ADDRESS") from None
+    if ipaddress.ip_address(address).is_loopback:
+        raise ValueError(
+            f"the first host, {name}, resolves to {address} here, which other hosts cannot reach; give its address with MASTER_ADDR=ADDRESS"
+        )
+    return address
+
+
+def passed_on() -> str:
+    """The lines of DeepSpeed's environment file: it puts each value between double quotes where it has special characters."""
+    values = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    return "".join(f"{name}={_within_quotes(value)}\n" for name, value in sorted(values.items()))
+
+
+def for_pdsh(argument: str) -> str:
+    """As the remote shell should read it. DeepSpeed 0.19.8 puts an argument with a space between double quotes, others nowhere."""
+    return _within_quotes(argument) if " " in argument else shlex.quote(argument)
+
+
+def _within_quotes(text: str) -> str:
+    return re.sub(r"([\\$`])", r"\\\1", text)
+
+
+def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environment_file: Path) -> list[str]:
+    """The command that starts the script on all hosts. Raises ValueError for what DeepSpeed's launcher cannot do."""
+    for tool, package in (("ssh", "openssh-client"), ("pdsh", "pdsh")):
+        if not shutil.which(tool):
+            raise ValueError(f"{tool} is not installed here (Debian: {package}); or give NODE_RANK=0, 1, ... and start it on every host")
+    for what, path in (("the current folder", Path.cwd()), ("the repository", ROOT)):
+        if not PLAIN.fullmatch(str(path)):
+            raise ValueError(
+                f"{what}, {path}, has characters in its name that pdsh's remote shell would split; run from another, or give "
+                "NODE_RANK=0, 1, ... and start it on every host"
+            )
+    check_hosts(list(hosts), script)
+    os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/stopping.py, as is the time from which a job's limit counts
+    os.environ.setdefault("POSTTRAIN_STARTED", str(time.time()))
+    environment_file.write_text(passed_on())
+    os.environ["DS_ENV_FILE"] = str(environment_file)
+    os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *KEEP_ALIVE]).strip()
+    return ["--force_multi", "--no_ssh_check", str(script), *map(for_pdsh, arguments)]
+
+
+def signal_ranks(hosts: list[str], port: int, number: int) -> None:
+    """To the children of DeepSpeed's inner launchers: the launchers themselves would end the ranks before they have saved."""
+    launcher = rf"^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port={port}( |$)"
+    on_all(hosts, f"pkill -{number} -P $(pgrep -d, -f {shlex.quote(launcher)})")
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value and not value.isdigit():
+        raise ValueError(f"{name} should be a number, saw {value!r}")
+    return int(value) if value else None
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        restarts, (script, *rest) = split_restarts(arguments)
+        hosts = read_hostfile(Path(os.environ.get("HOSTFILE") or ROOT / "launch" / "hostfile"))
+        if slots := _number("NUM_GPUS"):
+            hosts = dict.fromkeys(hosts, slots)
+        port, rank = _number("MASTER_PORT") or 29500, os.environ.get("NODE_RANK")
+        if rank is not None and not (rank.isdigit() and int(rank) < len(hosts)):
+            raise ValueError(f"NODE_RANK should be 0 to {len(hosts) - 1}, the place of this host in the hostfile, saw {rank!r}")
+        address = meeting_point(next(iter(hosts)), over_ssh=rank is None)
+        os.environ["POSTTRAIN_HOSTS"] = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+        with tempfile.TemporaryDirectory(prefix="posttrain_multinode_") as folder:
+            hostfile = Path(folder) / "hostfile"  # as it was read: DeepSpeed's reader takes fewer forms
+            hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(hostfile)]
+            command += ["--master_addr", address, "--master_port", str(port)]
+            if rank is not None:
+                return Supervisor([*command, "--no_ssh", "--node_rank", rank, script, *rest], restarts).run()
+            command += over_ssh(hosts, Path(script).resolve(), rest, Path(folder) / "environment")
+            return Supervisor(command, restarts, lambda number: signal_ranks(list(hosts), port, number)).run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# SFT on all hosts of a hostfile, for example nodes of 8 x B200. Everything else goes to posttrain/sft.py:
+#   HOSTFILE=launch/hostfile bash launch/sft_multinode.sh --learning_rate=1e-5 --out_dir=runs/lr1e-5
+#   NODE_RANK=1 bash launch/sft_multinode.sh ...     without ssh: the same on every host, 0 on the first, 1 on the second, ...
+# Environment: HOSTFILE, RECIPE, NUM_GPUS (of each host), MASTER_ADDR, MASTER_PORT, NODE_RANK; launch/multinode.py explains them.
+# --max_restarts=N, and signals, as with sft_8gpu.sh.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/launch/env.sh"
+exec python "$root/launch/multinode.py" "$root/posttrain/sft.py" ${RECIPE:+"$RECIPE"} "$@"

@@ -1,0 +1,256 @@
+"""The work of two_hosts.sh: makes the two hosts, runs SFT and DPO over them, and lets things fail. Prints a line for each claim."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import launch, metrics  # noqa: E402
+from tiny import make_tiny  # noqa: E402
+
+NAMES, ADDRESSES, CABLE = ("node-a", "node-b"), ("10.77.0.1", "10.77.0.2"), "posttrain"
+WATCHDOG = 10  # seconds
+PATIENCE = 240
+
+
+class Host:
+    """Namespaces for network, processes, mounts and name; a sshd; a hosts file and keys of its own."""
+
+    def __init__(self, number: int, folder: Path):
+        self.name, self.address, self.folder = NAMES[number], ADDRESSES[number], folder
+        self.link = f"{CABLE}{number}"
+        separate = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.holder = subprocess.Popen([*separate, "sleep", "infinity"])
+        while not (children := Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()):
+            time.sleep(0.02)
+        self.pid = int(children[0])
+        self.shell(f"hostname {self.name}; mount -t tmpfs tmpfs /dev/shm; mount -t tmpfs tmpfs /run; mkdir /run/sshd; ip link set lo up")
+        self.shell(f"mount --bind {folder}/hosts /etc/hosts; mkdir -p /root/.ssh; mount --bind {folder}/ssh /root/.ssh")
+
+    def command(self, *words: str) -> list[str]:
+        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", *words]
+
+    def shell(self, text: str) -> str:
+        return subprocess.check_output(self.command("bash", "-euc", text), text=True)
+
+    def serve(self) -> None:
+        """Answer ssh."""
+        settings = [
+            "-h",
+            f"{self.folder}/ssh/id",
+            "-o",
+            "UsePAM=no",
+            "-o",
+            "PasswordAuthentication=no",
+            "-o",
+            f"ListenAddress={self.address}",
+        ]
+        subprocess.run(self.command("/usr/sbin/sshd", "-f", "/dev/null", *settings), check=True)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        """A launch script, as a user of this host."""
+        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        clean = {"PATH": os.environ["PATH"], "HOME": "/root", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
+        command = self.command("bash", str(ROOT / "launch" / script), *map(str, arguments))
+        return subprocess.Popen(command, env=clean, cwd=self.folder, start_new_session=True, **merged)
+
+
+class Hosts:
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="posttrain_two_hosts_"))
+        keys = self.folder / "ssh"
+        keys.mkdir(mode=0o700)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / "id"], check=True)
+        public = (keys / "id.pub").read_text()
+        (keys / "authorized_keys").write_text(public)
+        (keys / "known_hosts").write_text("".join(f"{name},{address} {public}" for name, address in zip(NAMES, ADDRESSES, strict=True)))
+        (keys / "config").write_text(f"IdentityFile {keys}/id\n")
+        for file in keys.iterdir():
+            file.chmod(0o600)
+        lines = [f"{address} {name}\n" for name, address in zip(NAMES, ADDRESSES, strict=True)]
+        (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines) + "10.77.0.9 node-c\n")  # which does not exist
+        self.hosts = [Host(number, self.folder) for number in range(2)]
+        a, b = self.hosts
+        subprocess.run(
+            ["ip", "link", "add", a.link, "netns", str(a.pid), "type", "veth", "peer", "name", b.link, "netns", str(b.pid)], check=True
+        )
+        for host in self.hosts:
+            host.shell(f"ip address add {host.address}/24 dev {host.link}; ip link set {host.link} up")
+            host.serve()
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.holder.kill()  # and with it, all that runs there
+            host.holder.wait()
+        shutil.rmtree(self.folder)
+
+
+class World:
+    """The hosts, the tiny world, and the runs on it."""
+
+    def __init__(self, hosts: Hosts):
+        self.hosts, self.folder = hosts, hosts.folder
+        self.tiny = make_tiny(self.folder)
+
+    def sft(self, out: str, *more: str) -> list[str]:
+        paths = [f"--checkpoint_path={self.tiny.base}", f"--sft_data_dir={self.tiny.sft}", f"--out_dir={self.folder / out}"]
+        numbers = ["--max_iters=6", "--global_batch_size=8", "--learning_rate=1e-2", "--max_tokens_per_gpu=400", "--dtype=float32"]
+        how = ["--ds_config=ds_configs/zero3.json", "--save_interval=2", f"--watchdog_seconds={WATCHDOG}"]
+        return [*paths, *numbers, *how, "--warmup_iters=2", "--eval_interval=3", *more]
+
+    def dpo(self, out: str, model: str) -> list[str]:
+        paths = [f"--sft_checkpoint_path={self.folder / model}/final", f"--dpo_data_dir={self.tiny.dpo}", f"--out_dir={self.folder / out}"]
+        numbers = ["--max_iters=4", "--global_batch_size=8", "--learning_rate=3e-3", "--max_tokens_per_gpu=400", "--dtype=float32"]
+        return [*paths, *numbers, "--min_lr=0", "--warmup_iters=0", "--ds_config=ds_configs/zero3.json", f"--watchdog_seconds={WATCHDOG}"]
+
+    def hostfile(self, slots: int, *others: str) -> str:
+        path = self.folder / f"hosts_{slots}_{len(others)}"
+        path.write_text("".join(f"{name} slots={slots}  # as in hostfile.example\n" for name in (*NAMES, *others)))
+        return str(path)
+
+    def curve(self, out: str) -> list[float]:
+        return [record[name] for record in metrics(self.folder / out) for name in ("loss", "grad_norm")]
+
+    def on_one_host(self, script: str, *arguments: str) -> None:
+        done = launch(f"posttrain/{script}.py", *arguments)
+        assert done.returncode == 0, done.stdout
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, output
+
+
+def equal(seen: list[float], expected: list[float]) -> None:
+    assert len(seen) == len(expected)
+    off = max(abs(a - b) / max(1, abs(b)) for a, b in zip(seen, expected, strict=True))
+    assert off < 1e-5, (off, seen, expected)
+
+
+def sft_and_dpo_over_two_hosts(world: World) -> None:
+    a, _ = world.hosts.hosts
+    world.on_one_host("sft", *world.sft("one_host"))
+    code, output = end(a.start("sft_multinode.sh", *world.sft("by_ssh"), HOSTFILE=world.hostfile(1)))
+    assert code == 0, output
+    equal(world.curve("by_ssh"), world.curve("one_host"))
+    world.on_one_host("dpo", *world.dpo("dpo_one_host", "one_host"))
+    code, output = end(a.start("dpo_multinode.sh", *world.dpo("dpo_by_ssh", "by_ssh"), HOSTFILE=world.hostfile(2)))
+    assert code == 0, output
+    equal(world.curve("dpo_by_ssh"), world.curve("dpo_one_host"))
+
+
+def without_ssh(world: World) -> None:
+    """The same command on each host, two ranks on each."""
+    started = [
+        host.start("sft_multinode.sh", *world.sft("no_ssh"), HOSTFILE=world.hostfile(2), NODE_RANK=str(number))
+        for number, host in enumerate(world.hosts.hosts)
+    ]
+    for code, output in map(end, started):
+        assert code == 0, output
+    equal(world.curve("no_ssh"), world.curve("one_host"))
+
+
+def wait_for_step(world: World, out: str, step: int, process: subprocess.Popen) -> None:
+    deadline, file = time.monotonic() + PATIENCE, world.folder / out / "metrics.jsonl"
+    while not file.is_file() or len(file.read_bytes().splitlines()) < step:
+        assert process.poll() is None, end(process)[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def nothing_is_left(host: Host, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := host.shell("pgrep -af '[l]ocal_rank=' || true"):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+LONG = ("--max_iters=150", "--save_interval=10", "--eval_interval=0")
+
+
+def a_link_that_goes_down(world: World) -> None:
+    a, b = world.hosts.hosts
+    process = a.start("sft_multinode.sh", *world.sft("link", *LONG), HOSTFILE=world.hostfile(1))
+    wait_for_step(world, "link", 25, process)
+    b.shell(f"ip link set {b.link} down")
+    started = time.monotonic()
+    code, output = end(process)
+    print(f"    ended {time.monotonic() - started:.0f} s after the link")
+    assert code != 0
+    assert "rank 1 (node-b, pid" in output, output
+    nothing_is_left(b, 3 * WATCHDOG)
+    b.shell(f"ip link set {b.link} up")
+    code, output = end(a.start("sft_multinode.sh", *world.sft("link", *LONG), HOSTFILE=world.hostfile(1)))
+    assert code == 0, output
+    assert "continuing after step" in output
+    world.on_one_host("sft", *world.sft("link_one_host", *LONG))
+    equal(world.curve("link"), world.curve("link_one_host"))
+
+
+def a_signal_saves(world: World) -> None:
+    a, b = world.hosts.hosts
+    process = a.start("sft_multinode.sh", *world.sft("stopped", *LONG), HOSTFILE=world.hostfile(1))
+    wait_for_step(world, "stopped", 12, process)
+    a.shell("pkill -TERM -f launch/multinode.py")
+    code, output = end(process)
+    assert code == 0, output
+    assert "the same command goes on with step" in output, output
+    for host in (a, b):
+        nothing_is_left(host, 5)
+
+
+def a_launcher_that_is_killed(world: World) -> None:
+    a, b = world.hosts.hosts
+    process = a.start("sft_multinode.sh", *world.sft("killed", *LONG), HOSTFILE=world.hostfile(1))
+    wait_for_step(world, "killed", 12, process)
+    a.shell("pkill -KILL -f '[m]ultinode.py|[l]auncher.runner|^pdsh|^ssh '")
+    for host in (a, b):
+        nothing_is_left(host, 2 * WATCHDOG)
+    newest = max(path.name for path in (world.folder / "killed" / "checkpoints").glob("step_*"))
+    assert newest == f"step_{metrics(world.folder / 'killed')[-1]['step']:06}", newest  # it was saved when it stopped
+
+
+def refused(world: World, *expected: str, host: int = 0, code: int | None = None, **environment: str) -> None:
+    started = time.monotonic()
+    process = world.hosts.hosts[host].start("sft_multinode.sh", *world.sft("refused"), **environment)
+    seen, output = end(process)
+    print(f"    ended after {time.monotonic() - started:.0f} s")
+    assert seen == code if code is not None else seen != 0, (seen, output)
+    for text in expected:
+        assert text in output, output
+    assert not (world.folder / "refused").exists()
+    for one in world.hosts.hosts:
+        nothing_is_left(one, 2 * WATCHDOG)
+
+
+def a_host_that_cannot_be_reached(world: World) -> None:
+    refused(world, "node-c cannot be reached by ssh", code=2, HOSTFILE=world.hostfile(1, "node-c"))
+
+
+CLAIMS = [
+    *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves),
+    *(a_launcher_that_is_killed, a_host_that_cannot_be_reached),
+]
+
+
+def main(names: list[str]) -> None:
+    hosts = Hosts()
+    try:
+        world = World(hosts)
+        for claim in CLAIMS:
+            if not names or claim.__name__ in names:
+                started = time.monotonic()
+                claim(world)
+                print(f"{time.monotonic() - started:>5.0f} s  {claim.__name__.replace('_', ' ')}", flush=True)
+    finally:
+        hosts.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SFT and DPO over two hosts, and what happens where a host or its link fails: real sshd, pdsh and gloo between two network namespaces of
+# this machine that a virtual cable joins, each with processes, mounts and a name of its own. Takes about five minutes.
+# Needs root on Linux. Installs Debian's openssh-server and pdsh where they are missing; no service is started.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/env.sh
+[ "$(id -u)" = 0 ] || { echo "two_hosts.sh: needs root, to make network namespaces" >&2; exit 1; }
+missing=()
+for pair in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 unshare:util-linux pkill:procps; do
+    command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "two_hosts.sh: installing ${missing[*]}"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null
+fi
+exec python tests/two_hosts.py "$@"
