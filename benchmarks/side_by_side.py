@@ -87,7 +87,8 @@ def make_world(race: Race, folder: Path) -> dict:
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
     tokenizer = train_tokenizer(folder, vocab_size=5000)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(getattr(torch, race.dtype))
+    with torch.device("cuda" if _on_gpu() else "cpu"):  # half a minute of random numbers for 1.7B parameters on a CPU
+        model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(getattr(torch, race.dtype))
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
