@@ -23,7 +23,8 @@ class Clock:
     On CPUs with and without the pages of files (of the data and of weights), which the system takes back when it needs them.
     """
 
-    def __init__(self):
+    def __init__(self, steps: int, folder: Path):
+        self.steps, self.folder = steps, folder
         self.times, self.tokens, self.base, self.peak = [], [], (0, 0), (0, 0)
 
     def begin(self) -> None:
@@ -36,21 +37,26 @@ class Clock:
             time.sleep(0.05)
 
     def step(self, tokens: float) -> None:
+        """A step has ended; after the last one so does the process, before what follows training, which a trainer may leave out."""
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         self.tokens.append(tokens)
+        if len(self.times) == self.steps:
+            self._write()
+            sys.stdout.flush()
+            os._exit(0)
 
-    def write(self, folder: Path) -> None:
+    def _write(self) -> None:
         import torch
 
         peaks = [peak - base for peak, base in zip(self.peak, self.base, strict=True)]
         if torch.cuda.is_available():
             peaks = [torch.cuda.max_memory_allocated()] * 2
         result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1]}
-        (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+        (self.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 def _memory() -> tuple[int, int]:
@@ -142,11 +148,7 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
 def main() -> None:
     place, words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     out, job = Path(place), json.loads(words)
-    clock = Clock()
-    {"ours": ours, "trl": trl}[job["trainer"]](job, clock, out)
-    clock.write(out)
-    sys.stdout.flush()
-    os._exit(0)
+    {"ours": ours, "trl": trl}[job["trainer"]](job, Clock(job["steps"], out), out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ RACES = {
     "ultrafeedback_cpu": Race("DPO, pairs as long as UltraFeedback's", "dpo", model=MODEL, batch=16, steps=5, **ULTRAFEEDBACK, **ON_CPU),
     "hh_cpu": Race("DPO, pairs as long as HH's", "dpo", model=MODEL, batch=16, steps=10, **HH, **ON_CPU),
     "ultrafeedback_gpu": Race(
-        "DPO of Qwen3-1.7B's shape, UltraFeedback's lengths", kind="dpo", model=QWEN3_1_7B, batch=32, steps=12, **ULTRAFEEDBACK, **ON_GPU
+        "DPO of Qwen3-1.7B's shape, UltraFeedback's lengths", kind="dpo", model=QWEN3_1_7B, batch=32, steps=8, **ULTRAFEEDBACK, **ON_GPU
     ),
     "ultrafeedback_dry": Race("DPO, dry", "dpo", model=TINY, batch=16, steps=3, **(ULTRAFEEDBACK | {"longest": 60}), **ON_GPU),
 }
@@ -30,7 +30,7 @@ OURS = Contestant("ours", "ours", "posttrain, defaults", stays=True)
 PROMPT_TWICE = Contestant("ours_prompt_twice", "ours", "posttrain, --share_prompt=False", {"share_prompt": False}, stays=True)
 PLAIN = Contestant("trl_no_checkpointing", "trl", "TRL, no activation checkpointing", NO_RECOMPUTING)
 SMALL = Contestant("trl_batch_1", "trl", "TRL, 1 pair a batch, no activation checkpointing", SMALL_BATCH)
-ON_GPU_CONTESTANTS = [Contestant("ours", "ours", "posttrain", WITH_ROOM, stays=True), TRL, SMALL]
+ON_GPU_CONTESTANTS = [Contestant("ours", "ours", "posttrain", WITH_ROOM, stays=True), SMALL, TRL]
 CONTESTANTS = {
     "ultrafeedback_cpu": [OURS, TRL, PLAIN, SMALL],
     "hh_cpu": [OURS, PROMPT_TWICE, TRL, PLAIN, SMALL],
@@ -43,9 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--race", nargs="*", default=["ultrafeedback_cpu", "hh_cpu"], choices=RACES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="contestants; the first of them is compared with the others")
     options = parser.parse_args()
     for name in options.race:
-        compete(f"dpo_{name}", RACES[name], CONTESTANTS[name], options.rounds)
+        chosen = [one for one in CONTESTANTS[name] if not options.only or one.name in options.only]
+        compete(f"dpo_{name}", RACES[name], chosen, options.rounds)
 
 
 if __name__ == "__main__":

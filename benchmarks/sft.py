@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.side_by_side import Contestant, Race, compete, dtype_of_cpu, room_for_16k_tokens
+from benchmarks.side_by_side import Contestant, Race, compete, dtype_of_cpu, has_room
 
 MODEL = {
     "vocab_size": 6400,
@@ -45,7 +45,7 @@ ON_GPU = {"ranks": 1, "ds_config": "ds_configs/zero1.json"}
 RACES = {
     "cpu": Race("SFT, rows as long as Alpaca's", "sft", lengths=ALPACA, longest=500, model=MODEL, batch=32, steps=14, **ON_CPU),
     "gpu": Race(
-        "SFT of Qwen3-1.7B's shape, 2,000 tokens", kind="sft", lengths=LONG, longest=1900, model=QWEN3_1_7B, batch=16, steps=14, **ON_GPU
+        "SFT of Qwen3-1.7B's shape, 2,000 tokens", kind="sft", lengths=LONG, longest=1900, model=QWEN3_1_7B, batch=16, steps=10, **ON_GPU
     ),
     "dry": Race("SFT, dry", "sft", lengths=LONG, longest=200, model=TINY, batch=16, steps=3, **ON_GPU),
 }
@@ -56,13 +56,13 @@ GROUPED = NO_RECOMPUTING | {"train_sampling_strategy": "group_by_length"}
 PACKING = NO_RECOMPUTING | {"packing": True, "max_length": 1024, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
 TRL = Contestant("trl", "trl", "TRL, defaults", stays=True)
 COMMON = [TRL, Contestant("trl_batch_2", "trl", "TRL, 2 rows a batch, no activation checkpointing", SMALL_BATCH)]
-WITH_ROOM = {"max_tokens_per_gpu": 16384 if room_for_16k_tokens() else 8192}
+WITH_ROOM = {"max_tokens_per_gpu": 32768 if has_room() else 8192}
 ON_GPU_CONTESTANTS = [
     Contestant("ours", "ours", "posttrain", WITH_ROOM, stays=True),
     Contestant("ours_compile", "ours", "posttrain, --compile", WITH_ROOM | {"compile": True}),
+    Contestant("trl_liger", "trl", "TRL, liger kernels, no activation checkpointing", NO_RECOMPUTING | {"use_liger_kernel": True}),
     *COMMON,
     Contestant("trl_compile", "trl", "TRL, 2 rows a batch, torch.compile", SMALL_BATCH | {"torch_compile": True}),
-    Contestant("trl_liger", "trl", "TRL, 2 rows a batch, liger kernels", SMALL_BATCH | {"use_liger_kernel": True}),
 ]
 CONTESTANTS = {
     "cpu": [
