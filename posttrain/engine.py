@@ -108,7 +108,8 @@ def start_distributed() -> torch.device:
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
         # long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
-    _unlink_shared_memory()
+    if accelerator.device_name() == "cpu":
+        _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
 
 
@@ -144,6 +145,7 @@ def _limit_kernel_caches() -> None:
 def _quiet_libraries() -> None:
     """Their progress is not the run's: warnings and errors stay."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # 0.8.5 warns of each kind of device whose kernels are not installed
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed 0.19.8 calls deprecated collectives
 
