@@ -1,6 +1,8 @@
 """Checks before the first step: each stops a wrong run with its cause. All ranks call them; all ranks raise together."""
 
 import hashlib
+import socket
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,29 +23,36 @@ SAME_LOGPS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 # and 0.012 (benchmarks/results/reference_band.json, by benchmarks/reference_band.py)
 SAME_PRECOMPUTED = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative; a pair's loss and its closed-form value
+CODE = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 TELL = "checks=off goes on regardless, and is written into the run"
 
 
 def same_on_all_ranks(what: str, parts: dict[str, str]) -> None:
-    """Raise on every rank, naming ranks and the first differing part, unless all ranks hold the same hashes."""
-    seen = gathered(parts)
+    """Raise on every rank, naming ranks, hosts and the first differing part, unless all ranks hold the same hashes."""
+    hosts, seen = zip(*gathered((socket.gethostname(), parts)), strict=True)
     different = [rank for rank, value in enumerate(seen) if value != seen[0]]
     if different:
         other = seen[different[0]]
         names = [name for name in {**seen[0], **other} if seen[0].get(name) != other.get(name)]
+        there, here = sorted({hosts[rank] for rank in different}), hosts[0]
+        where, whose = (f" (on {', '.join(there)})", f" (on {here})") if there != [here] else ("", "")
         raise ValueError(
-            f"ranks {different} hold another {what} than rank 0: {len(names)} of {len(seen[0])} parts differ, first {names[0]}. The ranks "
-            "did not read the same: compare the command and the files on their hosts"
+            f"ranks {different}{where} hold another {what} than rank 0{whose}: {len(names)} of {len(seen[0])} parts differ, first "
+            f"{names[0]}. The ranks did not read the same: compare the command and the files on their hosts"
         )
 
 
 def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise unless all ranks read the same recipe and data, down to the tokens of the first step."""
+    """Raise unless all ranks run the same code on the same recipe and data, down to the tokens of the first step."""
     train = prepared.train
     first = train.micro_batch(batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, 1))
     tokens = hashlib.sha256(first.input_ids.numpy().tobytes() + first.targets.numpy().tobytes()).hexdigest()
-    parts = {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
-    same_on_all_ranks("recipe or prepared data", parts | {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens})
+    parts = {f"code: posttrain/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE.glob("*.py"))}
+    parts |= {f"package: {name}": version(name) for name in PACKAGES}
+    parts |= {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
+    parts |= {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens}
+    same_on_all_ranks("code, recipe or prepared data", parts)
 
 
 def hash_weights(module: torch.nn.Module) -> dict[str, str]:

@@ -6,7 +6,7 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data, reference, watchdog
+from posttrain import data, reference
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import DPORecipe, load_recipe
 from posttrain.engine import (
@@ -37,8 +37,7 @@ def dpo() -> None:
     prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
-    device = start_distributed()
-    watchdog.start(recipe.watchdog_seconds, rank, world_size)
+    device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
 
     def frozen():

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import socket
 import warnings
 from datetime import timedelta
 from importlib.metadata import version
@@ -25,8 +26,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from packaging.version import Version
 from torch import distributed as dist
 
+from posttrain import rendezvous, watchdog
 from posttrain.config import REPOSITORY, Recipe, nearest
-from posttrain.layers import as_saved
+from posttrain.layers import as_saved, first_line
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam hides it; clipping and gradient norms do not.
@@ -93,8 +95,11 @@ def launch_shape() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_distributed() -> torch.device:
-    """Join the process group and take this rank's device. All ranks."""
+def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
+    """Meet the other ranks, watch them from then on, and take this rank's device. All ranks.
+
+    Raises ValueError where ranks do not come, or cannot connect to each other.
+    """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
@@ -105,12 +110,32 @@ def start_distributed() -> torch.device:
         _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
         _limit_kernel_caches()
     _quiet_libraries()
+    device = torch.device(accelerator.current_device_name())
+    if not dist.is_initialized():
+        _connect(device, watchdog_seconds)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
-        # long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
+        deepspeed.init_distributed(verbose=False)
     if accelerator.device_name() == "cpu":
         _unlink_shared_memory()
-    return torch.device(accelerator.current_device_name())
+    return device
+
+
+def _connect(device: torch.device, watchdog_seconds: float) -> None:
+    """The process group, with a connection from every rank to every other. All ranks."""
+    rank, world_size = launch_shape()
+    store = rendezvous.meet(watchdog_seconds, rank, world_size)
+    watchdog.start(watchdog_seconds, rank, world_size)
+    watchdog.enter("connect")
+    try:
+        # the timeout is long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
+        how = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(hours=2)}
+        dist.init_process_group(get_accelerator().communication_backend_name(), **how)
+        dist.all_reduce(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
+        ) from error
+    watchdog.enter("start")
 
 
 def _unlink_shared_memory() -> None:

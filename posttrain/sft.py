@@ -6,7 +6,7 @@ python posttrain/sft.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data, watchdog
+from posttrain import data
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import SFTRecipe, load_recipe
 from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
@@ -29,8 +29,7 @@ def sft() -> None:
     prepared = data.load(recipe.sft_data_dir, "sft", prepare_command(recipe))
     check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
-    device = start_distributed()
-    watchdog.start(recipe.watchdog_seconds, rank, world_size)
+    device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)

@@ -19,7 +19,9 @@ from pathlib import Path
 import psutil
 from torch import distributed as dist
 
-PHASES = ("data", "forward", "backward", "step", "eval", "save")  # in the order of a step
+from posttrain.rendezvous import INTERFACES
+
+PHASES = ("connect", "data", "forward", "backward", "step", "eval", "save")  # the first, then in the order of a step
 AHEAD = "next micro-batch"  # name of the thread, of posttrain/step.py, that builds it
 LOST = 75  # exit code: nothing is wrong with the run itself, the same command goes on (EX_TEMPFAIL of sysexits.h)
 UNTIMED = ("start", "export", "end")  # phases that may take any time: loading, compiling, writing the result
@@ -43,6 +45,9 @@ class Watchdog:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=seconds or 60)
         self.store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._tell()
+        self.store.wait([f"posttrain/{rank}" for rank in range(world_size)])
+        self._listen()  # one that fails at once is known by then
         for work in (self._talk, self._judge):
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
 
@@ -93,8 +98,6 @@ class Watchdog:
         if self.store.check(["posttrain/lost"]):
             self.lost = {int(rank): how for rank, how in json.loads(self.store.get("posttrain/lost")).items()}
         for rank in range(self.world_size):
-            if rank not in self.told and not self.store.check([f"posttrain/{rank}"]):
-                continue  # it has not begun
             words, before = json.loads(self.store.get(f"posttrain/{rank}")), self.told.get(rank)
             if before is None or words["beat"] != before["beat"]:
                 self.heard[rank] = now
@@ -129,9 +132,7 @@ class Watchdog:
 
     def _stuck(self, now: float) -> dict[int, str]:
         """The ranks that the others wait for, where none has made progress for long: those that have come least far."""
-        if not self.seconds or len(self.told) < self.world_size:
-            return {}
-        if any(words["phase"] in UNTIMED or now - words["progress"] <= self.seconds for words in self.told.values()):
+        if not self.seconds or any(words["phase"] in UNTIMED or now - words["progress"] <= self.seconds for words in self.told.values()):
             return {}
         reached = {rank: (words["step"], PHASES.index(words["phase"])) for rank, words in self.told.items()}
         return {
@@ -151,6 +152,7 @@ class Watchdog:
         return (
             f"error: {'; '.join(lines)}. The run cannot go on without it and stops"
             + (f" (others: {', '.join(others)})" if others else "")
+            + (f". {INTERFACES}" if any(self.told[rank]["phase"] == "connect" for rank in found) else "")
             + ". The same command goes on from the newest checkpoint"
         )
 
@@ -180,7 +182,7 @@ _active: Watchdog | None = None  # a process is one rank
 
 
 def start(seconds: float, rank: int, world_size: int) -> None:
-    """Watch, and be watched, from here on, where there is anyone else. After the process group is there."""
+    """Watch, and be watched, from here on, where there is anyone else. After the ranks have met."""
     global _active
     if _active:
         _active.over.set()

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.prepare import prepare
 from posttrain import batches, data
+from posttrain.checks import CODE, PACKAGES
 from posttrain.config import SFTRecipe
 
 pytestmark = pytest.mark.slow
@@ -76,10 +77,10 @@ def test_a_planted_fault_ends_all_ranks_with_one_message(tiny, world, tmp_path):
 FAULTS = {
     "reference_of_another_checkpoint": "the reference is another model than the policy starts from: 1 of",
     "one_rank_with_a_changed_weight": "ranks [1] hold another model than rank 0: 1 of 24 parts differ, first model.layers.1.mlp.up_proj",
-    "one_rank_with_other_data": "recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: manifest and lengths",
-    "one_rank_with_another_token": "recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: tokens",
-    "one_rank_with_another_recipe": "recipe or prepared data than rank 0: 1 of {parts} parts differ, first recipe: learning_rate",
-    "one_rank_with_other_pairs_precomputed": "ranks [1] hold another recipe or prepared data than rank 0",
+    "one_rank_with_other_data": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: manifest and lengths",
+    "one_rank_with_another_token": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: tokens",
+    "one_rank_with_another_recipe": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first recipe: learning_rate",
+    "one_rank_with_other_pairs_precomputed": "ranks [1] hold another code, recipe or prepared data than rank 0",
     "dropout_left_on": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "dropout_left_on_in_dpo": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "a_loss_that_is_off": "a pair's loss differs by 0.05 from 0.693147, its value where policy and reference agree",
@@ -110,7 +111,7 @@ def stopped(tiny, world):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_before_the_first_step(stopped, world, fault):
-    parts = len(SFTRecipe.model_fields) + 3  # plan version, manifest and tokens
+    parts = len(list(CODE.glob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 3  # plan version, manifest, tokens
     assert FAULTS[fault].replace("{parts}", str(parts)) in stopped[fault]
     assert not (world / "run").exists()  # no step was made
     if fault == "one_rank_with_other_pairs_precomputed":

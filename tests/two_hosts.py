@@ -233,9 +233,35 @@ def a_host_that_cannot_be_reached(world: World) -> None:
     refused(world, "node-c cannot be reached by ssh", code=2, HOSTFILE=world.hostfile(1, "node-c"))
 
 
+def a_host_that_was_not_started(world: World) -> None:
+    expected = f"rank 1 (node-b) of 2 ranks did not come to 10.77.0.1:29500 within {WATCHDOG} s; those of node-a are there"
+    refused(world, expected, HOSTFILE=world.hostfile(1), NODE_RANK="0")
+
+
+def a_first_host_that_was_not_started(world: World) -> None:
+    expected = f"rank 1 on node-b cannot reach rank 0 at 10.77.0.1:29500 within {WATCHDOG} s. Start the same command on node-a"
+    refused(world, expected, host=1, HOSTFILE=world.hostfile(1), NODE_RANK="1")
+
+
+def a_host_with_other_code(world: World) -> None:
+    b, code = world.hosts.hosts[1], ROOT / "posttrain" / "batches.py"
+    (world.folder / "batches.py").write_text(code.read_text() + "\n# changed\n")
+    b.shell(f"mount --bind {world.folder}/batches.py {code}")
+    expected = "error: ranks [1] (on node-b) hold another code, recipe or prepared data than rank 0 (on node-a): 1 of"
+    refused(world, expected, "first code: posttrain/batches.py", HOSTFILE=world.hostfile(1))
+    b.shell(f"umount {code}")
+
+
+def a_wrong_interface(world: World) -> None:
+    """One that does not exist, and one over which no other host can be reached."""
+    for name, expected in (("eth9", "on node-a cannot connect to the other ranks"), ("lo", "(node-a, pid")):
+        refused(world, expected, "as in GLOO_SOCKET_IFNAME=eth0", HOSTFILE=world.hostfile(1), GLOO_SOCKET_IFNAME=name)
+
+
 CLAIMS = [
     *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves),
-    *(a_launcher_that_is_killed, a_host_that_cannot_be_reached),
+    *(a_launcher_that_is_killed, a_host_that_cannot_be_reached, a_host_that_was_not_started, a_first_host_that_was_not_started),
+    *(a_host_with_other_code, a_wrong_interface),
 ]
 
 
