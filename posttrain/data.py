@@ -54,10 +54,10 @@ class Split:
         self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch; where they are kept:
         self.reference_folder: Path | None = None
         if kind == "sft":
-            self.lengths = self.positions = self._list_lengths("input_ids")  # tokens of each example, as packed
+            self.lengths = self.positions = self.token_counts("input_ids")  # tokens of each example, as packed
             self.trained = self.table.with_format("numpy")["num_trained"][:]
         else:
-            prompt, chosen, rejected = (self._list_lengths(name) for name in ("prompt", "chosen", "rejected"))
+            prompt, chosen, rejected = (self.token_counts(name) for name in ("prompt", "chosen", "rejected"))
             self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected
             self.positions = prompt + np.maximum(chosen, rejected)
             self.trained = chosen
@@ -83,7 +83,8 @@ class Split:
             batch = batch._replace(reference_sums=torch.from_numpy(sums).view(-1, 2))
         return batch
 
-    def _list_lengths(self, column: str) -> np.ndarray:
+    def token_counts(self, column: str) -> np.ndarray:
+        """Of a column of token ids, by example."""
         return pc.list_value_length(self.table.data.column(column)).to_numpy().astype(np.int64)
 
 

@@ -15,7 +15,7 @@ from conftest import launch, metrics  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 NAMES, ADDRESSES, CABLE = ("node-a", "node-b"), ("10.77.0.1", "10.77.0.2"), "posttrain"
-WATCHDOG = 10  # seconds
+WATCHDOG = 20  # seconds
 PATIENCE = 240
 
 
@@ -171,7 +171,7 @@ def nothing_is_left(host: Host, seconds: float) -> None:
         time.sleep(0.2)
 
 
-LONG = ("--max_iters=150", "--save_interval=10", "--eval_interval=0")
+LONG = ("--max_iters=80", "--save_interval=10", "--eval_interval=0")
 
 
 def a_link_that_goes_down(world: World) -> None:

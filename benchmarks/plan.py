@@ -1,0 +1,91 @@
+# ruff: noqa: E402
+"""What posttrain/plan.py predicts beside what runs take: python benchmarks/plan.py [--race cpu|gpu]        writes results/plan_RACE.json
+
+cpu   two ranks, a Qwen3 of 115 million parameters     gpu   one GPU, the shape of Qwen3-1.7B
+Memory of a rank above what imports need (without pages of files; on a GPU what torch allocates), and seconds a step after the first two.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.dpo import ULTRAFEEDBACK
+from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
+from benchmarks.side_by_side import RESULTS, WARM, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
+
+MODEL = {
+    "vocab_size": 16000,
+    "hidden_size": 768,
+    "intermediate_size": 2304,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+SHORT = {"lengths": {"instruction": (60, 0.5), "output": (250, 0.7)}, "longest": 900}
+CPU = {"model": MODEL, "steps": 4, **ON_CPU}
+GPU = {"model": QWEN3_1_7B, "steps": 6, **ON_GPU}
+RACES = {
+    "cpu": {
+        "sft": Race("SFT of 115M parameters", "sft", batch=24, **SHORT, **CPU),
+        "dpo": Race("DPO of 115M parameters", "dpo", batch=6, **ULTRAFEEDBACK, **CPU),
+    },
+    "gpu": {
+        "sft": Race("SFT of Qwen3-1.7B's shape", "sft", batch=16, lengths=LONG, longest=1900, **GPU),
+        "dpo": Race("DPO of Qwen3-1.7B's shape", "dpo", batch=32, **ULTRAFEEDBACK, **GPU),
+    },
+}
+CONFIGURATIONS = [  # kind, ds_config, activation checkpointing, tokens in a micro-batch
+    ("sft", "zero1", "none", 4096),
+    ("sft", "zero2", "none", 2048),
+    ("sft", "zero2", "selective", 4096),
+    ("sft", "zero3", "none", 4096),
+    ("sft", "zero3", "full", 4096),
+    ("dpo", "zero2", "none", 4096),
+]
+
+
+def name(kind: str, ds_config: str, checkpointing: str, tokens: int) -> str:
+    return f"{kind}, {ds_config}, activation checkpointing {checkpointing}, {tokens} tokens"
+
+
+def measure(race_name: str, chosen: list[str]) -> dict:
+    races = RACES[race_name]
+    measured = {}
+    for kind, race in races.items():
+        world = Path(tempfile.mkdtemp(prefix="posttrain_plan_"))
+        make_world(race, world)
+        for configuration in CONFIGURATIONS:
+            if configuration[0] != kind or (chosen and not any(word in name(*configuration) for word in chosen)):
+                continue
+            _, ds_config, checkpointing, tokens = configuration
+            options = {"activation_checkpointing": checkpointing, "max_tokens_per_gpu": tokens * (4 if race_name == "gpu" else 1)}
+            race.ds_config = f"ds_configs/{ds_config}.json"
+            result = run_once(race, Contestant("ours", "ours", "", options), world)
+            if isinstance(result, str):
+                sys.exit(f"{name(*configuration)}: {result}")
+            seconds = statistics.median(result["step_seconds"][WARM - 1 :])
+            measured[name(*configuration)] = {"peak_mb": result["peak_mb_without_files"], "step_seconds": round(seconds, 3)}
+            print(name(*configuration), measured[name(*configuration)], flush=True)
+        shutil.rmtree(world)
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--race", default="cpu", choices=RACES)
+    parser.add_argument("--only", nargs="*", default=[], help="configurations whose name has one of these words")
+    options = parser.parse_args()
+    measured = measure(options.race, options.only)
+    result = {"machine": machine(), "versions": versions(), "measured": measured}
+    (RESULTS / f"plan_{options.race}{suffix(RACES[options.race]['sft'].dtype)}.json").write_text(as_text(result))
+
+
+if __name__ == "__main__":
+    main()

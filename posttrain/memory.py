@@ -1,0 +1,208 @@
+"""What a run takes of each rank's memory, known before it runs.
+
+Weights, gradients and optimizer states follow from the number of parameters, the ranks and the ZeRO stage, as DeepSpeed 0.19.8 keeps them.
+Activations are counted: the model's own code runs, forward and backward, on tensors that have shapes and no values, with one decoder layer
+and with two, and every storage is counted while it lives. The difference is a layer's.
+"""
+
+import contextlib
+import copy
+import sys
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from posttrain.attention import SEGMENTS
+from posttrain.data import MicroBatch
+from posttrain.logprob import token_logps
+from posttrain.policy import Policy, checkpoint_activations
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What liger-kernel's RMSNorm keeps: its input and a number a row; its gradient takes the place of the output's."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.empty_like(ctx.saved_tensors[1])
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """What liger-kernel's SwiGLU keeps: its two inputs, whose places their gradients take."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors
+
+
+@contextlib.contextmanager
+def _fused(model: PreTrainedModel):
+    """The model with fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 92.3, on an H200)."""
+    module = sys.modules[type(model).__module__]
+    rotary = module.apply_rotary_pos_emb
+    module.apply_rotary_pos_emb = lambda query, key, *others, **settings: (query, key)  # in place
+    for part in model.modules():
+        if type(part).__name__.endswith("RMSNorm"):
+            part.forward = lambda x, part=part: _FusedNorm.apply(x, part.weight)
+        elif hasattr(part, "gate_proj") and hasattr(part, "down_proj"):
+            part.forward = lambda x, part=part: part.down_proj(_FusedSwiGLU.apply(part.gate_proj(x), part.up_proj(x)))
+    try:
+        yield
+    finally:
+        module.apply_rotary_pos_emb = rotary
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that still live, and the most that there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def know(self, tensors) -> None:
+        """These were there before: not counted."""
+        for tensor in tensors:
+            self.seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return output
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen[storage] = weakref.finalize(storage, self._free, size)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> int:
+    """Bytes that forward and backward of a model with so many layers take at most, beside weights and finished gradients."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        policy = Policy(model, SEGMENTS)
+        checkpoint_activations(model, checkpointing)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        batch = batch._replace(
+            **{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
+        )
+        living = Living()
+        living.know([*model.parameters(), *model.buffers()])
+        with living, _fused(model) if fused else contextlib.nullcontext():
+            policy(batch).sum().backward()
+    return living.most
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one rank's memory, part by part; `total` is the most that are there at one time."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float  # of DeepSpeed: gradients on their way to other ranks, and at ZeRO-3 layers that are gathered
+    reference: float
+    activations: float
+    head: float  # what the log-probs need: some logits at a time, and the gradients by hidden states and by the head's weights
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a ds_config decides memory."""
+
+    stage: int
+    reduce_bucket: int = 500_000_000  # elements
+    live_parameters: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @classmethod
+    def of(cls, ds_config: dict) -> "Zero":
+        section = ds_config.get("zero_optimization", {})
+        return cls(
+            stage=section.get("stage", 0),
+            reduce_bucket=int(section.get("reduce_bucket_size", cls.reduce_bucket)),
+            live_parameters=int(section.get("stage3_max_live_parameters", cls.live_parameters)),
+            prefetch=int(section.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            offload_optimizer=_is_off(section.get("offload_optimizer")),
+            offload_parameters=_is_off(section.get("offload_param")),
+        )
+
+
+def _is_off(section: dict | None) -> bool:
+    return bool(section) and section.get("device", "none") != "none"
+
+
+def predict(
+    config, count: int, batch: MicroBatch, zero: Zero, ranks: int, dtype: torch.dtype, checkpointing: str, reference: bool, on_gpu: bool
+) -> Parts:
+    """What a rank takes at most, training a model of `config` with `count` parameters on micro-batches like `batch`."""
+    size, share = dtype.itemsize, count / ranks
+    one, two = (peak_of(config, layers, batch, dtype, checkpointing, on_gpu) for layers in (1, 2))
+    working = one + (config.num_hidden_layers - 1) * (two - one)
+    head = peak_of_head(config, len(batch.rows), dtype)
+    gathered = size * min(count, zero.live_parameters + zero.prefetch)
+    weights = size * (share if zero.stage == 3 else count)
+    optimizer = 12 * (share if zero.stage else count)
+    buffers = 0.0
+    if zero.stage:  # memory that is never written takes none on a CPU
+        buffers = (4 if zero.stage == 1 else size) * (zero.reduce_bucket if on_gpu else min(zero.reduce_bucket, count))
+    if zero.stage == 0:
+        gradients, at_the_end, at_the_step = size * count, 0.0, 4 * count if size == 2 else 0.0
+    elif zero.stage == 1:  # added up in float32; a backward pass keeps its own until it has all of them
+        gradients, at_the_end, at_the_step = 4 * count, size * count, 4 * share
+    else:
+        gradients, at_the_end, at_the_step = 4 * share, 0.0, 0.0
+    if zero.stage == 3:
+        buffers += gathered
+    if zero.offload_parameters:
+        weights = 0.0
+    if zero.offload_optimizer:
+        optimizer = 0.0
+    beside = (size * share + gathered) if reference else 0.0
+    most = max(working, at_the_end + head, at_the_step)  # activations are gone when all gradients are there
+    return Parts(weights, gradients, optimizer, buffers, beside, most - min(head, most), min(head, most))
+
+
+def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:
+    """Bytes that the log-probs of `rows` trained positions take at most, forward and backward, beside the head's weights."""
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, config.hidden_size, dtype=dtype, requires_grad=True) for n in (rows, config.vocab_size))
+        living = Living()
+        living.know([hidden, weight])
+        with living:
+            token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+    return living.most
