@@ -100,8 +100,8 @@ def make_world(race: Race, folder: Path) -> dict:
     return {"parameters": model.num_parameters(), "rows": len(rows), "mean_lengths": means, "trained": int(split.trained.sum())}
 
 
-def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
-    """One launch: its rate, memory and time; the end of its output where it did not come through."""
+def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) -> dict | str:
+    """One launch, with such environment variables: its rate, memory and time; the end of its output where it did not come through."""
     out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
     job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "steps": race.steps}
     job |= {"batch": race.batch, "ds_config": race.ds_config, "dtype": race.dtype, "options": contestant.options}
@@ -123,7 +123,7 @@ def run_once(race: Race, contestant: Contestant, world: Path) -> dict | str:
     else:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(race.ranks), "--master_port", port, *command]
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | os.environ)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | os.environ | variables)
     wall = time.perf_counter() - started
     files = [out / f"rank_{rank}.json" for rank in range(race.ranks)]
     if done.returncode or not all(file.exists() for file in files):

@@ -22,12 +22,14 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 from supervise import MISTAKE, Supervisor, split_restarts
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")
 KEEP_ALIVE = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+STARTING = 120  # seconds that ranks may take to be there
 PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # what no shell changes
 
 
@@ -134,9 +136,16 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
 
 
 def signal_ranks(hosts: list[str], port: int, number: int) -> None:
-    """To the children of DeepSpeed's inner launchers: the launchers themselves would end the ranks before they have saved."""
+    """To the children of DeepSpeed's inner launchers: the launchers themselves would end the ranks before they have saved.
+
+    Where there are none yet, as soon as there are, for STARTING seconds.
+    """
+    deadline = time.monotonic() + STARTING
     launcher = rf"^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port={port}( |$)"
-    on_all(hosts, f"pkill -{number} -P $(pgrep -d, -f {shlex.quote(launcher)})")
+    while hosts and time.monotonic() < deadline:
+        answers = on_all(hosts, f"pkill -{number} -P $(pgrep -d, -f {shlex.quote(launcher)})")
+        hosts = [host for host, answer in answers.items() if answer.returncode]
+        time.sleep(1)
 
 
 def _number(name: str) -> int | None:
@@ -165,7 +174,11 @@ def main(arguments: list[str]) -> int:
             if rank is not None:
                 return Supervisor([*command, "--no_ssh", "--node_rank", rank, script, *rest], restarts).run()
             command += over_ssh(hosts, Path(script).resolve(), rest, Path(folder) / "environment")
-            return Supervisor(command, restarts, lambda number: signal_ranks(list(hosts), port, number)).run()
+
+            def reach(number: int) -> None:  # in a thread, since it may wait for ranks that are still being started
+                Thread(target=signal_ranks, args=(list(hosts), port, number), daemon=True).start()
+
+            return Supervisor(command, restarts, reach).run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

@@ -50,17 +50,21 @@ class _FusedSwiGLU(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-@contextlib.contextmanager
-def _fused(model: PreTrainedModel):
-    """The model with fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 92.3, on an H200)."""
-    module = sys.modules[type(model).__module__]
-    rotary = module.apply_rotary_pos_emb
-    module.apply_rotary_pos_emb = lambda query, key, *others, **settings: (query, key)  # in place
+def _fuse(model: PreTrainedModel) -> None:
+    """Fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 93.1, on an H200)."""
     for part in model.modules():
         if type(part).__name__.endswith("RMSNorm"):
             part.forward = lambda x, part=part: _FusedNorm.apply(x, part.weight)
         elif hasattr(part, "gate_proj") and hasattr(part, "down_proj"):
             part.forward = lambda x, part=part: part.down_proj(_FusedSwiGLU.apply(part.gate_proj(x), part.up_proj(x)))
+
+
+@contextlib.contextmanager
+def _rotary_in_place(model: PreTrainedModel):
+    """As liger-kernel's; transformers' attention calls it by its module's name for it."""
+    module = sys.modules[type(model).__module__]
+    rotary = module.apply_rotary_pos_emb
+    module.apply_rotary_pos_emb = lambda query, key, *others, **settings: (query, key)
     try:
         yield
     finally:
@@ -108,6 +112,8 @@ def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpoi
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         policy = Policy(model, SEGMENTS)
+        if fused:
+            _fuse(model)
         checkpoint_activations(model, checkpointing)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -116,7 +122,7 @@ def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpoi
         )
         living = Living()
         living.know([*model.parameters(), *model.buffers()])
-        with living, _fused(model) if fused else contextlib.nullcontext():
+        with living, _rotary_in_place(model) if fused else contextlib.nullcontext():
             policy(batch).sum().backward()
     return living.most
 
@@ -166,14 +172,15 @@ def _is_off(section: dict | None) -> bool:
     return bool(section) and section.get("device", "none") != "none"
 
 
-def predict(
-    config, count: int, batch: MicroBatch, zero: Zero, ranks: int, dtype: torch.dtype, checkpointing: str, reference: bool, on_gpu: bool
-) -> Parts:
-    """What a rank takes at most, training a model of `config` with `count` parameters on micro-batches like `batch`."""
+def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> tuple[int, int]:
+    """Bytes that forward and backward of such a micro-batch take at most, and those of them that the log-probs do."""
+    one, two = (peak_of(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+    return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
+
+
+def predict(working: int, head: int, count: int, zero: Zero, ranks: int, dtype: torch.dtype, reference: bool, on_gpu: bool) -> Parts:
+    """What a rank takes at most, training a model of `count` parameters; `working` and `head` from count_working."""
     size, share = dtype.itemsize, count / ranks
-    one, two = (peak_of(config, layers, batch, dtype, checkpointing, on_gpu) for layers in (1, 2))
-    working = one + (config.num_hidden_layers - 1) * (two - one)
-    head = peak_of_head(config, len(batch.rows), dtype)
     gathered = size * min(count, zero.live_parameters + zero.prefetch)
     weights = size * (share if zero.stage == 3 else count)
     optimizer = 12 * (share if zero.stage else count)

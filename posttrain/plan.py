@@ -1,17 +1,19 @@
-"""What a recipe will take, before it runs: memory of each GPU part by part, the largest micro-batch, time, communication, and which ds_config.
+"""What a recipe will take, before it runs: memory of each GPU by part, the largest micro-batch, time, communication, and which ds_config.
 
-python posttrain/plan.py RECIPE.yaml [--gpus=8] [--nodes=1] [--gpu=b200|b300|h200|h100|a100|here] [--model=1.8b|8b|32b|70b] [--key=value ...]
+python posttrain/plan.py RECIPE.yaml [--gpus=8] [--nodes=1] [--gpu=b200|b300|h200|h100|a100|here] [--model=1.8b|8b|32b|70b] [--key=value]
 
 Where the recipe's model or data is not there yet, --model's shape and rows of 2,048 tokens are assumed, and said to be. `here` times the
 model's own layers on this machine; for other GPUs times come from the share of its peak that one H200 reached.
 """
 
 import argparse
+import bisect
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 from posttrain import attention, checkpoint, ckpt_pt, data, layers
 from posttrain.config import DPORecipe, Recipe, SFTRecipe, load_recipe
 from posttrain.engine import read_ds_config
-from posttrain.memory import Parts, Zero, predict
+from posttrain.memory import Parts, Zero, count_working, predict
 from posttrain.objectives import needs_reference
 from posttrain.policy import Policy, checkpoint_activations, find_model
 
@@ -68,13 +70,15 @@ KEPT_BACK = 2e9  # bytes: the driver's context, NCCL's buffers
 FRAGMENTS = 0.06  # of the memory, that an allocator cannot use
 CHECKPOINTING = ("none", "selective", "full")
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
-ASSUMED_ROW = 2048
+MANY = 16_384  # tokens of a micro-batch
+ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000
 
 
 @dataclass(frozen=True)
 class Work:
-    """The examples that a run sees: arrays of one entry an example."""
+    """The examples that a run sees: arrays of one entry an example, or a single one that all are alike."""
 
+    count: int
     prompt: np.ndarray  # tokens before the answers; for SFT none are apart
     answers: np.ndarray  # (examples, 1 or 2)
     trained: np.ndarray
@@ -94,12 +98,11 @@ class Work:
     def micro_batch(self, tokens: int) -> data.MicroBatch:
         """As many of the longest examples as `tokens` hold, and a shorter one in what is left."""
         builder, left = data.RowBuilder(), tokens
-        for index in np.argsort(-self.lengths, kind="stable"):
-            while left >= self.lengths[index] and self.lengths[index] > tokens / 64:
-                self._add(builder, index)
-                left -= int(self.lengths[index])
-        if not builder.input_ids:
-            self._add(builder, int(np.argmin(self.lengths)))
+        order = np.argsort(self.lengths, kind="stable")
+        ascending = self.lengths[order]
+        while (fits := int(np.searchsorted(ascending, left, side="right"))) and (left == tokens or left > tokens / 64):
+            self._add(builder, int(order[fits - 1]))
+            left -= int(ascending[fits - 1])
         return builder.build()
 
     def _add(self, builder: data.RowBuilder, index: int) -> None:
@@ -136,21 +139,19 @@ def the_work(recipe: Recipe) -> tuple[Work, str]:
     """The training examples, and what is said of them."""
     kind, shared = ("dpo", recipe.share_prompt) if isinstance(recipe, DPORecipe) else ("sft", False)
     if not Path(recipe.data_dir).is_dir():
-        count = (recipe.max_iters or 1000) * (recipe.global_batch_size or 1)
-        ones = np.ones(count if recipe.max_iters else 50_000, np.int64)
+        one = np.ones(1, np.int64)
         said = f"there is none at {recipe.data_dir} yet: assumed rows of {ASSUMED_ROW:,} tokens"
         if kind == "sft":
-            return Work(0 * ones, ASSUMED_ROW * ones[:, None], ASSUMED_ROW * ones, False), said
+            return Work(ASSUMED_ROWS, 0 * one, ASSUMED_ROW * one[:, None], ASSUMED_ROW * one, False), said
         half = ASSUMED_ROW // 2
-        return Work(
-            half * ones, np.stack([half * ones, half * ones], 1), half * ones, shared
-        ), f"{said} ({half:,} of prompt, {half:,} an answer)"
+        pairs = Work(ASSUMED_ROWS, half * one, half * np.ones((1, 2), np.int64), half * one, shared)
+        return pairs, f"{said} ({half:,} of prompt, {half:,} an answer)"
     split = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True)).train
     said = f"{recipe.data_dir}: {len(split):,} examples of {split.lengths.mean():,.0f} tokens, the longest {split.lengths.max():,}"
     if kind == "sft":
-        return Work(np.zeros(len(split), np.int64), split.lengths[:, None], split.trained, False), said
+        return Work(len(split), np.zeros(len(split), np.int64), split.lengths[:, None], split.trained, False), said
     prompt, *answers = (split.token_counts(name) for name in ("prompt", "chosen", "rejected"))
-    return Work(prompt, np.stack(answers, 1), split.trained, shared), said
+    return Work(len(split), prompt, np.stack(answers, 1), split.trained, shared), said
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Plan:
 
     ds_config: str
     checkpointing: str
-    parts: Parts  # with the recipe's max_tokens_per_gpu
+    parts: Parts  # with micro-batches of `tokens`
+    tokens: int
     most_tokens: int  # of a micro-batch that fits; 0: none
     step_seconds: float
     sent: float  # bytes that a GPU sends a step
@@ -174,7 +176,7 @@ class Planner:
         self.work, self.work_said = the_work(recipe)
         self.reference = isinstance(recipe, DPORecipe) and needs_reference(recipe) and recipe.reference == "beside"
         self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
-        self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * len(self.work.lengths) / self.batch)
+        self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * self.work.count / self.batch)
         if self.work.lengths.max() > recipe.max_tokens_per_gpu:
             raise ValueError(
                 f"the longest example has {self.work.lengths.max():,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}"
@@ -184,26 +186,40 @@ class Planner:
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
         zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
-        how = (zero, self.ranks, self.dtype, checkpointing, self.reference, self.on_gpu)
-        return predict(self.config, self.count, self.work.micro_batch(tokens), *how)
+        return predict(*self.working(tokens, checkpointing), self.count, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
+
+    def working(self, tokens: int, checkpointing: str) -> tuple[float, float]:
+        """As count_working, which beyond MANY grows by as much with each token."""
+        counted = [self._counted(min(tokens, MANY), checkpointing)]
+        if tokens > MANY:
+            counted.append(self._counted(2 * MANY, checkpointing))
+            return tuple(few + (many - few) * (tokens - MANY) / MANY for few, many in zip(*counted, strict=True))
+        return counted[0]
+
+    @cache  # noqa: B019 - there is one planner
+    def _counted(self, tokens: int, checkpointing: str) -> tuple[int, int]:
+        return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
+
+    def most_tokens(self, ds_config: str, checkpointing: str) -> int:
+        """Of a micro-batch that fits, in whole 1,024; 0 where the longest example does not."""
+        longest = int(self.work.lengths.max())
+        if self.parts(ds_config, checkpointing, longest).total > self.usable:
+            return 0
+        fits = bisect.bisect_left(range(1, 2048), True, key=lambda n: self.parts(ds_config, checkpointing, 1024 * n).total > self.usable)
+        return max(1024 * fits, longest)
 
     def plan(self, ds_config: str, checkpointing: str) -> Plan:
         tokens = min(self.recipe.max_tokens_per_gpu, self._a_rank_s_step())
         parts = self.parts(ds_config, checkpointing, tokens)
-        # memory grows by as much with each token
-        few, many = int(self.work.lengths.max()), 2 * int(self.work.lengths.max())
-        low, high = (self.parts(ds_config, checkpointing, count).total for count in (few, many))
-        slope = max((high - low) / (many - few), 1.0)
-        most = int(few + (self.usable - low) / slope)
-        most = 0 if most < few else min(most // 1024 * 1024 or most, 2**20)
+        most = self.most_tokens(ds_config, checkpointing)
         used = min(tokens, most) if most else tokens
         seconds, sent = self.step(ds_config, checkpointing, used)
-        return Plan(ds_config, checkpointing, parts, most, seconds, sent)
+        return Plan(ds_config, checkpointing, parts, tokens, most, seconds, sent)
 
     def _a_rank_s_step(self) -> int:
         """Tokens that a rank has in a step at most: a micro-batch is never larger."""
         longest = np.sort(self.work.lengths)[-self.batch :]
-        return max(int(longest.max()), math.ceil(longest.sum() / self.ranks) + int(longest.max()))
+        return math.ceil(longest.mean() * self.batch / self.ranks) + int(longest.max())
 
     def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
         """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
@@ -312,13 +328,15 @@ def _median(action, repeats: int = 3) -> float:
     return float(np.median(times[1:]))
 
 
-def best(plans: list[Plan]) -> Plan | None:
-    """The fastest that fits; of those within 2 % of it the one that has room for the most."""
-    fitting = [plan for plan in plans if plan.most_tokens]
-    if not fitting:
-        return None
-    fastest = min(plan.step_seconds for plan in fitting)
-    return max((plan for plan in fitting if plan.step_seconds <= 1.02 * fastest), key=lambda plan: plan.most_tokens)
+def best(plans: list[Plan], dtype: torch.dtype) -> Plan | None:
+    """Of those that fit with at least half the recipe's micro-batch, or with any, the fastest, or the first within 5 % of it.
+
+    ZeRO-0 adds up gradients in bfloat16, which is less exact: not in that dtype.
+    """
+    fitting = [plan for plan in plans if plan.most_tokens and (plan.ds_config != "zero0" or dtype == torch.float32)]
+    fitting = [plan for plan in fitting if plan.most_tokens >= plan.tokens / 2] or fitting
+    fastest = min((plan.step_seconds for plan in fitting), default=0.0)
+    return next((plan for plan in fitting if plan.step_seconds <= 1.05 * fastest), None)
 
 
 def report(planner: Planner, plans: list[Plan]) -> str:
@@ -329,7 +347,7 @@ def report(planner: Planner, plans: list[Plan]) -> str:
         f"data      {planner.work_said}",
         f"run       {planner.steps:,} steps of {planner.batch:,} examples on {planner.ranks} x {device.name}",
         "",
-        f"GB of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable) with micro-batches of {recipe.max_tokens_per_gpu:,} tokens",
+        f"GB of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable), micro-batches of {plans[0].tokens:,} tokens",
         "",
         f"{'ds_config':14}{'activations':>13}{'weights':>9}{'grads':>7}{'optim.':>8}{'buffers':>9}{'activ.':>8}{'head':>6}{'ref.':>6}{'total':>8}"
         f"{'most tokens':>13}{'s/step':>8}{'sent':>8}",
@@ -341,7 +359,7 @@ def report(planner: Planner, plans: list[Plan]) -> str:
         row = "".join(f"{value / 1e9:>{width}.1f}" for value, width in zip(numbers, widths, strict=True))
         fits = f"{plan.most_tokens:>13,}{plan.step_seconds:>8.2f}{plan.sent / 1e9:>8.1f}" if plan.most_tokens else f"{'does not fit':>29}"
         lines.append(f"{plan.ds_config:14}{plan.checkpointing:>13}{row}{fits}")
-    chosen = best(plans)
+    chosen = best(plans, planner.dtype)
     if chosen is None:
         lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: take more GPUs, or a ds_config that offloads (zero3_offload)"]
     else:
@@ -351,16 +369,15 @@ def report(planner: Planner, plans: list[Plan]) -> str:
             "",
             f"take      --ds_config=ds_configs/{chosen.ds_config}.json --activation_checkpointing={chosen.checkpointing} "
             f"--max_tokens_per_gpu={min(chosen.most_tokens, max(recipe.max_tokens_per_gpu, int(planner.work.lengths.max())))}",
-            f"time      {chosen.step_seconds:.2f} s a step, {tokens:,.0f} tokens/s, {_duration(hours)} in all, {hours * planner.ranks:,.1f} GPU-hours",
+            f"time      {chosen.step_seconds:.2f} s a step, {tokens:,.0f} tokens/s, {_duration(hours)} in all, "
+            f"{hours * planner.ranks:,.1f} GPU-hours",
         ]
     if here:
-        lines.append(
-            "how sure  the layers were timed here; memory was within 10 % and time within 20 % of six runs on a CPU (benchmarks/plan.py)"
-        )
+        lines.append("how sure  the layers were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu.json")
     else:
         lines.append(
-            "how sure  memory: within 2 % of two runs on one H200; time: from the share of its peak that an H200 reached with 1.7B parameters, "
-            "on other GPUs and over links not measured"
+            "how sure  memory: within 2 % of two runs on one H200; time: by the share of its peak that it reached with 1.7B parameters,\n"
+            "          on other GPUs, with other sizes and over links not measured"
         )
     return "\n".join(lines)
 

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
     *("losses", "config", "schedule", "batches", "chat", "hub", "ranks", "storage", "stopping", "rendezvous", "watchdog", "card"),
     *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
-    *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "export", "run", "reference"),
+    *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "memory", "export", "run", "reference"),
     *("step", "keeper", "loop"),
 ]
-SCRIPTS = {"sft", "dpo", "convert"}
+SCRIPTS = {"sft", "dpo", "convert", "plan"}
 
 
 def imported(path: Path) -> set[str]:

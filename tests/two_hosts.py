@@ -205,6 +205,20 @@ def a_signal_saves(world: World) -> None:
         nothing_is_left(host, 5)
 
 
+def a_signal_while_ranks_start(world: World) -> None:
+    """It is not lost: the run ends, and nothing is left."""
+    a, b = world.hosts.hosts
+    process = a.start("sft_multinode.sh", *world.sft("early", *LONG), HOSTFILE=world.hostfile(1))
+    while "deepspeed.launcher.runner" not in a.shell("ps ax -o args"):
+        time.sleep(0.1)
+    a.shell("pkill -TERM -f launch/multinode.py")
+    end(process)
+    for host in (a, b):
+        nothing_is_left(host, 5)
+    seen = metrics(world.folder / "early") if (world.folder / "early" / "metrics.jsonl").exists() else []
+    assert len(seen) < 80
+
+
 def a_launcher_that_is_killed(world: World) -> None:
     a, b = world.hosts.hosts
     process = a.start("sft_multinode.sh", *world.sft("killed", *LONG), HOSTFILE=world.hostfile(1))
@@ -259,7 +273,7 @@ def a_wrong_interface(world: World) -> None:
 
 
 CLAIMS = [
-    *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves),
+    *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves, a_signal_while_ranks_start),
     *(a_launcher_that_is_killed, a_host_that_cannot_be_reached, a_host_that_was_not_started, a_first_host_that_was_not_started),
     *(a_host_with_other_code, a_wrong_interface),
 ]

@@ -1,0 +1,135 @@
+"""The planner: what it says beside what was measured, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from benchmarks.plan import CONFIGURATIONS, name
+from benchmarks.sft import QWEN3_1_7B
+from posttrain.data import IGNORE, RowBuilder
+from posttrain.memory import Zero, count_working, predict
+
+RESULTS = ROOT / "benchmarks" / "results"
+BF16 = torch.bfloat16
+
+
+def rows(count: int, length: int, trained: int):
+    builder = RowBuilder()
+    for _ in range(count):
+        builder.add_sequence([1] * length, [IGNORE] * (length - trained) + [1] * trained)
+    return builder.build()
+
+
+def test_memory_is_what_an_h200_was_seen_to_take():
+    """SFT of 1.7B parameters, 16 rows of 1,950 tokens in a micro-batch, measured by benchmarks/sft.py --race gpu."""
+    measured = json.loads((RESULTS / "sft_gpu.json").read_text())["summary"]["ours_compile"]["peak_mb"]
+    config = Qwen3Config(**QWEN3_1_7B, tie_word_embeddings=True)
+    with torch.device("meta"):
+        count = AutoModelForCausalLM.from_config(config).num_parameters()
+    working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
+    seen = predict(working, head, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
+    assert seen == pytest.approx(measured, rel=0.03)
+
+
+def test_six_runs_came_within_the_bounds():
+    """Memory within 10 %, time within 20 %."""
+    results = json.loads((RESULTS / "plan_cpu.json").read_text())["configurations"]
+    assert set(results) == {name(*one) for one in CONFIGURATIONS}
+    for one, result in results.items():
+        assert abs(result["predicted"]["peak_mb"] / result["measured"]["peak_mb"] - 1) < 0.1, one
+        assert abs(result["predicted"]["step_seconds"] / result["measured"]["step_seconds"] - 1) < 0.2, one
+
+
+@pytest.fixture(scope="module")
+def small():
+    shape = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return Qwen3Config(**shape, num_hidden_layers=6, max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_recomputing_more_takes_less(small, fused):
+    none, selective, full = (count_working(small, rows(4, 250, 20), BF16, mode, fused)[0] for mode in ("none", "selective", "full"))
+    assert none > 1.2 * selective > 1.4 * full
+
+
+def test_activations_grow_with_layers_and_tokens(small):
+    deeper = Qwen3Config(**{**small.to_dict(), "num_hidden_layers": 12, "layer_types": None})
+    one, two, longer = (
+        count_working(config, rows(count, 250, 20), BF16, "none", fused=False)[0] for config, count in ((small, 4), (deeper, 4), (small, 8))
+    )
+    assert 1.7 < two / one < 2
+    assert 1.9 < longer / one < 2.1
+
+
+def test_what_is_sharded_shrinks_with_ranks():
+    count = 8_000_000_000
+    totals = {stage: predict(0, 0, count, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
+    assert totals[0].total > totals[1].total > totals[2].total > totals[3].total
+    assert totals[0].weights + totals[0].optimizer == 14 * count
+    assert totals[1].optimizer == 12 * count / 8
+    assert totals[2].gradients == 4 * count / 8
+    assert totals[3].weights == 2 * count / 8
+    beside = predict(0, 0, count, Zero(3), 8, BF16, reference=True, on_gpu=True)
+    assert beside.reference > 2 * count / 8
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "posttrain" / "plan.py"), *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+
+
+@pytest.mark.parametrize(("kind", "least"), [("sft", 20), ("dpo", 60)])
+def test_the_default_recipes_on_eight_b200(kind, least):
+    done = plan(f"{ROOT}/posttrain/recipes/{kind}_qwen3_1.8b.yaml")
+    assert done.returncode == 0, done.stdout
+    assert "assumed Qwen3-1.7B's shape, 1,720,574,976 parameters" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("zero")]
+    assert [line[0] for line in lines] == [f"zero{stage}" for stage in range(4) for _ in range(3)] + ["zero3_offload"]
+    for line in lines:  # parts add up to the total
+        assert sum(map(float, line[2:9])) == pytest.approx(float(line[9]), abs=0.4)
+    assert "--ds_config=ds_configs/zero1.json --activation_checkpointing=none" in done.stdout
+
+
+def test_a_model_that_does_not_fit_is_told_so():
+    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=70b", "--gpu=a100", "--gpus=2")
+    assert done.returncode == 0, done.stdout
+    assert "does not fit" in done.stdout
+    assert "nothing fits into" in done.stdout
+
+
+def test_this_machine_and_the_data_that_is_there(tiny, tmp_path):
+    recipe = tmp_path / "dpo.yaml"
+    keys = {"sft_checkpoint_path": tiny.base, "dpo_data_dir": tiny.dpo, "out_dir": "run", "epochs": 2, "global_batch_size": 8}
+    recipe.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    done = plan(str(recipe), "--gpus=2", "--gpu=here")
+    assert done.returncode == 0, done.stdout
+    assert f"{tiny.dpo}: 33 examples" in done.stdout
+    assert "run       9 steps of 8 examples on 2 x" in done.stdout
+    assert "the layers were timed here" in done.stdout
+
+
+MISTAKES = {
+    "--gpus=0": "should be at least 1, saw 0 and 1",
+    "--gpu=z9": "invalid choice: 'z9'",
+    "--max_tokens_per_gpu=100": "the longest example has 2,048 tokens, more than max_tokens_per_gpu=100",
+    "--learning_rat=1": "Did you mean learning_rate?",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_mistake_gets_one_message(argument):
+    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", argument)
+    assert done.returncode != 0
+    assert MISTAKES[argument] in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_shape_is_not_assumed_for_a_model_that_is_there(tiny):
+    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=8b", f"--checkpoint_path={tiny.base}")
+    assert done.returncode == 1
+    assert "--model=8b would not be read" in done.stdout
