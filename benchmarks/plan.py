@@ -9,7 +9,6 @@ again, more or less from run to run.
 
 import argparse
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.dpo import ULTRAFEEDBACK
 from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
-from benchmarks.side_by_side import RESULTS, WARM, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
+from benchmarks.side_by_side import RESULTS, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
 from posttrain import plan
 from posttrain.config import DPORecipe, SFTRecipe, build_recipe
 
@@ -59,8 +58,8 @@ def name(kind: str, ds_config: str, checkpointing: str, tokens: int) -> str:
     return f"{kind}, {ds_config}, activation checkpointing {checkpointing}, {tokens} tokens"
 
 
-def predict(race: Race, world: Path, options: dict) -> dict:
-    """What the planner says of such a run."""
+def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
+    """What the planner says of such a run, and the mean tokens of its examples."""
     paths = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[race.kind]
     recipe = {paths[0]: world / "base", paths[1]: world / race.kind, "out_dir": world / "run", "max_iters": race.steps}
     recipe |= {"global_batch_size": race.batch, "dtype": race.dtype, **options}
@@ -68,7 +67,7 @@ def predict(race: Race, world: Path, options: dict) -> dict:
     recipe = build_recipe(kind, {}, {key: str(value) for key, value in recipe.items()})
     planner = plan.Planner(recipe, plan.this_machine(race.ranks), race.ranks, 1, None)
     one = planner.plan(Path(recipe.ds_config).stem, recipe.activation_checkpointing)
-    return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(one.step_seconds, 3)}
+    return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 
 def measure(race_name: str, chosen: list[str]) -> dict:
@@ -83,13 +82,14 @@ def measure(race_name: str, chosen: list[str]) -> dict:
             _, ds_config, checkpointing, tokens = configuration
             options = {"activation_checkpointing": checkpointing, "max_tokens_per_gpu": tokens * (4 if race_name == "gpu" else 1)}
             race.ds_config = f"ds_configs/{ds_config}.json"
-            predicted = predict(race, world, options | {"ds_config": race.ds_config})
+            predicted, mean_tokens = predict(race, world, options | {"ds_config": race.ds_config})
             results = [run_once(race, Contestant("ours", "ours", "", options), world)]
             if race_name == "cpu":
                 results.append(run_once(race, Contestant("ours", "ours", "", options), world, MALLOC_MMAP_THRESHOLD_="262144"))
             if failed := next((result for result in results if isinstance(result, str)), None):
                 sys.exit(f"{name(*configuration)}: {failed}")
-            seconds = statistics.median(results[0]["step_seconds"][WARM - 1 :])
+            rate = results[0].get("tokens_per_second") or results[0]["pairs_per_second"] * mean_tokens
+            seconds = float(mean_tokens * race.batch / rate)  # of a mean step: some have more tokens than others
             seen = {"peak_mb": results[-1]["peak_mb_without_files"], "step_seconds": round(seconds, 3)}
             off = {f"{what}_off_by": round(predicted[what] / seen[what] - 1, 3) for what in seen}
             measured[name(*configuration)] = {"measured": seen, "predicted": predicted, **off}

@@ -240,6 +240,12 @@ def merge(recipe: Recipe, json_config: dict) -> dict:
             f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
             f"{recipe.activation_checkpointing}. Set it to full, the only one that the section applies to, or remove the section"
         )
+    node, ranks = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), launch_shape()[1]
+    if ranks % node:
+        raise ValueError(
+            f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {ranks} of this run. Set it to "
+            "what each node has; on one node use ds_configs/zero3.json"
+        )
     config = {
         **json_config,
         "train_micro_batch_size_per_gpu": 1,

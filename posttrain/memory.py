@@ -178,21 +178,32 @@ def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: 
     return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
 
 
-def predict(working: int, head: int, count: int, zero: Zero, ranks: int, dtype: torch.dtype, reference: bool, on_gpu: bool) -> Parts:
-    """What a rank takes at most, training a model of `count` parameters; `working` and `head` from count_working."""
+def predict(
+    largest: tuple[float, float],
+    usual: tuple[float, float],
+    count: int,
+    zero: Zero,
+    ranks: int,
+    dtype: torch.dtype,
+    reference: bool,
+    on_gpu: bool,
+) -> Parts:
+    """What a rank takes at most, training a model of `count` parameters.
+
+    `largest` and `usual`: count_working of the run's largest micro-batch, which goes first, while no gradients are there yet, and of the
+    largest of its steps, which in step 1 come after it.
+    """
     size, share = dtype.itemsize, count / ranks
     gathered = size * min(count, zero.live_parameters + zero.prefetch)
     weights = size * (share if zero.stage == 3 else count)
     optimizer = 12 * (share if zero.stage else count)
     buffers = 0.0
-    if zero.stage:  # memory that is never written takes none on a CPU
-        buffers = (4 if zero.stage == 1 else size) * (zero.reduce_bucket if on_gpu else min(zero.reduce_bucket, count))
-    if zero.stage == 0:
-        gradients, at_the_end, at_the_step = size * count, 0.0, 4 * count if size == 2 else 0.0
-    elif zero.stage == 1:  # added up in float32; a backward pass keeps its own until it has all of them
-        gradients, at_the_end, at_the_step = 4 * count, size * count, 4 * share
-    else:
-        gradients, at_the_end, at_the_step = 4 * share, 0.0, 0.0
+    if zero.stage and on_gpu:  # on a CPU they take memory only as they are filled, when activations go
+        buffers = (4 if zero.stage == 1 else size) * zero.reduce_bucket
+    # added up in float32 but at stage 0; there and at stage 1 a backward pass keeps its own until it has all of them
+    gradients = size * count if zero.stage == 0 else 4 * (count if zero.stage == 1 else share)
+    own = size * count if zero.stage == 1 else 0.0
+    flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
     if zero.stage == 3:
         buffers += gathered
     if zero.offload_parameters:
@@ -200,8 +211,11 @@ def predict(working: int, head: int, count: int, zero: Zero, ranks: int, dtype: 
     if zero.offload_optimizer:
         optimizer = 0.0
     beside = (size * share + gathered) if reference else 0.0
-    most = max(working, at_the_end + head, at_the_step)  # activations are gone when all gradients are there
-    return Parts(weights, gradients, optimizer, buffers, beside, most - min(head, most), min(head, most))
+    # gradients that are there, memory that is at work, and the log-probs' part of it, in each phase
+    zeroed = gradients if zero.stage == 3 else 0.0  # which has them from the start
+    phases = [(zeroed, *largest), (gradients, *usual), (gradients, own + usual[1], usual[1]), (gradients, flat, 0.0)]
+    most = max(phases, key=lambda phase: phase[0] + phase[1])
+    return Parts(weights, most[0], optimizer, buffers, beside, most[1] - min(most[1:]), min(most[1:]))
 
 
 def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:

@@ -22,12 +22,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from posttrain import attention, checkpoint, ckpt_pt, data, layers
+from posttrain import attention, batches, checkpoint, ckpt_pt, data, layers
 from posttrain.config import DPORecipe, Recipe, SFTRecipe, load_recipe
 from posttrain.engine import read_ds_config
 from posttrain.memory import Parts, Zero, count_working, predict
 from posttrain.objectives import needs_reference
-from posttrain.policy import Policy, checkpoint_activations, find_model
+from posttrain.policy import Policy, find_model
 
 MIB = 2**20
 QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
@@ -97,12 +97,18 @@ class Work:
 
     def micro_batch(self, tokens: int) -> data.MicroBatch:
         """As many of the longest examples as `tokens` hold, and a shorter one in what is left."""
-        builder, left = data.RowBuilder(), tokens
+        chosen, left = [], tokens
         order = np.argsort(self.lengths, kind="stable")
         ascending = self.lengths[order]
         while (fits := int(np.searchsorted(ascending, left, side="right"))) and (left == tokens or left > tokens / 64):
-            self._add(builder, int(order[fits - 1]))
+            chosen.append(int(order[fits - 1]))
             left -= int(ascending[fits - 1])
+        return self.batch_of(chosen)
+
+    def batch_of(self, examples) -> data.MicroBatch:
+        builder = data.RowBuilder()
+        for index in examples:
+            self._add(builder, int(index))
         return builder.build()
 
     def _add(self, builder: data.RowBuilder, index: int) -> None:
@@ -182,11 +188,13 @@ class Planner:
                 f"the longest example has {self.work.lengths.max():,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}"
             )
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
+        self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
         self.seconds = _timed_here(self) if device in HERE else {}
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
+        usual = self.working(min(tokens, self.usual_tokens), checkpointing)
         zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
-        return predict(*self.working(tokens, checkpointing), self.count, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
+        return predict(self.working(tokens, checkpointing), usual, self.count, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
 
     def working(self, tokens: int, checkpointing: str) -> tuple[float, float]:
         """As count_working, which beyond MANY grows by as much with each token."""
@@ -220,6 +228,18 @@ class Planner:
         """Tokens that a rank has in a step at most: a micro-batch is never larger."""
         longest = np.sort(self.work.lengths)[-self.batch :]
         return math.ceil(longest.mean() * self.batch / self.ranks) + int(longest.max())
+
+    def micro_batches(self) -> list[np.ndarray]:
+        """Examples of the micro-batches of the run's first steps, of all ranks, the one with the most tokens first."""
+        lengths, recipe = self.work.lengths, self.recipe
+        if len(lengths) == 1:
+            return [np.zeros(max(1, min(recipe.max_tokens_per_gpu // lengths[0], self.batch // self.ranks)), np.int64)]
+        found = []
+        for step in range(1, min(self.steps, 20) + 1):
+            chosen = batches.step_examples(len(lengths), self.batch, recipe.seed, step)
+            dealt = batches.micro_batches(lengths[chosen], recipe.max_tokens_per_gpu, self.ranks, recipe.packing)
+            found += [chosen[part] for share in dealt for part in share if part]
+        return sorted(found, key=lambda examples: -lengths[examples].sum())
 
     def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
         """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
@@ -261,6 +281,13 @@ class Planner:
             whole += c.num_hidden_layers * layer + head
         return self.batch * whole
 
+    def feed_forward_share(self) -> float:
+        """Of a layer's forward pass, by its weights."""
+        c = self.config
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        feed = 3 * c.hidden_size * c.intermediate_size
+        return feed / (feed + c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads))
+
     def _log_probs(self) -> np.ndarray:
         return self.work.trained if self.work.answers.shape[1] == 1 else self.work.answers.sum(1)
 
@@ -285,15 +312,24 @@ def _timed_here(planner: Planner) -> dict[str, float]:
     device = torch.device("cuda" if planner.on_gpu else "cpu")
     if not planner.on_gpu:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // planner.ranks))
-    few = min(planner.recipe.max_tokens_per_gpu, max(1024, int(planner.work.lengths.max())))
-    batch = planner.work.micro_batch(few)
-    tokens, depth = batch.input_ids.shape[1], planner.config.num_hidden_layers
-    batch, found = batch.to(device), {}
-    for mode in (*CHECKPOINTING, *(["forward"] if planner.reference else [])):
-        one, two = (_seconds_of(planner, depth, batch, mode, device) for depth in (1, 2))
-        found[mode] = (one + (depth - 1) * max(two - one, 0.0)) / tokens
-    for mode in CHECKPOINTING:
-        found[mode] += found.get("forward", 0.0)
+    usual = planner.micro_batches()
+    usual = usual[len(usual) // 2]
+    if not planner.on_gpu:  # some thousand tokens take long enough
+        usual = usual[: max(1, int(np.searchsorted(planner.work.lengths[usual].cumsum(), 4096)))]
+    batch = planner.work.batch_of(usual)
+    batch = batch.to(device)
+    # a layer's time is the difference between models of few and of more; the rest is the head's
+    few, more = 1, min(4, planner.config.num_hidden_layers)
+    whole, part = {}, {}
+    for name, trains in (("train", True), ("forward", False)):
+        short, long = (_seconds_of(planner, depth, batch, trains, device) for depth in (few, more))
+        part[name] = max(long - short, 0.0) / max(1, more - few)
+        whole[name] = short + (planner.config.num_hidden_layers - few) * part[name]
+    reference = whole["forward"] if planner.reference else 0.0
+    again = {"none": 0.0, "selective": planner.feed_forward_share(), "full": 1.0}
+    layers_again = planner.config.num_hidden_layers * part["forward"]
+    tokens = batch.input_ids.shape[1]
+    found = {mode: (whole["train"] + reference + share * layers_again) / tokens for mode, share in again.items()}
     weights = torch.nn.Parameter(torch.randn(4_000_000, device=device))
     weights.grad = torch.randn_like(weights)
     optimizer = torch.optim.AdamW([weights], fused=True)
@@ -302,7 +338,8 @@ def _timed_here(planner: Planner) -> dict[str, float]:
     return found
 
 
-def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, mode: str, device: torch.device) -> float:
+def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, trains: bool, device: torch.device) -> float:
+    """Of forward, and backward where it trains, of a model with random weights and so many layers."""
     config = type(planner.config).from_dict({**planner.config.to_dict(), "num_hidden_layers": depth, "layer_types": None})
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype).train()
@@ -310,11 +347,10 @@ def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, mode: str,
     layers.choose(model, planner.recipe.kernels, compiled=False)
     policy = Policy(model, name)
     policy.head.choose(planner.recipe.kernels)
-    if mode == "forward":
-        with torch.no_grad():
-            return _median(lambda: policy(batch))
-    checkpoint_activations(model, mode)
-    return _median(lambda: policy(batch).sum().backward())
+    if trains:
+        return _median(lambda: policy(batch).sum().backward())
+    with torch.no_grad():
+        return _median(lambda: policy(batch))
 
 
 def _median(action, repeats: int = 3) -> float:

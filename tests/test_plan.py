@@ -32,7 +32,7 @@ def test_memory_is_what_an_h200_was_seen_to_take():
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(config).num_parameters()
     working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
-    seen = predict(working, head, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
+    seen = predict((working, head), (working, head), count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
     assert seen == pytest.approx(measured, rel=0.03)
 
 
@@ -47,7 +47,14 @@ def test_six_runs_came_within_the_bounds():
 
 @pytest.fixture(scope="module")
 def small():
-    shape = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    shape = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     return Qwen3Config(**shape, num_hidden_layers=6, max_position_embeddings=2048)
 
 
@@ -68,13 +75,13 @@ def test_activations_grow_with_layers_and_tokens(small):
 
 def test_what_is_sharded_shrinks_with_ranks():
     count = 8_000_000_000
-    totals = {stage: predict(0, 0, count, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
+    totals = {stage: predict((0, 0), (0, 0), count, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
     assert totals[0].total > totals[1].total > totals[2].total > totals[3].total
     assert totals[0].weights + totals[0].optimizer == 14 * count
     assert totals[1].optimizer == 12 * count / 8
     assert totals[2].gradients == 4 * count / 8
     assert totals[3].weights == 2 * count / 8
-    beside = predict(0, 0, count, Zero(3), 8, BF16, reference=True, on_gpu=True)
+    beside = predict((0, 0), (0, 0), count, Zero(3), 8, BF16, reference=True, on_gpu=True)
     assert beside.reference > 2 * count / 8
 
 

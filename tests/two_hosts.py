@@ -15,7 +15,7 @@ from conftest import launch, metrics  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 NAMES, ADDRESSES, CABLE = ("node-a", "node-b"), ("10.77.0.1", "10.77.0.2"), "posttrain"
-WATCHDOG = 20  # seconds
+WATCHDOG = 30  # seconds
 PATIENCE = 240
 
 

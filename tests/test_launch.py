@@ -1,0 +1,67 @@
+"""Every script of launch/ on two ranks, from another working directory, with spaces in the paths; and two hosts, where they can be made."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, free_port, launch_script, metrics
+
+LENGTH = [
+    "--max_iters=2",
+    "--eval_interval=0",
+    "--save_interval=0",
+    "--warmup_iters=0",
+    "--max_tokens_per_gpu=400",
+    "--global_batch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny):
+    """A folder with spaces in its name; recipes and a hostfile in it."""
+    folder = tmp_path_factory.mktemp("a place") / "with spaces"
+    folder.mkdir()
+    (folder / "the hosts").write_text("localhost slots=8\n")
+    for kind, names in (("sft", ("checkpoint_path", "sft_data_dir")), ("dpo", ("sft_checkpoint_path", "dpo_data_dir"))):
+        keys = {names[0]: tiny.base, names[1]: getattr(tiny, kind), "out_dir": f"{folder}/a run", "global_batch_size": 8, "max_iters": 2}
+        (folder / f"{kind} recipe.yaml").write_text("".join(f'{key}: "{value}"\n' for key, value in keys.items()))
+    return folder
+
+
+@pytest.mark.parametrize("script", ["sft_8gpu", "dpo_8gpu", "sft_multinode", "dpo_multinode"])
+def test_a_script_runs(place, script):
+    """The multi-node ones on a single host, without ssh; over ssh they run in two_hosts.sh."""
+    hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    where = hosts if "multinode" in script else {}
+    out = place / f"run of {script}"
+    done = launch_script(f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", **where)
+    assert done.returncode == 0, done.stdout
+    assert len(metrics(out)) == 2
+    assert (out / "final" / "model.safetensors").is_file()
+
+
+def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
+    out, script = place / "a sweep", str(ROOT / "launch" / "sft_8gpu.sh")
+    arguments = ["learning_rate", "1e-4", "-1", "1e-5", "--", "bash", script, *LENGTH, f"--out_dir={out}"]
+    done = launch_script("sweep.sh", *arguments, RECIPE=f"{place}/sft recipe.yaml")
+    assert done.returncode == 1, done.stdout
+    assert "sweep.sh: failed: -1" in done.stdout
+    rates = {run.name: metrics(run)[0]["learning_rate"] for run in out.iterdir()}
+    assert rates == {"learning_rate_1e-4": 1e-4, "learning_rate_1e-5": 1e-5}
+
+
+def _can_make_hosts() -> bool:
+    if os.geteuid():
+        return False
+    trial = "unshare --net --uts --mount --pid --fork sh -c 'ip link add a type veth peer name b'"
+    return subprocess.run(trial, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _can_make_hosts(), reason="network namespaces need root, Linux and iproute2")
+def test_two_hosts():
+    environment = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "PYTEST_XDIST_WORKER")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "tests" / "two_hosts.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout
