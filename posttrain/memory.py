@@ -134,7 +134,7 @@ class Parts:
     weights: float
     gradients: float
     optimizer: float
-    buffers: float  # of DeepSpeed: gradients on their way to other ranks, and at ZeRO-3 layers that are gathered
+    buffers: float  # of DeepSpeed: gradients on their way to other ranks; at ZeRO-3 layers that are gathered, and a node's copy
     reference: float
     activations: float
     head: float  # what the log-probs need: some logits at a time, and the gradients by hidden states and by the head's weights
@@ -152,6 +152,7 @@ class Zero:
     reduce_bucket: int = 500_000_000  # elements
     live_parameters: int = 1_000_000_000
     prefetch: int = 50_000_000
+    ranks_of_node: int = 1  # that share a second copy of the weights, hpZ; 1: there is none
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -163,6 +164,7 @@ class Zero:
             reduce_bucket=int(section.get("reduce_bucket_size", cls.reduce_bucket)),
             live_parameters=int(section.get("stage3_max_live_parameters", cls.live_parameters)),
             prefetch=int(section.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            ranks_of_node=section.get("zero_hpz_partition_size", cls.ranks_of_node),
             offload_optimizer=_is_off(section.get("offload_optimizer")),
             offload_parameters=_is_off(section.get("offload_param")),
         )
@@ -205,7 +207,7 @@ def predict(
     own = size * count if zero.stage == 1 else 0.0
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
     if zero.stage == 3:
-        buffers += gathered
+        buffers += gathered + (size * count / zero.ranks_of_node if zero.ranks_of_node > 1 else 0.0)
     if zero.offload_parameters:
         weights = 0.0
     if zero.offload_optimizer:

@@ -260,8 +260,10 @@ class Planner:
         }.get(ds_config, micro_batches * 3 * size) * others
         if self.reference:
             sent += micro_batches * size * others
-        wire = max(sent / self.device.link, sent * (self.nodes - 1) / self.nodes / self.device.net if self.nodes > 1 else 0.0)
-        exposed = max(wire - compute, 0.1 * wire) if ds_config.startswith("zero3") else wire
+        # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
+        across = (sent - micro_batches * size * others if ds_config == "zeropp" else sent) * (self.nodes - 1) / self.nodes
+        wire = max(sent / self.device.link, across / self.device.net)
+        exposed = max(wire - compute, 0.1 * wire) if ds_config.startswith(("zero3", "zeropp")) else wire
         if ds_config == "zero3_offload":  # states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
             exposed += 28 * self.count / self.ranks / 20e9
         return compute + exposed, sent
@@ -443,7 +445,8 @@ def main(arguments: list[str]) -> None:
     recipe = the_recipe(others)
     device = this_machine(options.gpus) if options.gpu == "here" else GPUS[options.gpu]
     planner = Planner(recipe, device, options.gpus, options.nodes, options.model)
-    shown = [(stage, mode) for stage in STAGES for mode in CHECKPOINTING if stage != "zero3_offload" or mode == "full"]
+    stages = STAGES if options.nodes == 1 else (*STAGES, "zeropp")
+    shown = [(stage, mode) for stage in stages for mode in CHECKPOINTING if stage != "zero3_offload" or mode == "full"]
     print(report(planner, [planner.plan(*way) for way in shown]))
 
 

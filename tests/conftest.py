@@ -48,6 +48,11 @@ def launch_script(name: str, *arguments: str, **environment: str) -> subprocess.
     return subprocess.run(command, cwd="/", timeout=300, env=rank_environment() | {"NUM_GPUS": "2"} | environment, **merged)
 
 
+def last_of_each(arguments: list[str]) -> list[str]:
+    """Of settings given twice the last, as a command line may hold each once only."""
+    return list({argument.split("=")[0]: argument for argument in arguments}.values())
+
+
 def launch_command(script: str, *arguments: str, ranks: int) -> list[str]:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
     return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script), *map(str, arguments)]

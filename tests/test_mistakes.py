@@ -245,6 +245,17 @@ def test_every_shipped_ds_config_is_accepted():
         engine.read_ds_config(str(path))
 
 
+def test_a_node_of_zeropp_divides_the_ranks(monkeypatch):
+    values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
+    recipe = build_recipe(SFTRecipe, values, {"ds_config": "ds_configs/zeropp.json"})
+    section = engine.read_ds_config(recipe.ds_config)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    engine.merge(recipe, section)
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    with pytest.raises(ValueError, match="zeropp.json: zero_hpz_partition_size 8, the GPUs of a node, does not divide the 12 of this run"):
+        engine.merge(recipe, section)
+
+
 def test_activation_checkpointing_has_one_owner():
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
     section = {"activation_checkpointing": {"partition_activations": True}}

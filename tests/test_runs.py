@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import launch, launch_command, launch_script, metrics, rank_environment
+from conftest import ROOT, last_of_each, launch, launch_command, launch_script, metrics, rank_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import chat
@@ -187,3 +187,19 @@ def test_deepspeeds_own_activation_checkpointing_survives_forward_passes_alone(t
     settings = [f"--ds_config={tmp_path}/ds.json", "--activation_checkpointing=full", "--eval_interval=1", "--max_iters=2"]
     done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", *settings))
     assert done.returncode == 0, done.stdout
+
+
+def test_zeropp_on_two_nodes_of_two_draws_the_same_curve(sft_run, tiny, tmp_path):
+    """Here all four ranks share a host; they gather from the two of their own node all the same. Stopped once, and continued."""
+    section = json.loads((ROOT / "ds_configs" / "zeropp.json").read_text())
+    assert section["zero_optimization"]["zero_hpz_partition_size"] == 8
+    section["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "zeropp.json").write_text(json.dumps(section))
+    more = [f"--ds_config={tmp_path}/zeropp.json", "--activation_checkpointing=full"]
+    for last, extends in ((4, []), (STEPS, ["--extend"])):
+        arguments = sft_arguments(tiny, tmp_path / "run", *more, f"--max_iters={last}", f"--lr_decay_iters={STEPS}", *extends)
+        done = launch("posttrain/sft.py", *last_of_each(arguments), ranks=4)
+        assert done.returncode == 0, done.stdout
+    for seen, expected in zip(metrics(tmp_path / "run"), metrics(sft_run[0]), strict=True):
+        for name in CURVE:
+            assert seen[name] == pytest.approx(expected[name], rel=1e-5), (seen["step"], name)

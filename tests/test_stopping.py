@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, launch_command, metrics, rank_environment
+from conftest import ROOT, last_of_each, launch_command, metrics, rank_environment
 from test_runs import sft_arguments
 
 from posttrain import run
@@ -246,10 +246,6 @@ def test_another_number_of_ranks_and_another_stage_in_the_middle_of_a_run(tiny, 
         for one, other in zip(mine, right, strict=True):
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), (split, one["step"])
     assert len(metrics(changed)) == steps
-
-
-def last_of_each(arguments: list[str]) -> list[str]:
-    return list({argument.split("=")[0]: argument for argument in arguments}.values())
 
 
 def run_through(tiny, out_dir: Path, ranks: int, zero: str, last: int | None, more: list[str]) -> str:
