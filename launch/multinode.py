@@ -83,19 +83,22 @@ def check_hosts(hosts: list[str], script: Path) -> None:
 
 def meeting_point(host: str, over_ssh: bool) -> str:
     """An address of the first host, by which the others reach it."""
-    if os.environ.get("MASTER_ADDR"):
-        return os.environ["MASTER_ADDR"]
+    return os.environ.get("MASTER_ADDR") or address_of(host, over_ssh)
+
+
+def address_of(host: str, over_ssh: bool) -> str:
+    """As this machine, or ssh here, knows it. Raises ValueError where it does not, or means itself by that name."""
     name = host.rpartition("@")[2]
     if over_ssh:  # a name may be known to ssh only
-        settings = subprocess.check_output(["ssh", "-G", host], text=True)
+        settings = subprocess.check_output(["ssh", "-T", "-G", host], text=True)
         name = re.search(r"^hostname (.+)$", settings, re.M)[1]
     try:
         address = socket.getaddrinfo(name, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as error:
-        raise ValueError(f"the first host, {name}, has no address here ({error}); give one with MASTER_ADDR=ADDRESS") from None
+        raise ValueError(f"{name} has no address here ({error}); give that of the first host with MASTER_ADDR=ADDRESS") from None
     if ipaddress.ip_address(address).is_loopback:
         raise ValueError(
-            f"the first host, {name}, resolves to {address} here, which other hosts cannot reach; give its address with MASTER_ADDR=ADDRESS"
+            f"{name} resolves to {address} here, which other hosts cannot reach; give the first host's address with MASTER_ADDR=ADDRESS"
         )
     return address
 
@@ -148,7 +151,7 @@ def signal_ranks(hosts: list[str], port: int, number: int) -> None:
         time.sleep(1)
 
 
-def _number(name: str) -> int | None:
+def environment_number(name: str) -> int | None:
     value = os.environ.get(name)
     if value and not value.isdigit():
         raise ValueError(f"{name} should be a number, saw {value!r}")
@@ -159,9 +162,9 @@ def main(arguments: list[str]) -> int:
     try:
         restarts, (script, *rest) = split_restarts(arguments)
         hosts = read_hostfile(Path(os.environ.get("HOSTFILE") or ROOT / "launch" / "hostfile"))
-        if slots := _number("NUM_GPUS"):
+        if slots := environment_number("NUM_GPUS"):
             hosts = dict.fromkeys(hosts, slots)
-        port, rank = _number("MASTER_PORT") or 29500, os.environ.get("NODE_RANK")
+        port, rank = environment_number("MASTER_PORT") or 29500, os.environ.get("NODE_RANK")
         if rank is not None and not (rank.isdigit() and int(rank) < len(hosts)):
             raise ValueError(f"NODE_RANK should be 0 to {len(hosts) - 1}, the place of this host in the hostfile, saw {rank!r}")
         address = meeting_point(next(iter(hosts)), over_ssh=rank is None)

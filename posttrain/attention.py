@@ -19,7 +19,8 @@ from torch.nn import attention as flash
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from posttrain.layers import distances, first_line
+from posttrain.errors import first_line
+from posttrain.layers import distances
 
 aten = torch.ops.aten
 # names in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own

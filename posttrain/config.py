@@ -185,6 +185,15 @@ def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
     return build_recipe(kind, file, overrides)
 
 
+def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
+    """As load_recipe, of the kind that the keys of its file say; SFT's default where no file is named."""
+    file = next((Path(word) for word in arguments if not word.startswith("--")), None)
+    keys = yaml.safe_load(file.read_text()) if file and file.is_file() else {}
+    if isinstance(keys, dict) and "dpo_data_dir" in keys:
+        return load_recipe(DPORecipe, "dpo_qwen3_1.8b", arguments)
+    return load_recipe(SFTRecipe, "sft_qwen3_1.8b", arguments)
+
+
 def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
     """A checked recipe from a file's values and the command line's. Raises ValueError naming every wrong key."""
     for left, right in EXCLUSIVE:

@@ -11,9 +11,7 @@ import json
 import logging
 import math
 import os
-import socket
 import warnings
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,9 +24,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from packaging.version import Version
 from torch import distributed as dist
 
-from posttrain import rendezvous, watchdog
+from posttrain import ranks
 from posttrain.config import REPOSITORY, Recipe, nearest
-from posttrain.layers import as_saved, first_line
+from posttrain.layers import as_saved
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam hides it; clipping and gradient norms do not.
@@ -112,30 +110,12 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     _quiet_libraries()
     device = torch.device(accelerator.current_device_name())
     if not dist.is_initialized():
-        _connect(device, watchdog_seconds)
+        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
         deepspeed.init_distributed(verbose=False)
     if accelerator.device_name() == "cpu":
         _unlink_shared_memory()
     return device
-
-
-def _connect(device: torch.device, watchdog_seconds: float) -> None:
-    """The process group, with a connection from every rank to every other. All ranks."""
-    rank, world_size = launch_shape()
-    store = rendezvous.meet(watchdog_seconds, rank, world_size)
-    watchdog.start(watchdog_seconds, rank, world_size)
-    watchdog.enter("connect")
-    try:
-        # the timeout is long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
-        how = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(hours=2)}
-        dist.init_process_group(get_accelerator().communication_backend_name(), **how)
-        dist.all_reduce(torch.zeros(1, device=device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"rank {rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
-        ) from error
-    watchdog.enter("start")
 
 
 def _unlink_shared_memory() -> None:
@@ -240,11 +220,11 @@ def merge(recipe: Recipe, json_config: dict) -> dict:
             f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
             f"{recipe.activation_checkpointing}. Set it to full, the only one that the section applies to, or remove the section"
         )
-    node, ranks = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), launch_shape()[1]
-    if ranks % node:
+    node, world_size = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), launch_shape()[1]
+    if world_size % node:
         raise ValueError(
-            f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {ranks} of this run. Set it to "
-            "what each node has; on one node use ds_configs/zero3.json"
+            f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {world_size} of this run. Set it "
+            "to what each node has; on one node use ds_configs/zero3.json"
         )
     config = {
         **json_config,

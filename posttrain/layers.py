@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.errors import first_line
+
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ALIGNED = 8  # widths that are not a multiple of it have rows that begin off the borders at which GPUs load 16 bytes
 WHOLE = 128  # widths that kernels work in
@@ -46,10 +48,6 @@ def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
     except Exception as error:  # whatever a kernel that is compiled here for the first time may raise
         return f"transformers' own (not {what}: {first_line(error)})"
     return f"{what} (off by {changed:.1e} of the exact layer, transformers' own by {plain:.1e}){'; compiled' if compiled else ''}"
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:150]
 
 
 @cache

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from posttrain.layers import WHOLE, distances, first_line, workable
+from posttrain.errors import first_line
+from posttrain.layers import WHOLE, distances, workable
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
 SAME = 0.02  # largest relative difference, in bfloat16, of the compiled pieces from the plain ones

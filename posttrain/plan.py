@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from posttrain import attention, batches, checkpoint, ckpt_pt, data, layers
-from posttrain.config import DPORecipe, Recipe, SFTRecipe, load_recipe
+from posttrain.config import DPORecipe, Recipe, load_recipe_of_either_kind
 from posttrain.engine import read_ds_config
 from posttrain.memory import Parts, Zero, count_working, predict
 from posttrain.objectives import needs_reference
@@ -424,15 +423,6 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
-def the_recipe(arguments: list[str]) -> Recipe:
-    """Of either kind: by the keys of its file, SFT's where none is named."""
-    file = next((Path(word) for word in arguments if not word.startswith("--")), None)
-    keys = yaml.safe_load(file.read_text()) if file and file.is_file() else {}
-    if isinstance(keys, dict) and "dpo_data_dir" in keys:
-        return load_recipe(DPORecipe, "dpo_qwen3_1.8b", arguments)
-    return load_recipe(SFTRecipe, "sft_qwen3_1.8b", arguments)
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=8, help="of each node; on a CPU ranks")
@@ -442,7 +432,7 @@ def main(arguments: list[str]) -> None:
     options, others = parser.parse_known_args(arguments)
     if options.gpus < 1 or options.nodes < 1:
         raise ValueError(f"--gpus and --nodes should be at least 1, saw {options.gpus} and {options.nodes}")
-    recipe = the_recipe(others)
+    recipe = load_recipe_of_either_kind(others)
     device = this_machine(options.gpus) if options.gpu == "here" else GPUS[options.gpu]
     planner = Planner(recipe, device, options.gpus, options.nodes, options.model)
     stages = STAGES if options.nodes == 1 else (*STAGES, "zeropp")

@@ -1,8 +1,35 @@
-"""Python values between ranks. All ranks call these, the same number of times."""
+"""Ranks connect, and hand each other Python values. All ranks call these, the same number of times."""
 
+import socket
 from collections.abc import Callable
+from datetime import timedelta
 
+import torch
 from torch import distributed as dist
+
+from posttrain import rendezvous, watchdog
+from posttrain.errors import first_line
+
+
+def connect(backend: str, device: torch.device, seconds: float, rank: int, world_size: int) -> dist.Store:
+    """The process group, with a connection from every rank to every other, all watched: see watchdog.py. All ranks.
+
+    `seconds`: without progress. Returns the store that they met in. Raises ValueError where ranks do not come, or cannot connect.
+    """
+    store = rendezvous.meet(seconds, rank, world_size)
+    watchdog.start(seconds, rank, world_size)
+    watchdog.enter("connect")
+    try:
+        # the timeout is long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
+        how = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(hours=2)}
+        dist.init_process_group(backend, **how)
+        dist.all_reduce(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
+        ) from error
+    watchdog.enter("start")
+    return store
 
 
 def gathered(value) -> list:

@@ -6,6 +6,8 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
+from posttrain.errors import first_line
+
 PATIENCE = 300.0  # seconds, where the recipe sets none
 INTERFACES = (
     "Where hosts have several networks, name the one that joins them, the same on every host, as in GLOO_SOCKET_IFNAME=eth0 (CPUs) or "
@@ -25,7 +27,7 @@ def meet(seconds: float, rank: int, world_size: int) -> dist.TCPStore:
     except dist.DistError as error:
         if rank == 0:
             raise ValueError(
-                f"{here} cannot listen on port {port}: {_first_line(error)}. Another run may have it; choose one with --master_port of "
+                f"{here} cannot listen on port {port}: {first_line(error)}. Another run may have it; choose one with --master_port of "
                 "deepspeed, or MASTER_PORT=... of the scripts in launch/"
             ) from None
         raise ValueError(
@@ -61,7 +63,3 @@ def _host_of(rank: int) -> str | None:
             return host
         rank -= int(slots)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -10,7 +10,7 @@ import mutations
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
-    *("losses", "config", "schedule", "batches", "chat", "hub", "ranks", "storage", "stopping", "rendezvous", "watchdog", "card"),
+    *("losses", "config", "schedule", "batches", "chat", "hub", "errors", "rendezvous", "watchdog", "ranks", "storage", "stopping", "card"),
     *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
     *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "memory", "export", "run", "reference"),
     *("step", "keeper", "loop"),

@@ -39,19 +39,13 @@ class Host:
     def shell(self, text: str) -> str:
         return subprocess.check_output(self.command("bash", "-euc", text), text=True)
 
-    def serve(self) -> None:
-        """Answer ssh."""
-        settings = [
-            "-h",
-            f"{self.folder}/ssh/id",
-            "-o",
-            "UsePAM=no",
-            "-o",
-            "PasswordAuthentication=no",
-            "-o",
-            f"ListenAddress={self.address}",
-        ]
-        subprocess.run(self.command("/usr/sbin/sshd", "-f", "/dev/null", *settings), check=True)
+    def serve(self, **environment: str) -> None:
+        """Answer ssh, with an environment for what it starts."""
+        self.shell("pkill -x sshd || true")
+        settings = ["UsePAM=no", "PasswordAuthentication=no", f"ListenAddress={self.address}"]
+        settings += ["SetEnv " + " ".join(f"{name}={value}" for name, value in environment.items())] * bool(environment)
+        options = [word for setting in settings for word in ("-o", setting)]
+        subprocess.run(self.command("/usr/sbin/sshd", "-f", "/dev/null", "-h", f"{self.folder}/ssh/id", *options), check=True)
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         """A launch script, as a user of this host."""
@@ -272,10 +266,73 @@ def a_wrong_interface(world: World) -> None:
         refused(world, expected, "as in GLOO_SOCKET_IFNAME=eth0", HOSTFILE=world.hostfile(1), GLOO_SOCKET_IFNAME=name)
 
 
+def doctor(world: World, *arguments: str, **environment: str) -> tuple[int, str]:
+    paths = [f"--checkpoint_path={world.tiny.base}", f"--sft_data_dir={world.tiny.sft}", f"--out_dir={world.folder}/runs/one"]
+    return end(world.hosts.hosts[0].start("doctor.sh", *arguments, *paths, **environment))
+
+
+def files_below(*folders: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_mtime_ns for folder in folders for path in folder.rglob("*") if ".git" not in path.parts}
+
+
+def the_doctor_finds_nothing_and_changes_nothing(world: World) -> None:
+    hostfile, before = world.hostfile(2), files_below(ROOT, world.folder)
+    code, output = doctor(world, hostfile)
+    assert code == 0, output
+    print("".join(f"    {line}\n" for line in output.splitlines()), end="")
+    assert output.splitlines()[-1] == "all is well"
+    for text in ("node-a  0-1", "node-b  2-3", "10.77.0.2  posttrain1", "files of data", "all-reduce of 4 ranks over gloo", "32 MB"):
+        assert text in output, (text, output)
+    after = files_below(ROOT, world.folder)
+    assert after == before, [str(path) for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+
+
+def the_doctor_names_what_is_wrong(world: World) -> None:
+    """Many at once, on two hosts and a third that does not exist; then a wrong interface, which the ranks run into."""
+    a, b = world.hosts.hosts
+    (code,), (package,) = (ROOT / "posttrain").glob("batches.py"), Path(sys.prefix).glob("lib/python*/site-packages/numpy-*/METADATA")
+    data = next(path for path in sorted(Path(world.tiny.sft).rglob("*")) if path.is_file())
+    for path in (code, package, data):
+        changed = world.folder / f"changed_{path.name}"
+        changed.write_bytes(path.read_bytes().replace(b"Version: ", b"Version: 9.") + b"\n")
+        b.shell(f"mount --bind {changed} {path}")
+    b.shell(f"mkdir -p {world.folder}/runs; mount -t tmpfs -o size=2m tmpfs {world.folder}/runs; mount -o remount,size=64m /dev/shm")
+    b.shell(f"ip link set {b.link} mtu 1400")
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    b.serve(LD_PRELOAD=str(library), FAKETIME="+3600s", FAKETIME_DONT_FAKE_MONOTONIC="1")
+    taken = subprocess.Popen(a.command(sys.executable, "-c", "import socket; s = socket.create_server(('', 29500)); s.accept()"))
+    exit_code, output = doctor(world, world.hostfile(2, "node-c"))
+    a.shell("pkill -f [c]reate_server")
+    taken.wait()
+    b.serve()
+    b.shell(f"ip link set {b.link} mtu 1500; umount {world.folder}/runs {code} {package} {data}; mount -o remount,size=50% /dev/shm")
+    print("".join(f"    {line}\n" for line in output.splitlines()), end="")
+    assert exit_code == 1
+    for text in (
+        "node-c: cannot be reached by ssh",
+        "node-b: code: posttrain/batches.py is ",
+        "node-b: packages: numpy is 9.",
+        f"node-b: data: {data.relative_to(world.tiny.sft)} is ",
+        f"node-b: 2 MB are free in {world.folder}/runs (out_dir)",
+        "node-b: 67 MB are free in /dev/shm",
+        "node-b: its clock is 3600 s ahead",
+        "node-b: packets of posttrain1 have at most 1400 bytes, elsewhere 1500",
+        "node-a: port 29500, where ranks are to meet, is taken by pid",
+        "9 to fix, first on node-c: see that it is up",
+    ):
+        assert text in output, (text, output)
+    exit_code, output = doctor(world, HOSTFILE=world.hostfile(2), GLOO_SOCKET_IFNAME="lo")
+    print("".join(f"    {line}\n" for line in output.splitlines()), end="")
+    assert exit_code == 1
+    for text in ("node-a: GLOO_SOCKET_IFNAME=lo, which does not lead to the other hosts", "node-a: the ranks cannot work together: rank"):
+        assert text in output, (text, output)
+    assert "3 to fix, first on node-a: unset GLOO_SOCKET_IFNAME" in output.splitlines()[-1], output
+
+
 CLAIMS = [
     *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves, a_signal_while_ranks_start),
     *(a_launcher_that_is_killed, a_host_that_cannot_be_reached, a_host_that_was_not_started, a_first_host_that_was_not_started),
-    *(a_host_with_other_code, a_wrong_interface),
+    *(a_host_with_other_code, a_wrong_interface, the_doctor_finds_nothing_and_changes_nothing, the_doctor_names_what_is_wrong),
 ]
 
 

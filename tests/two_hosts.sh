@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SFT and DPO over two hosts, and what happens where a host or its link fails: real sshd, pdsh and gloo between two network namespaces of
 # this machine that a virtual cable joins, each with processes, mounts and a name of its own. Takes about five minutes.
-# Needs root on Linux. Installs Debian's openssh-server and pdsh where they are missing; no service is started.
+# Needs root on Linux. Installs Debian's openssh-server, pdsh and libfaketime where they are missing; no service is started.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
@@ -10,6 +10,7 @@ missing=()
 for pair in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 unshare:util-linux pkill:procps; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
+compgen -G "/usr/lib/*/faketime/libfaketime.so.1" >/dev/null || missing+=(libfaketime)
 if [ ${#missing[@]} -gt 0 ]; then
     echo "two_hosts.sh: installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null

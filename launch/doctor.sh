@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Looks at this machine, or at all hosts of a hostfile, before a run does, and says what to fix. Changes nothing.
+#   bash launch/doctor.sh [HOSTFILE] [--key=value ...]     keys of a recipe, whose model, data and out_dir are looked at, too
+# Environment: HOSTFILE, RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT, NCCL_... and GLOO_..., as the runs have them.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+[ -x "$python" ] || { echo "doctor.sh: there is no environment here yet; make it with: source $root/launch/env.sh" >&2; exit 2; }
+export PYTHONDONTWRITEBYTECODE=1
+exec "$python" "$root/launch/doctor/doctor.py" "$@"

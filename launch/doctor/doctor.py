@@ -1,0 +1,239 @@
+"""Looks at every host of a hostfile before a run does, and says what to fix: python launch/doctor/doctor.py [HOSTFILE] [--key=value ...]
+
+Reaches each host by ssh, compares what must be alike, looks for what would stop a run, and lets all ranks send each other numbers. Changes
+nothing anywhere. Without HOSTFILE (or the variable of that name) it looks at this machine alone. Keys are a recipe's: its model, data and
+out_dir are looked at. Environment: RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT as launch/multinode.py has them. Exit code: 0 all is well, 1
+there is something to fix, 2 a mistake in the command.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+
+from judge import Host, Problem, interfaces, same_on_all, what_is_wrong  # noqa: E402
+from multinode import KEEP_ALIVE, PASSED_ON, address_of, environment_number, meeting_point, read_hostfile  # noqa: E402
+from supervise import MISTAKE  # noqa: E402
+
+from posttrain.config import REPOSITORY, Recipe, load_recipe_of_either_kind  # noqa: E402
+
+HERE = Path(__file__).parent
+LOOKING, SENDING = 300, 240  # seconds that a host may take
+WITHOUT_PROGRESS = 30  # seconds, after which ranks that wait for others give up
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    output: str
+    errors: str
+    came: float  # time.time()
+
+
+def ask(host: str | None, command: str, script: Path | None, seconds: float) -> Answer:
+    """Run a shell command there (None: here), with a script as its input."""
+    words = ["bash", "-c", command] if host is None else ["ssh", *KEEP_ALIVE, host, command]
+    text = script.read_text() if script else ""
+    try:
+        done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=seconds)
+        return Answer(done.returncode, done.stdout, done.stderr, time.time())
+    except subprocess.TimeoutExpired:
+        return Answer(255, "", f"no answer within {seconds:.0f} s", time.time())
+
+
+def ask_all(commands: dict[str, str], script: Path | None, seconds: float, over_ssh: bool) -> dict[str, Answer]:
+    """All at once."""
+    with ThreadPoolExecutor(len(commands)) as threads:
+        asked = {host: threads.submit(ask, host if over_ssh else None, command, script, seconds) for host, command in commands.items()}
+        return {host: future.result() for host, future in asked.items()}
+
+
+def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tuple[list[Host], list[Problem]]:
+    """What each host says of itself; those that cannot be asked are problems."""
+    addresses = {host: _address(host, over_ssh) for host in slots} if over_ssh else dict.fromkeys(slots, "127.0.0.1")
+    folders = {"data": _absolute(recipe.data_dir), "model": _absolute(recipe.model_path)}
+    places = {"out_dir": _absolute(recipe.out_dir), "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
+    commands = {}
+    for number, host in enumerate(slots):
+        peers = [address for other, address in addresses.items() if other != host and address]
+        spec = {"root": str(ROOT), "folders": folders, "places": places, "peers": peers, "port": port if number == 0 else None}
+        python = shlex.quote(sys.executable)
+        commands[host] = f"test -x {python} || exit 3; {python} -B - {shlex.quote(json.dumps(spec))} && date +%s.%N"
+    hosts, problems = [], []
+    for host, answer in ask_all(commands, HERE / "probe.py", LOOKING, over_ssh).items():
+        if answer.code == 0:
+            found, its_time = answer.output.splitlines()[-2:]
+            hosts.append(Host(host, slots[host], addresses[host], float(its_time) - answer.came, json.loads(found)))
+        else:
+            problems.append(Problem(host, *_why_not(host, answer)))
+    return hosts, problems
+
+
+def _absolute(path: str) -> str:
+    return os.path.normpath(REPOSITORY / path)
+
+
+def _address(host: str, over_ssh: bool) -> str | None:
+    try:
+        return address_of(host, over_ssh)
+    except ValueError:
+        return None  # of the first host this is told later, of others ssh tells
+
+
+def _why_not(host: str, answer: Answer) -> tuple[str, str]:
+    """Of a host that could not be asked: what is wrong, and what to do."""
+    said = " ".join(answer.errors.split()) or "no reason given"
+    if answer.code == 3:
+        return f"there is no {sys.executable}", f"put the repository at {ROOT} there, too, and in it `source launch/env.sh`"
+    if answer.code != 255:
+        return f"its Python fails: {said[-300:]}", f"in {ROOT} there: rm -r .venv; source launch/env.sh"
+    hints = {
+        "Host key verification failed": f"log in once by hand, and accept its key: ssh {host}",
+        "Permission denied": f"ssh-copy-id {host}",
+        "Could not resolve": "correct its name in the hostfile, or give it a HostName in ~/.ssh/config",
+    }
+    hint = next((todo for text, todo in hints.items() if text in said), f"see that it is up and that `ssh {host} true` works")
+    return f"cannot be reached by ssh: {said}", hint
+
+
+def send(hosts: list[Host], port: int, address: str, over_ssh: bool) -> tuple[dict | None, list[str]]:
+    """Let the ranks of all hosts meet and send each other numbers: what rank 0 found, and what went wrong instead."""
+    world, names = sum(host.slots for host in hosts), ",".join(f"{host.name}:{host.slots}" for host in hosts)
+    passed = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)]
+    commands, first = {}, 0
+    for host in hosts:
+        spec = {"first": first, "slots": host.slots, "world": world, "hosts": names, "address": address, "port": port}
+        words = ["env", *passed, "PYTHONDONTWRITEBYTECODE=1", sys.executable, str(HERE / "wire.py")]
+        commands[host.name] = shlex.join([*words, json.dumps(spec | {"seconds": WITHOUT_PROGRESS})])
+        first += host.slots
+    answers = ask_all(commands, None, SENDING, over_ssh)
+    found = answers[hosts[0].name].output.strip()
+    if all(answer.code == 0 for answer in answers.values()):
+        return json.loads(found.splitlines()[-1]), []
+    lines = [line for answer in answers.values() for line in answer.errors.splitlines()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return None, list(dict.fromkeys(errors)) or [lines[-1] if lines else "the ranks ended without a word"]
+
+
+def show_hosts(hosts: list[Host]) -> None:
+    rows, first = [("host", "ranks", "gpus", "memory free", "out_dir free", "clock", "address", "interface")], 0
+    for host in hosts:
+        memory, gpus = host.found["memory"], Counter(gpu["name"] for gpu in host.found["gpus"])
+        rows.append(
+            (
+                host.name,
+                f"{first}-{first + host.slots - 1}",
+                ", ".join(f"{count} x {name}" for name, count in gpus.items()) or f"none ({host.found['cores']} cores)",
+                f"{memory['available'] / 1e9:.0f} of {memory['total'] / 1e9:.0f} GB",
+                f"{host.found['free']['out_dir']['bytes'] / 1e9:.0f} GB",
+                f"{host.clock:+.1f} s",
+                host.address or "?",
+                host.interface or ("" if len(hosts) == 1 else "?"),
+            )
+        )
+        first += host.slots
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_sent(sent: dict, hosts: list[Host]) -> list[Problem]:
+    """The tables of what the ranks sent; pairs that are slow."""
+    ranks = sum(host.slots for host in hosts)
+    print(f"\nall-reduce of {ranks} ranks over {sent['backend']}; GB/s over the bus")
+    for size, seconds, speed in sent["sizes"]:
+        print(f"{_size(size):>8} {1e3 * seconds:>11.2f} ms {speed:>9.2f} GB/s")
+    where = [(number, local) for number, host in enumerate(hosts) for local in range(host.slots)]
+    between, within = {}, {}
+    for a, b, speed in sent["pairs"]:
+        (host_a, local_a), (host_b, local_b) = where[a], where[b]
+        (within if host_a == host_b else between)[host_a, local_a, host_b, local_b] = speed
+    if sent["pairs"]:
+        print("\nslowest pair of ranks between two hosts, and within one; GB/s one way")
+        width = max(8, *(len(host.name) for host in hosts))
+        print(" ".join([" " * width, *(host.name.rjust(width) for host in hosts)]))
+        for a, host in enumerate(hosts):
+            cells = []
+            for b in range(len(hosts)):
+                speeds = [speed for (x, _, y, _), speed in (between | within).items() if {x, y} == {a, b}]
+                cells.append(f"{min(speeds):.2f}" if speeds else "-")
+            print(" ".join([host.name.ljust(width), *(cell.rjust(width) for cell in cells)]))
+    problems = []
+    for kind, speeds in (("between hosts", between), ("within a host", within)):
+        usual = sorted(speeds.values())[len(speeds) // 2] if speeds else 0.0
+        for (a, x, b, y), speed in speeds.items():
+            if speed < usual / 2 and len(speeds) > 2:
+                what = f"{speed:.2f} GB/s between its rank {x} and rank {y} of {hosts[b].name}, where pairs {kind} usually have {usual:.2f}"
+                problems.append(Problem(hosts[a].name, what, "look at the network card, cable and PCIe slot of these two"))
+    return problems
+
+
+def _size(size: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1024:
+            return f"{size} {unit}"
+        size //= 1024
+    return f"{size} GB"
+
+
+def main(arguments: list[str]) -> int:
+    files = [word for word in arguments[:1] if not word.startswith("--")]
+    recipe = load_recipe_of_either_kind([*filter(None, [os.environ.get("RECIPE")]), *arguments[len(files) :]])
+    named = files[0] if files else os.environ.get("HOSTFILE")
+    slots = read_hostfile(Path(named)) if named else {"this machine": environment_number("NUM_GPUS") or _gpus_here()}
+    if number := environment_number("NUM_GPUS"):
+        slots = dict.fromkeys(slots, number)
+    over_ssh, port = bool(named), environment_number("MASTER_PORT") or 29500
+    hosts, problems = look(slots, recipe, port, over_ssh)
+    if hosts:
+        show_hosts(hosts)
+        print("\nalike:" if len(hosts) > 1 else "\nhere:", "; ".join(same_on_all(hosts)))
+        problems += what_is_wrong(hosts, dict(os.environ), port)
+    if len(hosts) == len(slots):
+        problems += _try_the_network(hosts, port, over_ssh, problems)
+    elif hosts:
+        print("\nno numbers were sent: not all hosts are there")
+    print()
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} to fix, first on {problems[0].host}: {problems[0].fix}")
+    else:
+        print("all is well")
+    return 1 if problems else 0
+
+
+def _try_the_network(hosts: list[Host], port: int, over_ssh: bool, before: list[Problem]) -> list[Problem]:
+    holder = hosts[0].found["port"]
+    try:
+        address = meeting_point(hosts[0].name, over_ssh) if over_ssh else "127.0.0.1"
+    except ValueError as error:
+        return [Problem(hosts[0].name, str(error), "give its address: MASTER_ADDR=...")]
+    sent, errors = send(hosts, holder["free"] if holder["holder"] else port, address, over_ssh)
+    if sent:
+        return show_sent(sent, hosts)
+    said = errors[0].partition(". The run cannot go on")[0]
+    return [Problem(hosts[0].name, f"the ranks cannot work together: {said}", "mend what is above" if before else interfaces(hosts))]
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)

@@ -1,0 +1,251 @@
+"""What is wrong with hosts, from what each says of itself (probe.py): differences between them, and what would stop a run on any."""
+
+import ipaddress
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+CLOCK = 2.0  # seconds apart
+SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm: NCCL's and DeepSpeed's buffers; containers start with 64 MiB
+PER_RANK = 2e9  # bytes of memory that torch and DeepSpeed take before there is a model
+TEMPORARY = 1e9  # bytes
+LEAST_DISK = 1e9
+CHECKPOINT = 7  # times the model's bytes in bfloat16: float32 weights and two moments beside it; see posttrain/checkpoint.py
+OPEN_FILES = 1024
+HOT = 85  # degrees Celsius
+TAKEN = 1024  # MiB of a GPU's memory
+ROOT = Path(__file__).resolve().parents[2]
+MAKE_ENVIRONMENT = "source launch/env.sh"
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str  # as in the hostfile
+    slots: int
+    address: str | None  # by which it is reached from here
+    clock: float  # seconds ahead of this machine's
+    found: dict  # by probe.py
+
+    @property
+    def interface(self) -> str | None:
+        """By which it reaches the other hosts, where that is one."""
+        names = set(self.found["routes"].values())
+        return names.pop() if len(names) == 1 else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    host: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.what}\n    -> {self.fix}"
+
+
+def what_is_wrong(hosts: list[Host], environment: dict[str, str], port: int) -> list[Problem]:
+    """In the order in which to fix it."""
+    found = [problem for host in hosts for problem in _alone(host)]
+    found += [problem for host in hosts for problem in _gpus(host)]
+    found += _differences(hosts)
+    if len(hosts) > 1:
+        found += [problem for host in hosts for problem in _network(host, hosts, environment)]
+    if holder := hosts[0].found.get("port", {}).get("holder"):
+        free = hosts[0].found["port"]["free"]
+        found.append(
+            Problem(hosts[0].name, f"port {port}, where ranks are to meet, is taken by {holder}", f"MASTER_PORT={free}, or end it")
+        )
+    return found
+
+
+def _alone(host: Host) -> list[Problem]:
+    """What would stop a run there, whatever the others are like."""
+    free, memory, problems = host.found["free"], host.found["memory"]["available"], []
+
+    def say(what: str, fix: str) -> None:
+        problems.append(Problem(host.name, what, fix))
+
+    model = host.found["folders"]["model"] or {}
+    weights = sum(int(entry.split()[0]) for name, entry in model.items() if name.endswith((".safetensors", ".pt", ".bin")))
+    needed = max(LEAST_DISK, 2 * CHECKPOINT * weights)  # a checkpoint is there in full before the one before it goes
+    for what, least, why in (
+        ("out_dir", needed, "two checkpoints of this model" if needed > LEAST_DISK else "any run"),
+        ("/tmp", TEMPORARY, "the launcher and compiled kernels"),
+        ("/dev/shm", SHARED_MEMORY, "NCCL and DeepSpeed; a container's 64 MB are too few"),
+    ):
+        place = free[what]
+        where = what if what == place["path"] else f"{place['path']} ({what})"
+        if not place["writable"]:
+            say(f"{where} cannot be written to", "give this user the right to, or name another folder")
+        elif place["bytes"] < least:
+            fix = "docker run --shm-size=16g, or remount it larger" if what == "/dev/shm" else "free some, or name another folder"
+            say(f"{_size(place['bytes'])} are free in {where}, {_size(least)} are needed by {why}", fix)
+    if memory < host.slots * PER_RANK:
+        say(
+            f"{_size(memory)} of memory are available to {host.slots} ranks, {_size(PER_RANK)} a rank are needed",
+            "end what else runs there",
+        )
+    if 0 <= host.found["limits"]["NOFILE"] < OPEN_FILES:
+        say(f"a process may open {host.found['limits']['NOFILE']} files", f"ulimit -n {64 * OPEN_FILES} (for good: limits.conf)")
+    if abs(host.clock) > CLOCK:
+        say(f"its clock is {abs(host.clock):.0f} s {'ahead' if host.clock > 0 else 'behind'}", "let chrony or systemd-timesyncd set it")
+    return problems
+
+
+def _gpus(host: Host) -> list[Problem]:
+    gpus, torch, problems = host.found["gpus"], host.found["torch"], []
+
+    def say(what: str, fix: str) -> None:
+        problems.append(Problem(host.name, what, fix))
+
+    if "error" in torch:
+        say(f"torch cannot be loaded: {torch['error']}", f"rm -r .venv; {MAKE_ENVIRONMENT}")
+    elif gpus and not torch["cuda"]:
+        say("torch is a build without CUDA, and there are GPUs", f"rm -r .venv, and without an index of CPU builds {MAKE_ENVIRONMENT}")
+    elif gpus and torch["gpus"] == 0:
+        driver = gpus[0]["driver_version"]
+        say(f"torch, built for CUDA {torch['cuda']}, cannot use the GPUs with driver {driver}", "install a newer driver, or reboot")
+    elif (gpus or torch["gpus"]) and torch["gpus"] < host.slots:
+        say(f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or mend the GPU (nvidia-smi)")
+    for gpu in gpus:
+        name = f"GPU {gpu['index']}"
+        if _number(gpu["ecc.errors.uncorrected.volatile.total"]):
+            say(f"{name} has {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors", "reset it, or have it replaced")
+        if gpu["mig.mode.current"] == "Enabled":
+            say(f"{name} is split by MIG", f"nvidia-smi -i {gpu['index']} -mig 0, or take whole GPUs")
+        if "Active" in (gpu["clocks_throttle_reasons.hw_slowdown"], gpu["clocks_throttle_reasons.sw_thermal_slowdown"]):
+            say(f"{name} is slowed down, at {gpu['temperature.gpu']} degrees", "look at its cooling and power")
+        elif _number(gpu["temperature.gpu"]) > HOT:
+            say(f"{name} is at {gpu['temperature.gpu']} degrees", "look at its cooling")
+        if _number(gpu["memory.used"]) > TAKEN:
+            who = ", ".join(host.found["gpu_processes"]) or "a process of another container"
+            say(f"{gpu['memory.used']} MiB of {name} are taken: {who}", "end it, or leave that host out")
+    ports = host.found["infiniband"]
+    if ports and 0 <= host.found["limits"]["MEMLOCK"] < 2**32:
+        say(f"a process may lock {host.found['limits']['MEMLOCK']} bytes, too few for InfiniBand", "ulimit -l unlimited (limits.conf)")
+    up = [name for name, state in ports.items() if "ACTIVE" in state]
+    if up and len(up) < len(ports):
+        down = sorted(set(ports) - set(up))
+        say(f"InfiniBand ports {', '.join(down)} are not active", f"look at the cable, or leave it out: NCCL_IB_HCA={','.join(up)}")
+    return problems
+
+
+def _number(text: str) -> float:
+    """0 for what nvidia-smi does not know."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _compared(host: Host) -> dict[str, dict[str, str]]:
+    """What must be alike on all hosts, by kind and name."""
+    found, gpus = host.found, host.found["gpus"]
+    parts = {"Python": {"Python": found["python"]}, "packages": found["packages"], "code": found["code"]}
+    parts |= {what: listing for what, listing in found["folders"].items() if listing is not None}
+    if gpus:
+        parts["GPUs"] = {"model": " and ".join(sorted({gpu["name"] for gpu in gpus})), "driver": gpus[0]["driver_version"]}
+    if found["torch"].get("cuda"):
+        parts["CUDA"] = {name: str(found["torch"].get(name)) for name in ("cuda", "nccl")}
+    return parts
+
+
+def _differences(hosts: list[Host]) -> list[Problem]:
+    """Of each host from most, or where that decides nothing from the first."""
+    compared, problems = {host.name: _compared(host) for host in hosts}, []
+    for kind in dict.fromkeys(kind for parts in compared.values() for kind in parts):
+        forms = Counter(repr(sorted(parts.get(kind, {}).items())) for parts in compared.values())
+        most = forms.most_common(1)[0][0]  # of equally many the first
+        usual = next(parts.get(kind, {}) for parts in compared.values() if repr(sorted(parts.get(kind, {}).items())) == most)
+        for name, parts in compared.items():
+            mine = parts.get(kind, {})
+            different = sorted(part for part in usual.keys() | mine.keys() if usual.get(part) != mine.get(part))
+            if different and (mine or kind != "CUDA"):  # what is wrong with torch, or that there is no GPU, was said
+                problems.append(Problem(name, _difference(kind, different, mine, usual), _how_to_align(kind, name, usual)))
+    return problems
+
+
+def _difference(kind: str, different: list[str], mine: dict, usual: dict) -> str:
+    part = different[0]
+    seen, expected = (values.get(part) or "none" for values in (mine, usual))
+    more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+    if not mine or not usual:
+        return f"{kind} is {'missing' if usual else 'there alone'}"
+    return f"{kind}: {part} is {seen}, elsewhere {expected}{more}"
+
+
+def _how_to_align(kind: str, host: str, usual: dict) -> str:
+    """For host and kind; folders are copied from a host that has them right."""
+    if kind == "Python":
+        return f"rm -r .venv there, and PYTHON=python{usual['Python'].rpartition('.')[0]}; {MAKE_ENVIRONMENT}"
+    if kind in ("packages", "CUDA"):
+        return f"{MAKE_ENVIRONMENT} there: all hosts then have the versions of constraints.txt"
+    if kind == "GPUs":
+        return "leave the host out, or give all the same driver: the slowest GPU sets the pace"
+    if kind == "code":
+        return f"rsync -a --delete --exclude=.venv {shlex.quote(str(ROOT))}/ {host}:{shlex.quote(str(ROOT))}/"
+    return f"copy that folder to {host} from one that has it right, with rsync -a --delete"
+
+
+def same_on_all(hosts: list[Host]) -> list[str]:
+    """What was compared and is alike, in a few words each; what is nowhere is said to be."""
+    compared, said = [_compared(host) for host in hosts], []
+    for kind in dict.fromkeys(kind for parts in compared for kind in parts):
+        values = compared[0].get(kind, {})
+        if all(parts.get(kind, {}) == values for parts in compared):
+            few = kind in ("Python", "CUDA", "GPUs")
+            what = "packages" if kind == "packages" else f"files of {kind}"
+            said.append(f"{kind} {', '.join(values.values())}" if few else f"{len(values)} {what}")
+    said += [f"no {what} anywhere yet" for what in hosts[0].found["folders"] if all(host.found["folders"][what] is None for host in hosts)]
+    return said
+
+
+def _network(host: Host, hosts: list[Host], environment: dict[str, str]) -> list[Problem]:
+    found, problems = host.found, []
+
+    def say(what: str, fix: str) -> None:
+        problems.append(Problem(host.name, what, fix))
+
+    others = [other for other in hosts if other is not host]
+    unreachable = [other.name for other in others if other.address and other.address not in found["routes"]]
+    if unreachable:
+        say(f"it has no route to {', '.join(unreachable)}", "look at its interfaces: ip address, ip route")
+    variable = "NCCL_SOCKET_IFNAME" if found["gpus"] else "GLOO_SOCKET_IFNAME"
+    common = host.interface
+    if chosen := environment.get(variable):
+        fix = interfaces(hosts)
+        names = [name for name in found["interfaces"] if _is_chosen(name, chosen, nccl=bool(found["gpus"]))]
+        if not names:
+            say(f"{variable}={chosen}, and it has {', '.join(sorted(found['interfaces']))}", fix)
+        elif common and common not in names:
+            say(f"{variable}={chosen}, which does not lead to the other hosts", fix)
+    elif not found["gpus"] and found["own_address"] and ipaddress.ip_address(found["own_address"]).is_loopback:
+        fix = f"in its /etc/hosts, give {found['hostname']} the address of {common or 'its interface to the others'}"
+        say(f"its own name, {found['hostname']}, means {found['own_address']} there, where no other host can reach it", fix)
+    sizes = {other.found["interfaces"][other.interface]["mtu"] for other in hosts if other.interface}
+    if common and len(sizes) > 1 and found["interfaces"][common]["mtu"] != max(sizes):
+        say(f"packets of {common} have at most {found['interfaces'][common]['mtu']} bytes, elsewhere {max(sizes)}", "give all the same MTU")
+    return problems
+
+
+def interfaces(hosts: list[Host]) -> str:
+    """What to set so that ranks use the network that joins the hosts. All of them get it, and gloo takes whole names only."""
+    variable = "NCCL_SOCKET_IFNAME" if hosts[0].found["gpus"] else "GLOO_SOCKET_IFNAME"
+    names = sorted({host.interface for host in hosts if host.interface})
+    if len(names) == 1 or (names and hosts[0].found["gpus"]):
+        return f"{variable}={','.join(names)}"
+    return f"unset {variable}, and in each host's /etc/hosts give its own name the address by which the others reach it"
+
+
+def _is_chosen(name: str, chosen: str, nccl: bool) -> bool:
+    """NCCL takes beginnings of names, =name for a whole one, ^ for those to leave out; gloo whole names."""
+    if not nccl:
+        return name in chosen.split(",")
+    leaves_out, listed = chosen.startswith("^"), chosen.removeprefix("^").split(",")
+    matches = any(name == one[1:] if one.startswith("=") else name.startswith(one) for one in listed)
+    return matches != leaves_out
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,174 @@
+"""What one host is: python probe.py SPEC prints it as JSON. It is sent to each host, so it needs only what the environment has, not this
+repository; it writes nothing.
+
+SPEC, JSON: root (the repository's path), folders (paths to compare, by what they are), places (paths to write to, by what they are),
+peers (addresses of the other hosts), port (to be free on the first host; null on others).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenizers", "liger-kernel", "triton", "nvidia-nccl-cu13")
+CODE = ("posttrain/*.py", "launch/*.py", "ds_configs/*.json")
+WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes: a larger file is hashed by its beginning, middle and end
+GPU = (
+    *("index", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "mig.mode.current"),
+    *("ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"),
+)
+
+
+def main(spec: dict) -> dict:
+    root = Path(spec["root"])
+    return {
+        "hostname": socket.gethostname(),
+        "own_address": _address_of(socket.gethostname()),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "code": {str(file.relative_to(root)): _hash(file) for pattern in CODE for file in sorted(root.glob(pattern))},
+        "folders": {what: _listing(Path(path)) for what, path in spec["folders"].items()},
+        "free": {what: _free(Path(path)) for what, path in spec["places"].items()},
+        "limits": {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in ("NOFILE", "MEMLOCK")},
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
+        "gpu_processes": _gpu_processes(),
+        "torch": _torch(),
+        "infiniband": _infiniband(),
+        **_network(spec["peers"]),
+        **(_port(spec["port"]) if spec["port"] else {}),
+        **_memory(),
+    }
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(name)
+
+
+def _hash(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in [0] if size <= WHOLE else (0, size // 2, size - SAMPLE):
+            opened.seek(start)
+            digest.update(opened.read(size if size <= WHOLE else SAMPLE))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def _listing(path: Path) -> dict[str, str] | None:
+    """Its files; of a file itself; None where there is none."""
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)) if file != path else file.name: _hash(file) for file in files}
+
+
+def _free(path: Path) -> dict:
+    """Where it is to be made: of the nearest folder above it that there is."""
+    while not path.exists():
+        path = path.parent
+    usage = shutil.disk_usage(path)
+    return {"path": str(path), "bytes": usage.free, "writable": os.access(path, os.W_OK)}
+
+
+def _memory() -> dict:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"memory": {"available": memory.available, "total": memory.total}}
+
+
+def _query(*arguments: str) -> list[list[str]]:
+    """Rows of nvidia-smi; none where there is none, or it fails (the driver's state is told by torch, too)."""
+    with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
+        command = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        return [[word.strip() for word in line.split(",")] for line in lines]
+    return []
+
+
+def _gpus() -> list[dict[str, str]]:
+    return [dict(zip(GPU, row, strict=True)) for row in _query(f"--query-gpu={','.join(GPU)}")]
+
+
+def _gpu_processes() -> list[str]:
+    return [f"pid {row[0]} ({row[1]}, {row[2]} MiB)" for row in _query("--query-compute-apps=pid,process_name,used_memory")]
+
+
+def _torch() -> dict:
+    try:
+        import torch
+
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+        return {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count(), "nccl": nccl}
+    except (ImportError, OSError, RuntimeError) as error:  # a broken installation, or one that does not fit the driver
+        return {"error": str(error).splitlines()[0]}
+
+
+def _infiniband() -> dict[str, str]:
+    """State, rate and kind of each port, as `4: ACTIVE 400 Gb/sec (4X NDR) InfiniBand`."""
+    found = {}
+    for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
+        with contextlib.suppress(OSError):
+            found[f"{port.parts[-3]}:{port.name}"] = " ".join((port / name).read_text().strip() for name in ("state", "rate", "link_layer"))
+    return found
+
+
+def _address_of(name: str) -> str | None:
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(name)
+
+
+def _network(peers: list[str]) -> dict:
+    """Interfaces with an IPv4 address; and by which of them the system would reach each other host."""
+    import psutil
+
+    stats, interfaces = psutil.net_if_stats(), {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            if entry.family == socket.AF_INET:
+                interfaces[name] = {"address": entry.address, "netmask": entry.netmask, "mtu": stats[name].mtu, "speed": stats[name].speed}
+    routes = {}
+    for peer in peers:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((peer, 9))  # sends nothing
+            mine = probe.getsockname()[0]
+            routes[peer] = next((name for name, entry in interfaces.items() if entry["address"] == mine), None)
+    return {"interfaces": interfaces, "routes": routes}
+
+
+def _port(port: int) -> dict:
+    """Whether it can be listened on, who does where not, and one that can."""
+    free = next(one for one in range(port, 2**16) if _can_listen(one))
+    return {"port": {"holder": None if free == port else _listener(port), "free": free}}
+
+
+def _can_listen(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+        probe.listen(1)
+        return True
+    return False
+
+
+def _listener(port: int) -> str:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr.port == port and connection.pid:
+                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return "another user's process"
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
