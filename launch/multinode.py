@@ -1,7 +1,7 @@
 """Starts a training script on every host of a hostfile: python launch/multinode.py SCRIPT [RECIPE] [--key=value ...]
 
 Environment:
-  HOSTFILE (launch/hostfile)   a line a host: NAME slots=GPUS; see hostfile.example
+  HOSTFILE (launch/hostfile)   a line a host: NAME slots=GPUS; see hostfile.example. Without it in a Slurm job: the job's nodes
   NUM_GPUS                     of each host, where that is not what the hostfile says
   MASTER_ADDR, MASTER_PORT     where the ranks meet: an address of the first host, and 29500
   NODE_RANK                    0 on the first host, 1 on the second, ...: the same command on every host, without ssh between them
@@ -51,6 +51,19 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ValueError(f"{path} names no host; a line a host: NAME slots=GPUS")
     return hosts
+
+
+def the_hosts() -> tuple[dict[str, int], str | None]:
+    """Slots by host, of HOSTFILE, or of the Slurm job that this is; and which of them this one is, unless all are started from here."""
+    slots, file, rank = environment_number("NUM_GPUS"), os.environ.get("HOSTFILE"), os.environ.get("NODE_RANK")
+    if not file and (nodes := os.environ.get("SLURM_JOB_NODELIST")):
+        names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()
+        given = slots or environment_number("SLURM_GPUS_ON_NODE")
+        if not given:
+            raise ValueError("this Slurm job has no GPUs: ask for them with sbatch --gpus-per-node=8, or set NUM_GPUS, the ranks a node")
+        return dict.fromkeys(names, given), rank or os.environ.get("SLURM_NODEID")
+    hosts = read_hostfile(Path(file or ROOT / "launch" / "hostfile"))
+    return dict.fromkeys(hosts, slots) if slots else hosts, rank
 
 
 def ssh(host: str, command: str, timeout: float = 30) -> subprocess.CompletedProcess:
@@ -161,10 +174,8 @@ def environment_number(name: str) -> int | None:
 def main(arguments: list[str]) -> int:
     try:
         restarts, (script, *rest) = split_restarts(arguments)
-        hosts = read_hostfile(Path(os.environ.get("HOSTFILE") or ROOT / "launch" / "hostfile"))
-        if slots := environment_number("NUM_GPUS"):
-            hosts = dict.fromkeys(hosts, slots)
-        port, rank = environment_number("MASTER_PORT") or 29500, os.environ.get("NODE_RANK")
+        hosts, rank = the_hosts()
+        port = environment_number("MASTER_PORT") or 29500
         if rank is not None and not (rank.isdigit() and int(rank) < len(hosts)):
             raise ValueError(f"NODE_RANK should be 0 to {len(hosts) - 1}, the place of this host in the hostfile, saw {rank!r}")
         address = meeting_point(next(iter(hosts)), over_ssh=rank is None)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SFT on all hosts of a hostfile, for example nodes of 8 x B200. Everything else goes to posttrain/sft.py:
 #   HOSTFILE=launch/hostfile bash launch/sft_multinode.sh --learning_rate=1e-5 --out_dir=runs/lr1e-5
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh launch/sft_multinode.sh ...     as a Slurm job
 #   NODE_RANK=1 bash launch/sft_multinode.sh ...     without ssh: the same on every host, 0 on the first, 1 on the second, ...
 # Environment: HOSTFILE, RECIPE, NUM_GPUS (of each host), MASTER_ADDR, MASTER_PORT, NODE_RANK; launch/multinode.py explains them.
 # --max_restarts=N, and signals, as with sft_8gpu.sh.

@@ -330,7 +330,7 @@ def main(script: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if rank == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         stopping.tell_that_all_is_well()
     os._exit(0)
 

@@ -15,8 +15,8 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST = 2.0  # seconds: Ctrl-C in a terminal reaches a rank twice, as SIGINT and as the launcher's SIGTERM
-# a file that rank 0 makes once all ranks have finished, or saved and stopped; named by launch/supervise.py, which cannot go by exit codes:
-# DeepSpeed's launchers, once they are signalled, end with 1 or not at all
+# a file that one rank of each host makes once all ranks have finished, or saved and stopped; named by launch/supervise.py, which cannot
+# go by exit codes: DeepSpeed's launchers, once they are signalled, end with 1 or not at all
 ALL_IS_WELL = "POSTTRAIN_ALL_IS_WELL"
 STARTED = "POSTTRAIN_STARTED"  # when the job began, in seconds since 1970; set by launch/supervise.py, whose restarts do not begin it anew
 OVER_SSH = "POSTTRAIN_OVER_SSH"  # set by launch/multinode.py: what is printed goes through ssh to the host where the run was started
@@ -81,7 +81,7 @@ def _nobody_reads() -> bool:
 
 
 def tell_that_all_is_well() -> None:
-    """Tell the supervisor, where there is one, that nothing is lost. Rank 0, at its end."""
+    """Tell this host's supervisor, where there is one, that nothing is lost. The first rank of each host, at its end."""
     if path := os.environ.get(ALL_IS_WELL):
         Path(path).touch()
 

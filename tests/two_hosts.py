@@ -1,6 +1,7 @@
 """The work of two_hosts.sh: makes the two hosts, runs SFT and DPO over them, and lets things fail. Prints a line for each claim."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,12 @@ class World:
     def curve(self, out: str) -> list[float]:
         return [record[name] for record in metrics(self.folder / out) for name in ("loss", "grad_norm")]
 
+    def yardstick(self) -> list[float]:
+        """The curve of one host."""
+        if not (self.folder / "one_host").exists():
+            self.on_one_host("sft", *self.sft("one_host"))
+        return self.curve("one_host")
+
     def on_one_host(self, script: str, *arguments: str) -> None:
         done = launch(f"posttrain/{script}.py", *arguments)
         assert done.returncode == 0, done.stdout
@@ -129,10 +136,9 @@ def equal(seen: list[float], expected: list[float]) -> None:
 
 def sft_and_dpo_over_two_hosts(world: World) -> None:
     a, _ = world.hosts.hosts
-    world.on_one_host("sft", *world.sft("one_host"))
     code, output = end(a.start("sft_multinode.sh", *world.sft("by_ssh"), HOSTFILE=world.hostfile(1)))
     assert code == 0, output
-    equal(world.curve("by_ssh"), world.curve("one_host"))
+    equal(world.curve("by_ssh"), world.yardstick())
     world.on_one_host("dpo", *world.dpo("dpo_one_host", "one_host"))
     code, output = end(a.start("dpo_multinode.sh", *world.dpo("dpo_by_ssh", "by_ssh"), HOSTFILE=world.hostfile(2)))
     assert code == 0, output
@@ -147,7 +153,7 @@ def without_ssh(world: World) -> None:
     ]
     for code, output in map(end, started):
         assert code == 0, output
-    equal(world.curve("no_ssh"), world.curve("one_host"))
+    equal(world.curve("no_ssh"), world.yardstick())
 
 
 def wait_for_step(world: World, out: str, step: int, process: subprocess.Popen) -> None:
@@ -225,13 +231,14 @@ def a_launcher_that_is_killed(world: World) -> None:
 
 
 def refused(world: World, *expected: str, host: int = 0, code: int | None = None, **environment: str) -> None:
+    """The run ends with each of these patterns in what it prints, without a trace of it left."""
     started = time.monotonic()
     process = world.hosts.hosts[host].start("sft_multinode.sh", *world.sft("refused"), **environment)
     seen, output = end(process)
     print(f"    ended after {time.monotonic() - started:.0f} s")
     assert seen == code if code is not None else seen != 0, (seen, output)
     for text in expected:
-        assert text in output, output
+        assert re.search(text, output), output
     assert not (world.folder / "refused").exists()
     for one in world.hosts.hosts:
         nothing_is_left(one, 2 * WATCHDOG)
@@ -243,7 +250,7 @@ def a_host_that_cannot_be_reached(world: World) -> None:
 
 def a_host_that_was_not_started(world: World) -> None:
     expected = f"rank 1 (node-b) of 2 ranks did not come to 10.77.0.1:29500 within {WATCHDOG} s; those of node-a are there"
-    refused(world, expected, HOSTFILE=world.hostfile(1), NODE_RANK="0")
+    refused(world, re.escape(expected), HOSTFILE=world.hostfile(1), NODE_RANK="0")
 
 
 def a_first_host_that_was_not_started(world: World) -> None:
@@ -256,14 +263,66 @@ def a_host_with_other_code(world: World) -> None:
     (world.folder / "batches.py").write_text(code.read_text() + "\n# changed\n")
     b.shell(f"mount --bind {world.folder}/batches.py {code}")
     expected = "error: ranks [1] (on node-b) hold another code, recipe or prepared data than rank 0 (on node-a): 1 of"
-    refused(world, expected, "first code: posttrain/batches.py", HOSTFILE=world.hostfile(1))
+    refused(world, re.escape(expected), "first code: posttrain/batches.py", HOSTFILE=world.hostfile(1))
     b.shell(f"umount {code}")
 
 
 def a_wrong_interface(world: World) -> None:
     """One that does not exist, and one over which no other host can be reached."""
-    for name, expected in (("eth9", "on node-a cannot connect to the other ranks"), ("lo", "(node-a, pid")):
+    for name, expected in (("eth9", "on node-a cannot connect to the other ranks"), ("lo", r"rank [01] \(node-[ab], pid")):
         refused(world, expected, "as in GLOO_SOCKET_IFNAME=eth0", HOSTFILE=world.hostfile(1), GLOO_SOCKET_IFNAME=name)
+
+
+def slurm(world: World) -> None:
+    """A cluster of the two hosts: munge, a slurmd on each, slurmctld on the first."""
+    folder = world.folder / "slurm"
+    folder.mkdir()
+    lines = [
+        *("ClusterName=posttrain", f"SlurmctldHost={NAMES[0]}", "SlurmUser=root", "AuthType=auth/munge", "MpiDefault=none"),
+        *("ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/linear", "ReturnToService=2"),
+        *(
+            f"StateSaveLocation={folder}",
+            f"SlurmdSpoolDir={folder}/%n",
+            f"SlurmdLogFile={folder}/%n.log",
+            f"SlurmctldLogFile={folder}/ctld.log",
+        ),
+        *("SlurmctldPidFile=/run/slurmctld.pid", "SlurmdPidFile=/run/slurmd.pid", "PartitionName=all Nodes=ALL Default=YES"),
+        *(f"NodeName={name} NodeAddr={address} CPUs=2" for name, address in zip(NAMES, ADDRESSES, strict=True)),
+    ]
+    (folder / "slurm.conf").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    for host, daemons in zip(world.hosts.hosts, ("slurmctld && slurmd", "slurmd"), strict=True):
+        host.shell(f"mkdir -p /run/munge /etc/slurm; mount --bind {folder} /etc/slurm")
+        files = f"--key-file={folder}/munge.key --log-file={folder}/munge_{host.name}.log --seed-file=/run/munge/seed"
+        host.shell(f"munged --force {files} --pid-file=/run/munge/pid")
+        host.shell(daemons)
+
+
+def a_slurm_job(world: World) -> None:
+    """sbatch as the script's head says: the curve of one host; a signal five minutes before the end, as scancel sends it, saves."""
+    slurm(world)
+    a, _ = world.hosts.hosts
+
+    def submit(out: str, ranks: int, *arguments: str) -> subprocess.Popen:
+        options = ["--wait", f"--output={world.folder}/{out}.log", "--nodes=2", f"--chdir={ROOT}"]
+        environment = ["env", f"NUM_GPUS={ranks}", "OMP_NUM_THREADS=1", "DS_ACCELERATOR=cpu"]
+        scripts = [f"{ROOT}/launch/slurm.sh", "launch/sft_multinode.sh"]
+        command = a.command(*environment, "sbatch", *options, *scripts, *world.sft(out, *arguments))
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    code, output = end(submit("by_slurm", 2))
+    assert code == 0, output + (world.folder / "by_slurm.log").read_text()
+    equal(world.curve("by_slurm"), world.yardstick())
+    process = submit("slurm_stopped", 1, *LONG)
+    wait_for_step(world, "slurm_stopped", 12, process)
+    a.shell("scancel --signal=USR1 $(squeue --noheader --format=%i)")
+    code, output = end(process)
+    log = (world.folder / "slurm_stopped.log").read_text()
+    assert code == 0, output + log
+    assert "the same command goes on with step" in log, log
+    for host in world.hosts.hosts:
+        nothing_is_left(host, 5)
 
 
 def doctor(world: World, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -332,7 +391,7 @@ def the_doctor_names_what_is_wrong(world: World) -> None:
 CLAIMS = [
     *(sft_and_dpo_over_two_hosts, without_ssh, a_link_that_goes_down, a_signal_saves, a_signal_while_ranks_start),
     *(a_launcher_that_is_killed, a_host_that_cannot_be_reached, a_host_that_was_not_started, a_first_host_that_was_not_started),
-    *(a_host_with_other_code, a_wrong_interface, the_doctor_finds_nothing_and_changes_nothing, the_doctor_names_what_is_wrong),
+    *(a_host_with_other_code, a_wrong_interface, a_slurm_job, the_doctor_finds_nothing_and_changes_nothing, the_doctor_names_what_is_wrong),
 ]
 
 
