@@ -18,8 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.dpo import ULTRAFEEDBACK
 from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
 from benchmarks.side_by_side import RESULTS, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
-from posttrain import plan
 from posttrain.config import DPORecipe, SFTRecipe, build_recipe
+from posttrain.plan import time_here
+from posttrain.planner import Planner, this_machine
 
 MODEL = {
     "vocab_size": 16000,
@@ -65,7 +66,8 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     recipe |= {"global_batch_size": race.batch, "dtype": race.dtype, **options}
     kind = SFTRecipe if race.kind == "sft" else DPORecipe
     recipe = build_recipe(kind, {}, {key: str(value) for key, value in recipe.items()})
-    planner = plan.Planner(recipe, plan.this_machine(race.ranks), race.ranks, 1, None)
+    planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
+    time_here(planner)
     one = planner.plan(Path(recipe.ds_config).stem, recipe.activation_checkpointing)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 

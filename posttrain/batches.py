@@ -66,14 +66,19 @@ def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_
         return [int(lengths.argmax())]
     order = np.argsort(lengths, kind="stable")
     ascending = lengths[order]
-    # greedy dealing leaves no rank more than one example above the mean of a step's tokens
-    room = min(max_tokens, math.ceil(ascending[-batch:].sum() / world_size) + int(ascending[-1]))
+    room = min(max_tokens, most_of_a_rank(ascending, batch, world_size))
     chosen = []
     while room >= ascending[0]:
         longest_that_fits = int(np.searchsorted(ascending, room, side="right")) - 1
         chosen.append(int(order[longest_that_fits]))
         room -= int(ascending[longest_that_fits])
     return chosen
+
+
+def most_of_a_rank(lengths: np.ndarray, batch: int, world_size: int) -> int:
+    """Tokens that a rank can have in a step: greedy dealing leaves none more than one example above the mean."""
+    longest = np.sort(lengths)[-batch:]
+    return math.ceil(longest.mean() * batch / world_size) + int(longest[-1])
 
 
 def _deal(lengths: np.ndarray, world_size: int) -> list[list[int]]:

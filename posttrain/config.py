@@ -54,7 +54,9 @@ class Recipe(BaseModel):
     global_batch_size: Count | None = key(None, "examples (SFT rows, DPO pairs) per optimizer step, over all GPUs")
     batch_size: Count | None = key(None, "with gradient_accumulation_steps: global_batch_size as their product times the GPUs")
     gradient_accumulation_steps: Count | None = key(None, "see batch_size; sets examples per step, not how they are cut up")
-    max_tokens_per_gpu: Count = key(16384, "tokens in a micro-batch on one GPU; speed and memory only, never the curve")
+    max_tokens_per_gpu: Count | Literal["auto"] = key(
+        16384, "tokens in a micro-batch on one GPU, or auto: as many as fit; speed and memory only, never the curve"
+    )
 
     max_iters: Count | None = key(None, "optimizer steps of the run; or give epochs")
     epochs: Positive | None = key(None, "passes over the data; or give max_iters")
@@ -208,7 +210,7 @@ def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
     try:
         recipe = kind(**values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
+        raise ValueError(_explain(kind, error.errors())) from None
     _refuse_unread(recipe)
     return recipe
 
@@ -335,12 +337,19 @@ def _refuse_unknown(kind, values: dict, where: str = "") -> None:
         raise ValueError(where + "\n".join(unknown) + "\n--help lists every key")
 
 
-def _explain(kind, problem: dict) -> str:
-    name = str(problem["loc"][0])
-    meaning = kind.model_fields[name].description
-    if problem["type"] == "missing":
-        return f"{name} is missing: {meaning}"
-    return f"{name}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ')} ({meaning})"
+def _explain(kind, problems: list[dict]) -> str:
+    """A line for each key. One that may be of several kinds has a problem with each."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        name, message = str(problem["loc"][0]), problem["msg"].removeprefix("Value error, ")
+        meaning = kind.model_fields[name].description
+        if problem["type"] == "missing":
+            lines[name] = f"{name} is missing: {meaning}"
+        elif name in lines:
+            lines[name] = lines[name].replace(" (", f", or: {message} (", 1)
+        else:
+            lines[name] = f"{name}={problem['input']!r}: {message} ({meaning})"
+    return "\n".join(lines.values())
 
 
 def _given(values: dict) -> set[str]:

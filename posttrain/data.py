@@ -94,6 +94,11 @@ class PreparedData(NamedTuple):
     manifest: dict
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(int(split.lengths.max()) for split in (self.train, self.validation) if len(split))
+
+    @property
     def fingerprint(self) -> str:
         """Changes when the data is prepared anew from other rows or in another way."""
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())

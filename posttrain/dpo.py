@@ -18,7 +18,8 @@ from posttrain.engine import (
     read_ds_config,
     start_distributed,
 )
-from posttrain.loop import check_lengths, train
+from posttrain.fit import planned
+from posttrain.loop import train
 from posttrain.objectives import DPO, needs_reference
 from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
@@ -35,10 +36,10 @@ def dpo() -> None:
 
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
-    check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
+    settled = planned(recipe, prepared, device)
 
     def frozen():
         return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
@@ -47,10 +48,10 @@ def dpo() -> None:
     beside = frozen() if needs_reference(recipe) and not precompute else None
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     if needs_reference(recipe) and precompute:
-        choices.append(reference.attach(recipe, prepared, policy.fingerprint, device, frozen))
+        choices.append(reference.attach(settled, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(Training(recipe, engine, prepared, DPO(engine, beside, recipe)), chat, run, choices)
+    train(Training(settled, engine, prepared, DPO(engine, beside, recipe)), chat, run, choices)
 
 
 if __name__ == "__main__":

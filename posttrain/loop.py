@@ -7,7 +7,7 @@ import time
 import torch
 from torch import distributed as dist
 
-from posttrain import batches, checks, export, watchdog
+from posttrain import batches, checks, export, fit, watchdog
 from posttrain import engine as engines
 from posttrain.card import model_card
 from posttrain.chat import ChatFormat
@@ -30,17 +30,6 @@ def total_steps(recipe: Recipe, num_examples: int) -> int:
     if recipe.max_iters:
         return recipe.max_iters
     return math.ceil(recipe.epochs * batches.steps_per_epoch(num_examples, recipe.global_batch_size))
-
-
-def check_lengths(recipe: Recipe, data: PreparedData) -> None:
-    """Refuse an example that no micro-batch could hold, naming it."""
-    for name, split in (("training", data.train), ("validation", data.validation)):
-        if len(split) and split.lengths.max() > recipe.max_tokens_per_gpu:
-            index = int(split.lengths.argmax())
-            raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.lengths[index]} tokens, more than "
-                f"max_tokens_per_gpu={recipe.max_tokens_per_gpu}; raise it, or prepare the data with a smaller --max_length"
-            )
 
 
 def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, choices: list[str]) -> None:
@@ -77,6 +66,8 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
 
 def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) -> None:
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
+    if run.recipe.max_tokens_per_gpu == fit.AUTO and not run.recipe.only_looks:
+        fit.adapt(training, run)
     recipe, engine, data = training.recipe, training.engine, training.data
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, [*choices, engines.describe_optimizer(engine)])

@@ -184,13 +184,14 @@ def predict(
     largest: tuple[float, float],
     usual: tuple[float, float],
     count: int,
+    piece: int,
     zero: Zero,
     ranks: int,
     dtype: torch.dtype,
     reference: bool,
     on_gpu: bool,
 ) -> Parts:
-    """What a rank takes at most, training a model of `count` parameters.
+    """What a rank takes at most, training a model of `count` parameters, of which an embedding and a layer have `piece`.
 
     `largest` and `usual`: count_working of the run's largest micro-batch, which goes first, while no gradients are there yet, and of the
     largest of its steps, which in step 1 come after it.
@@ -206,18 +207,27 @@ def predict(
     gradients = size * count if zero.stage == 0 else 4 * (count if zero.stage == 1 else share)
     own = size * count if zero.stage == 1 else 0.0
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
-    if zero.stage == 3:
-        buffers += gathered + (size * count / zero.ranks_of_node if zero.ranks_of_node > 1 else 0.0)
+    if zero.ranks_of_node > 1:
+        buffers += size * count / zero.ranks_of_node
+    # the first pass, in which ZeRO-3 learns the order of the layers, holds one at a time, and the embedding
+    first = size * min(piece, count) if zero.stage == 3 else 0.0
+    later = gathered if zero.stage == 3 else 0.0
     if zero.offload_parameters:
         weights = 0.0
     if zero.offload_optimizer:
         optimizer = 0.0
     beside = (size * share + gathered) if reference else 0.0
-    # gradients that are there, memory that is at work, and the log-probs' part of it, in each phase
+    # gradients and gathered layers that are there, memory that is at work, and the log-probs' part of it, in each phase
     zeroed = gradients if zero.stage == 3 else 0.0  # which has them from the start
-    phases = [(zeroed, *largest), (gradients, *usual), (gradients, own + usual[1], usual[1]), (gradients, flat, 0.0)]
-    most = max(phases, key=lambda phase: phase[0] + phase[1])
-    return Parts(weights, most[0], optimizer, buffers, beside, most[1] - min(most[1:]), min(most[1:]))
+    phases = [
+        (zeroed, first, *largest),
+        (gradients, later, *usual),
+        (gradients, later, own + usual[1], usual[1]),
+        (gradients, 0.0, flat, 0.0),
+    ]
+    there, layers, working, head = max(phases, key=lambda phase: sum(phase[:3]))
+    head = min(working, head)
+    return Parts(weights, there, optimizer, buffers + layers, beside, working - head, head)
 
 
 def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:

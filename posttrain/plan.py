@@ -7,312 +7,43 @@ model's own layers on this machine; for other GPUs times come from the share of 
 """
 
 import argparse
-import bisect
-import math
+import multiprocessing
 import os
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import numpy as np
-import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
 
-from posttrain import attention, batches, checkpoint, ckpt_pt, data, layers
-from posttrain.config import DPORecipe, Recipe, load_recipe_of_either_kind
-from posttrain.engine import read_ds_config
-from posttrain.memory import Parts, Zero, count_working, predict
-from posttrain.objectives import needs_reference
-from posttrain.policy import Policy, find_model
-
-MIB = 2**20
-QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
+from posttrain import attention, data, layers
+from posttrain.config import load_recipe_of_either_kind
+from posttrain.planner import CHECKPOINTING, GPUS, SHAPES, STAGES, Plan, Planner, this_machine
+from posttrain.policy import Policy
 
 
-def _shape(kind, hidden: int, feed_forward: int, depth: int, heads: int, **others):
-    sizes = {"hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": depth, "num_attention_heads": heads}
-    return kind(**sizes, **others)
+def time_here(planner: Planner) -> None:
+    """Let a planner go by what this machine takes: on a CPU with all its ranks at work at once, which share caches and memory."""
+    if planner.on_gpu or planner.ranks == 1:
+        planner.seconds = _timed(planner)
+        return
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(planner.ranks, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(_timed, planner, rank, f"{folder}/store") for rank in range(planner.ranks)]
+        found = [rank.result() for rank in ranks]
+    planner.seconds = {name: max(one[name] for one in found) for name in found[0]}
+    planner.device = replace(planner.device, link=1 / planner.seconds["sent"])
 
 
-SHAPES = {
-    "1.8b": ("Qwen3-1.7B", _shape(Qwen3Config, 2048, 6144, 28, 16, **QWEN3, tie_word_embeddings=True)),
-    "8b": ("Qwen3-8B", _shape(Qwen3Config, 4096, 12288, 36, 32, **QWEN3, tie_word_embeddings=False)),
-    "32b": ("Qwen3-32B", _shape(Qwen3Config, 5120, 25600, 64, 64, **QWEN3, tie_word_embeddings=False)),
-    "70b": ("Llama-3.1-70B", _shape(LlamaConfig, 8192, 28672, 80, 64, vocab_size=128256, num_key_value_heads=8)),
-}
-
-
-@dataclass(frozen=True)
-class Device:
-    """What its maker says; memory as its driver shows it."""
-
-    name: str
-    memory: float  # bytes
-    peak: float  # bfloat16 FLOP/s of the matrix units
-    link: float  # bytes/s, one way, to the others of its node
-    net: float = 50e9  # bytes/s, one way, to other nodes: 400 Gbit/s a GPU
-
-
-GPUS = {
-    "b300": Device("B300", 275_040 * MIB, 2500e12, 900e9),
-    "b200": Device("B200", 183_359 * MIB, 2250e12, 900e9),
-    "h200": Device("H200", 143_771 * MIB, 989e12, 450e9),
-    "h100": Device("H100", 81_559 * MIB, 989e12, 450e9),
-    "a100": Device("A100", 81_920 * MIB, 312e12, 300e9),
-}
-# Of its peak, one H200 made of SFT of 1.7B parameters (benchmarks/results/phases_gpu.json, sft_gpu.json with --compile)
-REACHED, REACHED_COMPILED = 0.41, 0.446
-KEPT_BACK = 2e9  # bytes: the driver's context, NCCL's buffers
-FRAGMENTS = 0.06  # of the memory, that an allocator cannot use
-CHECKPOINTING = ("none", "selective", "full")
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
-MANY = 16_384  # tokens of a micro-batch
-ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000
-
-
-@dataclass(frozen=True)
-class Work:
-    """The examples that a run sees: arrays of one entry an example, or a single one that all are alike."""
-
-    count: int
-    prompt: np.ndarray  # tokens before the answers; for SFT none are apart
-    answers: np.ndarray  # (examples, 1 or 2)
-    trained: np.ndarray
-    shared: bool  # the prompt is computed once for both answers
-
-    @property
-    def lengths(self) -> np.ndarray:
-        copies = 1 if self.shared else self.answers.shape[1]
-        return self.prompt * copies + self.answers.sum(1)
-
-    def attended(self) -> np.ndarray:
-        """Pairs of query and key of each example, causal."""
-        whole = (self.prompt[:, None] + self.answers) ** 2 / 2
-        again = (self.answers.shape[1] - 1) * self.prompt**2 / 2 if self.shared else 0
-        return whole.sum(1) - again
-
-    def micro_batch(self, tokens: int) -> data.MicroBatch:
-        """As many of the longest examples as `tokens` hold, and a shorter one in what is left."""
-        chosen, left = [], tokens
-        order = np.argsort(self.lengths, kind="stable")
-        ascending = self.lengths[order]
-        while (fits := int(np.searchsorted(ascending, left, side="right"))) and (left == tokens or left > tokens / 64):
-            chosen.append(int(order[fits - 1]))
-            left -= int(ascending[fits - 1])
-        return self.batch_of(chosen)
-
-    def batch_of(self, examples) -> data.MicroBatch:
-        builder = data.RowBuilder()
-        for index in examples:
-            self._add(builder, int(index))
-        return builder.build()
-
-    def _add(self, builder: data.RowBuilder, index: int) -> None:
-        prompt, answers, trained = int(self.prompt[index]), self.answers[index].tolist(), int(self.trained[index])
-        if len(answers) == 2:
-            builder.add_pair([0] * prompt, [0] * answers[0], [0] * answers[1], self.shared)
-        else:
-            builder.add_sequence([0] * answers[0], [data.IGNORE] * (answers[0] - trained) + [0] * trained)
-
-
-def the_model(recipe: Recipe, assumed: str | None):
-    """Its configuration, how many parameters, and what is said of it."""
-    try:
-        find_model(recipe.model_path, "")
-    except FileNotFoundError:
-        name, config = SHAPES[assumed or "1.8b"]
-        return config, count_parameters(config), f"there is none at {recipe.model_path} yet: assumed {name}'s shape"
-    if assumed:
-        raise ValueError(f"--model={assumed} would not be read: the recipe's model, {recipe.model_path}, is there. Remove it")
-    if ckpt_pt.is_ckpt_pt(recipe.model_path):
-        config = ckpt_pt.load_ckpt_pt(recipe.model_path, None).config
-    else:
-        place = Path(recipe.model_path)
-        config = AutoConfig.from_pretrained(checkpoint.model_description(place) if checkpoint.is_checkpoint(place) else recipe.model_path)
-    return config, count_parameters(config), recipe.model_path
-
-
-def count_parameters(config) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-def the_work(recipe: Recipe) -> tuple[Work, str]:
-    """The training examples, and what is said of them."""
-    kind, shared = ("dpo", recipe.share_prompt) if isinstance(recipe, DPORecipe) else ("sft", False)
-    if not Path(recipe.data_dir).is_dir():
-        one = np.ones(1, np.int64)
-        said = f"there is none at {recipe.data_dir} yet: assumed rows of {ASSUMED_ROW:,} tokens"
-        if kind == "sft":
-            return Work(ASSUMED_ROWS, 0 * one, ASSUMED_ROW * one[:, None], ASSUMED_ROW * one, False), said
-        half = ASSUMED_ROW // 2
-        pairs = Work(ASSUMED_ROWS, half * one, half * np.ones((1, 2), np.int64), half * one, shared)
-        return pairs, f"{said} ({half:,} of prompt, {half:,} an answer)"
-    split = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True)).train
-    said = f"{recipe.data_dir}: {len(split):,} examples of {split.lengths.mean():,.0f} tokens, the longest {split.lengths.max():,}"
-    if kind == "sft":
-        return Work(len(split), np.zeros(len(split), np.int64), split.lengths[:, None], split.trained, False), said
-    prompt, *answers = (split.token_counts(name) for name in ("prompt", "chosen", "rejected"))
-    return Work(len(split), prompt, np.stack(answers, 1), split.trained, shared), said
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to run: what it takes, and how fast it is."""
-
-    ds_config: str
-    checkpointing: str
-    parts: Parts  # with micro-batches of `tokens`
-    tokens: int
-    most_tokens: int  # of a micro-batch that fits; 0: none
-    step_seconds: float
-    sent: float  # bytes that a GPU sends a step
-
-
-class Planner:
-    def __init__(self, recipe: Recipe, device: Device, gpus: int, nodes: int, assumed: str | None):
-        self.recipe, self.device, self.nodes, self.ranks = recipe, device, nodes, gpus * nodes
-        self.on_gpu = device.name != "CPU"
-        self.dtype = getattr(torch, recipe.dtype)
-        self.config, self.count, self.model_said = the_model(recipe, assumed)
-        self.work, self.work_said = the_work(recipe)
-        self.reference = isinstance(recipe, DPORecipe) and needs_reference(recipe) and recipe.reference == "beside"
-        self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
-        self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * self.work.count / self.batch)
-        if self.work.lengths.max() > recipe.max_tokens_per_gpu:
-            raise ValueError(
-                f"the longest example has {self.work.lengths.max():,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}"
-            )
-        self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
-        self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
-        self.seconds = _timed_here(self) if device in HERE else {}
-
-    def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
-        usual = self.working(min(tokens, self.usual_tokens), checkpointing)
-        zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
-        return predict(self.working(tokens, checkpointing), usual, self.count, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
-
-    def working(self, tokens: int, checkpointing: str) -> tuple[float, float]:
-        """As count_working, which beyond MANY grows by as much with each token."""
-        counted = [self._counted(min(tokens, MANY), checkpointing)]
-        if tokens > MANY:
-            counted.append(self._counted(2 * MANY, checkpointing))
-            return tuple(few + (many - few) * (tokens - MANY) / MANY for few, many in zip(*counted, strict=True))
-        return counted[0]
-
-    @cache  # noqa: B019 - there is one planner
-    def _counted(self, tokens: int, checkpointing: str) -> tuple[int, int]:
-        return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
-
-    def most_tokens(self, ds_config: str, checkpointing: str) -> int:
-        """Of a micro-batch that fits, in whole 1,024; 0 where the longest example does not."""
-        longest = int(self.work.lengths.max())
-        if self.parts(ds_config, checkpointing, longest).total > self.usable:
-            return 0
-        fits = bisect.bisect_left(range(1, 2048), True, key=lambda n: self.parts(ds_config, checkpointing, 1024 * n).total > self.usable)
-        return max(1024 * fits, longest)
-
-    def plan(self, ds_config: str, checkpointing: str) -> Plan:
-        tokens = min(self.recipe.max_tokens_per_gpu, self._a_rank_s_step())
-        parts = self.parts(ds_config, checkpointing, tokens)
-        most = self.most_tokens(ds_config, checkpointing)
-        used = min(tokens, most) if most else tokens
-        seconds, sent = self.step(ds_config, checkpointing, used)
-        return Plan(ds_config, checkpointing, parts, tokens, most, seconds, sent)
-
-    def _a_rank_s_step(self) -> int:
-        """Tokens that a rank has in a step at most: a micro-batch is never larger."""
-        longest = np.sort(self.work.lengths)[-self.batch :]
-        return math.ceil(longest.mean() * self.batch / self.ranks) + int(longest.max())
-
-    def micro_batches(self) -> list[np.ndarray]:
-        """Examples of the micro-batches of the run's first steps, of all ranks, the one with the most tokens first."""
-        lengths, recipe = self.work.lengths, self.recipe
-        if len(lengths) == 1:
-            return [np.zeros(max(1, min(recipe.max_tokens_per_gpu // lengths[0], self.batch // self.ranks)), np.int64)]
-        found = []
-        for step in range(1, min(self.steps, 20) + 1):
-            chosen = batches.step_examples(len(lengths), self.batch, recipe.seed, step)
-            dealt = batches.micro_batches(lengths[chosen], recipe.max_tokens_per_gpu, self.ranks, recipe.packing)
-            found += [chosen[part] for share in dealt for part in share if part]
-        return sorted(found, key=lambda examples: -lengths[examples].sum())
-
-    def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
-        """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
-        micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
-        if self.seconds:
-            share = self.work.lengths.mean() * self.batch / self.ranks
-            compute = share * self.seconds[checkpointing] + self.seconds["update"] * self.count / (
-                self.ranks if ds_config != "zero0" else 1
-            )
-        else:
-            reached = REACHED_COMPILED if self.recipe.compile else REACHED
-            compute = self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
-        size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
-        sent = {
-            "zero0": 2 * size,
-            "zero1": 4 * self.count + size,
-            "zero2": micro_batches * size + size,
-        }.get(ds_config, micro_batches * 3 * size) * others
-        if self.reference:
-            sent += micro_batches * size * others
-        # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
-        across = (sent - micro_batches * size * others if ds_config == "zeropp" else sent) * (self.nodes - 1) / self.nodes
-        wire = max(sent / self.device.link, across / self.device.net)
-        exposed = max(wire - compute, 0.1 * wire) if ds_config.startswith(("zero3", "zeropp")) else wire
-        if ds_config == "zero3_offload":  # states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
-            exposed += 28 * self.count / self.ranks / 20e9
-        return compute + exposed, sent
-
-    def flops(self, checkpointing: str) -> float:
-        """Of a mean step, over all ranks: 2 a weight and token forward, 4 backward; attention by its pairs of tokens."""
-        c = self.config
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        attend = c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-        feed = 3 * c.hidden_size * c.intermediate_size
-        tokens, trained = self.work.lengths.mean(), self._log_probs().mean()
-        pairs = 2 * 2 * c.num_attention_heads * width * self.work.attended().mean()
-        layer, head = 2 * (attend + feed) * tokens + pairs, 2 * c.vocab_size * c.hidden_size * trained
-        again = {"none": 0, "selective": 2 * feed * tokens, "full": layer}[checkpointing]
-        whole = c.num_hidden_layers * (3 * layer + again) + 3 * head
-        if self.reference:
-            whole += c.num_hidden_layers * layer + head
-        return self.batch * whole
-
-    def feed_forward_share(self) -> float:
-        """Of a layer's forward pass, by its weights."""
-        c = self.config
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        feed = 3 * c.hidden_size * c.intermediate_size
-        return feed / (feed + c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads))
-
-    def _log_probs(self) -> np.ndarray:
-        return self.work.trained if self.work.answers.shape[1] == 1 else self.work.answers.sum(1)
-
-
-HERE: list[Device] = []
-
-
-def this_machine(ranks: int) -> Device:
-    """A rank's share of it."""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        known = [gpu for gpu in GPUS.values() if gpu.name in properties.name]
-        device = replace(known[0] if known else GPUS["a100"], name=properties.name, memory=properties.total_memory)
-    else:
-        device = Device("CPU", psutil.virtual_memory().available / ranks, 1e12, 5e9)
-    HERE.append(device)
-    return device
-
-
-def _timed_here(planner: Planner) -> dict[str, float]:
-    """Seconds of a token, forward and backward, with each way of checkpointing activations; and of the update of a parameter."""
+def _timed(planner: Planner, rank: int = 0, store: str | None = None) -> dict[str, float]:
+    """Seconds of a token, forward and backward, with each way of checkpointing activations; of the update of a weight; of a byte sent."""
     device = torch.device("cuda" if planner.on_gpu else "cpu")
-    if not planner.on_gpu:
+    if store:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // planner.ranks))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=planner.ranks)
     usual = planner.micro_batches()
     usual = usual[len(usual) // 2]
     if not planner.on_gpu:  # some thousand tokens take long enough
@@ -336,6 +67,9 @@ def _timed_here(planner: Planner) -> dict[str, float]:
     optimizer = torch.optim.AdamW([weights], fused=True)
     # beside the optimizer DeepSpeed reads and writes as much again: norms, clipping, copies to and from its flat buffers
     found["update"] = 2 * _median(optimizer.step) / len(weights)
+    if store:
+        found["sent"] = _median(lambda: dist.all_reduce(weights.grad)) / (2 * (planner.ranks - 1) / planner.ranks * 4 * len(weights))
+        dist.destroy_process_group()
     return found
 
 
@@ -357,6 +91,8 @@ def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, trains: bo
 def _median(action, repeats: int = 3) -> float:
     times = []
     for _ in range(repeats + 1):
+        if dist.is_initialized():
+            dist.barrier()
         started = time.perf_counter()
         action()
         if torch.cuda.is_available():
@@ -378,7 +114,6 @@ def best(plans: list[Plan], dtype: torch.dtype) -> Plan | None:
 
 def report(planner: Planner, plans: list[Plan]) -> str:
     device, recipe = planner.device, planner.recipe
-    here = device in HERE
     lines = [
         f"model     {planner.model_said}, {planner.count:,} parameters",
         f"data      {planner.work_said}",
@@ -409,7 +144,7 @@ def report(planner: Planner, plans: list[Plan]) -> str:
             f"time      {chosen.step_seconds:.2f} s a step, {tokens:,.0f} tokens/s, {_duration(hours)} in all, "
             f"{hours * planner.ranks:,.1f} GPU-hours",
         ]
-    if here:
+    if planner.seconds:
         lines.append("how sure  the layers were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu.json")
     else:
         lines.append(
@@ -435,6 +170,8 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe_of_either_kind(others)
     device = this_machine(options.gpus) if options.gpu == "here" else GPUS[options.gpu]
     planner = Planner(recipe, device, options.gpus, options.nodes, options.model)
+    if options.gpu == "here":
+        time_here(planner)
     stages = STAGES if options.nodes == 1 else (*STAGES, "zeropp")
     shown = [(stage, mode) for stage in stages for mode in CHECKPOINTING if stage != "zero3_offload" or mode == "full"]
     print(report(planner, [planner.plan(*way) for way in shown]))

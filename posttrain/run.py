@@ -1,7 +1,8 @@
 """A run is a directory: recipe, metrics, TensorBoard events, checkpoints and the final model. Also the terminal and the way out.
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
-runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, what the run was extended by
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, what the run was extended by,
+                            and what max_tokens_per_gpu: auto has found
 runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
 runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
 runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
@@ -171,6 +172,7 @@ class Run:
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
         self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.progress = self.tensorboard = self.wandb = None
+        self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see fit.py
         if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
             if stored.keys() != inputs.keys():
@@ -210,6 +212,8 @@ class Run:
         elif change := _extension(self.recipe):
             storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
             self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
+        if self.fitted:
+            self._update(fitted=self.fitted)
         if self.recipe.checks == "off":
             self._update(unchecked_from_steps=[first_step])
         for name in ("metrics.jsonl", "bad_batches.jsonl"):

@@ -10,7 +10,8 @@ from posttrain import data
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import SFTRecipe, load_recipe
 from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
-from posttrain.loop import check_lengths, train
+from posttrain.fit import planned
+from posttrain.loop import train
 from posttrain.objectives import SFT
 from posttrain.policy import load_chat, load_policy, prepare_command
 from posttrain.run import Run, already_finished, main, resolve
@@ -27,14 +28,14 @@ def sft() -> None:
 
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.sft_data_dir, "sft", prepare_command(recipe))
-    check_lengths(recipe, prepared)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
+    settled = planned(recipe, prepared, device)
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(Training(recipe, engine, prepared, SFT(engine)), chat, run, choices)
+    train(Training(settled, engine, prepared, SFT(engine)), chat, run, choices)
 
 
 if __name__ == "__main__":

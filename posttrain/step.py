@@ -92,8 +92,7 @@ def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[
         torch.manual_seed((recipe.seed << 32) + step * dist.get_world_size() + dist.get_rank())
     if step == 1:
         # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
-        loss, _ = objective.loss(train.micro_batch(_largest(recipe, train)).to(training.device), totals)
-        engines.backward(engine, loss * 0.0, is_last=False)
+        try_largest(training)
     for i in range(len(mine)):
         watchdog.enter("data")
         batch = training.ahead.get(step, i, mine)
@@ -112,6 +111,14 @@ def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[
     assert applied == (apply and reason is None), (applied, reason)  # what the gate decided is what is told
     training.guard.count(step, reason, metrics["grad_norm"])
     return metrics, reason
+
+
+def try_largest(training: Training) -> int:
+    """Forward and backward of the run's largest micro-batch, with weight 0; its tokens. All ranks."""
+    train, examples = training.data.train, _largest(training.recipe, training.data.train)
+    loss, _ = training.objective.loss(train.micro_batch(examples).to(training.device), training.objective.totals(train, examples))
+    engines.backward(training.engine, loss * 0.0, is_last=False)
+    return int(train.lengths[examples].sum())
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
     *("losses", "config", "schedule", "batches", "chat", "hub", "errors", "rendezvous", "watchdog", "ranks", "storage", "stopping", "card"),
     *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
-    *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "memory", "export", "run", "reference"),
-    *("step", "keeper", "loop"),
+    *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "memory", "planner", "export", "run", "reference"),
+    *("step", "fit", "keeper", "loop"),
 ]
 SCRIPTS = {"sft", "dpo", "convert", "plan"}
 

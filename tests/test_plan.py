@@ -1,6 +1,7 @@
 """The planner: what it says beside what was measured, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def test_memory_is_what_an_h200_was_seen_to_take():
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(config).num_parameters()
     working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
-    seen = predict((working, head), (working, head), count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
+    seen = predict((working, head), (working, head), count, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
     assert seen == pytest.approx(measured, rel=0.03)
 
 
@@ -75,13 +76,13 @@ def test_activations_grow_with_layers_and_tokens(small):
 
 def test_what_is_sharded_shrinks_with_ranks():
     count = 8_000_000_000
-    totals = {stage: predict((0, 0), (0, 0), count, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
+    totals = {stage: predict((0, 0), (0, 0), count, count, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
     assert totals[0].total > totals[1].total > totals[2].total > totals[3].total
     assert totals[0].weights + totals[0].optimizer == 14 * count
     assert totals[1].optimizer == 12 * count / 8
     assert totals[2].gradients == 4 * count / 8
     assert totals[3].weights == 2 * count / 8
-    beside = predict((0, 0), (0, 0), count, Zero(3), 8, BF16, reference=True, on_gpu=True)
+    beside = predict((0, 0), (0, 0), count, count, Zero(3), 8, BF16, reference=True, on_gpu=True)
     assert beside.reference > 2 * count / 8
 
 
@@ -90,6 +91,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "least"), [("sft", 20), ("dpo", 60)])
 def test_the_default_recipes_on_eight_b200(kind, least):
     done = plan(f"{ROOT}/posttrain/recipes/{kind}_qwen3_1.8b.yaml")
@@ -100,8 +102,14 @@ def test_the_default_recipes_on_eight_b200(kind, least):
     for line in lines:  # parts add up to the total
         assert sum(map(float, line[2:9])) == pytest.approx(float(line[9]), abs=0.4)
     assert "--ds_config=ds_configs/zero1.json --activation_checkpointing=none" in done.stdout
+    if kind == "sft":  # the first column of a table in ds_configs/README.md
+        table = dict(re.findall(r"^\| (\w+)\.json \| (\d+ / \d+) \|", (ROOT / "ds_configs" / "README.md").read_text(), re.M))
+        totals = {(line[0], line[1]): f"{float(line[9]):.0f}" for line in lines}
+        for stage in ("zero0", "zero1", "zero2", "zero3"):
+            assert table[stage] == f"{totals[stage, 'none']} / {totals[stage, 'full']}"
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_told_so():
     done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=70b", "--gpu=a100", "--gpus=2")
     assert done.returncode == 0, done.stdout
@@ -109,6 +117,7 @@ def test_a_model_that_does_not_fit_is_told_so():
     assert "nothing fits into" in done.stdout
 
 
+@pytest.mark.slow
 def test_this_machine_and_the_data_that_is_there(tiny, tmp_path):
     recipe = tmp_path / "dpo.yaml"
     keys = {"sft_checkpoint_path": tiny.base, "dpo_data_dir": tiny.dpo, "out_dir": "run", "epochs": 2, "global_batch_size": 8}

@@ -1,0 +1,72 @@
+"""max_tokens_per_gpu: auto, on two ranks of which one has less memory."""
+
+import json
+import random
+import re
+import shutil
+
+import pytest
+from conftest import launch, metrics, rank_environment
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data_prep.prepare import prepare
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory) -> list[str]:
+    """Arguments for a model whose activations, some 260 KB a token, are most of what it takes; and rows that are long."""
+    folder = tmp_path_factory.mktemp("wide")
+    draw = random.Random(0)
+    rows = [{"instruction": f"repeat {n}", "output": " ".join(draw.choices(tiny.words, k=draw.randint(20, 35)))} for n in range(130)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare("sft", ["--source", f"{folder}/rows.jsonl", "--output_dir", f"{folder}/sft", "--tokenizer", tiny.base, "--val_size", "2"])
+    shutil.copytree(tiny.base, folder / "base")
+    config = AutoConfig.from_pretrained(tiny.base)
+    config.intermediate_size = 8192
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    numbers = ["--max_iters=3", "--global_batch_size=64", "--warmup_iters=0", "--eval_interval=0", "--dtype=float32", "--save_interval=0"]
+    return [f"--checkpoint_path={folder}/base", f"--sft_data_dir={folder}/sft", *numbers, "--ds_config=ds_configs/zero3.json"]
+
+
+def fitted(wide: list[str], out, limit: float, *more: str):
+    environment = rank_environment() | {"LIMIT": str(limit)}
+    return launch("tests/fitted.py", *wide, f"--out_dir={out}", "--max_tokens_per_gpu=auto", *more, env=environment)
+
+
+def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
+    done = fitted(wide, tmp_path / "run", 1.2e9)
+    assert done.returncode == 0, done.stdout
+    tokens, planned, taken, usable = re.search(
+        r"auto: ([\d,]+), the planner said ([\d,]+); they take ([\d.]+) of ([\d.]+) GB", done.stdout
+    ).groups()
+    tokens, planned, taken = int(tokens.replace(",", "")), int(planned.replace(",", "")), float(taken)
+    assert usable == "1.2"
+    assert 0.9 < taken <= 1.2
+    assert tokens % 1024 == 0
+    assert f"micro-batches of at most {tokens:,}" in done.stdout
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["fitted"]
+    assert kept["max_tokens_per_gpu"] == tokens
+    assert kept["as"]["ranks"] == 2
+
+    given = launch("posttrain/sft.py", *wide, f"--out_dir={tmp_path}/given", f"--max_tokens_per_gpu={tokens}")
+    assert given.returncode == 0, given.stdout
+    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(tmp_path / "given")]
+
+    longer = fitted(
+        wide, tmp_path / "run", 0.9e9, "--max_iters=4", "--lr_decay_iters=4", "--extend"
+    )  # as found, although less would fit now
+    assert longer.returncode == 0, longer.stdout
+    assert "memory   max_tokens_per_gpu" not in longer.stdout
+    assert f"micro-batches of at most {tokens:,}" in longer.stdout
+
+
+def test_memory_that_is_enough_and_memory_that_never_is(wide, tmp_path):
+    done = fitted(wide, tmp_path / "run", 1e12)
+    assert done.returncode == 0, done.stdout
+    assert "all that a rank ever has in a step" in done.stdout
+    refused = fitted(wide, tmp_path / "none", 1e6)
+    assert refused.returncode == 2, refused.stdout
+    assert "by the planner, and a rank has 0.0. Shard more (ds_config)" in refused.stdout
+    assert not (tmp_path / "none").exists()
