@@ -8,6 +8,7 @@ again, more or less from run to run.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -37,8 +38,8 @@ CPU = {"model": MODEL, "steps": 4, **ON_CPU}
 GPU = {"model": QWEN3_1_7B, "steps": 6, **ON_GPU}
 RACES = {
     "cpu": {
-        "sft": Race("SFT of 109M parameters", "sft", batch=16, **SHORT, **CPU),
-        "dpo": Race("DPO of 109M parameters", "dpo", batch=6, **ULTRAFEEDBACK, **CPU),
+        "sft": Race("SFT of 109M parameters", "sft", batch=8, **SHORT, **CPU),
+        "dpo": Race("DPO of 109M parameters", "dpo", batch=4, **ULTRAFEEDBACK, **CPU),
     },
     "gpu": {
         "sft": Race("SFT of Qwen3-1.7B's shape", "sft", batch=16, lengths=LONG, longest=1900, **GPU),
@@ -72,7 +73,19 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 
-def measure(race_name: str, chosen: list[str]) -> dict:
+def _run(race_name: str, race: Race, options: dict, world: Path, mean_tokens: float) -> dict:
+    results = [run_once(race, Contestant("ours", "ours", "", options), world)]
+    if race_name == "cpu":
+        results.append(run_once(race, Contestant("ours", "ours", "", options), world, MALLOC_MMAP_THRESHOLD_="262144"))
+    if failed := next((result for result in results if isinstance(result, str)), None):
+        sys.exit(f"{race.name}, {options}: {failed}")
+    rate = results[0].get("tokens_per_second") or results[0]["pairs_per_second"] * mean_tokens
+    seconds = float(mean_tokens * race.batch / rate)  # of a mean step: some have more tokens than others
+    return {"peak_mb": results[-1]["peak_mb_without_files"], "step_seconds": round(seconds, 3)}
+
+
+def measure(race_name: str, chosen: list[str], before: dict) -> dict:
+    """`before`: what was measured here, beside which to predict anew."""
     races = RACES[race_name]
     measured = {}
     for kind, race in races.items():
@@ -85,14 +98,7 @@ def measure(race_name: str, chosen: list[str]) -> dict:
             options = {"activation_checkpointing": checkpointing, "max_tokens_per_gpu": tokens * (4 if race_name == "gpu" else 1)}
             race.ds_config = f"ds_configs/{ds_config}.json"
             predicted, mean_tokens = predict(race, world, options | {"ds_config": race.ds_config})
-            results = [run_once(race, Contestant("ours", "ours", "", options), world)]
-            if race_name == "cpu":
-                results.append(run_once(race, Contestant("ours", "ours", "", options), world, MALLOC_MMAP_THRESHOLD_="262144"))
-            if failed := next((result for result in results if isinstance(result, str)), None):
-                sys.exit(f"{name(*configuration)}: {failed}")
-            rate = results[0].get("tokens_per_second") or results[0]["pairs_per_second"] * mean_tokens
-            seconds = float(mean_tokens * race.batch / rate)  # of a mean step: some have more tokens than others
-            seen = {"peak_mb": results[-1]["peak_mb_without_files"], "step_seconds": round(seconds, 3)}
+            seen = before.get(name(*configuration), {}).get("measured") or _run(race_name, race, options, world, mean_tokens)
             off = {f"{what}_off_by": round(predicted[what] / seen[what] - 1, 3) for what in seen}
             measured[name(*configuration)] = {"measured": seen, "predicted": predicted, **off}
             print(name(*configuration), measured[name(*configuration)], flush=True)
@@ -104,10 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--race", default="cpu", choices=RACES)
     parser.add_argument("--only", nargs="*", default=[], help="configurations whose name has one of these words")
+    parser.add_argument("--predict", action="store_true", help="predict anew beside what was measured, on the same machine")
     options = parser.parse_args()
-    measured = measure(options.race, options.only)
-    result = {"machine": machine(), "versions": versions(), "configurations": measured}
-    (RESULTS / f"plan_{options.race}{suffix(RACES[options.race]['sft'].dtype)}.json").write_text(as_text(result))
+    path = RESULTS / f"plan_{options.race}{suffix(RACES[options.race]['sft'].dtype)}.json"
+    before = json.loads(path.read_text()) if options.predict else {"machine": machine(), "configurations": {}}
+    if before["machine"] != machine():
+        sys.exit(f"{path} was measured on {before['machine']}, this is {machine()}: leave --predict out")
+    measured = measure(options.race, options.only, before["configurations"])
+    path.write_text(as_text({"machine": machine(), "versions": versions(), "configurations": measured}))
 
 
 if __name__ == "__main__":

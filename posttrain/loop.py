@@ -7,7 +7,7 @@ import time
 import torch
 from torch import distributed as dist
 
-from posttrain import batches, checks, export, fit, watchdog
+from posttrain import batches, checks, export, fit, shards, watchdog
 from posttrain import engine as engines
 from posttrain.card import model_card
 from posttrain.chat import ChatFormat
@@ -66,8 +66,10 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
 
 def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) -> None:
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
-    if run.recipe.max_tokens_per_gpu == fit.AUTO and not run.recipe.only_looks:
-        fit.adapt(training, run)
+    if not run.recipe.only_looks:
+        shards.make_optimizer_states(training.engine)
+        if run.recipe.max_tokens_per_gpu == fit.AUTO:
+            fit.adapt(training, run)
     recipe, engine, data = training.recipe, training.engine, training.data
     steps = total_steps(recipe, len(data.train))
     describe(recipe, data, run, engine.module.model, steps, [*choices, engines.describe_optimizer(engine)])

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import attention, data, layers
 from posttrain.config import load_recipe_of_either_kind
 from posttrain.planner import CHECKPOINTING, GPUS, SHAPES, STAGES, Plan, Planner, this_machine
-from posttrain.policy import Policy
+from posttrain.policy import Policy, checkpoint_activations
 
 
 def time_here(planner: Planner) -> None:
@@ -52,17 +52,13 @@ def _timed(planner: Planner, rank: int = 0, store: str | None = None) -> dict[st
     batch = batch.to(device)
     # a layer's time is the difference between models of few and of more; the rest is the head's
     few, more = 1, min(4, planner.config.num_hidden_layers)
-    whole, part = {}, {}
-    for name, trains in (("train", True), ("forward", False)):
-        short, long = (_seconds_of(planner, depth, batch, trains, device) for depth in (few, more))
-        part[name] = max(long - short, 0.0) / max(1, more - few)
-        whole[name] = short + (planner.config.num_hidden_layers - few) * part[name]
-    reference = whole["forward"] if planner.reference else 0.0
-    again = {"none": 0.0, "selective": planner.feed_forward_share(), "full": 1.0}
-    layers_again = planner.config.num_hidden_layers * part["forward"]
-    tokens = batch.input_ids.shape[1]
-    found = {mode: (whole["train"] + reference + share * layers_again) / tokens for mode, share in again.items()}
-    weights = torch.nn.Parameter(torch.randn(4_000_000, device=device))
+    found, layers_left = {}, planner.config.num_hidden_layers - few
+    for mode in (*CHECKPOINTING, *["reference"] * planner.reference):
+        short, long = (_seconds_of(planner, depth, batch, mode, device) for depth in (few, more))
+        found[mode] = (short + layers_left * max(long - short, 0.0) / max(1, more - few)) / batch.input_ids.shape[1]
+    reference = found.pop("reference", 0.0)
+    found = {mode: seconds + reference for mode, seconds in found.items()}
+    weights = torch.nn.Parameter(torch.randn(32_000_000, device=device))  # more than caches hold
     weights.grad = torch.randn_like(weights)
     optimizer = torch.optim.AdamW([weights], fused=True)
     # beside the optimizer DeepSpeed reads and writes as much again: norms, clipping, copies to and from its flat buffers
@@ -73,8 +69,8 @@ def _timed(planner: Planner, rank: int = 0, store: str | None = None) -> dict[st
     return found
 
 
-def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, trains: bool, device: torch.device) -> float:
-    """Of forward, and backward where it trains, of a model with random weights and so many layers."""
+def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, mode: str, device: torch.device) -> float:
+    """Of forward and backward with a way of checkpointing activations, of a model with random weights and so many layers."""
     config = type(planner.config).from_dict({**planner.config.to_dict(), "num_hidden_layers": depth, "layer_types": None})
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype).train()
@@ -82,7 +78,8 @@ def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, trains: bo
     layers.choose(model, planner.recipe.kernels, compiled=False)
     policy = Policy(model, name)
     policy.head.choose(planner.recipe.kernels)
-    if trains:
+    if mode != "reference":
+        checkpoint_activations(model, mode)
         return _median(lambda: policy(batch).sum().backward())
     with torch.no_grad():
         return _median(lambda: policy(batch))

@@ -223,32 +223,49 @@ class Planner:
 
     def micro_batches(self) -> list[np.ndarray]:
         """Examples of the micro-batches of the run's first steps, of all ranks, the one with the most tokens first."""
-        lengths, recipe = self.work.lengths, self.recipe
+        lengths = self.work.lengths
         if len(lengths) == 1:
-            return [np.zeros(max(1, min(recipe.max_tokens_per_gpu // lengths[0], self.batch // self.ranks)), np.int64)]
-        found = []
+            return [np.zeros(max(1, min(self.recipe.max_tokens_per_gpu // lengths[0], self.batch // self.ranks)), np.int64)]
+        found = [examples for dealt in self._first_steps() for share in dealt for examples in share if len(examples)]
+        return sorted(found, key=lambda examples: -lengths[examples].sum())
+
+    def _first_steps(self):
+        """Of each of the run's first steps, each rank's micro-batches of examples."""
+        lengths, recipe = self.work.lengths, self.recipe
         for step in range(1, min(self.steps, 20) + 1):
             chosen = batches.step_examples(len(lengths), self.batch, recipe.seed, step)
             dealt = batches.micro_batches(lengths[chosen], recipe.max_tokens_per_gpu, self.ranks, recipe.packing)
-            found += [chosen[part] for share in dealt for part in share if part]
-        return sorted(found, key=lambda examples: -lengths[examples].sum())
+            yield [[chosen[part] for part in share] for share in dealt]
+
+    @cache  # noqa: B019 - there is one planner
+    def slowest(self, in_each: bool) -> float:
+        """Tokens of the rank that the others wait for, by the mean rank's: they wait in each micro-batch, or once a step."""
+        if len(self.work.lengths) == 1:
+            return 1.0
+        waited, mean = 0.0, 0.0
+        for dealt in self._first_steps():
+            tokens = np.array([[self.work.lengths[examples].sum() for examples in share] for share in dealt])
+            waited += tokens.max(0).sum() if in_each else tokens.sum(1).max()
+            mean += tokens.sum() / self.ranks
+        return waited / mean
 
     def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
         """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
         micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
+        waits = self.slowest(in_each=ds_config not in ("zero0", "zero1"))
         if self.seconds:
             share = self.work.lengths.mean() * self.batch / self.ranks
-            compute = share * self.seconds[checkpointing] + self.seconds["update"] * self.count / (
+            compute = share * waits * self.seconds[checkpointing] + self.seconds["update"] * self.count / (
                 self.ranks if ds_config != "zero0" else 1
             )
         else:
             reached = REACHED_COMPILED if self.recipe.compile else REACHED
-            compute = self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
+            compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
-        sent = {
+        sent = {  # gradients of stages 0 to 2 by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
             "zero0": 2 * size,
-            "zero1": 4 * self.count + size,
-            "zero2": micro_batches * size + size,
+            "zero1": 2 * 4 * self.count + size,
+            "zero2": micro_batches * 2 * size + size,
         }.get(ds_config, micro_batches * 3 * size) * others
         if self.reference:
             sent += micro_batches * size * others
@@ -274,13 +291,6 @@ class Planner:
         if self.reference:
             whole += c.num_hidden_layers * layer + head
         return self.batch * whole
-
-    def feed_forward_share(self) -> float:
-        """Of a layer's forward pass, by its weights."""
-        c = self.config
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        feed = 3 * c.hidden_size * c.intermediate_size
-        return feed / (feed + c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads))
 
     def _log_probs(self) -> np.ndarray:
         return self.work.trained if self.work.answers.shape[1] == 1 else self.work.answers.sum(1)

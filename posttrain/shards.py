@@ -85,6 +85,22 @@ def optimizer_step(engine) -> int:
     return clocks.pop() if clocks else 0
 
 
+def make_optimizer_states(engine, step: int = 0) -> None:
+    """Adam's moments, as zeros where there are none, and its clock.
+
+    torch and DeepSpeed 0.19.8 make them in the first optimizer step. By then the run's largest micro-batch has been tried for memory, with
+    8 bytes a parameter more to spare than any later one has.
+    """
+    masters, optimizer = _masters(engine)
+    fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its clock as an int
+    for master in masters:
+        state = optimizer.state[master]
+        state["step"] = torch.tensor(float(step), device=master.device) if fused else step
+        for kind in KINDS[1:]:
+            if kind not in state:
+                state[kind] = torch.zeros_like(master)
+
+
 @torch.no_grad()
 def restore(engine, saved: "Saved") -> None:
     """Copy a saved training state into the engine, whatever layout either has. All ranks.
@@ -99,10 +115,7 @@ def restore(engine, saved: "Saved") -> None:
         engine.optimizer.checkpoint_event_prologue()
     masters, optimizer = _masters(engine)
     if saved.optimizer_step:
-        fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its clock as an int
-        for master in masters:
-            clock = torch.tensor(float(saved.optimizer_step), device=master.device) if fused else saved.optimizer_step
-            optimizer.state[master] = {"step": clock, **{kind: torch.zeros_like(master) for kind in KINDS[1:]}}
+        make_optimizer_states(engine, saved.optimizer_step)
     for part in fragments(engine):
         for kind in KINDS if saved.optimizer_step else KINDS[:1]:
             whole = masters[part.group] if kind == "weights" else optimizer.state[masters[part.group]][kind]

@@ -38,7 +38,7 @@ STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 MUTATIONS = {
     "moments_not_restored": Mutation("posttrain/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),
-    "adams_clock_not_restored": Mutation("posttrain/shards.py", "float(saved.optimizer_step)", "1.0", RELAYOUT),
+    "adams_clock_not_restored": Mutation("posttrain/shards.py", "engine, saved.optimizer_step)", "engine, 1)", RELAYOUT),
     "saved_without_a_copy": Mutation(
         "posttrain/storage.py",
         "copies[id(tensor)] = seen[place]",

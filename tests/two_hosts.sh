@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SFT and DPO over two hosts, and what happens where a host or its link fails: real sshd, pdsh and gloo between two network namespaces of
-# this machine that a virtual cable joins, each with processes, mounts and a name of its own. Takes about five minutes.
+# this machine that a virtual cable joins, each with processes, mounts and a name of its own. Takes some twelve minutes;
+# names of claims (two_hosts.py has them) choose among them.
 # Needs root on Linux. Debian's packages for ssh, pdsh, Slurm and libfaketime are installed where they are missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
