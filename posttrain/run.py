@@ -341,6 +341,7 @@ def main(script: Callable[[], None]) -> None:
 
 def _fail(rank: int, message: str, details: str, code: int = 1) -> NoReturn:
     """Rank 0 speaks. Others mostly failed alike and are ended by the launcher while they wait; one that failed alone speaks after all."""
+    watchdog.fall_silent()
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)

@@ -201,6 +201,12 @@ def close() -> None:
         _active.close()
 
 
+def fall_silent() -> None:
+    """This rank ends for a reason of its own: that others, which end alike, are gone is no news."""
+    if _active:
+        _active.over.set()
+
+
 def explain() -> str | None:
     """Who is gone, once something has failed; None where all seem to live, or nobody is watched."""
     return _active.explain() if _active else None

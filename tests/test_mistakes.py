@@ -314,7 +314,7 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, size, save_interval, kept):
         arguments = sft_arguments(tiny, disk / "run", f"--save_interval={save_interval}")
         done = launch("posttrain/sft.py", *arguments)
         assert done.returncode != 0
-        assert len(re.findall("^error: ", done.stdout, re.MULTILINE)) == 1
+        assert len(re.findall("^error: ", done.stdout, re.MULTILINE)) == 1, done.stdout
         assert "are free" in done.stdout or "No space left" in done.stdout
         assert "Traceback" not in done.stdout
         assert max(path.name for path in (disk / "run" / "checkpoints").glob("step_*[0-9]")) == kept
