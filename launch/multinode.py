@@ -56,14 +56,33 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def the_hosts() -> tuple[dict[str, int], str | None]:
     """Slots by host, of HOSTFILE, or of the Slurm job that this is; and which of them this one is, unless all are started from here."""
     slots, file, rank = environment_number("NUM_GPUS"), os.environ.get("HOSTFILE"), os.environ.get("NODE_RANK")
-    if not file and (nodes := os.environ.get("SLURM_JOB_NODELIST")):
-        names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()
-        given = slots or environment_number("SLURM_GPUS_ON_NODE")
-        if not given:
-            raise ValueError("this Slurm job has no GPUs: ask for them with sbatch --gpus-per-node=8, or set NUM_GPUS, the ranks a node")
-        return dict.fromkeys(names, given), rank or os.environ.get("SLURM_NODEID")
+    if not file and os.environ.get("SLURM_JOB_NODELIST"):
+        names = _nodes_of_the_job()
+        return dict.fromkeys(names, slots or _gpus_of_the_job(len(names))), rank or os.environ.get("SLURM_NODEID")
     hosts = read_hostfile(Path(file or ROOT / "launch" / "hostfile"))
     return dict.fromkeys(hosts, slots) if slots else hosts, rank
+
+
+def _nodes_of_the_job() -> list[str]:
+    try:
+        names = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True).split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"Slurm does not tell the nodes of this job ({error}); name them in a file, with HOSTFILE=PATH") from None
+    if os.environ.get("SLURM_STEP_NUM_NODES") != str(len(names)):
+        raise ValueError(f"this is no task on each of the job's {len(names)} nodes: use launch/slurm.sh, or give HOSTFILE=PATH")
+    return names
+
+
+def _gpus_of_the_job(nodes: int) -> int:
+    """Of each node."""
+    gpus = (os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or "").rpartition(":")[2]  # of b200:8, too
+    total = os.environ.get("SLURM_GPUS", "").rpartition(":")[2]
+    if not gpus.isdigit() or (total.isdigit() and int(total) != nodes * int(gpus)):
+        raise ValueError(
+            "as many GPUs are needed on each of the job's nodes: ask for them with sbatch --gpus-per-node=8 (or, without any, set "
+            "NUM_GPUS, the ranks of each node)"
+        )
+    return int(gpus)
 
 
 def ssh(host: str, command: str, timeout: float = 30) -> subprocess.CompletedProcess:

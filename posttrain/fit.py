@@ -16,6 +16,7 @@ from posttrain import watchdog
 from posttrain.batches import most_of_a_rank
 from posttrain.config import Recipe
 from posttrain.data import PreparedData
+from posttrain.engine import read_ds_config
 from posttrain.planner import FRAGMENTS, KEPT_BACK, Planner, this_machine
 from posttrain.ranks import on_rank_0
 from posttrain.run import Run
@@ -23,7 +24,7 @@ from posttrain.step import Training, try_largest
 
 AUTO = "auto"
 STEP = 1024  # tokens; what is found is a multiple
-MATTERS = ("ds_config", "activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size")
+MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
 
 def planned(recipe: Recipe, data: PreparedData, device: torch.device) -> Recipe:
@@ -33,7 +34,7 @@ def planned(recipe: Recipe, data: PreparedData, device: torch.device) -> Recipe:
     """
     if recipe.max_tokens_per_gpu == AUTO:
         usable = _least(_usable(device))
-        tokens = on_rank_0(lambda: _of_the_run(recipe, device) or _by_planner(recipe, usable))
+        tokens = on_rank_0(lambda: _of_the_run(recipe, device) or _by_planner(recipe, usable, data.longest))
         recipe = recipe.model_copy(update={"max_tokens_per_gpu": tokens})
     _check_lengths(recipe, data)
     return recipe
@@ -66,6 +67,7 @@ def adapt(training: Training, run: Run) -> None:
     while peak > usable and tokens > longest and a_token > 0:
         tokens = _whole(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
         tried, peak = _try(training, tokens)
+    watchdog.enter("start")
     training.recipe = training.recipe.model_copy(update={"max_tokens_per_gpu": tokens})
     run.fitted = {"as": _setting(run.recipe, device), "max_tokens_per_gpu": tokens}
     found = "all that a rank ever has in a step" if tokens == most else f"the planner said {planned_tokens:,}"
@@ -93,7 +95,8 @@ def _whole(tokens: float, longest: int, most: int) -> int:
 
 def _setting(recipe: Recipe, device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"ranks": dist.get_world_size(), "device": name, **{key: getattr(recipe, key) for key in MATTERS}}
+    settings = {key: getattr(recipe, key, None) for key in MATTERS}
+    return {"ranks": dist.get_world_size(), "device": name, "ds_config": read_ds_config(recipe.ds_config), **settings}
 
 
 def _of_the_run(recipe: Recipe, device: torch.device) -> int | None:
@@ -105,19 +108,18 @@ def _of_the_run(recipe: Recipe, device: torch.device) -> int | None:
     return None
 
 
-def _by_planner(recipe: Recipe, usable: float) -> int:
+def _by_planner(recipe: Recipe, usable: float, longest: int) -> int:
     planner = Planner(recipe, this_machine(dist.get_world_size()), dist.get_world_size(), 1)
     planner.usable = usable
     tokens = planner.most_tokens(recipe.ds_config, recipe.activation_checkpointing)
-    if not tokens:
-        longest = int(planner.work.lengths.max())
+    if tokens < longest:
         needed = planner.parts(recipe.ds_config, recipe.activation_checkpointing, longest).total
         raise ValueError(
             f"max_tokens_per_gpu=auto: the longest example, {longest:,} tokens, takes {needed / 1e9:.1f} GB by the planner, and a rank has "
             f"{usable / 1e9:.1f}. Shard more (ds_config), recompute (activation_checkpointing), prepare with a smaller --max_length, or "
             "give a number to try it all the same"
         )
-    return min(tokens, most_of_a_rank(planner.work.lengths, planner.batch, planner.ranks))
+    return max(longest, min(tokens, most_of_a_rank(planner.work.lengths, planner.batch, planner.ranks)))
 
 
 def _usable(device: torch.device) -> float:

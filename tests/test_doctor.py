@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "launch" / "doctor")]
 doctor, judge, wire = (importlib.import_module(name) for name in ("doctor", "judge", "wire"))
 
 GPU = {
+    "uuid": "",
     "name": "NVIDIA B200",
     "driver_version": "580.82.07",
     "memory.total": "183359",
@@ -22,7 +23,7 @@ GPU = {
     "clocks_throttle_reasons.hw_slowdown": "Not Active",
     "clocks_throttle_reasons.sw_thermal_slowdown": "[N/A]",
 }
-EIGHT = [{"index": str(index), **GPU} for index in range(8)]
+EIGHT = [{**GPU, "index": str(index), "uuid": f"GPU-{index}"} for index in range(8)]
 
 
 def hosts(count: int = 3) -> list:
@@ -41,9 +42,18 @@ def hosts(count: int = 3) -> list:
             "cores": 224,
             "gpus": copy.deepcopy(EIGHT),
             "gpu_processes": [],
+            "nvidia_smi": None,
             "torch": {"cuda": "13.0", "gpus": 8, "nccl": "2.28.9"},
             "infiniband": {f"mlx5_{port}:1": "4: ACTIVE 400 Gb/sec (4X NDR) InfiniBand" for port in range(8)},
-            "interfaces": {name: {"address": "", "netmask": "", "mtu": 9000, "speed": 100_000} for name in ("lo", "eth0", "docker0")},
+            "interfaces": {
+                name: {"address": address, "netmask": mask, "mtu": 9000, "speed": 100_000}
+                for name, address, mask in (
+                    ("lo", "127.0.0.1", "255.0.0.0"),
+                    ("eth0", f"10.0.0.{number}", "255.255.255.0"),
+                    ("docker0", f"172.{17 + number}.0.1", "255.255.0.0"),
+                    ("ib1", f"10.1.0.{number}", "255.255.255.0"),
+                )
+            },
             "routes": {f"10.0.0.{other}": "eth0" for other in range(count) if other != number},
             "memory": {"available": 10**12, "total": 2 * 10**12},
         }
@@ -57,7 +67,13 @@ def wrong(changed: list, **environment: str) -> list[str]:
 
 
 def test_nothing_is_said_of_hosts_that_are_well():
-    for interface in ({}, {"NCCL_SOCKET_IFNAME": "eth"}, {"NCCL_SOCKET_IFNAME": "^lo,docker"}, {"NCCL_SOCKET_IFNAME": "=eth0"}):
+    for interface in (
+        {},
+        {"NCCL_SOCKET_IFNAME": "eth"},
+        {"NCCL_SOCKET_IFNAME": "^lo,docker"},
+        {"NCCL_SOCKET_IFNAME": "=eth0"},
+        {"NCCL_SOCKET_IFNAME": "ib1"},
+    ):
         assert wrong(hosts(), **interface) == []
     assert wrong(hosts(1)) == []
     said = judge.same_on_all(hosts())
@@ -65,6 +81,7 @@ def test_nothing_is_said_of_hosts_that_are_well():
     assert "GPUs NVIDIA B200, 580.82.07" in said
 
 
+OTHERS = {"gpu_uuid": "GPU-5", "pid": "7", "process_name": "python", "used_memory": "90000"}
 FAULTS = {  # what is changed of node-1, and what is said of it, alone
     "python": (lambda f: f.update(python="3.11.9"), "Python: Python is 3.11.9, elsewhere 3.12.3"),
     "a package": (lambda f: f["packages"].update(torch="2.12.0"), "packages: torch is 2.12.0, elsewhere 2.13.0"),
@@ -78,8 +95,16 @@ FAULTS = {  # what is changed of node-1, and what is said of it, alone
     "a driver": (lambda f: f["gpus"][0].update(driver_version="570.1"), "GPUs: driver is 570.1, elsewhere 580.82.07"),
     "NCCL": (lambda f: f["torch"].update(nccl="2.27.3"), "CUDA: nccl is 2.27.3, elsewhere 2.28.9"),
     "a lost GPU": (lambda f: f["torch"].update(gpus=7), "7 GPUs are usable, the hostfile says slots=8"),
-    "an old driver": (lambda f: f["torch"].update(gpus=0), "torch, built for CUDA 13.0, cannot use the GPUs with driver 580.82.07"),
-    "torch": (lambda f: f.update(torch={"error": "libcudart.so.13: cannot open"}), "torch cannot be loaded: libcudart.so.13"),
+    "an old driver": (
+        lambda f: f.update(torch={"error": "The NVIDIA driver is too old", "cuda": None, "gpus": 0, "unusable": True}),
+        "torch cannot use the GPUs (driver 580.82.07): The NVIDIA driver is too old",
+    ),
+    "nvidia-smi": (lambda f: f.update(nvidia_smi="nvidia-smi fails: GPU is lost"), "nvidia-smi fails: GPU is lost"),
+    "no port": (lambda f: f.update(infiniband={"mlx5_0:1": "2: INIT"}), "no InfiniBand port is active"),
+    "torch": (
+        lambda f: f.update(torch={"error": "libcudart.so.13: cannot open", "cuda": None, "gpus": 0}),
+        "torch cannot be loaded: libcudart.so.13",
+    ),
     "memory errors": (
         lambda f: f["gpus"][3].update({"ecc.errors.uncorrected.volatile.total": "2"}),
         "GPU 3 has 2 uncorrected memory errors",
@@ -88,10 +113,10 @@ FAULTS = {  # what is changed of node-1, and what is said of it, alone
     "a slowdown": (lambda f: f["gpus"][2].update({"clocks_throttle_reasons.hw_slowdown": "Active"}), "GPU 2 is slowed down, at 41 degrees"),
     "heat": (lambda f: f["gpus"][2].update({"temperature.gpu": "91"}), "GPU 2 is at 91 degrees"),
     "another's memory": (
-        lambda f: (f["gpus"][5].update({"memory.used": "90000"}), f["gpu_processes"].append("pid 7 (python, 90000 MiB)")),
-        "90000 MiB of GPU 5 are taken: pid 7 (python, 90000 MiB)",
+        lambda f: (f["gpus"][5].update({"memory.used": "90000"}), f["gpu_processes"].append(OTHERS)),
+        "90000 MiB of GPU 5 are taken: pid 7 (python)",
     ),
-    "a port down": (lambda f: f["infiniband"].update({"mlx5_3:1": "1: DOWN"}), "InfiniBand ports mlx5_3:1 are not active"),
+    "a port down": (lambda f: f["infiniband"].update({"mlx5_3:1": "1: DOWN"}), "InfiniBand ports mlx5_3:1 are active elsewhere, not there"),
     "locked memory": (lambda f: f["limits"].update(MEMLOCK=65536), "a process may lock 65536 bytes, too few for InfiniBand"),
     "open files": (lambda f: f["limits"].update(NOFILE=256), "a process may open 256 files"),
     "memory": (lambda f: f["memory"].update(available=8e9), "8.0 GB of memory are available to 8 ranks, 2.0 GB a rank are needed"),
@@ -120,7 +145,7 @@ def test_the_faults_that_are_not_in_what_a_host_says():
     taken = hosts()
     taken[0].found["port"] = {"holder": "pid 5 (python)", "free": 29501}
     assert wrong(taken) == ["node-0: port 29500, where ranks are to meet, is taken by pid 5 (python)\n    -> MASTER_PORT=29501, or end it"]
-    for name, said in (("docker", "which does not lead to the other hosts"), ("ib0", "and it has docker0, eth0, lo")):
+    for name, said in (("docker", "which does not lead to the other hosts"), ("ib0", "and it has docker0, eth0, ib1, lo")):
         found = wrong(hosts(), NCCL_SOCKET_IFNAME=name)
         assert found == [f"node-{n}: NCCL_SOCKET_IFNAME={name}, {said}\n    -> NCCL_SOCKET_IFNAME=eth0" for n in range(3)]
     without = hosts()

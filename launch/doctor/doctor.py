@@ -24,11 +24,11 @@ from judge import Host, Problem, interfaces, same_on_all, what_is_wrong  # noqa:
 from multinode import KEEP_ALIVE, PASSED_ON, address_of, environment_number, meeting_point, read_hostfile  # noqa: E402
 from supervise import MISTAKE  # noqa: E402
 
-from posttrain.config import REPOSITORY, Recipe, load_recipe_of_either_kind  # noqa: E402
+from posttrain.config import Recipe, load_recipe_of_either_kind  # noqa: E402
 
 HERE = Path(__file__).parent
-LOOKING, SENDING = 300, 240  # seconds that a host may take
-WITHOUT_PROGRESS = 30  # seconds, after which ranks that wait for others give up
+LOOKING, SENDING = 300, 3600  # seconds that a host may take; ranks without progress end by themselves
+WITHOUT_PROGRESS = 60  # seconds, after which ranks that wait for others give up
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tu
 
 
 def _absolute(path: str) -> str:
-    return os.path.normpath(REPOSITORY / path)
+    """As a run that is started from here would find it."""
+    return os.path.abspath(path)
 
 
 def _address(host: str, over_ssh: bool) -> str | None:
@@ -95,7 +96,9 @@ def _why_not(host: str, answer: Answer) -> tuple[str, str]:
     if answer.code == 3:
         return f"there is no {sys.executable}", f"put the repository at {ROOT} there, too, and in it `source launch/env.sh`"
     if answer.code != 255:
-        return f"its Python fails: {said[-300:]}", f"in {ROOT} there: rm -r .venv; source launch/env.sh"
+        broken = "ImportError" in said or "ModuleNotFoundError" in said
+        todo = f"in {ROOT} there: rm -r .venv; source launch/env.sh" if broken else "mend what is said there, and look again"
+        return f"its look at itself fails: {said[-300:]}", todo
     hints = {
         "Host key verification failed": f"log in once by hand, and accept its key: ssh {host}",
         "Permission denied": f"ssh-copy-id {host}",
@@ -116,9 +119,9 @@ def send(hosts: list[Host], port: int, address: str, over_ssh: bool) -> tuple[di
         commands[host.name] = shlex.join([*words, json.dumps(spec | {"seconds": WITHOUT_PROGRESS})])
         first += host.slots
     answers = ask_all(commands, None, SENDING, over_ssh)
-    found = answers[hosts[0].name].output.strip()
-    if all(answer.code == 0 for answer in answers.values()):
-        return json.loads(found.splitlines()[-1]), []
+    found = [line.removeprefix("FOUND ") for line in answers[hosts[0].name].output.splitlines() if line.startswith("FOUND ")]
+    if found and all(answer.code == 0 for answer in answers.values()):
+        return json.loads(found[0]), []
     lines = [line for answer in answers.values() for line in answer.errors.splitlines()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return None, list(dict.fromkeys(errors)) or [lines[-1] if lines else "the ranks ended without a word"]

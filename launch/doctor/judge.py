@@ -94,21 +94,26 @@ def _alone(host: Host) -> list[Problem]:
 
 
 def _gpus(host: Host) -> list[Problem]:
-    gpus, torch, problems = host.found["gpus"], host.found["torch"], []
+    found, gpus, torch, problems = host.found, host.found["gpus"], host.found["torch"], []
 
     def say(what: str, fix: str) -> None:
         problems.append(Problem(host.name, what, fix))
 
-    if "error" in torch:
+    if found["nvidia_smi"]:
+        say(found["nvidia_smi"], "reboot it, or reload the driver; where it names a GPU, have that one looked at")
+    if torch.get("unusable"):
+        if gpus or found["nvidia_smi"]:  # without a GPU or its driver it is a CPU's host
+            driver = gpus[0]["driver_version"] if gpus else "?"
+            say(
+                f"torch cannot use the GPUs (driver {driver}): {torch['error']}", "a newer driver, or start nvidia-fabricmanager, or reboot"
+            )
+    elif "error" in torch:
         say(f"torch cannot be loaded: {torch['error']}", f"rm -r .venv; {MAKE_ENVIRONMENT}")
     elif gpus and not torch["cuda"]:
         say("torch is a build without CUDA, and there are GPUs", f"rm -r .venv, and without an index of CPU builds {MAKE_ENVIRONMENT}")
-    elif gpus and torch["gpus"] == 0:
-        driver = gpus[0]["driver_version"]
-        say(f"torch, built for CUDA {torch['cuda']}, cannot use the GPUs with driver {driver}", "install a newer driver, or reboot")
     elif (gpus or torch["gpus"]) and torch["gpus"] < host.slots:
         say(f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or mend the GPU (nvidia-smi)")
-    for gpu in gpus:
+    for gpu in gpus[: host.slots]:
         name = f"GPU {gpu['index']}"
         if _number(gpu["ecc.errors.uncorrected.volatile.total"]):
             say(f"{name} has {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors", "reset it, or have it replaced")
@@ -119,16 +124,19 @@ def _gpus(host: Host) -> list[Problem]:
         elif _number(gpu["temperature.gpu"]) > HOT:
             say(f"{name} is at {gpu['temperature.gpu']} degrees", "look at its cooling")
         if _number(gpu["memory.used"]) > TAKEN:
-            who = ", ".join(host.found["gpu_processes"]) or "a process of another container"
+            there = [one for one in found["gpu_processes"] if one["gpu_uuid"] == gpu["uuid"]]
+            who = ", ".join(f"pid {one['pid']} ({one['process_name']})" for one in there) or "a process of another container"
             say(f"{gpu['memory.used']} MiB of {name} are taken: {who}", "end it, or leave that host out")
     ports = host.found["infiniband"]
     if ports and 0 <= host.found["limits"]["MEMLOCK"] < 2**32:
         say(f"a process may lock {host.found['limits']['MEMLOCK']} bytes, too few for InfiniBand", "ulimit -l unlimited (limits.conf)")
-    up = [name for name, state in ports.items() if "ACTIVE" in state]
-    if up and len(up) < len(ports):
-        down = sorted(set(ports) - set(up))
-        say(f"InfiniBand ports {', '.join(down)} are not active", f"look at the cable, or leave it out: NCCL_IB_HCA={','.join(up)}")
+    if ports and not _active(host):
+        say("no InfiniBand port is active", "look at cables, switch and subnet manager (ibstat)")
     return problems
+
+
+def _active(host: Host) -> set[str]:
+    return {name for name, state in host.found["infiniband"].items() if "ACTIVE" in state}
 
 
 def _number(text: str) -> float:
@@ -218,15 +226,28 @@ def _network(host: Host, hosts: list[Host], environment: dict[str, str]) -> list
         names = [name for name in found["interfaces"] if _is_chosen(name, chosen, nccl=bool(found["gpus"]))]
         if not names:
             say(f"{variable}={chosen}, and it has {', '.join(sorted(found['interfaces']))}", fix)
-        elif common and common not in names:
+        elif common and not any(name == common or _joins(name, host, others) for name in names):
             say(f"{variable}={chosen}, which does not lead to the other hosts", fix)
     elif not found["gpus"] and found["own_address"] and ipaddress.ip_address(found["own_address"]).is_loopback:
         fix = f"in its /etc/hosts, give {found['hostname']} the address of {common or 'its interface to the others'}"
         say(f"its own name, {found['hostname']}, means {found['own_address']} there, where no other host can reach it", fix)
+    missing = set.union(*map(_active, hosts)) - _active(host)  # NCCL itself passes over a port that is active nowhere
+    if missing and _active(host):
+        say(f"InfiniBand ports {', '.join(sorted(missing))} are active elsewhere, not there", "look at their cables and switch (ibstat)")
     sizes = {other.found["interfaces"][other.interface]["mtu"] for other in hosts if other.interface}
     if common and len(sizes) > 1 and found["interfaces"][common]["mtu"] != max(sizes):
         say(f"packets of {common} have at most {found['interfaces'][common]['mtu']} bytes, elsewhere {max(sizes)}", "give all the same MTU")
     return problems
+
+
+def _joins(name: str, host: Host, others: list[Host]) -> bool:
+    """Whether every other host has an address in that interface's network."""
+    entry = host.found["interfaces"][name]
+    if not entry["netmask"] or ipaddress.ip_address(entry["address"]).is_loopback:
+        return False
+    network = ipaddress.ip_network(f"{entry['address']}/{entry['netmask']}", strict=False)
+    there = [[ipaddress.ip_address(one["address"]) for one in other.found["interfaces"].values()] for other in others]
+    return all(any(address in network for address in addresses) for addresses in there)
 
 
 def interfaces(hosts: list[Host]) -> str:

@@ -22,9 +22,12 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenize
 CODE = ("posttrain/*.py", "launch/*.py", "ds_configs/*.json")
 WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes: a larger file is hashed by its beginning, middle and end
 GPU = (
-    *("index", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "mig.mode.current"),
+    *("index", "uuid", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "mig.mode.current"),
     *("ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"),
 )
+
+
+PROCESS = ("gpu_uuid", "pid", "process_name", "used_memory")
 
 
 def main(spec: dict) -> dict:
@@ -39,8 +42,7 @@ def main(spec: dict) -> dict:
         "free": {what: _free(Path(path)) for what, path in spec["places"].items()},
         "limits": {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in ("NOFILE", "MEMLOCK")},
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": _gpus(),
-        "gpu_processes": _gpu_processes(),
+        **_gpus(),
         "torch": _torch(),
         "infiniband": _infiniband(),
         **_network(spec["peers"]),
@@ -86,31 +88,37 @@ def _memory() -> dict:
     return {"memory": {"available": memory.available, "total": memory.total}}
 
 
-def _query(*arguments: str) -> list[list[str]]:
-    """Rows of nvidia-smi; none where there is none, or it fails (the driver's state is told by torch, too)."""
-    with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
-        command = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-        return [[word.strip() for word in line.split(",")] for line in lines]
-    return []
+def _query(kind: str, names: tuple[str, ...]) -> tuple[list[dict[str, str]], str | None]:
+    """Rows of nvidia-smi, and what is wrong with it. It may print warnings among the rows."""
+    try:
+        command = ["nvidia-smi", f"--query-{kind}={','.join(names)}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return [], None
+    except subprocess.TimeoutExpired:
+        return [], "nvidia-smi does not answer within 60 s"
+    rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines()]
+    failed = f"nvidia-smi fails: {' '.join((done.stderr or done.stdout).split())[-200:]}" if done.returncode else None
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)], failed
 
 
-def _gpus() -> list[dict[str, str]]:
-    return [dict(zip(GPU, row, strict=True)) for row in _query(f"--query-gpu={','.join(GPU)}")]
-
-
-def _gpu_processes() -> list[str]:
-    return [f"pid {row[0]} ({row[1]}, {row[2]} MiB)" for row in _query("--query-compute-apps=pid,process_name,used_memory")]
+def _gpus() -> dict:
+    gpus, failed = _query("gpu", GPU)
+    processes, _ = _query("compute-apps", PROCESS)
+    return {"gpus": gpus, "nvidia_smi": failed, "gpu_processes": processes}
 
 
 def _torch() -> dict:
     try:
         import torch
 
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
-        return {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count(), "nccl": nccl}
-    except (ImportError, OSError, RuntimeError) as error:  # a broken installation, or one that does not fit the driver
-        return {"error": str(error).splitlines()[0]}
+        if not torch.version.cuda:
+            return {"cuda": None, "gpus": 0}
+        torch.cuda.init()  # device_count() may count GPUs that a driver which is too old, or a stopped fabric manager, leaves unusable
+        return {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    except (ImportError, OSError, RuntimeError) as error:  # a broken installation, or GPUs that cannot be used
+        said = {"error": str(error).splitlines()[0], "cuda": None, "gpus": 0}
+        return said | ({} if isinstance(error, ImportError) else {"unusable": True})
 
 
 def _infiniband() -> dict[str, str]:

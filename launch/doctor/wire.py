@@ -1,8 +1,8 @@
 """The ranks of one host, which all meet as a run's do and send each other numbers: python wire.py SPEC
 
 SPEC, JSON: first (rank of this host's first), slots (its ranks), world (ranks in all), hosts (NAME:SLOTS,...), address, port (where to
-meet), seconds (without progress, until all end). Rank 0 prints what it found as a line of JSON: sizes (bytes, seconds and GB/s over the bus
-of an all-reduce) and pairs (two ranks, GB/s one way).
+meet), seconds (without progress, until all end). Rank 0 prints what it found as a line of FOUND and JSON, among what NCCL may print: sizes
+(bytes, seconds and GB/s over the bus of an all-reduce) and pairs (two ranks, GB/s one way).
 """
 
 import json
@@ -113,7 +113,7 @@ def work(local_rank: int, spec: dict) -> None:
         watchdog.say(watchdog.explain() or f"error: {error}")
         os._exit(1)
     if rank == 0:
-        print(json.dumps({"backend": dist.get_backend(), "sizes": sizes, "pairs": found}), flush=True)
+        print("FOUND " + json.dumps({"backend": dist.get_backend(), "sizes": sizes, "pairs": found}), flush=True)
     watchdog.close()
     dist.barrier()
     dist.destroy_process_group()
