@@ -23,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 from supervise import MISTAKE, Supervisor, split_restarts
 
@@ -85,29 +86,41 @@ def _gpus_of_the_job(nodes: int) -> int:
     return int(gpus)
 
 
-def ssh(host: str, command: str, timeout: float = 30) -> subprocess.CompletedProcess:
-    """Output and exit code (255: ssh itself failed) of a shell command there."""
-    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "stdin": subprocess.DEVNULL}
+class Answer(NamedTuple):
+    """Of a shell command on a host: exit code (255: ssh itself failed, or no answer came), what it printed, and when that was here."""
+
+    code: int
+    output: str
+    errors: str
+    came: float  # time.time()
+
+
+def ask(host: str | None, command: str, script: str = "", timeout: float = 30) -> Answer:
+    """Run a shell command there, by ssh, or where host is None here, with a script as its input."""
+    words = ["bash", "-c", command] if host is None else ["ssh", *KEEP_ALIVE, host, command]
     try:
-        return subprocess.run(["ssh", *KEEP_ALIVE, host, command], timeout=timeout, **merged)
+        done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=timeout)
+        return Answer(done.returncode, done.stdout, done.stderr, time.time())
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess([], 255, f"no answer within {timeout:.0f} s")
+        return Answer(255, "", f"no answer within {timeout:.0f} s", time.time())
 
 
-def on_all(hosts: list[str], command: str) -> dict[str, subprocess.CompletedProcess]:
-    with ThreadPoolExecutor(len(hosts)) as threads:
-        return dict(zip(hosts, threads.map(lambda host: ssh(host, command), hosts), strict=True))
+def ask_all(commands: dict[str, str], script: str = "", timeout: float = 30, over_ssh: bool = True) -> dict[str, Answer]:
+    """Each host its command, all at once."""
+    with ThreadPoolExecutor(len(commands)) as threads:
+        asked = {host: threads.submit(ask, host if over_ssh else None, command, script, timeout) for host, command in commands.items()}
+        return {host: answer.result() for host, answer in asked.items()}
 
 
 def check_hosts(hosts: list[str], script: Path) -> None:
     """Raises ValueError naming every host that cannot be reached, or has no environment or no script where this one has them."""
     wanted = "; ".join(f"test -e {path} || {{ echo {path}; exit 1; }}" for path in map(shlex.quote, (sys.executable, str(script))))
     problems = []
-    for host, answer in on_all(hosts, wanted).items():
-        if answer.returncode == 255:
-            problems.append(f"{host} cannot be reached by ssh: {' '.join(answer.stdout.split()) or 'no reason given'}")
-        elif answer.returncode:
-            where = " ".join(answer.stdout.split())
+    for host, answer in ask_all(dict.fromkeys(hosts, wanted)).items():
+        if answer.code == 255:
+            problems.append(f"{host} cannot be reached by ssh: {' '.join(answer.errors.split()) or 'no reason given'}")
+        elif answer.code:
+            where = " ".join(answer.output.split())
             problems.append(f"{host} has no {where}: the repository and its environment must be at the same path on every host")
     if problems:
         raise ValueError("\n".join(problems))
@@ -135,10 +148,8 @@ def address_of(host: str, over_ssh: bool) -> str:
     return address
 
 
-def passed_on() -> str:
-    """The lines of DeepSpeed's environment file: it puts each value between double quotes where it has special characters."""
-    values = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    return "".join(f"{name}={_within_quotes(value)}\n" for name, value in sorted(values.items()))
+def passed_on() -> dict[str, str]:
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PASSED_ON)}
 
 
 def for_pdsh(argument: str) -> str:
@@ -164,7 +175,8 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
     check_hosts(list(hosts), script)
     os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/stopping.py, as is the time from which a job's limit counts
     os.environ.setdefault("POSTTRAIN_STARTED", str(time.time()))
-    environment_file.write_text(passed_on())
+    # DeepSpeed puts each value between double quotes where it has special characters
+    environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in passed_on().items()))
     os.environ["DS_ENV_FILE"] = str(environment_file)
     os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *KEEP_ALIVE]).strip()
     return ["--force_multi", "--no_ssh_check", str(script), *map(for_pdsh, arguments)]
@@ -178,8 +190,8 @@ def signal_ranks(hosts: list[str], port: int, number: int) -> None:
     deadline = time.monotonic() + STARTING
     launcher = rf"^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port={port}( |$)"
     while hosts and time.monotonic() < deadline:
-        answers = on_all(hosts, f"pkill -{number} -P $(pgrep -d, -f {shlex.quote(launcher)})")
-        hosts = [host for host, answer in answers.items() if answer.returncode]
+        answers = ask_all(dict.fromkeys(hosts, f"pkill -{number} -P $(pgrep -d, -f {shlex.quote(launcher)})"))
+        hosts = [host for host, answer in answers.items() if answer.code]
         time.sleep(1)
 
 

@@ -43,6 +43,9 @@ def key(default, meaning: str, **limits):
     return Field(default, description=meaning, **limits)
 
 
+AUTO = "auto"  # of max_tokens_per_gpu
+
+
 class Recipe(BaseModel):
     """Keys that SFT and DPO share. One clock everywhere: the optimizer step, from 1."""
 
@@ -183,15 +186,16 @@ def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
         print(help_text(kind, default))
         sys.exit(0)
     path, overrides = _split(kind, argv)
-    file = _read_yaml(kind, path or REPOSITORY / "posttrain" / "recipes" / f"{default}.yaml")
+    path = path or REPOSITORY / "posttrain" / "recipes" / f"{default}.yaml"
+    file = _read_yaml(path)
+    _refuse_unknown(kind, file, f"{path}: ")
     return build_recipe(kind, file, overrides)
 
 
 def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
     """As load_recipe, of the kind that the keys of its file say; SFT's default where no file is named."""
     file = next((Path(word) for word in arguments if not word.startswith("--")), None)
-    keys = yaml.safe_load(file.read_text()) if file and file.is_file() else {}
-    if isinstance(keys, dict) and "dpo_data_dir" in keys:
+    if file and "dpo_data_dir" in _read_yaml(file):
         return load_recipe(DPORecipe, "dpo_qwen3_1.8b", arguments)
     return load_recipe(SFTRecipe, "sft_qwen3_1.8b", arguments)
 
@@ -307,7 +311,7 @@ def _split(kind, argv: list[str]) -> tuple[Path | None, dict[str, str]]:
     return path, overrides
 
 
-def _read_yaml(kind, path: Path) -> dict:
+def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "posttrain" / "recipes").glob("*.yaml")))
         raise FileNotFoundError(f"no recipe at {path}. Shipped in posttrain/recipes: {shipped}")
@@ -317,7 +321,6 @@ def _read_yaml(kind, path: Path) -> dict:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold `key: value` lines, saw {type(values).__name__}")
-    _refuse_unknown(kind, values, f"{path}: ")
     return values
 
 
@@ -339,17 +342,13 @@ def _refuse_unknown(kind, values: dict, where: str = "") -> None:
 
 def _explain(kind, problems: list[dict]) -> str:
     """A line for each key. One that may be of several kinds has a problem with each."""
-    lines: dict[str, str] = {}
-    for problem in problems:
-        name, message = str(problem["loc"][0]), problem["msg"].removeprefix("Value error, ")
-        meaning = kind.model_fields[name].description
-        if problem["type"] == "missing":
-            lines[name] = f"{name} is missing: {meaning}"
-        elif name in lines:
-            lines[name] = lines[name].replace(" (", f", or: {message} (", 1)
-        else:
-            lines[name] = f"{name}={problem['input']!r}: {message} ({meaning})"
-    return "\n".join(lines.values())
+    lines = []
+    for name in dict.fromkeys(str(problem["loc"][0]) for problem in problems):
+        mine, meaning = [problem for problem in problems if problem["loc"][0] == name], kind.model_fields[name].description
+        messages = ", or: ".join(problem["msg"].removeprefix("Value error, ") for problem in mine)
+        is_missing = mine[0]["type"] == "missing"
+        lines.append(f"{name} is missing: {meaning}" if is_missing else f"{name}={mine[0]['input']!r}: {messages} ({meaning})")
+    return "\n".join(lines)
 
 
 def _given(values: dict) -> set[str]:

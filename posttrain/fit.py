@@ -14,15 +14,14 @@ from torch import distributed as dist
 
 from posttrain import watchdog
 from posttrain.batches import most_of_a_rank
-from posttrain.config import Recipe
+from posttrain.config import AUTO, Recipe
 from posttrain.data import PreparedData
 from posttrain.engine import read_ds_config
 from posttrain.planner import FRAGMENTS, KEPT_BACK, Planner, this_machine
-from posttrain.ranks import on_rank_0
+from posttrain.ranks import gathered, on_rank_0
 from posttrain.run import Run
 from posttrain.step import Training, try_largest
 
-AUTO = "auto"
 STEP = 1024  # tokens; what is found is a multiple
 MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
@@ -33,7 +32,7 @@ def planned(recipe: Recipe, data: PreparedData, device: torch.device) -> Recipe:
     Raises ValueError where an example is longer, or by the planner not even the longest one fits.
     """
     if recipe.max_tokens_per_gpu == AUTO:
-        usable = _least(_usable(device))
+        usable = min(gathered(_usable(device)))
         tokens = on_rank_0(lambda: _of_the_run(recipe, device) or _by_planner(recipe, usable, data.longest))
         recipe = recipe.model_copy(update={"max_tokens_per_gpu": tokens})
     _check_lengths(recipe, data)
@@ -57,7 +56,7 @@ def adapt(training: Training, run: Run) -> None:
     if on_rank_0(lambda: _of_the_run(run.recipe, device)):
         return
     most = max(data.longest, most_of_a_rank(data.train.lengths, run.recipe.global_batch_size, dist.get_world_size()))
-    usable, longest, planned_tokens = _least(_usable(device)), data.longest, training.recipe.max_tokens_per_gpu
+    usable, longest, planned_tokens = min(gathered(_usable(device))), data.longest, training.recipe.max_tokens_per_gpu
     few, many = (max(longest, planned_tokens // part) for part in (4, 2))
     _try(training, few)  # what is there from the first time on, as gradients are, is not counted as a token's
     (few, lower), (many, upper) = _try(training, few), _try(training, many)
@@ -86,7 +85,7 @@ def _try(training: Training, tokens: int) -> tuple[int, float]:
             f"max_tokens_per_gpu=auto tried {tokens:,} tokens, for which rank {dist.get_rank()} has no memory: another process takes some, "
             f"or it is fragmented. Give a number: --max_tokens_per_gpu={max(tokens // 2, training.data.longest)}"
         ) from error
-    return tried, -_least(-_peak(training.device))
+    return tried, max(gathered(_peak(training.device)))
 
 
 def _whole(tokens: float, longest: int, most: int) -> int:
@@ -128,11 +127,7 @@ def _usable(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) * (1 - FRAGMENTS) - KEPT_BACK
     ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
-    return (_resident() + psutil.virtual_memory().available / ranks_here) * (1 - FRAGMENTS)
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
+    return (psutil.Process().memory_info().rss + psutil.virtual_memory().available / ranks_here) * (1 - FRAGMENTS)
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -148,14 +143,3 @@ def _peak(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(status["VmHWM"].split()[0])
-
-
-def _least(value: float) -> float:
-    """Of all ranks. All ranks."""
-    least = torch.tensor(float(value), dtype=torch.float64, device=_where())
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return least.item()
-
-
-def _where() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

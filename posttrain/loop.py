@@ -11,7 +11,7 @@ from posttrain import batches, checks, export, fit, shards, watchdog
 from posttrain import engine as engines
 from posttrain.card import model_card
 from posttrain.chat import ChatFormat
-from posttrain.config import DPORecipe, Recipe
+from posttrain.config import AUTO, DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
 from posttrain.keeper import Keeper
 from posttrain.layers import count_as_saved
@@ -68,7 +68,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
     if not run.recipe.only_looks:
         shards.make_optimizer_states(training.engine)
-        if run.recipe.max_tokens_per_gpu == fit.AUTO:
+        if run.recipe.max_tokens_per_gpu == AUTO:
             fit.adapt(training, run)
     recipe, engine, data = training.recipe, training.engine, training.data
     steps = total_steps(recipe, len(data.train))

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from posttrain import batches, checkpoint, ckpt_pt, data
-from posttrain.config import DPORecipe, Recipe
+from posttrain.config import AUTO, DPORecipe, Recipe
 from posttrain.engine import read_ds_config
 from posttrain.memory import Parts, Zero, count_working, predict
 from posttrain.objectives import needs_reference
@@ -166,7 +166,7 @@ class Planner:
     """Of a recipe on so many GPUs. `seconds`: what was timed on this machine (plan.py); without, times come from the device's peak."""
 
     def __init__(self, recipe: Recipe, device: Device, gpus: int, nodes: int, assumed: str | None = None):
-        if recipe.max_tokens_per_gpu == "auto":
+        if recipe.max_tokens_per_gpu == AUTO:
             recipe = recipe.model_copy(update={"max_tokens_per_gpu": 2**31})
         self.recipe, self.device, self.nodes, self.ranks = recipe, device, nodes, gpus * nodes
         self.on_gpu = device.name != "CPU"
@@ -187,9 +187,9 @@ class Planner:
         self.seconds: dict[str, float] = {}
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
-        """`ds_config`: a path, or the name of one that is here."""
+        """`ds_config`: a path."""
         usual = self.working(min(tokens, self.usual_tokens), checkpointing)
-        zero = Zero.of(read_ds_config(ds_config if ds_config.endswith(".json") else f"ds_configs/{ds_config}.json"))
+        zero = Zero.of(read_ds_config(ds_config))
         largest = self.working(tokens, checkpointing)
         return predict(largest, usual, self.count, self.piece, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
 
@@ -206,7 +206,7 @@ class Planner:
         return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
 
     def most_tokens(self, ds_config: str, checkpointing: str) -> int:
-        """Of a micro-batch that fits, in whole 1,024; 0 where the longest example does not."""
+        """Of a micro-batch that fits, in whole 1,024; 0 where the longest example does not. `ds_config`: a path."""
         longest = int(self.work.lengths.max())
         if self.parts(ds_config, checkpointing, longest).total > self.usable:
             return 0
@@ -214,9 +214,11 @@ class Planner:
         return max(1024 * fits, longest)
 
     def plan(self, ds_config: str, checkpointing: str) -> Plan:
+        """`ds_config`: the name of one of ds_configs/."""
+        path = f"ds_configs/{ds_config}.json"
         tokens = min(self.recipe.max_tokens_per_gpu, batches.most_of_a_rank(self.work.lengths, self.batch, self.ranks))
-        parts = self.parts(ds_config, checkpointing, tokens)
-        most = self.most_tokens(ds_config, checkpointing)
+        parts = self.parts(path, checkpointing, tokens)
+        most = self.most_tokens(path, checkpointing)
         used = min(tokens, most) if most else tokens
         seconds, sent = self.step(ds_config, checkpointing, used)
         return Plan(ds_config, checkpointing, parts, tokens, most, seconds, sent)

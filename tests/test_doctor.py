@@ -15,7 +15,6 @@ GPU = {
     "uuid": "",
     "name": "NVIDIA B200",
     "driver_version": "580.82.07",
-    "memory.total": "183359",
     "memory.used": "0",
     "temperature.gpu": "41",
     "mig.mode.current": "Disabled",
@@ -44,9 +43,9 @@ def hosts(count: int = 3) -> list:
             "gpu_processes": [],
             "nvidia_smi": None,
             "torch": {"cuda": "13.0", "gpus": 8, "nccl": "2.28.9"},
-            "infiniband": {f"mlx5_{port}:1": "4: ACTIVE 400 Gb/sec (4X NDR) InfiniBand" for port in range(8)},
+            "infiniband": {f"mlx5_{port}:1": "4: ACTIVE" for port in range(8)},
             "interfaces": {
-                name: {"address": address, "netmask": mask, "mtu": 9000, "speed": 100_000}
+                name: {"address": address, "netmask": mask, "mtu": 9000}
                 for name, address, mask in (
                     ("lo", "127.0.0.1", "255.0.0.0"),
                     ("eth0", f"10.0.0.{number}", "255.255.255.0"),
@@ -81,7 +80,7 @@ def test_nothing_is_said_of_hosts_that_are_well():
     assert "GPUs NVIDIA B200, 580.82.07" in said
 
 
-OTHERS = {"gpu_uuid": "GPU-5", "pid": "7", "process_name": "python", "used_memory": "90000"}
+OTHERS = {"gpu_uuid": "GPU-5", "pid": "7", "process_name": "python"}
 FAULTS = {  # what is changed of node-1, and what is said of it, alone
     "python": (lambda f: f.update(python="3.11.9"), "Python: Python is 3.11.9, elsewhere 3.12.3"),
     "a package": (lambda f: f["packages"].update(torch="2.12.0"), "packages: torch is 2.12.0, elsewhere 2.13.0"),

@@ -9,19 +9,15 @@ there is something to fix, 2 a mistake in the command.
 import json
 import os
 import shlex
-import subprocess
 import sys
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
 from judge import Host, Problem, interfaces, same_on_all, what_is_wrong  # noqa: E402
-from multinode import KEEP_ALIVE, PASSED_ON, address_of, environment_number, meeting_point, read_hostfile  # noqa: E402
+from multinode import Answer, address_of, ask_all, environment_number, meeting_point, passed_on, read_hostfile  # noqa: E402
 from supervise import MISTAKE  # noqa: E402
 
 from posttrain.config import Recipe, load_recipe_of_either_kind  # noqa: E402
@@ -31,37 +27,12 @@ LOOKING, SENDING = 300, 3600  # seconds that a host may take; ranks without prog
 WITHOUT_PROGRESS = 60  # seconds, after which ranks that wait for others give up
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    output: str
-    errors: str
-    came: float  # time.time()
-
-
-def ask(host: str | None, command: str, script: Path | None, seconds: float) -> Answer:
-    """Run a shell command there (None: here), with a script as its input."""
-    words = ["bash", "-c", command] if host is None else ["ssh", *KEEP_ALIVE, host, command]
-    text = script.read_text() if script else ""
-    try:
-        done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=seconds)
-        return Answer(done.returncode, done.stdout, done.stderr, time.time())
-    except subprocess.TimeoutExpired:
-        return Answer(255, "", f"no answer within {seconds:.0f} s", time.time())
-
-
-def ask_all(commands: dict[str, str], script: Path | None, seconds: float, over_ssh: bool) -> dict[str, Answer]:
-    """All at once."""
-    with ThreadPoolExecutor(len(commands)) as threads:
-        asked = {host: threads.submit(ask, host if over_ssh else None, command, script, seconds) for host, command in commands.items()}
-        return {host: future.result() for host, future in asked.items()}
-
-
 def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tuple[list[Host], list[Problem]]:
     """What each host says of itself; those that cannot be asked are problems."""
     addresses = {host: _address(host, over_ssh) for host in slots} if over_ssh else dict.fromkeys(slots, "127.0.0.1")
-    folders = {"data": _absolute(recipe.data_dir), "model": _absolute(recipe.model_path)}
-    places = {"out_dir": _absolute(recipe.out_dir), "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
+    # as a run that is started from here would find them
+    folders = {"data": os.path.abspath(recipe.data_dir), "model": os.path.abspath(recipe.model_path)}
+    places = {"out_dir": os.path.abspath(recipe.out_dir), "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
     commands = {}
     for number, host in enumerate(slots):
         peers = [address for other, address in addresses.items() if other != host and address]
@@ -69,18 +40,13 @@ def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tu
         python = shlex.quote(sys.executable)
         commands[host] = f"test -x {python} || exit 3; {python} -B - {shlex.quote(json.dumps(spec))} && date +%s.%N"
     hosts, problems = [], []
-    for host, answer in ask_all(commands, HERE / "probe.py", LOOKING, over_ssh).items():
+    for host, answer in ask_all(commands, (HERE / "probe.py").read_text(), LOOKING, over_ssh).items():
         if answer.code == 0:
             found, its_time = answer.output.splitlines()[-2:]
             hosts.append(Host(host, slots[host], addresses[host], float(its_time) - answer.came, json.loads(found)))
         else:
             problems.append(Problem(host, *_why_not(host, answer)))
     return hosts, problems
-
-
-def _absolute(path: str) -> str:
-    """As a run that is started from here would find it."""
-    return os.path.abspath(path)
 
 
 def _address(host: str, over_ssh: bool) -> str | None:
@@ -111,14 +77,14 @@ def _why_not(host: str, answer: Answer) -> tuple[str, str]:
 def send(hosts: list[Host], port: int, address: str, over_ssh: bool) -> tuple[dict | None, list[str]]:
     """Let the ranks of all hosts meet and send each other numbers: what rank 0 found, and what went wrong instead."""
     world, names = sum(host.slots for host in hosts), ",".join(f"{host.name}:{host.slots}" for host in hosts)
-    passed = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)]
+    passed = [f"{name}={value}" for name, value in passed_on().items()]
     commands, first = {}, 0
     for host in hosts:
         spec = {"first": first, "slots": host.slots, "world": world, "hosts": names, "address": address, "port": port}
         words = ["env", *passed, "PYTHONDONTWRITEBYTECODE=1", sys.executable, str(HERE / "wire.py")]
         commands[host.name] = shlex.join([*words, json.dumps(spec | {"seconds": WITHOUT_PROGRESS})])
         first += host.slots
-    answers = ask_all(commands, None, SENDING, over_ssh)
+    answers = ask_all(commands, "", SENDING, over_ssh)
     found = [line.removeprefix("FOUND ") for line in answers[hosts[0].name].output.splitlines() if line.startswith("FOUND ")]
     if found and all(answer.code == 0 for answer in answers.values()):
         return json.loads(found[0]), []
@@ -192,8 +158,9 @@ def main(arguments: list[str]) -> int:
     files = [word for word in arguments[:1] if not word.startswith("--")]
     recipe = load_recipe_of_either_kind([*filter(None, [os.environ.get("RECIPE")]), *arguments[len(files) :]])
     named = files[0] if files else os.environ.get("HOSTFILE")
-    slots = read_hostfile(Path(named)) if named else {"this machine": environment_number("NUM_GPUS") or _gpus_here()}
-    if number := environment_number("NUM_GPUS"):
+    number = environment_number("NUM_GPUS")
+    slots = read_hostfile(Path(named)) if named else {"this machine": number or _gpus_here()}
+    if number:
         slots = dict.fromkeys(slots, number)
     over_ssh, port = bool(named), environment_number("MASTER_PORT") or 29500
     hosts, problems = look(slots, recipe, port, over_ssh)

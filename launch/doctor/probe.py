@@ -22,12 +22,10 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenize
 CODE = ("posttrain/*.py", "launch/*.py", "ds_configs/*.json")
 WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes: a larger file is hashed by its beginning, middle and end
 GPU = (
-    *("index", "uuid", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "mig.mode.current"),
+    *("index", "uuid", "name", "driver_version", "memory.used", "temperature.gpu", "mig.mode.current"),
     *("ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"),
 )
-
-
-PROCESS = ("gpu_uuid", "pid", "process_name", "used_memory")
+PROCESS = ("gpu_uuid", "pid", "process_name")
 
 
 def main(spec: dict) -> dict:
@@ -122,11 +120,11 @@ def _torch() -> dict:
 
 
 def _infiniband() -> dict[str, str]:
-    """State, rate and kind of each port, as `4: ACTIVE 400 Gb/sec (4X NDR) InfiniBand`."""
+    """State of each port, as `4: ACTIVE`."""
     found = {}
     for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
         with contextlib.suppress(OSError):
-            found[f"{port.parts[-3]}:{port.name}"] = " ".join((port / name).read_text().strip() for name in ("state", "rate", "link_layer"))
+            found[f"{port.parts[-3]}:{port.name}"] = (port / "state").read_text().strip()
     return found
 
 
@@ -143,7 +141,7 @@ def _network(peers: list[str]) -> dict:
     for name, addresses in psutil.net_if_addrs().items():
         for entry in addresses:
             if entry.family == socket.AF_INET:
-                interfaces[name] = {"address": entry.address, "netmask": entry.netmask, "mtu": stats[name].mtu, "speed": stats[name].speed}
+                interfaces[name] = {"address": entry.address, "netmask": entry.netmask, "mtu": stats[name].mtu}
     routes = {}
     for peer in peers:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
