@@ -68,7 +68,7 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     kind = SFTRecipe if race.kind == "sft" else DPORecipe
     recipe = build_recipe(kind, {}, {key: str(value) for key, value in recipe.items()})
     planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
-    time_here(planner)
+    time_here(planner, (recipe.activation_checkpointing,))
     one = planner.plan(Path(recipe.ds_config).stem, recipe.activation_checkpointing)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 

@@ -205,7 +205,13 @@ def predict(
         buffers = (4 if zero.stage == 1 else size) * zero.reduce_bucket
     # added up in float32 but at stage 0; there and at stage 1 a backward pass keeps its own until it has all of them
     gradients = size * count if zero.stage == 0 else 4 * (count if zero.stage == 1 else share)
+    bucket = min(zero.reduce_bucket, count)
     own = size * count if zero.stage == 1 else 0.0
+    if zero.stage > 1 and not on_gpu:
+        own += size * bucket
+    if zero.stage == 3:  # DeepSpeed 0.19.8 lays a full bucket's gradients out once more, by rank, to scatter them
+        own += size * bucket
+    left = max(usual[1], usual[0] * (1 - bucket / count))  # of activations, once the first bucket is full
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
     if zero.ranks_of_node > 1:
         buffers += size * count / zero.ranks_of_node
@@ -222,7 +228,7 @@ def predict(
     phases = [
         (zeroed, first, *largest),
         (gradients, later, *usual),
-        (gradients, later, own + usual[1], usual[1]),
+        (gradients, later, own + left, usual[1]),
         (gradients, 0.0, flat, 0.0),
     ]
     there, layers, working, head = max(phases, key=lambda phase: sum(phase[:3]))

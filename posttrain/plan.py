@@ -25,20 +25,25 @@ from posttrain.config import load_recipe_of_either_kind
 from posttrain.planner import CHECKPOINTING, GPUS, SHAPES, STAGES, Plan, Planner, this_machine
 from posttrain.policy import Policy, checkpoint_activations
 
+WHOLE = 500e6  # parameters of a model that is timed as it is; of a larger one some layers are
 
-def time_here(planner: Planner) -> None:
-    """Let a planner go by what this machine takes: on a CPU with all its ranks at work at once, which share caches and memory."""
+
+def time_here(planner: Planner, modes: tuple[str, ...] = CHECKPOINTING) -> None:
+    """Let a planner go by what this machine takes: on a CPU with all its ranks at work at once, which share caches and memory.
+
+    `modes`: ways of checkpointing activations.
+    """
     if planner.on_gpu or planner.ranks == 1:
-        planner.seconds = _timed(planner)
+        planner.seconds = _timed(planner, modes)
         return
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(planner.ranks, multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_timed, planner, rank, f"{folder}/store") for rank in range(planner.ranks)]
+        ranks = [pool.submit(_timed, planner, modes, rank, f"{folder}/store") for rank in range(planner.ranks)]
         found = [rank.result() for rank in ranks]
     planner.seconds = {name: max(one[name] for one in found) for name in found[0]}
     planner.device = replace(planner.device, link=1 / planner.seconds["sent"])
 
 
-def _timed(planner: Planner, rank: int = 0, store: str | None = None) -> dict[str, float]:
+def _timed(planner: Planner, modes: tuple[str, ...], rank: int = 0, store: str | None = None) -> dict[str, float]:
     """Seconds of a token, forward and backward, with each way of checkpointing activations; of the update of a weight; of a byte sent."""
     device = torch.device("cuda" if planner.on_gpu else "cpu")
     if store:
@@ -50,12 +55,15 @@ def _timed(planner: Planner, rank: int = 0, store: str | None = None) -> dict[st
         usual = usual[: max(1, int(np.searchsorted(planner.work.lengths[usual].cumsum(), 4096)))]
     batch = planner.work.batch_of(usual)
     batch = batch.to(device)
-    # a layer's time is the difference between models of few and of more; the rest is the head's
-    few, more = 1, min(4, planner.config.num_hidden_layers)
-    found, layers_left = {}, planner.config.num_hidden_layers - few
-    for mode in (*CHECKPOINTING, *["reference"] * planner.reference):
-        short, long = (_seconds_of(planner, depth, batch, mode, device) for depth in (few, more))
-        found[mode] = (short + layers_left * max(long - short, 0.0) / max(1, more - few)) / batch.input_ids.shape[1]
+    found, depth = {}, planner.config.num_hidden_layers
+    for mode in (*modes, *["reference"] * planner.reference):
+        if planner.count <= WHOLE:
+            seconds = _seconds_of(planner, depth, batch, mode, device)
+        else:  # a layer's time is the difference between models of few and of more; the rest is the head's
+            few, more = 1, min(4, depth)
+            short, long = (_seconds_of(planner, count, batch, mode, device) for count in (few, more))
+            seconds = short + (depth - few) * max(long - short, 0.0) / max(1, more - few)
+        found[mode] = seconds / batch.input_ids.shape[1]
     reference = found.pop("reference", 0.0)
     found = {mode: seconds + reference for mode, seconds in found.items()}
     weights = torch.nn.Parameter(torch.randn(32_000_000, device=device))  # more than caches hold
@@ -142,7 +150,7 @@ def report(planner: Planner, plans: list[Plan]) -> str:
             f"{hours * planner.ranks:,.1f} GPU-hours",
         ]
     if planner.seconds:
-        lines.append("how sure  the layers were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu.json")
+        lines.append("how sure  the layers were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu_float32.json")
     else:
         lines.append(
             "how sure  memory: within 2 % of two runs on one H200; time: by the share of its peak that it reached with 1.7B parameters,\n"

@@ -3,6 +3,9 @@
 import copy
 import importlib
 import itertools
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -35,7 +38,10 @@ def hosts(count: int = 3) -> list:
             "python": "3.12.3",
             "packages": {"torch": "2.13.0", "numpy": "2.4.6"},
             "code": {"posttrain/sft.py": "10 bytes, aa"},
-            "folders": {"data": {"manifest.json": "20 bytes, bb"}, "model": {"model.safetensors": "4000000000 bytes, cc"}},
+            "folders": {
+                "data": {"manifest.json": "20 bytes, bb"},
+                "model": {"model.safetensors": "4000000000 bytes, cc", "pytorch_model.bin": "4000000000 bytes, dd"},
+            },
             "free": {what: {"path": what, "bytes": 10**12, "writable": True} for what in ("out_dir", "/tmp", "/dev/shm")},
             "limits": {"NOFILE": 65536, "MEMLOCK": -1},
             "cores": 224,
@@ -147,12 +153,35 @@ def test_the_faults_that_are_not_in_what_a_host_says():
     for name, said in (("docker", "which does not lead to the other hosts"), ("ib0", "and it has docker0, eth0, ib1, lo")):
         found = wrong(hosts(), NCCL_SOCKET_IFNAME=name)
         assert found == [f"node-{n}: NCCL_SOCKET_IFNAME={name}, {said}\n    -> NCCL_SOCKET_IFNAME=eth0" for n in range(3)]
+    from_the_hub = hosts()
+    for number, host in enumerate(from_the_hub):
+        listing = host.found["folders"].pop("model")
+        host.found["folders"]["model of the hub, org/name,"] = listing if number else None
+    (said,) = wrong(from_the_hub)
+    assert said.startswith("node-0: model of the hub, org/name, is missing\n    -> hf download org/name there")
     without = hosts()
     for host in without:
         host.found.update(gpus=[], torch={"cuda": None, "gpus": 0}, infiniband={})
     without[1].found["own_address"] = "127.0.1.1"  # as Debian's installer leaves it
     (said,) = wrong(without)
     assert said.startswith("node-1: its own name, node-1, means 127.0.1.1 there, where no other host can reach it")
+
+
+def test_a_model_of_the_hub_is_its_local_copy_and_what_rank_0_alone_keeps_beside_data_is_not_compared(tmp_path):
+    snapshot, data = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc", tmp_path / "data"
+    for file in (snapshot / "config.json", snapshot.parent.parent / "refs" / "main", data / "manifest.json", data / "reference/0/a.npz"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("abc")
+    folders = {"data": str(data), "there": "org/name", "not there": "org/other"}
+    spec = {"root": str(ROOT), "folders": folders, "places": {}, "peers": [], "port": None}
+    command = [sys.executable, ROOT / "launch" / "doctor" / "probe.py", json.dumps(spec)]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)["folders"]
+    assert {what: sorted(listing or ()) for what, listing in found.items()} == {
+        "data": ["manifest.json"],
+        "there": ["config.json"],
+        "not there": [],
+    }
 
 
 @pytest.mark.parametrize("slots", [[1], [2], [3], [1, 1], [2, 2], [8, 8, 8], [2, 3], [4, 4, 4, 4, 4]])

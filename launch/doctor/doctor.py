@@ -21,6 +21,7 @@ from multinode import Answer, address_of, ask_all, environment_number, meeting_p
 from supervise import MISTAKE  # noqa: E402
 
 from posttrain.config import Recipe, load_recipe_of_either_kind  # noqa: E402
+from posttrain.hub import is_hub_name  # noqa: E402
 
 HERE = Path(__file__).parent
 LOOKING, SENDING = 300, 3600  # seconds that a host may take; ranks without progress end by themselves
@@ -31,7 +32,10 @@ def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tu
     """What each host says of itself; those that cannot be asked are problems."""
     addresses = {host: _address(host, over_ssh) for host in slots} if over_ssh else dict.fromkeys(slots, "127.0.0.1")
     # as a run that is started from here would find them
-    folders = {"data": os.path.abspath(recipe.data_dir), "model": os.path.abspath(recipe.model_path)}
+    model = {"model": os.path.abspath(recipe.model_path)}
+    if is_hub_name(recipe.model_path):
+        model = {f"model of the hub, {recipe.model_path},": recipe.model_path}
+    folders = {"data": os.path.abspath(recipe.data_dir), **model}
     places = {"out_dir": os.path.abspath(recipe.out_dir), "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
     commands = {}
     for number, host in enumerate(slots):

@@ -66,8 +66,9 @@ def _alone(host: Host) -> list[Problem]:
     def say(what: str, fix: str) -> None:
         problems.append(Problem(host.name, what, fix))
 
-    model = host.found["folders"]["model"] or {}
-    weights = sum(int(entry.split()[0]) for name, entry in model.items() if name.endswith((".safetensors", ".pt", ".bin")))
+    model = next(listing or {} for what, listing in host.found["folders"].items() if what.startswith("model"))
+    formats = [[int(entry.split()[0]) for name, entry in model.items() if name.endswith(kind)] for kind in (".safetensors", ".bin", ".pt")]
+    weights = max(map(sum, formats))  # the same ones may lie there in two
     needed = max(LEAST_DISK, 2 * CHECKPOINT * weights)  # a checkpoint is there in full before the one before it goes
     for what, least, why in (
         ("out_dir", needed, "two checkpoints of this model" if needed > LEAST_DISK else "any run"),
@@ -193,6 +194,8 @@ def _how_to_align(kind: str, host: str, usual: dict) -> str:
         return "leave the host out, or give all the same driver: the slowest GPU sets the pace"
     if kind == "code":
         return f"rsync -a --delete --exclude=.venv {shlex.quote(str(ROOT))}/ {host}:{shlex.quote(str(ROOT))}/"
+    if kind.startswith("model of the hub"):
+        return f"hf download {kind.partition(', ')[2].rstrip(',')} there, or let the run do it, as each of its hosts would"
     return f"copy that folder to {host} from one that has it right, with rsync -a --delete"
 
 

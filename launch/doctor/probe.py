@@ -1,7 +1,8 @@
 """What one host is: python probe.py SPEC prints it as JSON. It is sent to each host, so it needs only what the environment has, not this
 repository; it writes nothing.
 
-SPEC, JSON: root (the repository's path), folders (paths to compare, by what they are), places (paths to write to, by what they are),
+SPEC, JSON: root (the repository's path), folders (paths to compare, by what they are; one that is not absolute is a name on the Hugging
+Face hub, whose copy here is meant), places (paths to write to, by what they are),
 peers (addresses of the other hosts), port (to be free on the first host; null on others).
 """
 
@@ -64,11 +65,17 @@ def _hash(file: Path) -> str:
 
 
 def _listing(path: Path) -> dict[str, str] | None:
-    """Its files; of a file itself; None where there is none."""
+    """Its files but what rank 0 alone writes and reads there (posttrain/reference.py); of a file itself; None where there is none."""
+    if not path.is_absolute():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(str(path), "config.json")
+        path = Path(found).parent if isinstance(found, str) else path
     if not path.exists():
         return None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)) if file != path else file.name: _hash(file) for file in files}
+    names = {file: str(file.relative_to(path)) if file != path else file.name for file in files}
+    return {name: _hash(file) for file, name in names.items() if not name.startswith("reference/")}
 
 
 def _free(path: Path) -> dict:
