@@ -25,12 +25,14 @@ setup(
         "pyyaml",
         "datasketch",  # near-duplicate search in data preparation
         "xxhash",  # hashes of weights at memory speed; datasets brings it anyway
-        "matplotlib",  # pictures: lengths of prepared rows, the quickstart's results
+        "matplotlib",  # pictures: lengths of prepared rows, curves of runs, the quickstart's results
+        "jinja2",  # the report's page: what a model says is escaped in it; torch brings it anyway
         "rich",  # the live progress line and the tables in the terminal
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "trl"],  # trl: its trainers are what the tests compare with
+        # the tests compare with trl's trainers, read the terminal with pyte, and open pages in a browser by playwright
+        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "trl", "pyte", "playwright", "wandb"],
         "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
         "wandb": ["wandb"],
     },

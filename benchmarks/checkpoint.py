@@ -145,7 +145,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        from posttrain.run import main as run_main
+        from posttrain.entry import main as run_main
 
         place = Path(sys.argv[sys.argv.index("--worker") + 1])
         run_main(lambda: worker(place))

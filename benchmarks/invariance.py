@@ -106,7 +106,7 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
         metrics, reason = train_step(training, step)
         assert reason is None, reason
         curve.append(metrics)
-    return {"curve": curve, "validation": evaluate(training), "start": start, "weights": engines.gathered_state_dict(engine)}
+    return {"curve": curve, "validation": evaluate(training)[0], "start": start, "weights": engines.gathered_state_dict(engine)}
 
 
 def worker(folder: Path, ranks: int) -> None:

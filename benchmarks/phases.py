@@ -27,6 +27,7 @@ from benchmarks.sft import RACES, WITH_ROOM
 from benchmarks.side_by_side import RESULTS, machine, make_world, suffix, versions
 from posttrain import engine as engines
 from posttrain import step as steps
+from posttrain.health import Facts
 from posttrain.objectives import SFT
 from posttrain.run import Run
 
@@ -60,12 +61,12 @@ def measure(race, folder: Path) -> dict:
     on_gpu = torch.cuda.is_available()
     training = build_training(str(folder), "sft", recipe | {"ds_config": race.ds_config} | (WITH_ROOM if on_gpu else {}))
     run = Run(training.recipe, "sft", 0, {})
-    run.start(1, 99, lambda folder: None)
+    run.start(1, 99, lambda folder: None, training.data.manifest, Facts(1, 1, 0, 1.0, 1.0))
     run.step_line = lambda *_: None
 
     def one(step: int) -> None:
         metrics, _ = steps.train_step(training, step)
-        run.log(step, "train", metrics)
+        run.log(step, "train", metrics | {"learning_rate": 1e-5})
 
     for step in range(1, WARM + 1):
         one(step)

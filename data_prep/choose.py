@@ -23,6 +23,7 @@ class Chosen(NamedTuple):
 
     counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
     left_out: dict[str, np.ndarray]  # by cause: which examples
+    copies: int  # training rows that are exact copies of others
     notes: list[str]  # where the result is not quite what was asked for
 
 
@@ -73,7 +74,11 @@ def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
     if options.val_size is not None and found < options.val_size:
         why = "the upstream's own split has no more" if held_out.any() else "rows that begin with the same message stay together"
         notes.append(f"--val_size {options.val_size} was asked for, {found} rows are there: {why}")
-    return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, notes)
+    kept = rows[counts > 0]
+    copies = len(kept) - len(np.unique(kept))
+    if copies:
+        notes.append(f"{copies:,} of {len(kept):,} training rows are exact copies of others; --duplicates drop leaves them out")
+    return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, copies, notes)
 
 
 def _length(parts: list[Part]) -> int:

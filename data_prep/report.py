@@ -63,6 +63,7 @@ def summary(parts: list[list[Part]], sources: list[Source], chosen: Chosen) -> d
         "rows": sum(part.facts["rows"] for part in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
         "changes": dict(changes.most_common()),
+        "copies": chosen.copies,
         "notes": chosen.notes,
     }
     here = counts["train"]

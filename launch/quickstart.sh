@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A base model through SFT and DPO, then a table of what each did; everything it needs is here or installed by it.
+# A base model through SFT and DPO, then a table of what each did and a page about it; everything it needs is here or installed by it.
 #   bash launch/quickstart.sh            uses what an earlier call left in runs/quickstart
 #   bash launch/quickstart.sh --fresh    starts over
 # It runs two ranks: on GPUs where there are two, else on the CPU.
@@ -35,10 +35,11 @@ done
 mkdir -p "$out/base" && cp -r "$base/." "$out/base/"
 python launch/quickstart/measure.py --base "$out/base" --sft "$out/sft/final" --dpo "$out/dpo/final" \
     --eval "$out/world/eval.json" --out_dir "$out"
+python posttrain/report.py "$out/sft" "$out/dpo" --results "$out/results.json" --output "$out/report"
 
 cat <<END
 
-Done in $((SECONDS - started)) s. The table is in $out/results.json, the picture in $out/results.png.
+Done in $((SECONDS - started)) s. The table is in $out/results.json, all of it on one page in $out/report/report.html.
 To try next, after source launch/env.sh:
     tensorboard --logdir runs
     python posttrain/sft.py --help

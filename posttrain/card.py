@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
-from posttrain.storage import read_json_lines
+from posttrain.records import read_json_lines
 
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization"}
 

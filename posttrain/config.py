@@ -85,6 +85,9 @@ class Recipe(BaseModel):
     eval_iters: Period = key(0, "validate on eval_iters x global_batch_size examples; 0 = the whole validation set")
     eval_only: bool = key(False, "validate the model once, print, and stop")
     replay_step: Period = key(0, "run this step's batch alone on the newest checkpoint from before it, print each example's loss; 0 = off")
+    samples: Period = key(4, "prompts that the model answers at every validation, greedily; 0 = off")
+    sample_prompts: str | None = key(None, "a text file of prompts, one a line; none: the first ones of the validation data")
+    sample_tokens: Count = key(64, "longest answer to them")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
     save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
     save_seconds: Period = key(0, "seconds after which a checkpoint is due even so; 0 = off")
@@ -235,6 +238,10 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
     if not recipe.eval_interval and not recipe.eval_only and recipe.eval_iters:
         raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
+    if not recipe.eval_interval and (unread := given & {"samples", "sample_prompts", "sample_tokens"}):
+        raise ValueError(f"{_names(unread)} would not be read with eval_interval=0, as samples are taken at validations; remove it")
+    if not recipe.samples and (unread := given & {"sample_prompts", "sample_tokens"}):
+        raise ValueError(f"{_names(unread)} would not be read with samples=0; remove it")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
         raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
     if 0 < recipe.skip_spikes <= 1:

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain import ckpt_pt, parity, storage
 from posttrain.checkpoint import is_checkpoint, model_description, read_manifest
+from posttrain.entry import main
 from posttrain.export import write_description, write_model
 from posttrain.policy import load_model
-from posttrain.run import main
 
 LIMIT = 1e-4  # largest difference of logits, by the largest logit: float32 rounding in another order of operations
 

@@ -33,7 +33,7 @@ class MicroBatch(NamedTuple):
     position_ids: torch.Tensor  # (1, T), from 0 in each example
     packing: Packing
     rows: torch.Tensor  # (N,) row whose hidden state predicts the target
-    targets: torch.Tensor  # (N,)
+    targets: torch.Tensor | None  # (N,); None: which would be likeliest is asked
     answers: torch.Tensor  # (N,) index of the answer that the target belongs to
     beyond: torch.Tensor  # (N,) 1 where the target lies beyond the length of the pair's other answer, else 0
     num_answers: int
@@ -82,6 +82,11 @@ class Split:
             sums = self.reference_sums[np.asarray(indices, dtype=np.int64)]
             batch = batch._replace(reference_sums=torch.from_numpy(sums).view(-1, 2))
         return batch
+
+    @property
+    def answer_tokens(self) -> np.ndarray:
+        """Trained tokens of each example; of a pair the mean of both answers."""
+        return self.trained if self.kind == "sft" else (self.token_counts("chosen") + self.token_counts("rejected")) / 2
 
     def token_counts(self, column: str) -> np.ndarray:
         """Of a column of token ids, by example."""

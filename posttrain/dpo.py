@@ -18,12 +18,14 @@ from posttrain.engine import (
     read_ds_config,
     start_distributed,
 )
+from posttrain.entry import main
 from posttrain.fit import planned
 from posttrain.loop import train
 from posttrain.objectives import DPO, needs_reference
 from posttrain.policy import load_chat, load_policy, prepare_command
-from posttrain.run import Run, already_finished, main, resolve
+from posttrain.run import Run, already_finished, resolve
 from posttrain.step import Training
+from posttrain.terminal import keep_noise
 
 
 def dpo() -> None:
@@ -34,6 +36,7 @@ def dpo() -> None:
     if already_finished(recipe, rank):
         return
 
+    keep_noise()
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
     chat = load_chat(recipe, prepared.manifest)

@@ -4,6 +4,7 @@ import gc
 import math
 import time
 
+import psutil
 import torch
 from torch import distributed as dist
 
@@ -13,17 +14,19 @@ from posttrain.card import model_card
 from posttrain.chat import ChatFormat
 from posttrain.config import AUTO, DPORecipe, Recipe
 from posttrain.data import PreparedData, Split
+from posttrain.health import Facts
 from posttrain.keeper import Keeper
 from posttrain.layers import count_as_saved
 from posttrain.losses import LOSSES
 from posttrain.objectives import DPO
 from posttrain.ranks import on_rank_0
 from posttrain.run import Run
+from posttrain.samples import Samples
 from posttrain.schedule import learning_rate
 from posttrain.step import Training, evaluate, example_losses, step_share, train_step
+from posttrain.terminal import duration
 
 MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not learned
-TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; a learning rate of 5e-7 is above it, see tests/test_precision.py
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -44,7 +47,8 @@ def describe(recipe: Recipe, data: PreparedData, run: Run, model, steps: int, ch
         f"step     {recipe.global_batch_size} examples x {tokens:.0f} tokens = {recipe.global_batch_size * tokens:,.0f} tokens, "
         f"on {dist.get_world_size()} ranks in micro-batches of at most {recipe.max_tokens_per_gpu:,}"
     )
-    run.say(f"run      {steps} steps = {passes:.2f} passes over the data, into {run.path}")
+    run.say(f"run      {steps} steps = {passes:.2f} passes over the data")
+    run.say(f"into     {run.path}/: checkpoints/, final/ (the model), metrics.jsonl, logs/; curves: tensorboard --logdir {run.path.parent}")
     for choice in choices:
         run.say(f"kernel   {choice}")
     if recipe.checks == "off":
@@ -75,6 +79,8 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     describe(recipe, data, run, engine.module.model, steps, [*choices, engines.describe_optimizer(engine)])
     _check_positions(data, engine.module.model.config)
     check_start(training)
+    if not recipe.only_looks:
+        run.say(f"time     about {duration(steps * expected_seconds(training))} for all steps, by a timed forward pass")
     keeper = Keeper(training, run, steps)
     done = keeper.resume()
     if steps < done:
@@ -85,16 +91,20 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     if recipe.eval_only:
         if not len(data.validation):
             raise ValueError(f"eval_only: {recipe.data_dir} has no validation rows; prepare it with --val_size")
-        run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(training).items()))
+        run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(training)[0].items()))
         return
 
     model = engine.module.model
     keeper.begin(done, export.written_bytes(model))
-    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder))
-    if _validates_at(training, done, steps) and not on_rank_0(lambda: run.has(done, "eval")):
-        _validate(training, run, done)  # before the first step, or where a stop left it out
+    facts = Facts(
+        count_as_saved(model), len(data.train), data.manifest.get("copies", 0), engine.module.scale, float(data.train.answer_tokens.mean())
+    )
+    samples = Samples(recipe, data, chat)
+    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder), data.manifest, facts)
+    if _validates_at(recipe, done, steps) and not on_rank_0(lambda: run.has_looked(done)):
+        _look(training, samples, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
-    tokens, told_too_small = _tokens_before(recipe, data.train, done), False
+    tokens = _tokens_before(recipe, data.train, done)
     gc.collect()
     gc.freeze()
     gc.disable()  # within a step a collection on one rank makes all others wait: they collect together, between steps
@@ -116,20 +126,15 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
             "num_tokens": tokens,
             "step_ms": 1000 * seconds,
             "tokens_per_second": step_tokens / seconds,
+            "memory_gb": _memory(training.device) / 1e9,
         }
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
         if reason:
             _refused(training, run, keeper, step, reason, metrics)
-        elif sample and not told_too_small and lr > recipe.learning_rate / 2 and metrics["bf16_changed"] < TOO_SMALL:
-            told_too_small = True
-            run.say(
-                f"warning  step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {lr:.1e} an update "
-                "is too small to register. The float32 master weights keep it, but the model hardly moves; raise learning_rate"
-            )
         validation = None
-        if _validates_at(training, step, steps) and (step == steps or not training.counted["stop"]):  # a stop must not wait for it
-            validation = _validate(training, run, step)
+        if _validates_at(recipe, step, steps) and (step == steps or not training.counted["stop"]):  # a stop must not wait for it
+            validation = _look(training, samples, run, step)
         if keeper.after(step, validation, time.perf_counter() - started):
             keeper.say_stopped(step)
             run.close()
@@ -137,18 +142,25 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     finish(training, run)
 
 
-def _validates_at(training: Training, step: int, steps: int) -> bool:
+def _validates_at(recipe: Recipe, step: int, steps: int) -> bool:
     """Every eval_interval steps, from step 0 on, and after the last one."""
-    interval = training.recipe.eval_interval
-    return bool(interval and len(training.data.validation)) and (step % interval == 0 or step == steps)
+    return recipe.eval_interval > 0 and (step % recipe.eval_interval == 0 or step == steps)
 
 
-def _validate(training: Training, run: Run, step: int) -> float:
-    """Measure, log and say; returns the loss. All ranks."""
-    metrics = evaluate(training)
-    run.log(step, "eval", metrics)
-    run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics["loss"]
+def _look(training: Training, samples: Samples, run: Run, step: int) -> float | None:
+    """Validate where there is something to validate on, and answer the fixed prompts; returns the loss. All ranks."""
+    started, metrics = time.perf_counter(), {}
+    if len(training.data.validation):
+        metrics, examples = evaluate(training)
+        run.log_histograms(step, examples)
+        run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if samples.prompts:
+        answers = samples.ask(training)
+        run.log_samples(step, answers)
+        metrics["sample_tokens"] = sum(answer["tokens"] for answer in answers) / len(answers)
+    if metrics:
+        run.log(step, "eval", metrics | {"runtime": time.perf_counter() - started})
+    return metrics.get("loss")
 
 
 def _refused(training: Training, run: Run, keeper: Keeper, step: int, reason: str, metrics: dict[str, float]) -> None:
@@ -201,6 +213,32 @@ def finish(training: Training, run: Run) -> None:
     run.finished()
     run.say(f"saved {run.final}")
     run.close()
+
+
+@torch.no_grad()
+def expected_seconds(training: Training) -> float:
+    """Of a mean step, by the time of one forward pass; a backward pass takes two, and what is recomputed comes on top. All ranks."""
+    recipe, train = training.recipe, training.data.train
+    _, mine = step_share(training, 1)
+    batch = train.micro_batch(mine[0]).to(training.device)
+    times = []
+    training.engine.eval()
+    for _ in range(2):  # the first may compile
+        started = time.perf_counter()
+        training.engine(batch)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        times.append(time.perf_counter() - started)
+    training.engine.train()
+    passes = 3 + {"none": 0, "selective": 0.6}.get(recipe.activation_checkpointing, 1)
+    passes += isinstance(training.objective, DPO) and training.objective.reference is not None
+    tokens = train.lengths.mean() * recipe.global_batch_size / dist.get_world_size()
+    return passes * min(times) * tokens / batch.input_ids.shape[1]
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that this rank has taken at most; on a CPU those that it holds."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def _check_positions(data: PreparedData, config) -> None:

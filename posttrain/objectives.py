@@ -6,6 +6,7 @@ sums, are reduced over ranks once a step, and carry TRL's names where TRL has th
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from posttrain.config import DPORecipe
@@ -26,9 +27,16 @@ class SFT:
     def totals(self, split: Split, indices) -> dict[str, int]:
         return {"tokens": int(split.trained[indices].sum())}
 
-    def loss(self, batch: MicroBatch, totals: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's share of the step's loss, and the detached sums named in `sums`."""
-        nll = -self.policy(batch).sum()
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the step's loss, and the detached sums named in `sums`.
+
+        `examples` gets a tensor with a number of each example added to the list under each name of one.
+        """
+        logps = self.policy(batch)
+        if examples is not None:
+            lengths = answer_lengths(batch)
+            _add(examples, {"nll": -answer_sums(logps, batch).sum(1) / lengths.clamp(min=1), "answer_tokens": lengths})
+        nll = -logps.sum()
         return nll / totals["tokens"], nll.detach()[None]
 
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
@@ -43,7 +51,7 @@ class SFT:
 class DPO:
     """A preference loss, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
 
-    sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
+    sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "likelier")
 
     def __init__(self, policy: LogProbs, reference: LogProbs | None, recipe: DPORecipe):
         """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs."""
@@ -60,7 +68,7 @@ class DPO:
     def totals(self, split: Split, indices) -> dict[str, int]:
         return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
 
-    def loss(self, batch: MicroBatch, totals: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
         sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
         policy, reference = self.pairs(sums), self.reference_logps(batch)
@@ -70,7 +78,13 @@ class DPO:
         with torch.no_grad():
             reward = rewards(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.beta)
             accurate = (reward.chosen > reward.rejected).double()  # a tie counts as wrong, as in TRL
-            columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected)
+            means = sums.sum(1) / lengths.clamp(min=1)
+            likelier = (means[0::2] > means[1::2]).double()
+            if examples is not None:
+                margins = reward.chosen - reward.rejected
+                _add(examples, {"rewards/chosen": reward.chosen, "rewards/rejected": reward.rejected, "rewards/margins": margins})
+                _add(examples, {"chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
+            columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected, likelier)
             loss_sum, *others = (column.sum() for column in columns)
             return share, torch.stack([loss_sum, nll, *others])
 
@@ -102,6 +116,7 @@ class DPO:
             "rewards/accuracies": mean["accuracies"],
             "logps/chosen": mean["logps_chosen"],
             "logps/rejected": mean["logps_rejected"],
+            "logps/accuracies": mean["likelier"],  # share of pairs whose chosen answer the policy finds likelier, per token
             "nll_loss": nll,
             "preference_loss": mean["loss"],
         }
@@ -114,6 +129,11 @@ class DPO:
     def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
         """(P,) losses of P pairs; lengths (2 P,) as answer_lengths gives them."""
         return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)
+
+
+def _add(examples: dict[str, list[np.ndarray]], values: dict[str, torch.Tensor]) -> None:
+    for name, tensor in values.items():
+        examples.setdefault(name, []).append(tensor.detach().cpu().numpy())
 
 
 def needs_reference(recipe: DPORecipe) -> bool:

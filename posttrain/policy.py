@@ -3,6 +3,7 @@
 `Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
 """
 
+import math
 import pickle
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain import attention, checkpoint, ckpt_pt, hub, layers, shards, tokenization
 from posttrain.chat import ChatFormat, render_prompt
-from posttrain.checks import digest, hash_weights, same_on_all_ranks
+from posttrain.checks import digest, hash_weights, same_on_all_ranks, scale_of_weights
 from posttrain.config import DPORecipe, Recipe, SFTRecipe
 from posttrain.data import MicroBatch, RowBuilder
 from posttrain.logprob import LogProbHead
@@ -45,6 +46,7 @@ class Policy(nn.Module):
         if type(head) is not nn.Linear or head.bias is not None:
             raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
         self.weights: dict[str, str] = {}  # hashes of the tensors as loaded
+        self.scale = math.nan  # of the matrices' weights, their root mean square
         head.__class__ = LogProbHead
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
@@ -59,11 +61,12 @@ class Policy(nn.Module):
         return digest(self.weights)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Float32 log-probs (N,) of the micro-batch's targets."""
+        """Float32 log-probs (N,) of the micro-batch's targets; without targets the likeliest token after each of its rows."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
         ).last_hidden_state
-        return self.head(hidden[0].index_select(0, batch.rows), batch.targets)
+        asked = hidden[0].index_select(0, batch.rows)
+        return self.head(asked).argmax(-1) if batch.targets is None else self.head(asked, batch.targets)
 
 
 def find_model(path: str, how_to_make: str) -> None:
@@ -208,7 +211,7 @@ def load_policy(
     choices.append(f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}")
     policy = build_policy(model, name, recipe.checks == "on")
     choices.append(f"head: {policy.head.choose(recipe.kernels)}")
-    policy.weights = weights
+    policy.weights, policy.scale = weights, scale_of_weights(model)
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:

@@ -1,38 +1,40 @@
-"""A run is a directory: recipe, metrics, TensorBoard events, checkpoints and the final model. Also the terminal and the way out.
+"""A run is a directory: recipe, metrics, TensorBoard events, samples, logs, checkpoints and the final model.
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
-runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, what the run was extended by,
-                            and what max_tokens_per_gpu: auto has found
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, every start and its machine, what the run was
+                            extended by, and what max_tokens_per_gpu: auto has found
+runs/NAME/data.json         the manifest of the data
 runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
 runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
+runs/NAME/samples.jsonl     answers to the fixed prompts, a line for each time they were asked: step, and prompt, answer, tokens of each
+runs/NAME/health.jsonl      what was said of the run's health, and at which step
+runs/NAME/logs/             what libraries printed, a file for each rank
 runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
 runs/NAME/checkpoints/      step_000200/ ... to go on from
 runs/NAME/final/            the result, a Hugging Face folder
 """
 
-import contextlib
 import json
-import math
 import os
-import signal
-import sys
-import time
-import traceback
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
+import numpy as np
+import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
-from posttrain import stopping, storage, watchdog
+from posttrain import storage, terminal
 from posttrain.batches import PLAN_VERSION
 from posttrain.config import Recipe
+from posttrain.engine import read_ds_config
+from posttrain.health import Facts, Finding, Health
+from posttrain.memory import Zero, predict
+from posttrain.records import read_json_lines
+from posttrain.tracking import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
 # Changing these between two starts of a run changes speed, memory or what is shown, never the curve.
 MAY_CHANGE = {
@@ -49,6 +51,9 @@ MAY_CHANGE = {
     "eval_interval",
     "eval_iters",
     "eval_only",
+    "samples",
+    "sample_prompts",
+    "sample_tokens",
     "log_interval",
     "save_interval",
     "save_seconds",
@@ -64,26 +69,11 @@ MAY_CHANGE = {
     "gradient_accumulation_steps",
 }
 
-MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
+LOGS = "logs"
+FROM_STEP_ON = ("metrics.jsonl", "samples.jsonl", "health.jsonl", "bad_batches.jsonl")  # records that a start from an earlier step cuts off
+RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
 CREATING = ".creating"  # there while a run is created: a crash then leaves no run, and the same command begins anew
 LENGTH = {"max_iters", "epochs", "lr_decay_iters"}  # what --extend may change
-
-
-class _Terminal(Console):
-    """Where the terminal has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
-
-    def print(self, *objects, **settings) -> None:
-        try:
-            super().print(*objects, **settings)
-        except OSError:  # a lost terminal gives EIO
-            self.on_broken_pipe()
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Terminal(highlight=False, soft_wrap=True)
 
 
 def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
@@ -117,9 +107,14 @@ def resolve(recipe: Recipe, kind: str, world_size: int) -> Recipe:
             )
     elif recipe.extend:
         raise ValueError(f"--extend makes a run longer, and {out_dir} is not a run: leave --extend out, or name the run's --out_dir")
-    elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(path.name.startswith(".") for path in out_dir.iterdir()):
+    elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(map(_is_no_work, out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})
+
+
+def _is_no_work(path: Path) -> bool:
+    """Whether it may lie in a folder that becomes a run: hidden files, and logs of a start that failed."""
+    return path.name.startswith(".") or path.name == LOGS
 
 
 def _keep_schedule(recipe: Recipe, was: dict, stored: dict) -> Recipe:
@@ -147,7 +142,7 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
     if json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("finished") != _length(recipe):
         return False
     if rank == 0:
-        console.print(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir", markup=False)
+        terminal.say(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir")
     return True
 
 
@@ -171,7 +166,7 @@ class Run:
         self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
         self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
-        self.progress = self.tensorboard = self.wandb = None
+        self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see fit.py
         if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
@@ -186,12 +181,13 @@ class Run:
                     "runs. Put back what it began with, or start a new run with another --out_dir"
                 )
 
-    def _create(self, total_steps: int, describe_model: Callable[[Path], None]) -> None:
+    def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / CREATING).touch()
         (self.path / "model").mkdir(exist_ok=True)
         describe_model(self.path / "model")
         storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+        storage.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
         storage.sync_files(self.path / "model")
@@ -200,15 +196,17 @@ class Run:
         )  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
 
-    def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None]) -> None:
+    def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None], manifest: dict, facts: Facts) -> None:
         """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
 
-        `describe_model` writes what belongs to the model besides weights into a folder, for a new run.
+        `describe_model` writes what belongs to the model besides weights into a folder, for a new run; `manifest` is the data's, `facts`
+        are for the run's health.
         """
+        terminal.keep_noise_in(self.path / LOGS / f"rank_{self.rank}.log")
         if self.rank:
             return
         if not (self.path / "run.json").exists():
-            self._create(total_steps, describe_model)
+            self._create(total_steps, describe_model, manifest)
         elif change := _extension(self.recipe):
             storage.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
             self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
@@ -216,23 +214,35 @@ class Run:
             self._update(fitted=self.fitted)
         if self.recipe.checks == "off":
             self._update(unchecked_from_steps=[first_step])
-        for name in ("metrics.jsonl", "bad_batches.jsonl"):
+        for name in FROM_STEP_ON:
             if (self.path / name).exists():
                 kept = [
                     line for line in (self.path / name).read_text().splitlines() if 1 < first_step > _step_of(line)
                 ]  # at step 1 nothing
                 storage.write_whole(self.path / name, "".join(line + "\n" for line in kept))
         self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.path), purge_step=first_step if first_step > 1 else 0)
-        self.tensorboard.add_text("recipe", f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```")
+        compared = {name: value for name, value in self.settled.items() if value is not None and name not in MAY_CHANGE}
+        self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
-            self.wandb = _start_wandb(self.recipe, json.loads((self.path / "run.json").read_text())["wandb_id"])
-        if console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.percentage:.0f}% | time left"), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=console)
-            self.bar = self.progress.add_task("", total=total_steps, completed=first_step - 1)
-            self.progress.start()
-        self.total_steps, self.step_seconds = total_steps, []
+            name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.settled))
+        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
+        for tracker in self.trackers:
+            tracker.texts(texts, first_step - 1)
+        self.steps = terminal.Steps(first_step, total_steps, self.recipe.log_interval)
+        self.steps.start()
+        self.health = Health(self.recipe, total_steps, facts)
+        for record in read_json_lines(self.path / "metrics.jsonl"):  # what it has seen before a restart
+            self.health.see(record["step"], record["split"], {name: value for name, value in record.items() if name not in RECORD})
+        self.health.told = {record["name"] for record in read_json_lines(self.path / "health.jsonl")}
+        self._tell(first_step - 1, self.health.before())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        start = {"from_step": first_step, "when": _now(), "ranks": dist.get_world_size() if dist.is_initialized() else 1, "device": device}
+        zero, dtype = Zero.of(read_ds_config(self.recipe.ds_config)), getattr(torch, self.recipe.dtype)
+        parts = predict((0, 0), (0, 0), facts.parameters, facts.parameters, zero, start["ranks"], dtype, False, device != "CPU")
+        states = {"weights": parts.weights, "gradients": parts.gradients, "optimizer": parts.optimizer}
+        start |= {"ds_config": Path(self.recipe.ds_config).stem, "states": states}
+        self._update(starts=[start], parameters=facts.parameters)
 
     def _update(self, **changes) -> None:
         """Write into the run how it went on otherwise than it began; lists grow."""
@@ -242,130 +252,92 @@ class Run:
         storage.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """One record, under the same names in metrics.jsonl, TensorBoard (split/name) and wandb."""
+        """One record, under the same names in metrics.jsonl and in what tracks the run (split/name)."""
         if self.rank:
             return
-        self.metrics_file.write(json.dumps({"step": step, "split": split, **_finite(metrics)}) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(f"{split}/{name}", value, step)
-        if self.wandb:
-            self.wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+        self.metrics_file.write(json.dumps({"step": step, "split": split, **finite(metrics)}) + "\n")
+        for tracker in self.trackers:
+            tracker.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
+        self._tell(step, self.health.see(step, split, metrics))
 
-    def has(self, step: int, split: str) -> bool:
-        """Whether the log holds a record."""
-        records = storage.read_json_lines(self.path / "metrics.jsonl")
-        return any(record["step"] == step and record["split"] == split for record in records)
+    def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Numbers of each validation example, as examples/NAME: TensorBoard mixes up a tag that is a scalar's, too."""
+        for tracker in self.trackers:
+            tracker.histograms({f"examples/{name}": array for name, array in values.items()}, step)
+
+    def log_samples(self, step: int, samples: list[dict]) -> None:
+        """Answers to the fixed prompts (prompt, answer, tokens); those of step 0 are shown beside later ones."""
+        if self.rank:
+            return
+        self._append("samples.jsonl", {"step": step, "samples": samples})
+        before = next(record["samples"] for record in read_json_lines(self.path / "samples.jsonl"))
+        begin = "before" if self.facts["kind"] == "sft" else "reference"
+        rows = [
+            {"prompt": one["prompt"], begin: first["answer"], "now": one["answer"]} for one, first in zip(samples, before, strict=False)
+        ]
+        for tracker in self.trackers:
+            tracker.answers(rows, step)
+
+    def _tell(self, step: int, findings: list[Finding]) -> None:
+        """Say, and keep, what is wrong with the run and what to do."""
+        for finding in findings:
+            self._append("health.jsonl", {"step": step, **finding._asdict()})
+            self.say(f"health   step {step}: {finding}")
+            for tracker in self.trackers:
+                tracker.texts({"health": f"**{finding.name}**: {finding}"}, step)
+
+    def _append(self, name: str, record: dict) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def has_looked(self, step: int) -> bool:
+        """Whether the log holds what is measured at a validation."""
+        records = read_json_lines(self.path / "metrics.jsonl")
+        return any(record["step"] == step and record["split"] == "eval" for record in records)
 
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
         if self.rank:
             return
-        self.step_seconds.append(metrics["step_ms"] / 1000)
-        if self.progress:
-            self.progress.update(self.bar, completed=step)
-        if step % self.recipe.log_interval and step != self.total_steps:
-            return
-        recent = self.step_seconds[-20:]
-        left = (self.total_steps - step) * sum(recent) / len(recent)
-        parts = [f"step {step}/{self.total_steps}", f"loss {metrics['loss']:.4f}"]
+        parts = [f"loss {metrics['loss']:.4f}"]
         if "rewards/margins" in metrics:
-            parts.append(f"margin {metrics['rewards/margins']:.3f}  accuracy {metrics['rewards/accuracies']:.2f}")
+            parts += [f"margin {metrics['rewards/margins']:.3f}", f"accuracy {metrics['rewards/accuracies']:.2f}"]
         parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
-        self.say(" | ".join(parts) + ("" if self.progress else f" | {_duration(left)} left"))
+        self.steps.step(step, metrics["step_ms"] / 1000, [*parts, f"{metrics['memory_gb']:.1f} GB"])
 
     def bad_batch(self, step: int, reason: str, metrics: dict[str, float], examples: list[dict]) -> None:
         """Record a step that was not applied."""
         if self.rank:
             return
-        numbers = _finite({name: metrics[name] for name in ("loss", "grad_norm")})
-        facts = {"step": step, "reason": reason, **numbers, "examples": examples}
-        with (self.path / "bad_batches.jsonl").open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+        numbers = finite({name: metrics[name] for name in ("loss", "grad_norm")})
+        self._append("bad_batches.jsonl", {"step": step, "reason": reason, **numbers, "examples": examples})
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            console.print(text, markup=False)
+            terminal.say(text)
 
     def sync(self) -> None:
         """Put the logs on the disk: what a checkpoint follows must not be lost where the checkpoint is not."""
         if self.rank == 0:
             os.fsync(self.metrics_file.fileno())
-            self.tensorboard.flush()
+            for tracker in self.trackers:
+                tracker.flush()
 
     def finished(self) -> None:
         """Note that final/ is there, and for how long a run."""
         if self.rank == 0:
-            self._update(finished=_length(self.recipe))
+            self._update(finished=_length(self.recipe), ended=_now())
 
     def close(self) -> None:
-        if self.rank or self.tensorboard is None:
+        if not self.trackers:
             return
-        if self.progress:
-            self.progress.stop()
+        terminal.stop_live()
         self.metrics_file.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        for tracker in self.trackers:
+            tracker.close()
 
 
-def main(script: Callable[[], None]) -> None:
-    """Run a script's main function on this rank, and leave. A user's mistake ends with one message from rank 0 and a non-zero exit on all.
-
-    Leaving skips the interpreter's shutdown: there a process group's threads may end in std::terminate (seen with gloo, torch 2.13), or
-    hang where a peer is gone, although all work is done.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        script()
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
-        _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if isinstance(error, ValueError) else 1)
-    except Exception:
-        details = traceback.format_exc()
-        if gone := watchdog.explain():  # what failed here is what another rank's end has caused
-            watchdog.say(gone)
-            os._exit(watchdog.LOST)
-        _fail(rank, details, "")
-    if dist.is_initialized():
-        dist.barrier()
-        watchdog.close()
-        dist.barrier()
-        dist.destroy_process_group()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        stopping.tell_that_all_is_well()
-    os._exit(0)
-
-
-def _fail(rank: int, message: str, details: str, code: int = 1) -> NoReturn:
-    """Rank 0 speaks. Others mostly failed alike and are ended by the launcher while they wait; one that failed alone speaks after all."""
-    watchdog.fall_silent()
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        message = f"rank {rank}: {message}"
-    watchdog.say(message)
-    if details and os.environ.get("POSTTRAIN_TRACEBACK"):
-        watchdog.say(details)
-    os._exit(code)
-
-
-def _start_wandb(recipe: Recipe, identity: str):
-    """The same Weights & Biases run at every start; steps that it has already are not logged twice."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("wandb_log=True needs the wandb package: pip install wandb") from None
-    name = recipe.wandb_run_name or Path(recipe.out_dir).name
-    settings = {"project": recipe.wandb_project, "name": name, "dir": recipe.out_dir, "config": recipe.model_dump()}
-    return wandb.init(**settings, id=identity, resume="allow")
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no nan."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def _step_of(line: str) -> float:
@@ -374,9 +346,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return float("inf")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

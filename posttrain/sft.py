@@ -10,12 +10,14 @@ from posttrain import data
 from posttrain.checks import same_inputs_on_all_ranks
 from posttrain.config import SFTRecipe, load_recipe
 from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
+from posttrain.entry import main
 from posttrain.fit import planned
 from posttrain.loop import train
 from posttrain.objectives import SFT
 from posttrain.policy import load_chat, load_policy, prepare_command
-from posttrain.run import Run, already_finished, main, resolve
+from posttrain.run import Run, already_finished, resolve
 from posttrain.step import Training
+from posttrain.terminal import keep_noise
 
 
 def sft() -> None:
@@ -26,6 +28,7 @@ def sft() -> None:
     if already_finished(recipe, rank):
         return
 
+    keep_noise()
     ds_config = read_ds_config(recipe.ds_config)
     prepared = data.load(recipe.sft_data_dir, "sft", prepare_command(recipe))
     chat = load_chat(recipe, prepared.manifest)

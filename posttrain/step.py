@@ -122,19 +122,21 @@ def try_largest(training: Training) -> int:
 
 
 @torch.no_grad()
-def evaluate(training: Training) -> dict[str, float]:
-    """Metrics over the validation set, every example once, weighted as in training, on all ranks. All ranks."""
+def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics over the validation set, every example once, weighted as in training, and numbers of each example by name. All ranks."""
     recipe, objective, validation = training.recipe, training.objective, training.data.validation
     count = min(len(validation), recipe.eval_iters * recipe.global_batch_size or len(validation))
     indices = np.arange(count)
     sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=training.device)
-    totals = objective.totals(validation, indices)
+    totals, examples = objective.totals(validation, indices), {}
     training.engine.eval()
     for part in batches.my_share(indices, validation.lengths, recipe, dist.get_rank(), dist.get_world_size()):
         watchdog.enter("eval")
-        sums += objective.loss(validation.micro_batch(part).to(training.device), totals)[1]
+        sums += objective.loss(validation.micro_batch(part).to(training.device), totals, examples)[1]
     training.engine.train()
-    return _reduce(objective, sums, totals)
+    shares = gathered({name: np.concatenate(values) for name, values in examples.items()})
+    everyones = {name: np.concatenate([share[name] for share in shares if name in share]) for name in shares[0]}
+    return _reduce(objective, sums, totals), everyones
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import os
 import threading
 from pathlib import Path
@@ -141,11 +140,6 @@ def file_facts(path: Path) -> dict:
     """Size and checksum of a file, as a manifest holds them."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a file with one in each line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_whole(path: Path, text: str) -> None:

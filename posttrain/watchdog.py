@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 from torch import distributed as dist
 
+from posttrain import terminal
 from posttrain.rendezvous import INTERFACES
 
 PHASES = ("connect", "data", "forward", "backward", "step", "eval", "save")  # the first, then in the order of a step
@@ -166,7 +167,7 @@ class Watchdog:
         shown = [self.main_thread, *(ident for ident, name in names.items() if name.startswith(AHEAD))]  # the one may wait for the other
         stack = "".join(line for ident in shown for line in traceback.format_stack(frames[ident]))
         here = f"rank {self.rank} was in phase {self.phase} of step {self.step} for {time.monotonic() - self.since:.0f} s:\n{stack}"
-        say(f"{self._report(self.lost)}\n{here}" if self._speaks_for(self.lost) else here)
+        terminal.say_error(f"{self._report(self.lost)}\n{here}" if self._speaks_for(self.lost) else here)
         time.sleep(3 * self.tick)  # the others hear of it before this rank, which may keep the store, has gone
         for rank in set(self.lost) - {self.rank}:
             self._kill(self.told[rank])
@@ -230,11 +231,3 @@ def _process_state(words: dict) -> str | None:
 def _born(pid: int) -> int:
     """When a process began, in clock ticks since the machine did: psutil's time moves with the clock on the wall."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-
-
-def say(text: str) -> None:
-    """To the terminal, where it is still there, in one piece."""
-    try:
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
-    except (OSError, ValueError):
-        return

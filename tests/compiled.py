@@ -15,7 +15,7 @@ from torch import distributed as dist  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
-from posttrain.run import main  # noqa: E402
+from posttrain.entry import main  # noqa: E402
 from posttrain.step import evaluate, train_step  # noqa: E402
 
 RECIPE = {"out_dir": "unused", "max_iters": 6, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "dtype": "float32"}
@@ -35,7 +35,7 @@ def work(folder: Path, kind: str, zero: str) -> dict:
                 metrics, reason = train_step(training, step)
                 assert reason is None
                 curve += [metrics["loss"], metrics["grad_norm"]]
-            curve.append(evaluate(training)["loss"])
+            curve.append(evaluate(training)[0]["loss"])
             graphs = counters["stats"]["unique_graphs"] - before.get("unique_graphs", 0)
             seen.append({"graphs": graphs, "breaks": sum(counters["graph_break"].values())})
     lengths = len({int(n) for n in training.data.train.lengths})

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import make_tiny
+
+from posttrain.health import Facts
 
 ROOT = Path(__file__).resolve().parents[1]
 # started in the background by a shell that is no terminal's, this process ignores SIGINT, and so would every rank that a test starts
@@ -72,7 +75,41 @@ def rank_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
+def start_run(run, first_step: int, total_steps: int) -> None:
+    """Of a run.Run without a model or data."""
+    tokens = {"per_epoch": 1, "trained_per_epoch": 1}
+    manifest = {
+        "counts": {"train": 1, "validation": 0},
+        "rows": 1,
+        "sources": [],
+        "tokens": tokens,
+        "ledger": {},
+        "changes": {},
+        "notes": [],
+    }
+    run.start(first_step, total_steps, lambda folder: None, manifest, Facts(1, 1, 0, 1.0, 1.0))
+
+
 def metrics(run: Path, split: str = "train") -> list[dict]:
     """The records of a run's metrics.jsonl."""
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, Debian's where it is not there yet and can be installed."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            pytest.skip("needs Chromium; as root on Debian it is installed")
+        quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
+        subprocess.run(["apt-get", "update", "-qq"], check=True, **quiet)
+        subprocess.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium", "fonts-dejavu"], check=True, **quiet)
+        found = shutil.which("chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from posttrain import fit, sft, shards
-from posttrain.run import main
+from posttrain.entry import main
 
 usable, adapt = fit._usable, fit.adapt
 

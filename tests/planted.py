@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from posttrain import data, dpo, loop, policy, sft  # noqa: E402
+from posttrain.entry import main  # noqa: E402
 from posttrain.objectives import DPO, SFT  # noqa: E402
-from posttrain.run import main  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
 SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}

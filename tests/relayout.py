@@ -17,8 +17,8 @@ from torch import distributed as dist  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
 from posttrain.checkpoint import Checkpoints  # noqa: E402
+from posttrain.entry import main  # noqa: E402
 from posttrain.loop import check_start  # noqa: E402
-from posttrain.run import main  # noqa: E402
 from posttrain.step import train_step  # noqa: E402
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")

@@ -10,12 +10,27 @@ import mutations
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
-    *("losses", "config", "schedule", "batches", "chat", "hub", "errors", "rendezvous", "watchdog", "ranks", "storage", "stopping", "card"),
+    *(
+        "losses",
+        "config",
+        "schedule",
+        "batches",
+        "chat",
+        "hub",
+        "errors",
+        "records",
+        "terminal",
+        "rendezvous",
+        "watchdog",
+        "ranks",
+        "storage",
+    ),
+    *("stopping", "entry", "card", "charts", "tracking", "health"),
     *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
     *("guard", "objectives", "engine", "checks", "shards", "checkpoint", "policy", "memory", "planner", "export", "run", "reference"),
-    *("step", "fit", "keeper", "loop"),
+    *("step", "samples", "fit", "keeper", "loop"),
 ]
-SCRIPTS = {"sft", "dpo", "convert", "plan"}
+SCRIPTS = {"sft", "dpo", "convert", "plan", "report"}
 
 
 def imported(path: Path) -> set[str]:

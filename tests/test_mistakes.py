@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import launch
+from conftest import launch, start_run
 from test_runs import sft_arguments
 
 from posttrain import data, dpo, engine, hub, loop, policy, run, sft
@@ -102,16 +102,12 @@ def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
         loop._check_positions(prepared, types.SimpleNamespace(max_position_embeddings=20))
 
 
-def describe_nothing(folder) -> None:
-    """Of the model that these runs are without."""
-
-
 def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {})
     begun = run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
     assert not (tmp_path / "run").exists()  # a start that a check stops leaves nothing behind
-    begun.start(1, 1, describe_nothing)
+    start_run(begun, 1, 1)
     begun.close()
     run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
     with pytest.raises(ValueError, match="data changed since .*/run began"):
@@ -119,7 +115,7 @@ def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     with pytest.raises(ValueError, match="begun by another version of this code.*another --out_dir"):
         run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
     unchecked = run.Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
-    unchecked.start(1, 1, describe_nothing)
+    start_run(unchecked, 1, 1)
     unchecked.close()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
     (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
@@ -130,10 +126,10 @@ def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 9, "global_batch_size": 1}
     for first_step, expected in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1, 2])):
         here = run.Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
-        here.start(first_step, 9, describe_nothing)
+        start_run(here, first_step, 9)
         if first_step == 1:
             here.log(0, "eval", {"loss": 1.0})
-        here.log(first_step, "train", {"loss": 1.0})
+        here.log(first_step, "train", {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5})
         here.close()
         assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == expected
 

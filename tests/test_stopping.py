@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, last_of_each, launch_command, metrics, rank_environment
+from conftest import ROOT, last_of_each, launch_command, metrics, rank_environment, start_run
 from test_runs import sft_arguments
 
 from posttrain import run
@@ -176,7 +176,7 @@ def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run")}
     short = build_recipe(SFTRecipe, values, {})
     begun = run.Run(short, "sft", 0, {})
-    begun.start(1, 6, lambda folder: None)
+    start_run(begun, 1, 6)
     (tmp_path / "run" / "final").mkdir()
     begun.finished()
     begun.close()
@@ -187,7 +187,7 @@ def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
         longer = run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
         assert not run.already_finished(longer, 0)
         again = run.Run(longer, "sft", 0, {})
-        again.start(7, 9, lambda folder: None)
+        start_run(again, 7, 9)
         again.close()
     again.finished()
     assert run.already_finished(run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)

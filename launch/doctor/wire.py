@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from posttrain import ranks, watchdog
+from posttrain import ranks, terminal, watchdog
 
 SMALLEST, LARGEST = 2**10, 2**30  # bytes
 LONG = 0.3  # seconds; an all-reduce that takes longer is the last
@@ -110,7 +110,7 @@ def work(local_rank: int, spec: dict) -> None:
         sizes = all_reduces(device, synchronize)
         found = pairs(slots, max(size for size, *_ in sizes if size <= 2**28), device, synchronize, store)
     except (ValueError, RuntimeError) as error:
-        watchdog.say(watchdog.explain() or f"error: {error}")
+        terminal.say_error(watchdog.explain() or f"error: {error}")
         os._exit(1)
     if rank == 0:
         print("FOUND " + json.dumps({"backend": dist.get_backend(), "sizes": sizes, "pairs": found}), flush=True)

@@ -14,12 +14,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import transformers
 import world  # beside this script, which puts its own folder on the path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain import charts
 from posttrain.chat import ChatFormat, render_prompt
 
 MODELS = ("base", "sft", "dpo")
@@ -109,27 +109,6 @@ def samples(prompts: dict[str, list[dict]], answers: dict[str, dict[str, Answer]
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Rate]], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
-    for offset, model, colour in zip((-0.27, 0, 0.27), MODELS, ("#b8bcc4", "#5b8def", "#e07b39"), strict=True):
-        cells = [results[model][metric] for metric in MEANING]
-        errors = [
-            [max(0.0, 100 * side) for side in sides] for sides in zip(*((r.value - r.low, r.high - r.value) for r in cells), strict=True)
-        ]
-        places = [index + offset for index in range(len(cells))]
-        bars = axes.bar(places, [100 * r.value for r in cells], 0.25, yerr=errors, label=model.upper(), color=colour, capsize=3)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
-    names = [metric.replace("_", " ") + ("\n(lower is better)" if metric == "made_up" else "") for metric in MEANING]
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylim=(0, 112), ylabel="% of prompts", title="What SFT and DPO are each for, on prompts never trained on")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=3, loc="upper right")
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for model in MODELS:
@@ -144,7 +123,8 @@ def main() -> None:
     results = {model: rates(prompts, answers[model]) for model in MODELS}
     plain = {model: {metric: rate._asdict() for metric, rate in cells.items()} for model, cells in results.items()}
     (arguments.out_dir / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
-    draw(results, arguments.out_dir / "results.png")
+    figure = charts.bars("What SFT and DPO are each for, on prompts never trained on (made up: lower is better)", plain)
+    charts.save_png(figure, arguments.out_dir / "results.png")
     print(samples(prompts, answers), table(results), sep="\n\n")
 
 

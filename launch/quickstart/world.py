@@ -1,6 +1,7 @@
 """The small invented world of the quickstart: what the base model reads, what SFT and DPO teach, and how answers are scored.
 
-    python launch/quickstart/world.py OUT_DIR [corpus]     writes sft.jsonl, dpo.jsonl and eval.json, or with corpus corpus.jsonl
+    python launch/quickstart/world.py OUT_DIR [corpus]     writes sft.jsonl, dpo.jsonl, eval.json and a few
+                                                           of its prompts in prompts.txt; with corpus: corpus.jsonl
 
 The world has people with a home, a job and a pet. The base model reads about all of them in plain documents, reads of strangers
 that nobody knows them, and never sees a chat. SFT shows the chat format on some of the people and on word games; its answers are
@@ -303,6 +304,8 @@ def main(out_dir: str, what: str = "") -> None:
     check_no_leaks()
     prompts = eval_prompts()
     (out / "eval.json").write_text(json.dumps(prompts, indent=1))
+    few = [items[:2] for metric, items in prompts.items() if metric in ("follows_instructions", "known_facts", "made_up")]
+    (out / "prompts.txt").write_text("".join(item["prompt"] + "\n" for items in few for item in items))
     print(f"{out / 'eval.json'}: " + ", ".join(f"{metric} {len(items)}" for metric, items in prompts.items()))
 
 

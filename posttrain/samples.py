@@ -1,0 +1,92 @@
+"""Answers of the model in training to a few fixed prompts, before the first step and at every validation: what the curves do not show."""
+
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from posttrain import watchdog
+from posttrain.chat import IGNORE, ChatFormat, render_prompt
+from posttrain.config import Recipe
+from posttrain.data import PreparedData, RowBuilder
+from posttrain.ranks import gathered
+from posttrain.step import Training
+
+
+class Samples:
+    """Fixed prompts, as token ids, and how they are answered."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, chat: ChatFormat):
+        """Raises ValueError or FileNotFoundError for a file of prompts that is not one."""
+        self.most, self.chat = recipe.sample_tokens, chat
+        if recipe.sample_prompts:
+            system = data.manifest["options"].get("system_prompt")
+            begin = [{"role": "system", "content": system}] if system else []
+            self.texts = _read_prompts(Path(recipe.sample_prompts))[: recipe.samples]
+            self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
+        else:
+            split = data.validation if len(data.validation) else data.train
+            self.prompts = [_prompt(split.table[index]) for index in range(min(recipe.samples, len(split)))]
+            self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
+
+    def ask(self, training: Training) -> list[dict]:
+        """The prompts with the greedy answers of the model as it is now. All ranks."""
+        answers = generate(training, self.prompts, self.most, {self.chat.end_id, self.chat.tokenizer.eos_token_id})
+        return [
+            {"prompt": text, "answer": self.chat.tokenizer.decode(ids), "tokens": len(ids), "stopped": stopped}
+            for text, (ids, stopped) in zip(self.texts, answers, strict=True)
+        ]
+
+
+def _read_prompts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"sample_prompts: there is no file {path}; it holds a prompt a line")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"sample_prompts: {path} holds no prompt; expected one a line")
+    return lines
+
+
+def _prompt(example: dict) -> list[int]:
+    """Of a prepared row: what comes before the first answer; of a document, which is trained from its beginning, the first half."""
+    if "prompt" in example:
+        return example["prompt"]
+    first = next(index for index, label in enumerate(example["labels"]) if label != IGNORE)
+    return example["input_ids"][: first if first > 1 else max(1, len(example["input_ids"]) // 2)]
+
+
+@torch.no_grad()
+def generate(training: Training, prompts: list[list[int]], most: int, stop: set[int]) -> list[tuple[list[int], bool]]:
+    """Of each prompt the greedy answer of at most `most` tokens, without its stop token, and whether it stopped by itself. All ranks.
+
+    By the forward pass of training: each rank's share of the prompts is one packed row, read anew for every token. For a few prompts
+    that costs less than a cache would save, and does not care how weights are sharded.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = prompts[rank::ranks]
+    answers: list[list[int]] = [[] for _ in mine]
+    training.engine.eval()
+    while True:
+        watchdog.enter("eval")
+        going = [index for index, answer in enumerate(answers) if len(answer) < most and not stop.intersection(answer[-1:])]
+        left = torch.tensor([len(going)], device=training.device)
+        dist.all_reduce(left)
+        if not left.item():
+            break
+        chosen = training.engine(_next_tokens([mine[index] + answers[index] for index in going], training.device))
+        for index, token in zip(going, chosen.tolist(), strict=False):  # a rank that is done reads one token, as all must read
+            answers[index].append(token)
+    training.engine.train()
+    done = [(answer[:-1], True) if stop.intersection(answer[-1:]) else (answer, False) for answer in answers]
+    shares = gathered(done)
+    return [shares[number % ranks][number // ranks] for number in range(len(prompts))]
+
+
+def _next_tokens(sequences: list[list[int]], device: torch.device):
+    """A micro-batch that asks for the token after each sequence."""
+    builder = RowBuilder()
+    for ids in sequences or [[0]]:
+        builder.add_sequence(ids, [IGNORE] * len(ids))
+    batch = builder.build()
+    last = batch.packing.segments[:, 1] - 1
+    return batch._replace(rows=last, targets=None).to(device)

@@ -1,0 +1,82 @@
+"""Worker of test_plan.py, started by the deepspeed launcher: bytes that a rank sends in a step, counted, beside what the planner says.
+
+sent.py TINY FILE      FILE: {"KIND, ZERO, DTYPE, micro-batches": {"counted": bytes by collective, "planned": bytes}}
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny import build_training  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch import distributed as dist  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from posttrain import engine as engines  # noqa: E402
+from posttrain.entry import main  # noqa: E402
+from posttrain.planner import Planner, this_machine  # noqa: E402
+from posttrain.step import step_share, train_step  # noqa: E402
+
+# Of the bytes given to a collective, in shares of (ranks - 1) / ranks, what each rank sends by the algorithms that need the least
+SENT = {"allreduce": (0, 2), "allgather": (0, 1), "reduce_scatter": (1, 1), "broadcast": (0, 1), "reduce": (0, 1)}
+WAYS = [
+    *[
+        ("sft", zero, dtype, tokens)
+        for zero in ("zero0", "zero1", "zero2", "zero3")
+        for dtype, tokens in (("float32", 64), ("bfloat16", 512))
+    ],
+    ("dpo", "zero2", "float32", 80),
+]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the collectives' bytes by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._schema.name.removeprefix("c10d::").strip("_")
+            if known := next((known for known in ("reduce_scatter", *SENT) if name.startswith(known)), None):
+                argument, times = SENT[known]
+                size = sum(leaf.nbytes for leaf in tree_leaves(args[argument]) if isinstance(leaf, Tensor))
+                self.sent[name] += times * size * (dist.get_world_size() - 1) / dist.get_world_size()
+            else:
+                assert name in ("barrier", "monitored_barrier"), name
+        return function(*args, **(kwargs or {}))
+
+
+def sent() -> None:
+    tiny, file = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    found = {}
+    for kind, zero, dtype, tokens in WAYS:
+        settings = {
+            "max_iters": 4,
+            "global_batch_size": 8,
+            "max_tokens_per_gpu": tokens,
+            "dtype": dtype,
+            "ds_config": f"ds_configs/{zero}.json",
+        }
+        training = build_training(tiny, kind, {"out_dir": "unused", **settings})
+        train_step(training, 1)  # makes what the first step makes
+        engines.set_learning_rate(training.engine, 1e-3)
+        with Counting() as counting:
+            train_step(training, 2)
+        micro_batches = len(step_share(training, 2)[1])
+        planner = Planner(training.recipe, this_machine(1), dist.get_world_size(), 1)
+        mine = planner.work.lengths.mean() * planner.batch / planner.ranks
+        _, planned = planner.step(zero, "none", int(mine / micro_batches) + 1)
+        found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
+        training.engine.destroy()
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(found, indent=2))
+
+
+main(sent)
