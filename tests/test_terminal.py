@@ -33,7 +33,7 @@ def shown(width: int, interval: int = 10, done: int = 37) -> str:
 
 def test_the_live_line_holds_what_fits():
     assert shown(200) == f"{'━' * 40}  37/200  18%  1:22 left  " + "  ".join(PARTS)
-    assert shown(80).endswith("37/200  18%  1:22 left  loss 1.2345  margin 0.123")
+    assert shown(80).endswith("37/200  18%  1:22 left  loss 1.2345  margin 0.123  lr 2.00e-05")
     for width in range(10, 220):
         assert len(shown(width)) < max(width, 12), width
         assert "\n" not in shown(width)
