@@ -266,7 +266,7 @@ class Planner:
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
         sent = {  # gradients of stages 0 to 2 by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
             "zero0": 2 * size,
-            "zero1": 2 * 4 * self.count + size,
+            "zero1": 2 * size + size,
             "zero2": micro_batches * 2 * size + size,
         }.get(ds_config, micro_batches * 3 * size) * others
         if self.reference:
