@@ -26,7 +26,6 @@ from posttrain.step import step_share, train_step  # noqa: E402
 SENT = {"allreduce": (0, 2), "allgather": (0, 1), "reduce_scatter": (1, 1), "broadcast": (0, 1), "reduce": (0, 1)}
 WAYS = [
     *[("sft", zero, dtype, tokens) for zero in ("zero0", "zero1", "zero2") for dtype, tokens in (("float32", 64), ("bfloat16", 512))],
-    ("dpo", "zero2", "float32", 80),
 ]
 
 
