@@ -24,7 +24,7 @@ started=$SECONDS
 out=runs/quickstart
 base=launch/quickstart/base
 mkdir -p "$out"
-[ -f "$out/world/eval.json" ] || python launch/quickstart/world.py "$out/world"
+[ -f "$out/world/prompts.txt" ] || python launch/quickstart/world.py "$out/world"
 [ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/sft"
 [ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/dpo"
 

@@ -38,15 +38,11 @@ def draw(title: str, curves: list[Curve], log_scale: bool = False):
         steps, values = thinned(curve.steps, curve.values)
         axes.plot(steps, values, color=curve.colour, linewidth=0.7, alpha=0.3)
         axes.plot(steps, smoothed(values, max(1, round(len(values) * SMOOTH))), linewidth=1.6, **style)
-    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    _dress(axes, title)
     axes.set_xlabel("step", color=INK, fontsize=9)
     if log_scale and all((curve.values[np.isfinite(curve.values)] > 0).all() for curve in curves):
         axes.set_yscale("log")
-    axes.tick_params(colors=INK, labelsize=8)
     axes.grid(color=INK, alpha=0.18, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
     if len(curves) > 1:
         legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
         legend.set_zorder(5)
@@ -71,13 +67,18 @@ def bars(title: str, results: dict[str, dict[str, dict]]):
     axes.set_xticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
     axes.set_ylim(0, 115)
     axes.set_ylabel("%", color=INK, fontsize=9)
+    _dress(axes, title)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=len(results), loc="upper right")
+    return figure
+
+
+def _dress(axes, title: str) -> None:
+    """A title, and lines and numbers in ink."""
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.tick_params(colors=INK, labelsize=8)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=len(results), loc="upper right")
-    return figure
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

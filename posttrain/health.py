@@ -9,6 +9,7 @@ from statistics import mean, median, pstdev
 from typing import NamedTuple
 
 from posttrain.config import DPORecipe, Recipe
+from posttrain.objectives import needs_reference
 
 
 class Facts(NamedTuple):
@@ -179,6 +180,8 @@ class Health:
                 f"chosen answers become less likely: by {fallen:.2g} nats a token since the start",
                 "Add chosen_nll_weight (0.1 to 1), raise beta, or lower learning_rate",
             )
+        if not needs_reference(recipe):  # its rewards are no distances
+            return
         far = max(abs(self._now(f"rewards/{which}")) for which in ("chosen", "rejected")) / recipe.beta / self.facts.answer_tokens
         if far > FAR:
             yield Finding(
@@ -194,7 +197,7 @@ class Health:
         return Finding(
             "validation rises",
             f"the validation loss has risen since its lowest, {min(losses):.4g}, to {losses[-1]:.4g}",
-            "The model begins to learn rows by heart: take the checkpoint that best.json names, train for fewer epochs, or on more data",
+            "The model begins to learn rows by heart: take the checkpoint that checkpoints/best names, fewer epochs, or more data",
         )
 
     def _opposite(self, metrics: dict[str, float]) -> Finding | None:

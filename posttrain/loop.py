@@ -115,7 +115,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         engines.set_learning_rate(engine, lr)
         before = sample.values() if sample else []
         metrics, reason = train_step(training, step)
-        if sample:
+        if sample and not reason:  # a step that was not applied changes none
             metrics["bf16_changed"] = sample.share_changed(before)
         step_tokens = int(data.train.lengths[step_share(training, step)[0]].sum())
         tokens += step_tokens

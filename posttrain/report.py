@@ -39,7 +39,7 @@ CHARTS = (
     ("Memory of rank 0, GB", ["memory_gb"], [], False),
 )
 FIRST = {"loss", "rewards/accuracies", "rewards/margins"}  # of the table's columns
-SECRET = {"out_dir"}  # keys of recipes that always differ
+ALWAYS_DIFFER = {"out_dir"}  # keys of recipes that always differ
 
 
 @dataclass
@@ -188,7 +188,7 @@ def differences(runs: list[RunFiles]) -> list[tuple[str, list[str], bool]]:
     rows = []
     for name in names:
         values = ["" if name not in run.recipe else _shown(run.recipe[name]) for run in runs]
-        rows.append((name, values, len(set(values)) > 1 and name not in SECRET))
+        rows.append((name, values, len(set(values)) > 1 and name not in ALWAYS_DIFFER))
     return sorted(rows, key=lambda row: not row[2])
 
 
@@ -202,11 +202,12 @@ def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
         return {}
     try:
         results = json.loads(path.read_text())
-        assert all({"value", "low", "high"} <= cell.keys() for metrics in results.values() for cell in metrics.values())
-    except (OSError, json.JSONDecodeError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"--results {path} is not a file of results, {{model: {{metric: {{value, low, high}}}}}}: {type(error).__name__} {error}"
-        ) from error
+        whole = all({"value", "low", "high"} <= cell.keys() for metrics in results.values() for cell in metrics.values())
+        why = "" if whole else "some metric lacks one of them"
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        why = f"{type(error).__name__} {error}"
+    if why:
+        raise ValueError(f"--results {path} is not a file of results, {{model: {{metric: {{value, low, high}}}}}}: {why}")
     return results
 
 

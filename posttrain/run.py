@@ -270,11 +270,11 @@ class Run:
         if self.rank:
             return
         self._append("samples.jsonl", {"step": step, "samples": samples})
-        before = next(record["samples"] for record in read_json_lines(self.path / "samples.jsonl"))
+        before: dict[str, str] = {}  # other prompts may have been asked before a restart
+        for record in read_json_lines(self.path / "samples.jsonl"):
+            before = {one["prompt"]: one["answer"] for one in record["samples"]} | before
         begin = "before" if self.facts["kind"] == "sft" else "reference"
-        rows = [
-            {"prompt": one["prompt"], begin: first["answer"], "now": one["answer"]} for one, first in zip(samples, before, strict=False)
-        ]
+        rows = [{"prompt": one["prompt"], begin: before[one["prompt"]], "now": one["answer"]} for one in samples]
         for tracker in self.trackers:
             tracker.answers(rows, step)
 

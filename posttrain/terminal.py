@@ -57,7 +57,7 @@ class _Terminal(Console):
 
 console = _Terminal(highlight=False, soft_wrap=True)
 _errors: int | None = None  # the descriptor that errors go to, once libraries print elsewhere
-_noise: "_Noise | None" = None
+_noise: _Noise | None = None
 _live: Live | None = None
 
 
@@ -112,7 +112,7 @@ class Steps:
     """The run's steps: a line every `interval` of them, and on a terminal the live line below."""
 
     def __init__(self, first: int, total: int, interval: int):
-        self.done, self.total, self.interval, self.first = first - 1, total, interval, first
+        self.done, self.total, self.interval = first - 1, total, interval
         self.seconds: list[float] = []
         self.shown: list[str] = []
 

@@ -3,6 +3,7 @@
 tensorboard --logdir runs     the page to begin with is #custom_scalars; #hparams compares runs of a sweep
 """
 
+import html
 import math
 import re
 from pathlib import Path
@@ -91,7 +92,9 @@ class WeightsAndBiases:
         self.run.log(values, step=step)
 
     def texts(self, texts: dict[str, str], step: int) -> None:
-        self.run.log({tag: self.wandb.Html(f"<pre>{_escaped(text)}</pre>", inject=False) for tag, text in texts.items()}, step=step)
+        self.run.log(
+            {tag: self.wandb.Html(f"<pre>{html.escape(text, quote=False)}</pre>", inject=False) for tag, text in texts.items()}, step=step
+        )
 
     def answers(self, answers: Answers, step: int) -> None:
         columns = list(answers[0])
@@ -133,7 +136,3 @@ def as_cell(text: str) -> str:
     """A text of a model as one cell of a Markdown table, its own Markdown shown and not obeyed."""
     quoted = re.sub(r"[^\w\s]", lambda sign: f"&#{ord(sign[0])};", text)
     return quoted.replace("\n", "<br>") or "(nothing)"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

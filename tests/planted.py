@@ -185,7 +185,7 @@ def stop_one_after_another(jobs: Path) -> None:
         try:
             SCRIPTS[script]()
             messages.append("it was not stopped")
-        except (ValueError, OSError) as error:  # what run.main makes a message of
+        except (ValueError, OSError) as error:  # what entry.main makes a message of
             messages.append(str(error))
         for place, value in zip(PLACES, before, strict=True):
             setattr(*place, value)

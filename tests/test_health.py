@@ -73,6 +73,12 @@ def test_an_illness_is_named_once_within_the_first_tenth(illness):
     assert step <= STEPS / 10 or illness == "loss does not fall"  # which nobody can know before
 
 
+@pytest.mark.parametrize("keys", [{"reference_free": True}, {"loss": "simpo", "beta": 2.0}])
+def test_rewards_without_a_reference_are_no_distance(keys):
+    _, change = ILLNESSES["far from the reference"]
+    assert findings("dpo", change, watch=health("dpo", **USUAL["dpo"], **keys)) == []
+
+
 def test_a_value_that_is_not_finite_is_no_comfort():
     assert [name for _, name in findings("sft", lambda step, m: m | {"loss": None if step > 20 else m["loss"]})] == ["loss rises"]
 
