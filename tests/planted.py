@@ -154,8 +154,8 @@ def spikes():
         training.objective.scale = scales.get(number, 1.0)
         return refused_steps_leave_no_trace(training, number, *arguments, **others)
 
-    def loss(objective, batch, totals):
-        share, sums = sft_loss(objective, batch, totals)
+    def loss(objective, batch, totals, *examples):
+        share, sums = sft_loss(objective, batch, totals, *examples)
         return share * getattr(objective, "scale", 1.0), sums
 
     loop.train_step, SFT.loss = step, loss
@@ -165,12 +165,12 @@ def one_rank_hangs():
     """$PLANT: how many micro-batches rank 1 computes before it stays in one for ever; it can still answer."""
     left = int(PLANT)
 
-    def loss(objective, batch, totals):
+    def loss(objective, batch, totals, *examples):
         nonlocal left
         left -= 1
         while RANK == 1 and left < 0:
             time.sleep(0.1)
-        return sft_loss(objective, batch, totals)
+        return sft_loss(objective, batch, totals, *examples)
 
     SFT.loss = loss
 
