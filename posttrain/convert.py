@@ -23,11 +23,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posttrain import ckpt_pt, parity, storage
+from posttrain import ckpt_pt, parity
 from posttrain.checkpoint import is_checkpoint, model_description, read_manifest
 from posttrain.entry import main
 from posttrain.export import write_description, write_model
 from posttrain.policy import load_model
+from posttrain.records import read_json_lines
 
 LIMIT = 1e-4  # largest difference of logits, by the largest logit: float32 rounding in another order of operations
 
@@ -106,7 +107,7 @@ def _history(src: Path) -> dict:
     metrics = src.parent / "metrics.jsonl"
     if not metrics.is_file():
         return {}
-    records = storage.read_json_lines(metrics)
+    records = read_json_lines(metrics)
     losses = [record["loss"] for record in records if record["split"] == "eval" and record["loss"] is not None]
     return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
 

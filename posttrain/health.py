@@ -35,7 +35,8 @@ WINDOW = 5, 20  # steps that are averaged: a fortieth of the run, within these
 STEP_OF_WEIGHTS = {"sft": (2e-6, 0.05), "dpo": (1e-7, 0.02)}  # learning rate by size of a usual weight, as Adam moves each by about that
 COPIES = 0.2  # of the rows
 RISES = 1.1  # times the loss at the start
-SPIKE, SPIKES = 5.0, 5  # times the median of the last 50 gradient norms; of them
+FEWEST = 20  # gradient norms, before which there is no usual one
+SPIKE, SPIKES = 5.0, 5  # times the usual gradient norm; of the last 50
 TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; a learning rate of 5e-7 is above it, see tests/test_precision.py
 SATURATED = 0.98, 0.1  # accuracy; share of the loss at the start
 CHOSEN_FALLS = 0.5  # nats a token
@@ -57,6 +58,7 @@ class Health:
         self.first: dict[str, list[float]] = {}
         self.last: dict[str, deque[float]] = {}
         self.norms: deque[float] = deque(maxlen=50)
+        self.first_norms: list[float] = []
         self.looks: list[dict[str, float]] = []
 
     def before(self) -> list[Finding]:
@@ -98,6 +100,7 @@ class Health:
                     self.first[name].append(metrics[name])
                 self.last.setdefault(name, deque(maxlen=self.window)).append(metrics[name])
         self.norms.append(metrics["grad_norm"])
+        self.first_norms = [*self.first_norms, metrics["grad_norm"]][:FEWEST]
         found = [self._update(step, metrics), self._spikes()]
         if len(self.first["loss"]) == self.window:
             found += [self._loss(step)] if self.kind == "sft" else [*self._preference(step)]
@@ -129,14 +132,16 @@ class Health:
         )
 
     def _spikes(self) -> Finding | None:
-        if len(self.norms) < 20 or not (typical := median(self.norms)):
+        # where most examples are learnt, few still have a gradient: norms far above a tiny median, and not above those of the start
+        typical = max(median(self.norms), median(self.first_norms))
+        if len(self.norms) < FEWEST or not typical:
             return None
         high = [norm for norm in self.norms if not norm <= SPIKE * typical]
         if len(high) < SPIKES:
             return None
         return Finding(
             "gradient spikes",
-            f"{len(high)} of the last {len(self.norms)} gradient norms are more than {SPIKE:g} times their median, {typical:.3g}",
+            f"{len(high)} of the last {len(self.norms)} gradient norms are more than {SPIKE:g} times the usual one, {typical:.3g}",
             "Lower learning_rate, lengthen warmup_iters, or look for broken examples: bad_batches.jsonl, --replay_step",
         )
 

@@ -211,7 +211,8 @@ def predict(
         own += size * bucket
     if zero.stage == 3:  # DeepSpeed 0.19.8 lays a full bucket's gradients out once more, by rank, to scatter them
         own += size * bucket
-    left = max(usual[1], usual[0] * (1 - bucket / count))  # of activations, once the first bucket is full
+    # of activations, once the first bucket is full; or, at stages 0 and 1, all gradients are there
+    left = max(usual[1], usual[0] * (1 - bucket / count)) if zero.stage > 1 else usual[1]
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
     if zero.ranks_of_node > 1:
         buffers += size * count / zero.ranks_of_node

@@ -24,9 +24,8 @@ def make_run(folder, name: str, lr: float, kind: str = "sft"):
     start = {"from_step": 1, "when": "2026-01-01T00:00:00", "ranks": 2, "device": "CPU", "ds_config": "zero1"}
     start["states"] = {"weights": 4e8, "gradients": 2e8, "optimizer": 0.0}
     (run / "run.json").write_text(json.dumps(facts | {"starts": [start]}))
-    (run / "recipe.yaml").write_text(
-        yaml.safe_dump({"checkpoint_path": "base", "learning_rate": lr, "out_dir": str(run), "dtype": "float32"})
-    )
+    model = {"sft": "checkpoint_path", "dpo": "sft_checkpoint_path"}[kind]
+    (run / "recipe.yaml").write_text(yaml.safe_dump({model: "base", "learning_rate": lr, "out_dir": str(run), "dtype": "float32"}))
     data = {"counts": {"train": 1234, "validation": 12}, "rows": 1300, "sources": ["rows.jsonl"], "notes": ["a note"], "changes": {}}
     data |= {"tokens": {"per_epoch": 99_999, "trained_per_epoch": 1, "longest": 77}, "template_name": "chatml"}
     data["ledger"] = {"an exact copy of another row": {"rows": 54, "first": "rows.jsonl:7"}}
@@ -124,12 +123,15 @@ def test_mistakes_get_one_message(page, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_has_just_begun_has_a_report(tmp_path):
-    run = make_run(tmp_path, "young", 0.001)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_run_that_has_just_begun_has_a_report(tmp_path, kind):
+    run = make_run(tmp_path, "young", 0.001, kind)
     for name in ("metrics.jsonl", "samples.jsonl", "data.json"):
         (run / name).unlink()
+    (run / "final").rmdir()
     done = write(run)
     assert done.returncode == 0, done.stderr
+    assert f"{kind.upper()} of base, 0 of 60 steps" in " ".join((tmp_path / "report" / "report.html").read_text().split())
 
 
 @pytest.mark.slow
