@@ -18,10 +18,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.dpo import ULTRAFEEDBACK
 from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
-from benchmarks.side_by_side import RESULTS, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
+from benchmarks.side_by_side import RESULTS, WARM, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
 from posttrain.config import DPORecipe, SFTRecipe, build_recipe
-from posttrain.plan import time_here
 from posttrain.planner import Planner, this_machine
+from posttrain.timing import time_here
 
 MODEL = {
     "vocab_size": 16000,
@@ -68,8 +68,9 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     kind = SFTRecipe if race.kind == "sft" else DPORecipe
     recipe = build_recipe(kind, {}, {key: str(value) for key, value in recipe.items()})
     planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
-    time_here(planner, (recipe.activation_checkpointing,))
-    one = planner.plan(Path(recipe.ds_config).stem, recipe.activation_checkpointing)
+    ds_config, checkpointing = Path(recipe.ds_config).stem, recipe.activation_checkpointing
+    time_here(planner, [checkpointing], [ds_config])
+    one = planner.plan(ds_config, checkpointing)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 
@@ -79,9 +80,9 @@ def _run(race_name: str, race: Race, options: dict, world: Path, mean_tokens: fl
         results.append(run_once(race, Contestant("ours", "ours", "", options), world, MALLOC_MMAP_THRESHOLD_="262144"))
     if failed := next((result for result in results if isinstance(result, str)), None):
         sys.exit(f"{race.name}, {options}: {failed}")
-    rate = results[0].get("tokens_per_second") or results[0]["pairs_per_second"] * mean_tokens
-    seconds = float(mean_tokens * race.batch / rate)  # of a mean step: some have more tokens than others
-    return {"peak_mb": results[-1]["peak_mb_without_files"], "step_seconds": round(seconds, 3)}
+    seconds, tokens = (sum(results[0][name][WARM - 1 :]) for name in ("step_seconds", "step_tokens"))
+    seconds *= mean_tokens * race.batch / tokens  # of a mean step: some have more tokens than others
+    return {"peak_mb": results[-1]["peak_mb_without_files"], "step_seconds": round(float(seconds), 3)}
 
 
 def measure(race_name: str, chosen: list[str], before: dict) -> dict:

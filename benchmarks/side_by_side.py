@@ -140,7 +140,8 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
         rate["mfu"] = rate["tokens_per_second"] * model_flops(race.model, tokens / steps / race.batch) / peak / race.ranks
     memory = {f"peak_mb{what}": max(rank[f"peak_bytes{what}"] for rank in ranks) / 2**20 for what in ("", "_without_files")}
     result = rate | memory | {"wall_seconds": wall}
-    return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread}
+    counts = [round(sum(of_step)) for of_step in zip(*(rank["tokens"] for rank in ranks), strict=True)]
+    return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread, "step_tokens": counts[1:]}
 
 
 def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> None:

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from posttrain import logprob
 from posttrain.attention import SEGMENTS
 from posttrain.data import MicroBatch
-from posttrain.logprob import token_logps
 from posttrain.policy import Policy, checkpoint_activations
 
 
@@ -51,7 +51,7 @@ class _FusedSwiGLU(torch.autograd.Function):
 
 
 def _fuse(model: PreTrainedModel) -> None:
-    """Fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 93.1, on an H200)."""
+    """Fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 94.4, on an H200)."""
     for part in model.modules():
         if type(part).__name__.endswith("RMSNorm"):
             part.forward = lambda x, part=part: _FusedNorm.apply(x, part.weight)
@@ -69,6 +69,17 @@ def _rotary_in_place(model: PreTrainedModel):
         yield
     finally:
         module.apply_rotary_pos_emb = rotary
+
+
+@contextlib.contextmanager
+def _products_in_place():
+    """As on a GPU, whatever CPU this is: one without bfloat16 copies into float32 what it multiplies."""
+    workable = logprob.workable
+    logprob.workable = lambda x: x
+    try:
+        yield
+    finally:
+        logprob.workable = workable
 
 
 class Living(TorchDispatchMode):
@@ -176,8 +187,9 @@ def _is_off(section: dict | None) -> bool:
 
 def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> tuple[int, int]:
     """Bytes that forward and backward of such a micro-batch take at most, and those of them that the log-probs do."""
-    one, two = (peak_of(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
-    return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
+    with _products_in_place() if fused else contextlib.nullcontext():
+        one, two = (peak_of(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+        return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
 
 
 def predict(
@@ -200,13 +212,15 @@ def predict(
     gathered = size * min(count, zero.live_parameters + zero.prefetch)
     weights = size * (share if zero.stage == 3 else count)
     optimizer = 12 * (share if zero.stage else count)
+    bucket = min(zero.reduce_bucket, count)
+    # stage 1 in bfloat16 has an optimizer of its own, which keeps both kinds of gradients, from the start and from one pass to the next
+    both = zero.stage == 1 and size == 2
     buffers = 0.0
-    if zero.stage and on_gpu:  # on a CPU they take memory only as they are filled, when activations go
-        buffers = (4 if zero.stage == 1 else size) * zero.reduce_bucket
+    if zero.stage and on_gpu and not both:  # on a CPU they take memory only as they are filled, when activations go
+        buffers = size * zero.reduce_bucket
     # added up in float32 but at stage 0; there and at stage 1 a backward pass keeps its own until it has all of them
     gradients = size * count if zero.stage == 0 else 4 * (count if zero.stage == 1 else share)
-    bucket = min(zero.reduce_bucket, count)
-    own = size * count if zero.stage == 1 else 0.0
+    own = size * count if zero.stage == 1 and not both else 0.0
     if zero.stage > 1 and not on_gpu:
         own += size * bucket
     if zero.stage == 3:  # DeepSpeed 0.19.8 lays a full bucket's gradients out once more, by rank, to scatter them
@@ -214,6 +228,8 @@ def predict(
     # of activations, once the first bucket is full; or, at stages 0 and 1, all gradients are there
     left = max(usual[1], usual[0] * (1 - bucket / count)) if zero.stage > 1 else usual[1]
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
+    if both:  # a bucket's sums laid out in one, and as they are sent
+        flat = (4 + size) * bucket
     if zero.ranks_of_node > 1:
         buffers += size * count / zero.ranks_of_node
     # the first pass, in which ZeRO-3 learns the order of the layers, holds one at a time, and the embedding
@@ -225,7 +241,8 @@ def predict(
         optimizer = 0.0
     beside = (size * share + gathered) if reference else 0.0
     # gradients and gathered layers that are there, memory that is at work, and the log-probs' part of it, in each phase
-    zeroed = gradients if zero.stage == 3 else 0.0  # which has them from the start
+    zeroed = gradients if zero.stage == 3 or both else 0.0  # there from the start
+    gradients += size * count if both else 0.0
     phases = [
         (zeroed, first, *largest),
         (gradients, later, *usual),
@@ -244,5 +261,5 @@ def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:
         living = Living()
         living.know([hidden, weight])
         with living:
-            token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+            logprob.token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
     return living.most

@@ -150,6 +150,15 @@ def the_work(recipe: Recipe) -> tuple[Work, str]:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """What was timed on a machine; the first by way of checkpointing activations, the others by ds_config."""
+
+    token: dict[str, float]  # forward and backward, and forward of the reference
+    micro_batch: dict[str, float]  # beside its tokens: gradients and gathered weights on their way
+    update: dict[str, float]  # of all weights
+
+
+@dataclass(frozen=True)
 class Plan:
     """One way to run: what it takes, and how fast it is."""
 
@@ -163,7 +172,7 @@ class Plan:
 
 
 class Planner:
-    """Of a recipe on so many GPUs. `seconds`: what was timed on this machine (plan.py); without, times come from the device's peak."""
+    """Of a recipe on so many GPUs. `seconds`: what was timed on this machine (timing.py); without, times come from the device's peak."""
 
     def __init__(self, recipe: Recipe, device: Device, gpus: int, nodes: int, assumed: str | None = None):
         if recipe.max_tokens_per_gpu == AUTO:
@@ -184,7 +193,7 @@ class Planner:
             )
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
         self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
-        self.seconds: dict[str, float] = {}
+        self.seconds: Seconds | None = None
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
         """`ds_config`: a path."""
@@ -255,14 +264,6 @@ class Planner:
         """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
         micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
         waits = self.slowest(in_each=ds_config not in ("zero0", "zero1"))
-        if self.seconds:
-            share = self.work.lengths.mean() * self.batch / self.ranks
-            compute = share * waits * self.seconds[checkpointing] + self.seconds["update"] * self.count / (
-                self.ranks if ds_config != "zero0" else 1
-            )
-        else:
-            reached = REACHED_COMPILED if self.recipe.compile else REACHED
-            compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
         sent = {  # gradients of stages 0 to 2 by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
             "zero0": 2 * size,
@@ -271,6 +272,12 @@ class Planner:
         }.get(ds_config, micro_batches * 3 * size) * others
         if self.reference:
             sent += micro_batches * size * others
+        if self.seconds:
+            share = waits * self.work.lengths.mean() * self.batch / self.ranks
+            beside = micro_batches * self.seconds.micro_batch[ds_config] + self.seconds.update[ds_config]
+            return share * self.seconds.token[checkpointing] + beside, sent
+        reached = REACHED_COMPILED if self.recipe.compile else REACHED
+        compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
         # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
         across = (sent - micro_batches * size * others if ds_config == "zeropp" else sent) * (self.nodes - 1) / self.nodes
         wire = max(sent / self.device.link, across / self.device.net)

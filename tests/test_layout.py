@@ -38,6 +38,7 @@ FLOORS = [  # lowest first; a module imports only from floors below its own, or 
         "policy",
         "memory",
         "planner",
+        "timing",
         "export",
         "run",
         "reference",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
+from posttrain import layers
 from posttrain.data import IGNORE, RowBuilder
 from posttrain.memory import Zero, count_working, predict
 
@@ -34,16 +35,16 @@ def test_memory_is_what_an_h200_was_seen_to_take():
         count = AutoModelForCausalLM.from_config(config).num_parameters()
     working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
     seen = predict((working, head), (working, head), count, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
-    assert seen == pytest.approx(measured, rel=0.03)
+    assert seen == pytest.approx(measured, rel=0.05)
 
 
 def test_six_runs_came_within_the_bounds():
-    """Memory within 10 %; time within 26 %, where the aim is 20 %: ZeRO-3 takes longer than said, DPO less."""
-    results = json.loads((RESULTS / "plan_cpu_float32.json").read_text())["configurations"]
+    """Memory within 10 %, time within 20 %."""
+    results = json.loads((RESULTS / "plan_cpu.json").read_text())["configurations"]
     assert set(results) == {name(*one) for one in CONFIGURATIONS}
     for one, result in results.items():
         assert abs(result["predicted"]["peak_mb"] / result["measured"]["peak_mb"] - 1) < 0.10, one
-        assert abs(result["predicted"]["step_seconds"] / result["measured"]["step_seconds"] - 1) < 0.26, one
+        assert abs(result["predicted"]["step_seconds"] / result["measured"]["step_seconds"] - 1) < 0.20, one
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,15 @@ def small():
         "head_dim": 16,
     }
     return Qwen3Config(**shape, num_hidden_layers=6, max_position_embeddings=2048)
+
+
+def test_what_a_gpu_takes_does_not_depend_on_this_machines_cpu(small, monkeypatch):
+    here = count_working(small, rows(4, 250, 200), BF16, "none", fused=True)
+    for without in (False, True):
+        layers.multiplies_in_float32.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda without=without: not without)
+        assert count_working(small, rows(4, 250, 200), BF16, "none", fused=True) == here
+    layers.multiplies_in_float32.cache_clear()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -134,11 +144,13 @@ def test_this_machine_and_the_data_that_is_there(tiny, tmp_path):
     assert done.returncode == 0, done.stdout
     assert f"{tiny.dpo}: 33 examples" in done.stdout
     assert "run       9 steps of 8 examples on 2 x" in done.stdout
-    assert "the layers were timed here" in done.stdout
+    assert "layers and engines were timed here" in done.stdout
+    assert "zero3_offload" not in done.stdout  # there is no GPU to offload from
 
 
 MISTAKES = {
     "--gpus=0": "should be at least 1, saw 0 and 1",
+    "--gpu=here --nodes=2": "times this machine alone, saw --nodes=2",
     "--gpu=z9": "invalid choice: 'z9'",
     "--max_tokens_per_gpu=100": "the longest example has 2,048 tokens, more than max_tokens_per_gpu=100",
     "--learning_rat=1": "Did you mean learning_rate?",
@@ -147,7 +159,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_gets_one_message(argument):
-    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", argument)
+    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", *argument.split())
     assert done.returncode != 0
     assert MISTAKES[argument] in done.stdout
     assert "Traceback" not in done.stdout

@@ -1,0 +1,164 @@
+"""What forward, backward and the engines of a recipe take on this machine: for plan.py --gpu=here."""
+
+import math
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
+
+from posttrain import attention, data, layers, terminal
+from posttrain import engine as engines
+from posttrain.planner import Planner, Seconds, Work
+from posttrain.policy import Policy, checkpoint_activations
+
+WHOLE = 500e6  # parameters of a model that is timed as it is; of a larger one some layers are
+FEW = 4  # of them
+REPEATS = 3
+LITTLE = 8  # tokens of an answer, of which a micro-batch takes as long as one without any
+
+
+def time_here(planner: Planner, modes, ds_configs) -> None:
+    """Let a planner go by what this machine takes, with all its ranks at work at once, which share caches, memory and links.
+
+    `modes`: ways of checkpointing activations. `ds_configs`: names. Raises ValueError where there are fewer GPUs than ranks.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with ProcessPoolExecutor(planner.ranks, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(_worker, planner, modes, ds_configs, rank, port) for rank in range(planner.ranks)]
+        try:
+            planner.seconds = ranks[0].result()
+        except BrokenProcessPool:
+            raise ValueError("timing on this machine failed, see above; without --gpu=here nothing is timed") from None
+
+
+def _worker(*arguments) -> Seconds:
+    try:
+        return _timed(*arguments)
+    except ValueError:
+        raise
+    except Exception:  # any: its process ends, and with it those of the other ranks, which would wait for it
+        terminal.say_error(traceback.format_exc())
+        os._exit(1)
+
+
+def _timed(planner: Planner, modes, ds_configs, rank: int, port: str) -> Seconds:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": planner.ranks, "LOCAL_SIZE": planner.ranks}
+    os.environ |= {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    terminal.keep_noise()
+    device = engines.start_distributed()
+    batch = planner.work.batch_of(_usual(planner)).to(device)
+    depth = planner.config.num_hidden_layers
+    few, more = (depth, depth) if planner.count <= WHOLE else (1, min(FEW, depth))
+    token = {}
+    for mode in (*modes, *["reference"] * planner.reference):
+        seconds = _seconds_of(planner, more, batch, mode, device)
+        if few < more:  # a layer's time is the difference between models of few and of more; the rest is the head's
+            layer = (seconds - _seconds_of(planner, few, batch, mode, device)) / (more - few)
+            seconds += (depth - more) * max(layer, 0.0)
+        token[mode] = seconds / batch.input_ids.shape[1]
+    reference = token.pop("reference", 0.0)
+    token = {mode: seconds + reference for mode, seconds in token.items()}
+    between = {name: _engine_seconds(planner, more, name, device) for name in ds_configs}
+    if planner.reference:
+        beside = _reference_seconds(planner, more, device)
+        between = {name: (seconds + beside, update) for name, (seconds, update) in between.items()}
+    dist.destroy_process_group()
+    return Seconds(token, *({name: seconds[kind] for name, seconds in between.items()} for kind in (0, 1)))
+
+
+def _usual(planner: Planner) -> np.ndarray:
+    """Examples of the micro-batch whose tokens attend to as many others as in the mean; on a CPU some thousand tokens take long enough."""
+    lengths, attended = planner.work.lengths, planner.work.attended()
+    found = planner.micro_batches()
+    if not planner.on_gpu:
+        found = [one[: max(1, int(np.searchsorted(lengths[one].cumsum(), 4096)))] for one in found]
+    mean = attended.sum() / lengths.sum()
+    return min(found, key=lambda one: abs(attended[one].sum() / lengths[one].sum() - mean))
+
+
+def _policy(planner: Planner, depth: int, mode: str, device: torch.device) -> Policy:
+    """Of a model with random weights and so many layers, with the kernels that a run would take."""
+    config = type(planner.config).from_dict({**planner.config.to_dict(), "num_hidden_layers": depth, "layer_types": None})
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype).train()
+    name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
+    layers.choose(model, planner.recipe.kernels, compiled=False)
+    policy = Policy(model, name)
+    policy.head.choose(planner.recipe.kernels)
+    if mode != "reference":
+        checkpoint_activations(model, mode)
+    return policy
+
+
+def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, mode: str, device: torch.device) -> float:
+    """Of forward and backward with a way of checkpointing activations; of the reference's forward."""
+    policy = _policy(planner, depth, mode, device)
+    if mode != "reference":
+        return _median(lambda: policy(batch).sum().backward())
+    with torch.no_grad():
+        return _median(lambda: policy(batch))
+
+
+def _little(work: Work) -> data.MicroBatch:
+    """A micro-batch of next to no tokens."""
+    one = np.full(1, LITTLE)
+    return Work(1, 0 * one if work.answers.shape[1] == 1 else one, np.full((1, work.answers.shape[1]), LITTLE), one, work.shared).batch_of(
+        [0]
+    )
+
+
+def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.device) -> tuple[float, float]:
+    """Of a micro-batch, beside its tokens, and of the optimizer step, by a real engine."""
+    path, little = f"ds_configs/{ds_config}.json", _little(planner.work).to(device)
+    recipe = planner.recipe.model_copy(update={"ds_config": path, "activation_checkpointing": "none", "compile": False})
+    policy = _policy(planner, depth, "none", device)
+    share = planner.count / sum(parameter.numel() for parameter in policy.parameters())  # of a model of fewer layers
+    alone = _median(lambda: policy(little).sum().backward())
+    policy.zero_grad()
+    engine = engines.build_engine(policy, recipe, engines.read_ds_config(path))
+
+    def step(micro_batches: int) -> None:
+        for left in reversed(range(micro_batches)):
+            engines.backward(engine, engine(little).sum(), is_last=not left)
+        engines.update(engine, math.inf)
+
+    one, two = _median(lambda: step(1)), _median(lambda: step(2))
+    engine.destroy()
+    return share * max(0.0, two - one - alone), share * max(0.0, 2 * one - two)
+
+
+def _reference_seconds(planner: Planner, depth: int, device: torch.device) -> float:
+    """Of gathering the reference's weights for a micro-batch."""
+    little, policy = _little(planner.work).to(device), _policy(planner, depth, "reference", device)
+    share = planner.count / sum(parameter.numel() for parameter in policy.parameters())
+    with torch.no_grad():
+        alone = _median(lambda: policy(little))
+        engine = engines.build_reference(policy, planner.recipe)
+        seconds = _median(lambda: engine(little))
+    engine.destroy()
+    return share * max(0.0, seconds - alone)
+
+
+def _median(action) -> float:
+    """Seconds, of the rank that takes the longest. All ranks."""
+    times = []
+    for _ in range(REPEATS + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    longest = torch.tensor(float(np.median(times[1:])), device=engines.get_accelerator().current_device_name())
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.item()
