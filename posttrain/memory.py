@@ -163,6 +163,7 @@ class Zero:
     reduce_bucket: int = 500_000_000  # elements
     live_parameters: int = 1_000_000_000
     prefetch: int = 50_000_000
+    reuse_distance: int = 1_000_000_000  # to the next use of a weight, in elements, within which it stays gathered
     ranks_of_node: int = 1  # that share a second copy of the weights, hpZ; 1: there is none
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -175,6 +176,7 @@ class Zero:
             reduce_bucket=int(section.get("reduce_bucket_size", cls.reduce_bucket)),
             live_parameters=int(section.get("stage3_max_live_parameters", cls.live_parameters)),
             prefetch=int(section.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            reuse_distance=int(section.get("stage3_max_reuse_distance", cls.reuse_distance)),
             ranks_of_node=section.get("zero_hpz_partition_size", cls.ranks_of_node),
             offload_optimizer=_is_off(section.get("offload_optimizer")),
             offload_parameters=_is_off(section.get("offload_param")),

@@ -182,6 +182,7 @@ class Planner:
         self.dtype = getattr(torch, recipe.dtype)
         self.config, self.count, self.model_said = the_model(recipe, assumed)
         embedding = self.config.vocab_size * self.config.hidden_size
+        self.tied = embedding if getattr(self.config, "tie_word_embeddings", False) else 0
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
         self.work, self.work_said = the_work(recipe)
         self.reference = isinstance(recipe, DPORecipe) and needs_reference(recipe) and recipe.reference == "beside"
@@ -263,15 +264,8 @@ class Planner:
     def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
         """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
         micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
-        waits = self.slowest(in_each=ds_config not in ("zero0", "zero1"))
-        size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
-        sent = {  # gradients of stages 0 to 2 by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
-            "zero0": 2 * size,
-            "zero1": 2 * size + size,
-            "zero2": micro_batches * 2 * size + size,
-        }.get(ds_config, micro_batches * 3 * size) * others
-        if self.reference:
-            sent += micro_batches * size * others
+        zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
+        waits, sent = self.slowest(in_each=zero.stage > 1), self.sent(zero, micro_batches)
         if self.seconds:
             share = waits * self.work.lengths.mean() * self.batch / self.ranks
             beside = micro_batches * self.seconds.micro_batch[ds_config] + self.seconds.update[ds_config]
@@ -279,12 +273,28 @@ class Planner:
         reached = REACHED_COMPILED if self.recipe.compile else REACHED
         compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
         # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
-        across = (sent - micro_batches * size * others if ds_config == "zeropp" else sent) * (self.nodes - 1) / self.nodes
+        within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
+        across = (sent - within) * (self.nodes - 1) / self.nodes
         wire = max(sent / self.device.link, across / self.device.net)
-        exposed = max(wire - compute, 0.1 * wire) if ds_config.startswith(("zero3", "zeropp")) else wire
-        if ds_config == "zero3_offload":  # states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
+        exposed = max(wire - compute, 0.1 * wire) if zero.stage == 3 else wire
+        if zero.offload_optimizer:  # states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
             exposed += 28 * self.count / self.ranks / 20e9
         return compute + exposed, sent
+
+    def sent(self, zero: Zero, micro_batches: int) -> float:
+        """Bytes that a GPU sends in a step."""
+        size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
+        sums = 2 * size * others  # of gradients by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so to stage 2
+        if zero.stage == 3:
+            sent = micro_batches * (2 * size * others + self._gathered_again(zero))
+        else:
+            sent = sums * (micro_batches if zero.stage == 2 else 1) + (size * others if zero.stage else 0.0)
+        return sent + (micro_batches * size * others if self.reference else 0.0)
+
+    def _gathered_again(self, zero: Zero) -> float:
+        """Bytes of weights that a pass at ZeRO-3 asks of the other ranks once more: those that it needs soonest stay gathered."""
+        again = max(0.0, self.count - zero.reuse_distance / 2) + (self.tied if self.count > zero.reuse_distance else 0)
+        return self.dtype.itemsize * again * (self.ranks - 1) / self.ranks
 
     def flops(self, checkpointing: str) -> float:
         """Of a mean step, over all ranks: 2 a weight and token forward, 4 backward; attention by its pairs of tokens."""

@@ -35,11 +35,23 @@ def meet(seconds: float, rank: int, world_size: int) -> dist.TCPStore:
             f"{_host_of(0) or 'its host'}, see that no firewall closes the port, and that the address (MASTER_ADDR) is that host's"
         ) from None
     try:
+        _take_seat(store, here, rank, world_size, f"{address}:{port}")
         store.set(f"posttrain/here/{rank}", socket.gethostname())
         store.wait([f"posttrain/here/{other}" for other in range(world_size)])
     except dist.DistError:
         raise ValueError(_who_is_missing(store, here, world_size, f"{address}:{port}", patience)) from None
     return store
+
+
+def _take_seat(store: dist.TCPStore, here: str, rank: int, world_size: int, place: str) -> None:
+    """Refuse to come to another run's store, where two commands have the same port: a word of this rank in it would end that run, too."""
+    if rank == 0:
+        store.set("posttrain/world_size", str(world_size))
+    if (others := int(store.get("posttrain/world_size"))) != world_size or store.add(f"posttrain/seat/{rank}", 1) > 1:
+        raise ValueError(
+            f"{here} of {world_size} finds another run at {place}, of {others} ranks, which does not wait for it. Choose another port: "
+            "--master_port of deepspeed, or MASTER_PORT=... of the scripts in launch/"
+        )
 
 
 def _who_is_missing(store: dist.TCPStore, here: str, world_size: int, place: str, patience: float) -> str:

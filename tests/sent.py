@@ -6,6 +6,7 @@ sent.py TINY FILE      FILE: {"KIND, ZERO, DTYPE, micro-batches": {"counted": by
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
 from posttrain.entry import main  # noqa: E402
+from posttrain.memory import Zero  # noqa: E402
 from posttrain.planner import Planner, this_machine  # noqa: E402
 from posttrain.step import step_share, train_step  # noqa: E402
 
@@ -26,6 +28,8 @@ from posttrain.step import step_share, train_step  # noqa: E402
 SENT = {"allreduce": (0, 2), "allgather": (0, 1), "reduce_scatter": (1, 1), "broadcast": (0, 1), "reduce": (0, 1)}
 WAYS = [
     *[("sft", zero, dtype, tokens) for zero in ("zero0", "zero1", "zero2") for dtype, tokens in (("float32", 64), ("bfloat16", 512))],
+    *[("sft", zero, "bfloat16", tokens) for zero in ("zero3", "zero3, little kept") for tokens in (64, 512)],
+    ("dpo", "zero2", "bfloat16", 512),
 ]
 
 
@@ -48,26 +52,35 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def read_ds_config(path: str, keep: bool) -> dict:
+    """As engines.read_ds_config; at ZeRO-3 a tiny model's matrices stay partitioned as a large one's do, by default they would not."""
+    config = read_from_file(path)
+    section = config["zero_optimization"]
+    if section["stage"] == 3:
+        section["stage3_param_persistence_threshold"] = 0
+        section |= {} if keep else {"stage3_max_reuse_distance": 12000, "stage3_prefetch_bucket_size": 0}
+    return config
+
+
+read_from_file = engines.read_ds_config
+
+
 def sent() -> None:
     tiny, file = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     found = {}
     for kind, zero, dtype, tokens in WAYS:
-        settings = {
-            "max_iters": 4,
-            "global_batch_size": 8,
-            "max_tokens_per_gpu": tokens,
-            "dtype": dtype,
-            "ds_config": f"ds_configs/{zero}.json",
-        }
+        engines.read_ds_config = partial(read_ds_config, keep="little" not in zero)
+        path = f"ds_configs/{zero.partition(',')[0]}.json"
+        settings = {"max_iters": 4, "global_batch_size": 8, "max_tokens_per_gpu": tokens, "dtype": dtype, "ds_config": path}
         training = build_training(tiny, kind, {"out_dir": "unused", **settings})
-        train_step(training, 1)  # makes what the first step makes
+        for step in (1, 2):  # make what the first steps make; ZeRO-3 learns the order of layers
+            train_step(training, step)
         engines.set_learning_rate(training.engine, 1e-3)
         with Counting() as counting:
-            train_step(training, 2)
-        micro_batches = len(step_share(training, 2)[1])
+            train_step(training, 3)
+        micro_batches = len(step_share(training, 3)[1])
         planner = Planner(training.recipe, this_machine(1), dist.get_world_size(), 1)
-        mine = planner.work.lengths.mean() * planner.batch / planner.ranks
-        _, planned = planner.step(zero, "none", int(mine / micro_batches) + 1)
+        planned = planner.sent(Zero.of(engines.read_ds_config(path)), micro_batches)
         found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
         training.engine.destroy()
     if dist.get_rank() == 0:
