@@ -38,9 +38,12 @@ def worlds(folder: Path) -> dict[str, tuple[str, list[str], bool]]:
     """Recipe and changes of each run, and whether it is ill."""
     rows = read_json_lines(QUICKSTART / "world" / "sft.jsonl")
     draw = random.Random(0)
-    wrong = [row["output"] for row in rows]
-    draw.shuffle(wrong)  # answers to other questions
-    pairs = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": other} for row, other in zip(rows, wrong, strict=True)]
+    questions, answers = ([row["messages"][number]["content"] for row in rows] for number in (0, 1))
+    others = draw.sample(answers, len(answers))  # to other questions
+    pairs = [
+        {"prompt": question, "chosen": answer, "rejected": other}
+        for question, answer, other in zip(questions, answers, others, strict=True)
+    ]
     pairs = draw.sample([pair for pair in pairs if pair["chosen"] != pair["rejected"]], 6000)
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     right, wrong_way = prepare("dpo", pairs, folder / "pairs"), prepare("dpo", swapped, folder / "swapped")

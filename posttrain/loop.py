@@ -153,7 +153,7 @@ def _look(training: Training, samples: Samples, run: Run, step: int) -> float | 
     if len(training.data.validation):
         metrics, examples = evaluate(training)
         run.log_histograms(step, examples)
-        run.say(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        run.eval_line(step, metrics)
     if samples.prompts:
         answers = samples.ask(training)
         run.log_samples(step, answers)

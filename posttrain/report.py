@@ -197,7 +197,7 @@ def _shown(value) -> str:
 
 
 def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
-    """`{model: {metric: {value, low, high, n}}}`."""
+    """`{model: {metric: {value, low, high}}}`, and lower_is_better where that is so."""
     if path is None:
         return {}
     try:

@@ -298,11 +298,11 @@ class Run:
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
         if self.rank:
             return
-        parts = [f"loss {metrics['loss']:.4f}"]
-        if "rewards/margins" in metrics:
-            parts += [f"margin {metrics['rewards/margins']:.3f}", f"accuracy {metrics['rewards/accuracies']:.2f}"]
-        parts += [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
-        self.steps.step(step, metrics["step_ms"] / 1000, [*parts, f"{metrics['memory_gb']:.1f} GB"])
+        parts = [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+        self.steps.step(step, metrics["step_ms"] / 1000, [*_first_of(metrics), *parts, f"{metrics['memory_gb']:.1f} GB"])
+
+    def eval_line(self, step: int, metrics: dict[str, float]) -> None:
+        self.say(" | ".join([f"eval at step {step}", *_first_of(metrics)]))
 
     def bad_batch(self, step: int, reason: str, metrics: dict[str, float], examples: list[dict]) -> None:
         """Record a step that was not applied."""
@@ -334,6 +334,14 @@ class Run:
         self.metrics_file.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _first_of(metrics: dict[str, float]) -> list[str]:
+    """What is told in the terminal; metrics.jsonl has the rest."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "rewards/margins" in metrics:
+        parts += [f"margin {metrics['rewards/margins']:.3f}", f"accuracy {metrics['rewards/accuracies']:.2f}"]
+    return parts
 
 
 def _now() -> str:

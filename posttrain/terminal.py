@@ -85,6 +85,11 @@ def keep_noise_in(path: Path) -> None:
     _noise.take()
 
 
+def noise_path() -> str | None:
+    """Of the file, once there is one."""
+    return str(_noise.path.resolve()) if _noise and _noise.path else None
+
+
 def say(text: str) -> None:
     console.print(text, markup=False)
 

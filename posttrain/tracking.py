@@ -118,15 +118,15 @@ def finite(metrics: dict[str, float]) -> dict[str, float | None]:
 def ledger(manifest: dict) -> str:
     """What prepared data was made of, and what was dropped or changed on the way, as Markdown."""
     counts, tokens = manifest["counts"], manifest["tokens"]
+    table = [
+        *(f"| {entry['rows']:,} | {cause} | {entry['first']} |" for cause, entry in manifest["ledger"].items()),
+        *(f"| {count:,} | changed: {what} | |" for what, count in manifest["changes"].items()),
+    ]
     lines = [
         f"{counts['train']:,} rows for training and {counts['validation']:,} for validation of {manifest['rows']:,} read from "
         f"{', '.join(manifest['sources'])}; an epoch is {tokens['per_epoch']:,} tokens, {tokens['trained_per_epoch']:,} of them trained.",
         "",
-        "| rows | dropped or changed | first |",
-        "|---:|---|---|",
-        *(f"| {entry['rows']:,} | {cause} | {entry['first']} |" for cause, entry in manifest["ledger"].items()),
-        *(f"| {count:,} | changed: {what} | |" for what, count in manifest["changes"].items()),
-        "",
+        *(["| rows | dropped or changed | first |", "|---:|---|---|", *table, ""] if table else []),
         *(f"- {note}" for note in manifest["notes"]),
     ]
     return "\n".join(lines)

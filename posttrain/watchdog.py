@@ -88,7 +88,14 @@ class Watchdog:
             self.talked = time.monotonic()
 
     def _tell(self) -> None:
-        words = {"step": self.step, "phase": self.phase, "count": self.count, "beat": time.time(), **self.place}
+        words = {
+            "step": self.step,
+            "phase": self.phase,
+            "count": self.count,
+            "beat": time.time(),
+            "log": terminal.noise_path(),
+            **self.place,
+        }
         self.store.set(f"posttrain/{self.rank}", json.dumps(words))
         if self.lost:
             self.store.set("posttrain/lost", json.dumps(self.lost))
@@ -148,6 +155,7 @@ class Watchdog:
             words = self.told[rank]
             lines.append(
                 f"rank {rank} ({words['host']}, pid {words['pid']}) {how}, last seen in phase {words['phase']} of step {words['step']}"
+                + (f", its log is {words['log']}" if words["log"] else "")
             )
         others = [f"rank {r} in {w['phase']} of step {w['step']}" for r, w in sorted(self.told.items()) if r not in found]
         return (

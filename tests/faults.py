@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -106,7 +107,7 @@ def one_rank_killed(run: Round) -> None:
     run.reach_a_step()
     run.draw.choice(run.ranks()).kill()
     assert run.end() not in (0, None)
-    assert "has died, last seen in phase" in run.text(), run.tail()
+    assert re.search(r"has died, last seen in phase \w+ of step \d+, its log is /.*/logs/rank_\d\.log", run.text()), run.tail()
 
 
 def all_killed(run: Round) -> None:

@@ -247,7 +247,10 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tiny, tmp_path):
         "one_rank_hangs", "sft", *sft_arguments(tiny, tmp_path / "run", "--watchdog_seconds=4", "--eval_interval=0"), plant="6"
     )
     assert not well
-    assert re.search(r"error: rank 1 \(.*pid \d+\) has made no progress for [45] s, last seen in phase forward of step \d", output), output
+    assert re.search(
+        r"error: rank 1 \(.*pid \d+\) has made no progress for [45] s, last seen in phase forward of step \d+, its log is .*/rank_1.log",
+        output,
+    ), output
     assert "others: rank 0 in " in output
     assert output.count("has made no progress") == 1
     for rank, place in ((1, "planted.py"), (0, "all_reduce")):  # the stacks

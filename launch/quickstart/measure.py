@@ -121,9 +121,12 @@ def main() -> None:
     every = sorted({item["prompt"] for items in prompts.values() for item in items})
     answers = {model: answer_all(getattr(arguments, model), every) for model in MODELS}
     results = {model: rates(prompts, answers[model]) for model in MODELS}
-    plain = {model: {metric: rate._asdict() for metric, rate in cells.items()} for model, cells in results.items()}
+    better_low = {"made_up": {"lower_is_better": True}}
+    plain = {
+        model: {metric: rate._asdict() | better_low.get(metric, {}) for metric, rate in cells.items()} for model, cells in results.items()
+    }
     (arguments.out_dir / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
-    figure = charts.bars("What SFT and DPO are each for, on prompts never trained on (made up: lower is better)", plain)
+    figure = charts.bars("What SFT and DPO are each for, on prompts never trained on", plain)
     charts.save_png(figure, arguments.out_dir / "results.png")
     print(samples(prompts, answers), table(results), sep="\n\n")
 
