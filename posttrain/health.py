@@ -40,7 +40,7 @@ SPIKE, SPIKES = 5.0, 5  # times the usual gradient norm; of the last 50
 TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; a learning rate of 5e-7 is above it, see tests/test_precision.py
 SATURATED = 0.98, 0.1  # accuracy; share of the loss at the start
 CHOSEN_FALLS = 0.5  # nats a token
-FAR = 1.5  # nats a token from the reference
+FAR = {"chosen": 1.5, "rejected": 6.0}  # nats a token from the reference; rejected answers are meant to go
 SWAPPED = 0.25  # share of pairs whose chosen answer the model to begin with finds likelier
 LEARNT = 0.6  # accuracy on training pairs, and on validation pairs of the opposite
 OVERFITS = {"sft": 1.02, "dpo": 1.1}  # times the lowest validation loss, twice in a row
@@ -187,11 +187,11 @@ class Health:
             )
         if not needs_reference(recipe):  # its rewards are no distances
             return
-        far = max(abs(self._now(f"rewards/{which}")) for which in ("chosen", "rejected")) / recipe.beta / self.facts.answer_tokens
-        if far > FAR:
+        distances = {which: abs(self._now(f"rewards/{which}")) / recipe.beta / self.facts.answer_tokens for which in FAR}
+        if far := next((which for which, distance in distances.items() if distance > FAR[which]), None):
             yield Finding(
                 "far from the reference",
-                f"the policy is far from the reference: {far:.2g} nats a token in answers of the data",
+                f"the policy is far from the reference: {distances[far]:.2g} nats a token in {far} answers of the data",
                 "Raise beta, lower learning_rate, or stop earlier: samples will tell whether it still speaks",
             )
 

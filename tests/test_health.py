@@ -1,8 +1,10 @@
 """What the health line says, and that it says nothing of a run that goes as most do."""
 
+import json
 import random
 
 import pytest
+from conftest import ROOT
 
 from posttrain.config import DPORecipe, SFTRecipe, build_recipe
 from posttrain.health import Facts, Health
@@ -56,7 +58,7 @@ ILLNESSES = {  # kind, what is changed of a usual step's metrics
     "swapped": ("dpo", lambda step, m: m | {"logps/accuracies": 0.1}),
     "saturated": ("dpo", lambda step, m: m | {"rewards/accuracies": 1.0, "preference_loss": 0.7 if step < 6 else 0.001}),
     "chosen log-prob falls": ("dpo", lambda step, m: m | {"nll_loss": 1.2 + 0.03 * step}),
-    "far from the reference": ("dpo", lambda step, m: m | {"rewards/rejected": -1.5 * step}),
+    "far from the reference": ("dpo", lambda step, m: m | {"rewards/chosen": -1.5 * step}),
 }
 
 
@@ -71,6 +73,27 @@ def test_an_illness_is_named_once_within_the_first_tenth(illness):
     ((step, name),) = findings(kind, change)
     assert name == illness
     assert step <= STEPS / 10 or illness == "loss does not fall"  # which nobody can know before
+
+
+@pytest.mark.parametrize(("nats", "named"), [(3.0, []), (8.0, ["far from the reference"])])
+def test_rejected_answers_are_meant_to_become_unlikely(nats, named):
+    """DPO of right above wrong answers was seen to make the wrong ones less likely by 3 nats a token, and to go well."""
+    found = findings("dpo", lambda step, m: m | {"rewards/rejected": -nats * 0.1 * FACTS.answer_tokens})
+    assert [name for _, name in found] == named
+
+
+def test_ill_runs_were_named_within_their_first_tenth_and_well_ones_left_alone():
+    """What python benchmarks/health.py has seen."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "health.json").read_text())["runs"]
+    expected = {
+        "SFT, learning rate x 100": "learning rate too large",
+        "DPO, chosen and rejected swapped": "swapped",
+        "SFT, every second row twice": "duplicated data",
+    }
+    assert len(runs) == 6
+    for name, run in runs.items():
+        early = [finding["name"] for finding in run["findings"] if finding["step"] <= run["of"] / 10]
+        assert (expected[name] in early) if run["ill"] else (run["findings"] == [] and run["steps"] == run["of"]), (name, run)
 
 
 @pytest.mark.parametrize("keys", [{"reference_free": True}, {"loss": "simpo", "beta": 2.0}])
