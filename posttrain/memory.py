@@ -194,6 +194,9 @@ def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: 
         return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
 
 
+ONE_BUCKET = 500_000_000  # elements; DeepSpeed 0.19.8's ZeRO-1 in bfloat16 begins a new one after a tensor, and all matrices are one
+
+
 def predict(
     largest: tuple[float, float],
     usual: tuple[float, float],
@@ -216,7 +219,7 @@ def predict(
     optimizer = 12 * (share if zero.stage else count)
     bucket = min(zero.reduce_bucket, count)
     # stage 1 in bfloat16 has an optimizer of its own, which keeps both kinds of gradients, from the start and from one pass to the next
-    both = zero.stage == 1 and size == 2
+    both = zero.stage == 1 and size == 2 and not zero.offload_optimizer
     buffers = 0.0
     if zero.stage and on_gpu and not both:  # on a CPU they take memory only as they are filled, when activations go
         buffers = size * zero.reduce_bucket
@@ -230,8 +233,8 @@ def predict(
     # of activations, once the first bucket is full; or, at stages 0 and 1, all gradients are there
     left = max(usual[1], usual[0] * (1 - bucket / count)) if zero.stage > 1 else usual[1]
     flat = {0: 4 * count if size == 2 else 0.0, 1: 4 * share}.get(zero.stage, 0.0)  # of the optimizer step
-    if both:  # a bucket's sums laid out in one, and as they are sent
-        flat = (4 + size) * bucket
+    if both:  # all sums as they are sent, whatever the bucket's size, and before that, where they are few, laid out in one
+        flat = (size if count > ONE_BUCKET else 4 + size) * count
     if zero.ranks_of_node > 1:
         buffers += size * count / zero.ranks_of_node
     # the first pass, in which ZeRO-3 learns the order of the layers, holds one at a time, and the embedding

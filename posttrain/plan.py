@@ -49,7 +49,8 @@ def report(planner: Planner, plans: list[Plan]) -> str:
         lines.append(f"{plan.ds_config:14}{plan.checkpointing:>13}{row}{fits}")
     chosen = best(plans, planner.dtype)
     if chosen is None:
-        lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: take more GPUs, or a ds_config that offloads (zero3_offload)"]
+        more = "take more GPUs, or a ds_config that offloads (zero3_offload)" if planner.on_gpu else "take a machine with more memory"
+        lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: {more}"]
     else:
         hours = chosen.step_seconds * planner.steps / 3600
         tokens = planner.work.lengths.mean() * planner.batch / chosen.step_seconds

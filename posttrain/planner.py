@@ -182,7 +182,7 @@ class Planner:
         self.dtype = getattr(torch, recipe.dtype)
         self.config, self.count, self.model_said = the_model(recipe, assumed)
         embedding = self.config.vocab_size * self.config.hidden_size
-        self.tied = embedding if getattr(self.config, "tie_word_embeddings", False) else 0
+        self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
         self.work, self.work_said = the_work(recipe)
         self.reference = isinstance(recipe, DPORecipe) and needs_reference(recipe) and recipe.reference == "beside"
@@ -268,8 +268,10 @@ class Planner:
         waits, sent = self.slowest(in_each=zero.stage > 1), self.sent(zero, micro_batches)
         if self.seconds:
             share = waits * self.work.lengths.mean() * self.batch / self.ranks
-            beside = micro_batches * self.seconds.micro_batch[ds_config] + self.seconds.update[ds_config]
-            return share * self.seconds.token[checkpointing] + beside, sent
+            compute, beside = share * self.seconds.token[checkpointing], micro_batches * self.seconds.micro_batch[ds_config]
+            if zero.stage == 3 and self.on_gpu:  # weights are on their way while others compute, and so is the CPU that asks for them
+                beside = max(beside - compute, 0.1 * beside)
+            return compute + beside + self.seconds.update[ds_config], sent
         reached = REACHED_COMPILED if self.recipe.compile else REACHED
         compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
         # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
@@ -289,12 +291,23 @@ class Planner:
             sent = micro_batches * (2 * size * others + self._gathered_again(zero))
         else:
             sent = sums * (micro_batches if zero.stage == 2 else 1) + (size * others if zero.stage else 0.0)
-        return sent + (micro_batches * size * others if self.reference else 0.0)
+        if self.reference:
+            again = self._head_is_gathered_again(Zero.of(read_ds_config("ds_configs/zero3_inference.json")).reuse_distance)
+            sent += micro_batches * (size + self.dtype.itemsize * self.embedding * again) * others
+        return sent
 
     def _gathered_again(self, zero: Zero) -> float:
         """Bytes of weights that a pass at ZeRO-3 asks of the other ranks once more: those that it needs soonest stay gathered."""
-        again = max(0.0, self.count - zero.reuse_distance / 2) + (self.tied if self.count > zero.reuse_distance else 0)
-        return self.dtype.itemsize * again * (self.ranks - 1) / self.ranks
+        half, embedding = zero.reuse_distance / 2, self.embedding
+        if not self.tied:
+            again = self.count - max(half, embedding)
+        else:  # the head, which is the embedding, is used in the middle, twice in a row
+            again = self.count - embedding - max(0.0, half - embedding) + 2 * embedding * self._head_is_gathered_again(zero.reuse_distance)
+        return self.dtype.itemsize * max(0.0, again) * (self.ranks - 1) / self.ranks
+
+    def _head_is_gathered_again(self, reuse_distance: int) -> bool:
+        """Whether so many layers lie between it and the embedding, that it is."""
+        return self.tied and self.count - self.embedding >= reuse_distance
 
     def flops(self, checkpointing: str) -> float:
         """Of a mean step, over all ranks: 2 a weight and token forward, 4 backward; attention by its pairs of tokens."""

@@ -79,6 +79,7 @@ def keep_noise_in(path: Path) -> None:
     if _noise is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
     before, file = _noise.read(), path.open("a+b", buffering=0)
     _noise = _Noise(file, file.tell(), path)
     file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode() + before)
@@ -87,7 +88,7 @@ def keep_noise_in(path: Path) -> None:
 
 def noise_path() -> str | None:
     """Of the file, once there is one."""
-    return str(_noise.path.resolve()) if _noise and _noise.path else None
+    return str(_noise.path) if _noise and _noise.path else None
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """What forward, backward and the engines of a recipe take on this machine: for plan.py --gpu=here."""
 
+import gc
 import math
 import multiprocessing
 import os
@@ -11,16 +12,18 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
-from posttrain import attention, data, layers, terminal
+from posttrain import attention, data, layers, terminal, watchdog
 from posttrain import engine as engines
-from posttrain.planner import Planner, Seconds, Work
+from posttrain.planner import MANY, Planner, Seconds, Work
 from posttrain.policy import Policy, checkpoint_activations
 
 WHOLE = 500e6  # parameters of a model that is timed as it is; of a larger one some layers are
-FEW = 4  # of them
+FEW = 2  # of them
+ENOUGH = {"cpu": 4096, "cuda": MANY}  # tokens of a micro-batch that take long enough to be timed
 REPEATS = 3
 LITTLE = 8  # tokens of an answer, of which a micro-batch takes as long as one without any
 
@@ -30,6 +33,8 @@ def time_here(planner: Planner, modes, ds_configs) -> None:
 
     `modes`: ways of checkpointing activations. `ds_configs`: names. Raises ValueError where there are fewer GPUs than ranks.
     """
+    if planner.on_gpu and planner.ranks > torch.cuda.device_count():
+        raise ValueError(f"--gpu=here times this machine, which has {torch.cuda.device_count()} GPUs: --gpus={planner.ranks} is more")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -38,16 +43,20 @@ def time_here(planner: Planner, modes, ds_configs) -> None:
         try:
             planner.seconds = ranks[0].result()
         except BrokenProcessPool:
-            raise ValueError("timing on this machine failed, see above; without --gpu=here nothing is timed") from None
+            raise ValueError(
+                "timing on this machine failed. If nothing above says why, its memory was not enough for a rank, which the system then "
+                "kills; without --gpu=here nothing is timed"
+            ) from None
 
 
 def _worker(*arguments) -> Seconds:
     try:
         return _timed(*arguments)
-    except ValueError:
-        raise
-    except Exception:  # any: its process ends, and with it those of the other ranks, which would wait for it
-        terminal.say_error(traceback.format_exc())
+    except Exception as error:  # any: its process ends, and with it those of the other ranks, which would wait for it
+        mistake = isinstance(error, ValueError)
+        terminal.say_error(f"error: {error}" if mistake else traceback.format_exc())
+        if not mistake:
+            terminal.show_noise()
         os._exit(1)
 
 
@@ -72,16 +81,18 @@ def _timed(planner: Planner, modes, ds_configs, rank: int, port: str) -> Seconds
     if planner.reference:
         beside = _reference_seconds(planner, more, device)
         between = {name: (seconds + beside, update) for name, (seconds, update) in between.items()}
+    dist.barrier()
+    watchdog.close()  # from here on a rank may leave before the others
+    dist.barrier()
     dist.destroy_process_group()
     return Seconds(token, *({name: seconds[kind] for name, seconds in between.items()} for kind in (0, 1)))
 
 
 def _usual(planner: Planner) -> np.ndarray:
-    """Examples of the micro-batch whose tokens attend to as many others as in the mean; on a CPU some thousand tokens take long enough."""
+    """Examples of the micro-batch whose tokens attend to as many others as in the mean."""
     lengths, attended = planner.work.lengths, planner.work.attended()
-    found = planner.micro_batches()
-    if not planner.on_gpu:
-        found = [one[: max(1, int(np.searchsorted(lengths[one].cumsum(), 4096)))] for one in found]
+    enough = ENOUGH["cuda" if planner.on_gpu else "cpu"]
+    found = [one[: max(1, int(np.searchsorted(lengths[one].cumsum(), enough)))] for one in planner.micro_batches()]
     mean = attended.sum() / lengths.sum()
     return min(found, key=lambda one: abs(attended[one].sum() / lengths[one].sum() - mean))
 
@@ -133,7 +144,8 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
         engines.update(engine, math.inf)
 
     one, two = _median(lambda: step(1)), _median(lambda: step(2))
-    engine.destroy()
+    engine.gate.engine = None
+    _free(engine)
     return share * max(0.0, two - one - alone), share * max(0.0, 2 * one - two)
 
 
@@ -145,8 +157,18 @@ def _reference_seconds(planner: Planner, depth: int, device: torch.device) -> fl
         alone = _median(lambda: policy(little))
         engine = engines.build_reference(policy, planner.recipe)
         seconds = _median(lambda: engine(little))
-    engine.destroy()
+    _free(engine)
     return share * max(0.0, seconds - alone)
+
+
+def _free(engine) -> None:
+    """Before the next one is built. DeepSpeed 0.19.8 keeps the modules of a forward pass at ZeRO-3 in a list for good."""
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
+    engine.module, engine.optimizer = None, None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _median(action) -> float:

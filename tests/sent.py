@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
+from posttrain import planner as planner_module  # noqa: E402
 from posttrain.entry import main  # noqa: E402
 from posttrain.memory import Zero  # noqa: E402
-from posttrain.planner import Planner, this_machine  # noqa: E402
 from posttrain.step import step_share, train_step  # noqa: E402
 
 # Of the bytes given to a collective, in shares of (ranks - 1) / ranks, what each rank sends by the algorithms that need the least
@@ -30,6 +30,7 @@ WAYS = [
     *[("sft", zero, dtype, tokens) for zero in ("zero0", "zero1", "zero2") for dtype, tokens in (("float32", 64), ("bfloat16", 512))],
     *[("sft", zero, "bfloat16", tokens) for zero in ("zero3", "zero3, little kept") for tokens in (64, 512)],
     ("dpo", "zero2", "bfloat16", 512),
+    ("dpo", "zero3, little kept", "bfloat16", 512),
 ]
 
 
@@ -69,7 +70,7 @@ def sent() -> None:
     tiny, file = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     found = {}
     for kind, zero, dtype, tokens in WAYS:
-        engines.read_ds_config = partial(read_ds_config, keep="little" not in zero)
+        engines.read_ds_config = planner_module.read_ds_config = partial(read_ds_config, keep="little" not in zero)
         path = f"ds_configs/{zero.partition(',')[0]}.json"
         settings = {"max_iters": 4, "global_batch_size": 8, "max_tokens_per_gpu": tokens, "dtype": dtype, "ds_config": path}
         training = build_training(tiny, kind, {"out_dir": "unused", **settings})
@@ -79,7 +80,7 @@ def sent() -> None:
         with Counting() as counting:
             train_step(training, 3)
         micro_batches = len(step_share(training, 3)[1])
-        planner = Planner(training.recipe, this_machine(1), dist.get_world_size(), 1)
+        planner = planner_module.Planner(training.recipe, planner_module.this_machine(1), dist.get_world_size(), 1)
         planned = planner.sent(Zero.of(engines.read_ds_config(path)), micro_batches)
         found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
         training.engine.destroy()
