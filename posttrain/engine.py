@@ -6,6 +6,7 @@ is a gradient-accumulation boundary: any number of micro-batches a step, in ever
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -326,6 +327,24 @@ def build_reference(policy: torch.nn.Module, recipe: Recipe):
     engine = _initialize(recipe, policy, config={**config, "gradient_clipping": 0.0, "data_types": {}})
     engine.eval()
     return engine
+
+
+def free(engine) -> None:
+    """End an engine and its model, and give their memory back while others live on.
+
+    DeepSpeed 0.19.8 keeps the modules that it has wrapped at ZeRO-3 for good, in caches and hooks: so what they hold is taken from them.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
+        parameter.grad = None
+    if engine.optimizer:
+        vars(engine.optimizer).clear()
+    vars(engine).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def backward(engine, loss: torch.Tensor, is_last: bool) -> None:

@@ -4,7 +4,6 @@ KEY is a hash of the reference's weights, the prepared data and the dtype, so ru
 the learning rate) share them, and others cannot meet them. Pieces of CHUNK pairs are whole or absent: a killed run goes on after the last.
 """
 
-import gc
 import hashlib
 import io
 import json
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from posttrain import engine as engines
 from posttrain.batches import my_share
 from posttrain.config import DPORecipe
 from posttrain.data import PreparedData, Split
@@ -53,9 +53,7 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
             split, indices = pieces[path]
             split.reference_sums[indices] = _compute(recipe, engine, split, indices, device)
             on_rank_0(lambda path=path, sums=split.reference_sums[indices]: _write(path, sums))
-        engine.destroy()
-        del engine
-        gc.collect()
+        engines.free(engine)
     return f"reference: precomputed in {folder} ({len(missing)} of {len(pieces)} files computed now)"
 
 

@@ -1,6 +1,5 @@
 """What forward, backward and the engines of a recipe take on this machine: for plan.py --gpu=here."""
 
-import gc
 import math
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
@@ -144,8 +142,7 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
         engines.update(engine, math.inf)
 
     one, two = _median(lambda: step(1)), _median(lambda: step(2))
-    engine.gate.engine = None
-    _free(engine)
+    engines.free(engine)
     return share * max(0.0, two - one - alone), share * max(0.0, 2 * one - two)
 
 
@@ -157,18 +154,8 @@ def _reference_seconds(planner: Planner, depth: int, device: torch.device) -> fl
         alone = _median(lambda: policy(little))
         engine = engines.build_reference(policy, planner.recipe)
         seconds = _median(lambda: engine(little))
-    _free(engine)
+    engines.free(engine)
     return share * max(0.0, seconds - alone)
-
-
-def _free(engine) -> None:
-    """Before the next one is built. DeepSpeed 0.19.8 keeps the modules of a forward pass at ZeRO-3 in a list for good."""
-    engine.destroy()
-    FWD_MODULE_STACK.clear()
-    engine.module, engine.optimizer = None, None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _median(action) -> float:

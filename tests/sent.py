@@ -5,6 +5,7 @@ sent.py TINY FILE      FILE: {"KIND, ZERO, DTYPE, micro-batches": {"counted": by
 
 import json
 import sys
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from posttrain import engine as engines  # noqa: E402
 from posttrain import planner as planner_module  # noqa: E402
+from posttrain import shards  # noqa: E402
 from posttrain.entry import main  # noqa: E402
 from posttrain.memory import Zero  # noqa: E402
 from posttrain.step import step_share, train_step  # noqa: E402
@@ -83,7 +85,10 @@ def sent() -> None:
         planner = planner_module.Planner(training.recipe, planner_module.this_machine(1), dist.get_world_size(), 1)
         planned = planner.sent(Zero.of(engines.read_ds_config(path)), micro_batches)
         found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
-        training.engine.destroy()
+        policy, masters = training.engine.module, [weakref.ref(master) for master in shards._masters(training.engine)[0]]
+        engines.free(training.engine)
+        left = [master() for master in masters] + [getattr(parameter, "ds_tensor", parameter) for parameter in policy.parameters()]
+        assert masters and not sum(tensor.untyped_storage().nbytes() for tensor in left if tensor is not None), "memory is not given back"
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(found, indent=2))
 
