@@ -118,6 +118,7 @@ def a_link_that_goes_down(world: World) -> None:
     assert "rank 1 (node-b, pid" in output, output
     nothing_is_left(b, 3 * WATCHDOG)
     b.shell(f"ip link set {b.link} up")
+    a.shell(f"for _ in {{1..60}}; do ssh -o ConnectTimeout=2 {b.name} true && exit; sleep 0.5; done; exit 1")  # it takes a moment
     code, output = end(a.start("sft_multinode.sh", *world.sft("link", *LONG), HOSTFILE=world.hostfile(1)))
     assert code == 0, output
     assert "continuing after step" in output
