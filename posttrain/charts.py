@@ -51,8 +51,8 @@ def draw(title: str, curves: list[Curve], log_scale: bool = False):
 
 def bars(title: str, results: dict[str, dict[str, dict]]):
     """Results of several models, `{model: {metric: {value, low, high}}}`, shares from 0 to 1, with their intervals; the first in grey."""
-    cells = {metric: cell for values in results.values() for metric, cell in values.items()}
-    metrics = list(cells)
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    low = {metric for values in results.values() for metric, cell in values.items() if cell.get("lower_is_better")}
     figure, axes = pyplot.subplots(figsize=(max(6.4, 1.6 * len(metrics)), 3.6), layout="constrained")
     width = 0.8 / len(results)
     for number, ((model, values), colour) in enumerate(zip(results.items(), (GREY, *COLOURS), strict=False)):
@@ -67,7 +67,7 @@ def bars(title: str, results: dict[str, dict[str, dict]]):
         axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7, color=INK)
     axes.set_xticks(
         range(len(metrics)),
-        [metric.replace("_", " ") + ("\n(lower is better)" if cell.get("lower_is_better") else "") for metric, cell in cells.items()],
+        [metric.replace("_", " ") + "\n(lower is better)" * (metric in low) for metric in metrics],
     )
     axes.set_ylim(0, 115)
     axes.set_ylabel("%", color=INK, fontsize=9)

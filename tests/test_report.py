@@ -52,6 +52,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("some runs")
     first, second = make_run(folder, "slow", 0.001), make_run(folder, "fast", 0.01)
     results = {model: {"stops": {"value": v, "low": v / 2, "high": 1, "n": 9}} for model, v in (("base", 0.1), ("sft", 0.8))}
+    results["base"]["stops"]["lower_is_better"] = True
     (folder / "results.json").write_text(json.dumps(results))
     done = write(first, second, f"--results={folder}/results.json")
     assert done.returncode == 0, done.stderr
@@ -78,6 +79,8 @@ def test_it_holds_everything_and_needs_nothing(page):
         "weights 0.4, gradients 0.2",
     ):
         assert expected in html, expected
+    assert "<td>stops <small>lower is better</small></td>" in html
+    assert "(lower is better)" in html  # at the bars
     assert "3 in 0:06" in html  # validations
     assert "0:54" in html  # all else of 120 s
     assert "<script>alert" not in html

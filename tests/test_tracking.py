@@ -47,6 +47,7 @@ def test_a_ledger_reads_as_a_table():
     assert text.startswith("9,000 rows for training and 12 for validation of 9,100 read from a.jsonl")
     assert "\n| 88 | too long | a.jsonl:5 |\n| 3 | changed: cut | |\n" in text
     assert text.endswith("- mind the gap")
+    assert "|" not in tracking.ledger(manifest | {"ledger": {}, "changes": {}})  # no table of nothing
 
 
 def test_a_models_text_is_shown_and_not_obeyed():
