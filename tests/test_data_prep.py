@@ -399,7 +399,7 @@ def test_the_preview_of_a_pair_shows_both_answers(tiny, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tiny, tmp_path):
-    """20 times SIGKILL at a random moment: after each the folder is absent or whole, and the last run's bytes are an undisturbed one's."""
+    """10 times SIGKILL at a random moment: after each the folder is absent or whole, and the last run's bytes are an undisturbed one's."""
     words = np.random.RandomState(0).randint(0, 60, (12_000, 40))
     rows = [{"prompt": " ".join(tiny.words[w] for w in line[:8]), "response": " ".join(tiny.words[w] for w in line[8:])} for line in words]
     source = write(tmp_path / "rows.jsonl", rows)
@@ -413,11 +413,14 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tiny, tmp_pa
     subprocess.run(command("undisturbed"), check=True, env=environment, stdout=subprocess.DEVNULL)
     whole = time.monotonic() - started
     draw, killed, finished_early = random.Random(1), 0, 0
-    for _ in range(20):
+    while killed < 10:
+        assert finished_early < 40, "it always ends before it is killed"
+        started = time.monotonic()
         process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             process.wait(timeout=whole * draw.uniform(0.4, 1.0))  # the first part is imports
             finished_early += 1
+            whole = time.monotonic() - started  # the machine had more to do before
             assert (tmp_path / "killed" / "manifest.json").is_file()
             assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
             (tmp_path / "killed").rename(tmp_path / f"done{finished_early}")
@@ -430,6 +433,5 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tiny, tmp_pa
                 (tmp_path / "killed").rename(tmp_path / f"late{killed}")
     if not (tmp_path / "killed").exists():
         subprocess.run(command("killed"), check=True, env=environment, stdout=subprocess.DEVNULL)
-    assert killed >= 10
     assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
     assert not (tmp_path / "killed.incomplete").exists()
