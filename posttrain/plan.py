@@ -63,6 +63,8 @@ def report(planner: Planner, plans: list[Plan]) -> str:
         ]
     if planner.seconds:
         lines.append("how sure  layers and engines were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu.json")
+        if recipe.compile:
+            lines.append("          without compile, which makes them faster by what was not timed")
     else:
         lines.append(
             "how sure  memory: within 4 % of two runs on one H200; time: by the share of its peak that it reached with 1.7B parameters,\n"

@@ -267,30 +267,30 @@ class Planner:
         zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
         waits, sent = self.slowest(in_each=zero.stage > 1), self.sent(zero, micro_batches)
         if self.seconds:
-            share = waits * self.work.lengths.mean() * self.batch / self.ranks
-            compute, beside = share * self.seconds.token[checkpointing], micro_batches * self.seconds.micro_batch[ds_config]
-            if zero.stage == 3 and self.on_gpu:  # weights are on their way while others compute, and so is the CPU that asks for them
-                beside = max(beside - compute, 0.1 * beside)
-            return compute + beside + self.seconds.update[ds_config], sent
-        reached = REACHED_COMPILED if self.recipe.compile else REACHED
-        compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
-        # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
-        within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
-        across = (sent - within) * (self.nodes - 1) / self.nodes
-        wire = max(sent / self.device.link, across / self.device.net)
-        exposed = max(wire - compute, 0.1 * wire) if zero.stage == 3 else wire
-        if zero.offload_optimizer:  # states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
-            exposed += 28 * self.count / self.ranks / 20e9
-        return compute + exposed, sent
+            tokens_of_rank = waits * self.work.lengths.mean() * self.batch / self.ranks
+            compute = tokens_of_rank * self.seconds.token[checkpointing]
+            wire, update = micro_batches * self.seconds.micro_batch[ds_config], self.seconds.update[ds_config]
+        else:
+            reached = REACHED_COMPILED if self.recipe.compile else REACHED
+            compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
+            # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
+            within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
+            across = (sent - within) * (self.nodes - 1) / self.nodes
+            wire = max(sent / self.device.link, across / self.device.net)
+            # offloaded states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
+            update = 28 * self.count / self.ranks / 20e9 if zero.offload_optimizer else 0.0
+        if zero.stage == 3 and self.on_gpu:  # weights are on their way while others compute; a CPU has to do both
+            wire = max(wire - compute, 0.1 * wire)
+        return compute + wire + update, sent
 
     def sent(self, zero: Zero, micro_batches: int) -> float:
         """Bytes that a GPU sends in a step."""
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
-        sums = 2 * size * others  # of gradients by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so to stage 2
         if zero.stage == 3:
             sent = micro_batches * (2 * size * others + self._gathered_again(zero))
-        else:
-            sent = sums * (micro_batches if zero.stage == 2 else 1) + (size * others if zero.stage else 0.0)
+        else:  # gradients by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
+            sums = 2 * size * (micro_batches if zero.stage == 2 else 1)
+            sent = (sums + (size if zero.stage else 0)) * others
         if self.reference:
             again = self._head_is_gathered_again(Zero.of(read_ds_config("ds_configs/zero3_inference.json")).reuse_distance)
             sent += micro_batches * (size + self.dtype.itemsize * self.embedding * again) * others

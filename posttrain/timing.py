@@ -21,7 +21,7 @@ from posttrain.policy import Policy, checkpoint_activations
 
 WHOLE = 500e6  # parameters of a model that is timed as it is; of a larger one some layers are
 FEW = 2  # of them
-ENOUGH = {"cpu": 4096, "cuda": MANY}  # tokens of a micro-batch that take long enough to be timed
+ENOUGH_ON_CPU = 4096  # tokens of a micro-batch that take long enough to be timed; on a GPU MANY
 REPEATS = 3
 LITTLE = 8  # tokens of an answer, of which a micro-batch takes as long as one without any
 
@@ -89,7 +89,7 @@ def _timed(planner: Planner, modes, ds_configs, rank: int, port: str) -> Seconds
 def _usual(planner: Planner) -> np.ndarray:
     """Examples of the micro-batch whose tokens attend to as many others as in the mean."""
     lengths, attended = planner.work.lengths, planner.work.attended()
-    enough = ENOUGH["cuda" if planner.on_gpu else "cpu"]
+    enough = MANY if planner.on_gpu else ENOUGH_ON_CPU
     found = [one[: max(1, int(np.searchsorted(lengths[one].cumsum(), enough)))] for one in planner.micro_batches()]
     mean = attended.sum() / lengths.sum()
     return min(found, key=lambda one: abs(attended[one].sum() / lengths[one].sum() - mean))
@@ -120,10 +120,8 @@ def _seconds_of(planner: Planner, depth: int, batch: data.MicroBatch, mode: str,
 
 def _little(work: Work) -> data.MicroBatch:
     """A micro-batch of next to no tokens."""
-    one = np.full(1, LITTLE)
-    return Work(1, 0 * one if work.answers.shape[1] == 1 else one, np.full((1, work.answers.shape[1]), LITTLE), one, work.shared).batch_of(
-        [0]
-    )
+    one, answers = np.full(1, LITTLE), work.answers.shape[1]
+    return Work(1, one * (answers - 1), np.full((1, answers), LITTLE), one, work.shared).batch_of([0])
 
 
 def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.device) -> tuple[float, float]:
@@ -131,7 +129,7 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
     path, little = f"ds_configs/{ds_config}.json", _little(planner.work).to(device)
     recipe = planner.recipe.model_copy(update={"ds_config": path, "activation_checkpointing": "none", "compile": False})
     policy = _policy(planner, depth, "none", device)
-    share = planner.count / sum(parameter.numel() for parameter in policy.parameters())  # of a model of fewer layers
+    times = _times_larger(planner, policy)
     alone = _median(lambda: policy(little).sum().backward())
     policy.zero_grad()
     engine = engines.build_engine(policy, recipe, engines.read_ds_config(path))
@@ -143,19 +141,24 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
 
     one, two = _median(lambda: step(1)), _median(lambda: step(2))
     engines.free(engine)
-    return share * max(0.0, two - one - alone), share * max(0.0, 2 * one - two)
+    return times * max(0.0, two - one - alone), times * max(0.0, 2 * one - two)
+
+
+def _times_larger(planner: Planner, policy: Policy) -> float:
+    """Than a model of fewer layers the planner's is."""
+    return planner.count / sum(parameter.numel() for parameter in policy.parameters())
 
 
 def _reference_seconds(planner: Planner, depth: int, device: torch.device) -> float:
     """Of gathering the reference's weights for a micro-batch."""
     little, policy = _little(planner.work).to(device), _policy(planner, depth, "reference", device)
-    share = planner.count / sum(parameter.numel() for parameter in policy.parameters())
+    times = _times_larger(planner, policy)
     with torch.no_grad():
         alone = _median(lambda: policy(little))
         engine = engines.build_reference(policy, planner.recipe)
         seconds = _median(lambda: engine(little))
     engines.free(engine)
-    return share * max(0.0, seconds - alone)
+    return times * max(0.0, seconds - alone)
 
 
 def _median(action) -> float:

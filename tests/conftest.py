@@ -13,8 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import make_tiny
 
+from posttrain import layers
 from posttrain.health import Facts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +75,18 @@ def free_port() -> int:
 
 def rank_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture
+def cpu_has_bfloat16(monkeypatch):
+    """Call it with whether this CPU is to seem to have instructions for bfloat16."""
+
+    def seem(has: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+        layers.multiplies_in_float32.cache_clear()
+
+    yield seem
+    layers.multiplies_in_float32.cache_clear()
 
 
 def start_run(run, first_step: int, total_steps: int) -> None:

@@ -68,16 +68,9 @@ def test_products_in_float32_are_those_of_bfloat16_rounded_once(bias):
         assert torch.equal(seen, expected.to(torch.bfloat16)) or gap(expected, seen) < 2e-3
 
 
-@pytest.fixture
-def cpu_without_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    layers.multiplies_in_float32.cache_clear()
-    yield
-    layers.multiplies_in_float32.cache_clear()
-
-
-def test_products_in_float32_throughout(tiny, cpu_without_bfloat16):
+def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
     """The path of CPUs without instructions for bfloat16, whatever this one has: every linear layer, attention and the head."""
+    cpu_has_bfloat16(False)
     model = load(tiny)
     assert re.match(
         r"products in float32, .* \(off by \S+ of the exact layer, transformers' own by \S+\)$", layers.choose(model, "auto", False)
@@ -125,7 +118,8 @@ def breaks_half_way(model):
 
 
 @pytest.mark.parametrize("change", [another_epsilon, no_gradient, breaks_half_way])
-def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_without_bfloat16, change):
+def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_has_bfloat16, change):
+    cpu_has_bfloat16(False)
     monkeypatch.setattr(layers, "_multiply_in_float32", change)
     model = load(tiny)
     before = layers.trial(model, model.base_model.layers[0], 5)

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
-from posttrain import layers
 from posttrain.data import IGNORE, RowBuilder
 from posttrain.memory import Zero, count_working, predict
 
@@ -35,7 +34,7 @@ def test_memory_is_what_an_h200_was_seen_to_take():
         count = AutoModelForCausalLM.from_config(config).num_parameters()
     working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
     seen = predict((working, head), (working, head), count, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
-    assert seen == pytest.approx(measured, rel=0.05)
+    assert seen == pytest.approx(measured, rel=0.035)
 
 
 def test_six_runs_came_within_the_bounds():
@@ -60,13 +59,11 @@ def small():
     return Qwen3Config(**shape, num_hidden_layers=6, max_position_embeddings=2048)
 
 
-def test_what_a_gpu_takes_does_not_depend_on_this_machines_cpu(small, monkeypatch):
+def test_what_a_gpu_takes_does_not_depend_on_this_machines_cpu(small, cpu_has_bfloat16):
     here = count_working(small, rows(4, 250, 200), BF16, "none", fused=True)
-    for without in (False, True):
-        layers.multiplies_in_float32.cache_clear()
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda without=without: not without)
+    for has in (True, False):
+        cpu_has_bfloat16(has)
         assert count_working(small, rows(4, 250, 200), BF16, "none", fused=True) == here
-    layers.multiplies_in_float32.cache_clear()
 
 
 @pytest.mark.parametrize("fused", [False, True])
