@@ -11,8 +11,8 @@ setup(
     description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
     license="MIT",
     python_requires=">=3.11",
-    packages=["posttrain", "data_prep"],
-    package_data={"posttrain": ["recipes/*.yaml"]},
+    packages=["posttrain", "posttrain.serving", "data_prep"],
+    package_data={"posttrain": ["recipes/*.yaml", "report.html"], "posttrain.serving": ["page/*"]},
     install_requires=[
         "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine.py
         "torch>=2.11",
@@ -28,11 +28,14 @@ setup(
         "matplotlib",  # pictures: lengths of prepared rows, curves of runs, the quickstart's results
         "jinja2",  # the report's page: what a model says is escaped in it; torch brings it anyway
         "rich",  # the live progress line and the tables in the terminal
+        "fastapi",  # the server: requests checked by type, answers streamed
+        "uvicorn",
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        # the tests compare with trl's trainers, read the terminal with pyte, and open pages in a browser by playwright
-        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "trl", "pyte", "playwright", "wandb"],
+        # the tests compare with trl's trainers, read the terminal with pyte, and open pages in a browser by playwright, and
+        # talk to the server by openai's own client
+        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "trl", "pyte", "playwright", "wandb", "openai"],
         "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
         "wandb": ["wandb"],
     },

@@ -126,7 +126,7 @@ class Checkpoints:
         self._delete_old()
 
     def _delete_old(self) -> None:
-        there = _listed(self.folder)
+        there = saved(self.folder)
         losses = {path: _validation_loss(path) for path in there}
         measured = [path for path in there if losses[path] is not None and math.isfinite(losses[path])]
         best = min(measured, key=losses.get, default=None)
@@ -147,7 +147,7 @@ class Checkpoints:
 
     def newest(self, before: float = math.inf) -> Found | None:
         """The newest whole checkpoint whose weights no step from `before` on has changed; damaged ones are reported."""
-        names = on_rank_0(lambda: [path.name for path in _listed(self.folder)])
+        names = on_rank_0(lambda: [path.name for path in saved(self.folder)])
         usable = 0
         for path in (self.folder / name for name in reversed(names)):
             facts, problem = _verified(path)
@@ -179,12 +179,12 @@ class Checkpoints:
                 return
             for path in self.folder.glob("step_*.incomplete"):
                 shutil.rmtree(path)
-            for path in _listed(self.folder):
+            for path in saved(self.folder):
                 if _step(path) > step:
                     aside = path.with_name(f"{path.name}.damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
-            if left := _listed(self.folder):
+            if left := saved(self.folder):
                 storage.write_whole(self.folder / "latest", left[-1].name)
             if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text()).is_dir():
                 (self.folder / "best").unlink()
@@ -202,7 +202,7 @@ class Checkpoints:
         """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""
 
         def check():
-            there = len(_listed(self.folder)) if self.folder.is_dir() else 0
+            there = len(saved(self.folder)) if self.folder.is_dir() else 0
             most = min(saves, self.kept + 2)  # the best one, and one being written
             needed = max(0, most - there) * self.bytes_of_one() + weights
             self._refuse_unless_free(needed, f"{most} checkpoints and the result need", self.folder.parent)
@@ -301,7 +301,7 @@ def _touch_token(place: Path) -> str:
     return token
 
 
-def _listed(folder: Path) -> list[Path]:
+def saved(folder: Path) -> list[Path]:
     """Folders named as a whole checkpoint, oldest first."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_step) if folder.is_dir() else []
 

@@ -15,6 +15,8 @@ from posttrain import storage
 from posttrain.chat import ChatFormat
 from posttrain.layers import count_as_saved
 
+SYSTEM_PROMPT = "system_prompt.txt"  # what the data's conversations without a system message were given
+
 
 def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: Path, card: str) -> None:
     """Write weights, the description (see write_description) and the model card. Rank 0 only.
@@ -45,8 +47,10 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) -> None:
-    """All of a model's folder that is not weights: config, generation config, tokenizer with its template."""
+def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> None:
+    """All of a model's folder that is not weights: config, generation config, tokenizer with its template, the data's system prompt."""
+    if system_prompt:
+        (folder / SYSTEM_PROMPT).write_text(system_prompt)
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True})
     config.architectures = [type(model).__name__]
     if chat is not None:

@@ -100,7 +100,8 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         count_as_saved(model), len(data.train), data.manifest.get("copies", 0), engine.module.scale, float(data.train.answer_tokens.mean())
     )
     samples = Samples(recipe, data, chat)
-    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder), data.manifest, facts)
+    system_prompt = data.manifest["options"].get("system_prompt")
+    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder, system_prompt), data.manifest, facts)
     if _validates_at(recipe, done, steps) and not on_rank_0(lambda: run.has_looked(done)):
         _look(training, samples, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None

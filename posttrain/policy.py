@@ -135,7 +135,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 def prepare_command(recipe: Recipe) -> str:
     """The command that makes the recipe's data for its model's tokenizer."""
-    tokenizer = recipe.tokenizer or _beside(recipe.model_path)
+    tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path)
     return f"python data_prep/{PREPARE[type(recipe)]}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
@@ -145,7 +145,10 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
     Raises ValueError unless it is the tokenizer, with the template, that the data was prepared with.
     """
     find_model(recipe.model_path, HOW_TO_MAKE[type(recipe)])
-    place, template = recipe.tokenizer or _beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"), manifest["template_name"]
+    place, template = (
+        recipe.tokenizer or tokenizer_beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"),
+        manifest["template_name"],
+    )
     chat = ChatFormat(tokenization.load_tokenizer(place, template), template)
     identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
     for what, value in identity.items():
@@ -154,7 +157,7 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
                 f"{recipe.data_dir} was prepared with another {what} ({manifest[what]}) than this model's ({value}): its token ids would "
                 "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
             )
-    if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and _beside(recipe.model_path):
+    if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
         _check_form(chat, recipe)
     return chat
 
@@ -175,7 +178,7 @@ def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
         )
 
 
-def _beside(model_path: str) -> str | None:
+def tokenizer_beside(model_path: str) -> str | None:
     """The tokenizer that lies beside a checkpoint, if any."""
     if hub.is_hub_name(model_path):
         return model_path

@@ -42,10 +42,12 @@ FLOORS = [  # lowest first; a module imports only from floors below its own, or 
         "export",
         "run",
         "reference",
+        "assistant",
     ),
     *("step", "samples", "fit", "keeper", "loop"),
 ]
-SCRIPTS = {"sft", "dpo", "convert", "plan", "report"}
+SCRIPTS = {"sft", "dpo", "convert", "plan", "report", "serve"}
+PACKAGES = {"serving": ["sampling", "text", "schema", "votes", "walls", "batching", "app"]}  # of scripts; lowest first, above all floors
 
 
 def imported(path: Path) -> set[str]:
@@ -55,8 +57,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "posttrain":
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posttrain."):
-            found.add(node.module.split(".")[1])
-    return found
+            found.add(node.module.removeprefix("posttrain.").replace("serving.", "serving/"))
+            found |= {f"serving/{name.name}" for name in node.names if node.module == "posttrain.serving"}
+    return found - set(PACKAGES)
 
 
 def test_imports_only_go_down():
@@ -64,6 +67,11 @@ def test_imports_only_go_down():
     assert set(modules) == set(FLOORS) | SCRIPTS
     for index, name in enumerate(FLOORS):
         assert imported(modules[name]) <= set(FLOORS[:index]), name
+    for package, names in PACKAGES.items():
+        files = {path.stem: path for path in (ROOT / "posttrain" / package).glob("*.py") if path.stem != "__init__"}
+        assert set(files) == set(names)
+        for index, name in enumerate(names):
+            assert imported(files[name]) <= {*FLOORS, *(f"{package}/{below}" for below in names[:index])}, name
 
 
 def test_every_mutation_still_has_its_place(tmp_path):

@@ -1,0 +1,120 @@
+"""Talk to checkpoints: a chat page, and OpenAI's endpoints for any client.
+
+    python posttrain/serve.py --checkpoint runs/sft                                     then open http://127.0.0.1:8000
+    python posttrain/serve.py --checkpoint base=checkpoints/base --checkpoint runs/sft --checkpoint runs/dpo      to compare them
+
+A checkpoint is a Hugging Face folder, a run directory (its newest), RUN/checkpoints/step_000200, or a ckpt.pt file. It is asked with
+its own template, system prompt and stop tokens. Votes of the page's comparison go to --preferences, which data_prep/prepare_dpo.py reads.
+If the environment has POSTTRAIN_API_KEY, clients must send it.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import uvicorn
+
+from posttrain import assistant, terminal
+from posttrain.entry import main
+from posttrain.serving import app
+from posttrain.serving.batching import Batcher
+from posttrain.serving.sampling import Sampling
+from posttrain.serving.votes import Votes
+from posttrain.serving.walls import LOOPBACK
+
+
+def serve() -> None:
+    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
+    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
+    parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="answers of a model that are generated at once (32)")
+    parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds that an answer may take, waiting included (300)")
+    parser.add_argument("--max_body", type=int, default=2**20, metavar="BYTES", help="longest request (1048576)")
+    parser.add_argument("--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go")
+    options = parser.parse_args()
+    for name in ("max_batch", "timeout", "max_body"):
+        if getattr(options, name) <= 0:
+            raise ValueError(f"--{name} must be more than 0, not {getattr(options, name)}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with _listen(options.host, options.port) as listener:
+        models = _load(options)
+        limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
+        key = os.environ.get("POSTTRAIN_API_KEY")
+        built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else "; anyone who reaches it may use it"))
+        config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before any model is loaded: a port that is taken should not be found out minutes later."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}. Name another with --host or --port") from error
+
+
+def _load(options: argparse.Namespace) -> dict[str, app.Model]:
+    places = dict(_named(given) for given in options.checkpoint)
+    if len(places) < len(options.checkpoint):
+        names = ", ".join(_named(given)[0] for given in options.checkpoint)
+        raise ValueError(f"two checkpoints have the same name ({names}); give each its own: --checkpoint NAME=DIR")
+    if options.device == "cpu":  # each model generates in a thread of its own
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
+    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if options.device == "cpu" else None
+    models, read = {}, False
+    for name, place in places.items():
+        beside = assistant.policy.tokenizer_beside(assistant.newest(place))
+        read = read or beside is None
+        loaded = assistant.load(place, name, beside or options.tokenizer, dtype, options.device)
+        batcher = Batcher(loaded, options.max_batch, 1 / len(places))
+        batcher.start()
+        seconds = asyncio.run(_warm_up(batcher, min(loaded.stops)))
+        models[name] = app.Model(loaded, batcher)
+        about = f"{loaded.model.num_parameters():,} parameters, {loaded.context:,} tokens, {str(loaded.model.dtype).removeprefix('torch.')}"
+        _say(f"{name}: {about} on {options.device}; first answer after {seconds:.1f} s")
+        if loaded.chat is None:
+            _say(f"warning: {name} cannot chat, only go on with a text: {loaded.why_no_chat}")
+    if options.tokenizer and not read:
+        raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
+    return models
+
+
+def _named(given: str) -> tuple[str, str]:
+    """Name and place of [NAME=]DIR."""
+    found = re.fullmatch(r"([\w.@-]+)=(.+)", given)
+    if found and not Path(given).exists():
+        return found[1], found[2]
+    return assistant.name_of(given), given
+
+
+async def _warm_up(batcher: Batcher, token: int) -> float:
+    """Seconds until a first token, which pays for what is done once."""
+    began = time.perf_counter()
+    async for _ in batcher.generate([token], Sampling(1), 600):
+        pass
+    return time.perf_counter() - began
+
+
+def _say(line: str) -> None:
+    terminal.say(f"{time.strftime('%H:%M:%S')}  {line}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    main(serve)

@@ -1,0 +1,149 @@
+"""Continuous batching of one model's requests, by transformers' own manager: a request joins the others between two tokens.
+
+What is added to it: each request's own sampling, with a seed that gives the same answer whoever else is served; and outputs that go to
+the request that asked, or to nobody once it has gone.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from typing import ClassVar
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.logits_process import LogitsProcessorList
+
+from posttrain.assistant import Assistant
+from posttrain.serving.sampling import Sampling, choose
+
+PAGE = 64  # tokens of a page of the KV cache: what requests with the same beginning share is whole pages
+CPU_BATCH_TOKENS = 512  # of a forward pass; transformers' attention mask there has this many rows, and a column for every cached token
+CPU_CACHE = 2 * 2**30  # bytes
+
+
+class EngineFailed(RuntimeError):
+    """Generation ended with an error; the cause is its text."""
+
+
+class Batcher:
+    """Generates for one model, in a thread of its own. `most`: requests that are generated at once; others wait their turn."""
+
+    def __init__(self, assistant: Assistant, most: int, share: float):
+        """`share`: of the free memory for the KV cache, 0 to 1, where several models are served."""
+        self.assistant, self.numbers = assistant, itertools.count()
+        model = assistant.model
+        on_cpu = model.device.type == "cpu"
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE,
+            max_requests_per_batch=most,
+            use_async_batching=False,  # the sampler needs the token before
+            use_cuda_graph=False,
+            num_blocks=_cpu_blocks(assistant, most, share) if on_cpu else None,
+            max_batch_tokens=CPU_BATCH_TOKENS if on_cpu else None,
+            max_memory_percent=None if on_cpu else 0.8 * share,
+        )
+        self.manager = model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=sorted(assistant.stops)), settings)
+        self.outputs = self.manager.output_router = _Outputs()
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
+        processors.logits_processor = LogitsProcessorList([_Sampler()])
+        processors.tensors_required, processors.do_processing = 1, True
+        processors.supported_keys = {"sampling": Sampling}
+        self.manager.logit_processor = processors
+
+    @property
+    def active(self) -> int:
+        """Requests that are generated or wait."""
+        return len(self.outputs.callbacks)
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be generated any more."""
+        return None if self.manager.is_running() else f"generation has ended: {self.manager.background_thread_status.fatal_error}"
+
+    def start(self) -> None:
+        self.manager.start()
+
+    def stop(self) -> None:
+        self.manager.stop(block=True, timeout=10, hard_stop=True)
+
+    async def generate(self, prompt: list[int], sampling: Sampling, timeout: float) -> AsyncIterator[list[int]]:
+        """The answer's tokens as they come, with the one that ends it. Closing the iterator ends the request.
+
+        Raises EngineFailed, and TimeoutError where it is not complete after `timeout` seconds, waiting included.
+        """
+        if self.problem:
+            raise EngineFailed(self.problem)
+        request, loop, arrived = f"r{next(self.numbers)}", asyncio.get_running_loop(), asyncio.Queue()
+        deadline = loop.time() + timeout
+        self.outputs.callbacks[request] = lambda output: loop.call_soon_threadsafe(arrived.put_nowait, output)
+        finished, sent = False, 0
+        try:
+            self.manager.add_request(prompt, request, sampling.max_tokens, streaming=True, sampling=sampling)
+            while not finished:
+                output = await asyncio.wait_for(arrived.get(), deadline - loop.time())
+                finished = output.is_finished() or output.error is not None
+                if output.error is not None:
+                    raise EngineFailed(output.error)
+                yield output.generated_tokens[sent:]
+                sent = len(output.generated_tokens)
+        finally:
+            del self.outputs.callbacks[request]
+            if not finished:
+                self.manager.cancel_request(request)
+
+
+class _Outputs(OutputRouter):
+    """To the request that asked. transformers 5.23's own keeps what arrives for a cancelled request in a queue that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.callbacks: dict[str, Callable] = {}
+
+    def deliver(self, output) -> None:
+        if (callback := self.callbacks.get(output.request_id)) is not None:
+            callback(output)
+
+    def deliver_batch(self, outputs) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+class _Sampler(ContinuousBatchingLogitsProcessor):
+    """Chooses each request's next token by its own Sampling and leaves no other to the manager, which then takes the likeliest."""
+
+    supported_kwargs: ClassVar = {"sampling": Sampling}
+    ignored_kwargs = ()
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token) -> torch.Tensor:
+        """Called right before the forward pass, with the requests in the order of its logits."""
+        states = [request.state for request in requests_with_new_token]
+        self.asked = [state.logit_processor_kwargs["sampling"] for state in states]
+        # a request that the cache had no room for begins again with its answer so far as part of the prompt
+        before = [len(state.initial_tokens) - (state._true_initial_tokens or len(state.initial_tokens)) for state in states]
+        positions = [count + len(state.generated_tokens) for count, state in zip(before, states, strict=True)]
+        self.uniforms = [sampling.uniform(at) if sampling.temperature else 0 for sampling, at in zip(self.asked, positions, strict=True)]
+        self.histories = [
+            state.initial_tokens + state.generated_tokens if sampling.repetition_penalty != 1 else []
+            for sampling, state in zip(self.asked, states, strict=True)
+        ]
+        return torch.zeros(len(states), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        chosen = choose(scores, self.asked, self.histories, self.uniforms)
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+
+
+def _cpu_blocks(assistant: Assistant, most: int, share: float) -> int:
+    """Pages of the KV cache: room for `most` requests of full length, or as much as CPU_CACHE holds, at least one such request."""
+    config, pages = assistant.model.config, -(-assistant.context // PAGE)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page = 2 * config.num_hidden_layers * config.num_key_value_heads * head * assistant.model.dtype.itemsize * PAGE
+    return max(pages + 1, min(most * pages, int(CPU_CACHE * share) // page))

@@ -1,0 +1,71 @@
+"""How the next token is chosen, for many requests in one call: greedy, or drawn from what temperature, top-k and top-p leave."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Sampling(NamedTuple):
+    """What one request asks for. Order of application as in transformers and vLLM: penalty, temperature, top-k, top-p."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0  # divides what speaks for tokens of the prompt and the answer so far (Keskar et al. 2019)
+    seed: int = 0
+
+    def cuts(self, vocabulary: int) -> bool:
+        """Whether top-k or top-p take tokens away."""
+        return 0 < self.top_k < vocabulary or self.top_p < 1
+
+    def uniform(self, position: int) -> float:
+        """The random number in [0, 1) of the answer's token at `position`: it depends on nothing but seed and position."""
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=position)).random()
+
+
+def choose(logits: torch.Tensor, asked: list[Sampling], histories: list[list[int]], uniforms: list[float]) -> torch.Tensor:
+    """Token ids (B,) for float32 logits (B, V), which are changed in place; `histories` are the ids before each."""
+    for row, (sampling, history) in enumerate(zip(asked, histories, strict=True)):
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(history)), device=logits.device)
+            scores = logits[row, seen]
+            logits[row, seen] = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
+    chosen = logits.argmax(-1)
+    for cut in (False, True):  # apart: the order that tokens are drawn in must not depend on who else is served
+        drawn = [row for row, sampling in enumerate(asked) if sampling.temperature > 0 and sampling.cuts(logits.shape[1]) == cut]
+        if drawn:
+            chosen[drawn] = (_draw_cut if cut else _draw)(logits[drawn], [asked[row] for row in drawn], [uniforms[row] for row in drawn])
+    return chosen
+
+
+def _draw(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]) -> torch.Tensor:
+    """From all tokens, in the vocabulary's order."""
+    probabilities = (logits / _column(logits, [sampling.temperature for sampling in asked])).double().softmax(-1)
+    return _at(probabilities, uniforms)
+
+
+def _draw_cut(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]) -> torch.Tensor:
+    """From what top-k and top-p leave, likeliest first."""
+    vocabulary = logits.shape[1]
+    top_k = _column(logits, [sampling.top_k or vocabulary for sampling in asked])
+    top_p = _column(logits, [sampling.top_p for sampling in asked])
+    scaled = logits / _column(logits, [sampling.temperature for sampling in asked])
+    scaled, ids = scaled.topk(min(int(top_k.max()), vocabulary), dim=-1)
+    scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=logits.device) >= top_k, float("-inf"))
+    probabilities = scaled.double().softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p) & (top_p < 1), 0)  # the first one always stays
+    return ids.gather(1, _at(probabilities, uniforms)[:, None])[:, 0]
+
+
+def _at(probabilities: torch.Tensor, uniforms: list[float]) -> torch.Tensor:
+    """Where the cumulated probabilities of each row reach that share of their sum."""
+    upto = probabilities.cumsum(-1)
+    found = torch.searchsorted(upto, _column(upto, uniforms).double() * upto[:, -1:], right=True)
+    return found.clamp(max=probabilities.shape[1] - 1)[:, 0]
+
+
+def _column(beside: torch.Tensor, values: list) -> torch.Tensor:
+    return torch.tensor(values, device=beside.device)[:, None]

@@ -1,0 +1,129 @@
+"""What may be asked over HTTP: OpenAI's names and ranges. A field that would not be read is an error, not ignored.
+
+Source: OpenAI's API reference for chat completions and completions; top_k and repetition_penalty as vLLM adds them.
+"""
+
+import secrets
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from posttrain.serving.sampling import Sampling
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+DEFAULT_ANSWER = 1024  # tokens, where a chat request names no limit
+DEFAULT_COMPLETION = 16  # OpenAI's
+
+
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: None = None
+
+    def plain(self) -> dict:
+        """As the chat format takes it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+class Asked(Strict):
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)  # 0 and -1: off
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Text | list[Text] | None = None
+    # accepted at the value that changes nothing, as clients send them
+    n: Literal[1, None] = None
+    presence_penalty: Literal[0, None] = None
+    frequency_penalty: Literal[0, None] = None
+    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    # about the caller, not about the answer
+    user: str | None = None
+    metadata: dict | None = None
+    store: Literal[False, None] = None
+
+    def stops(self) -> list[str]:
+        """Texts that end the answer. Raises ValueError."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+            raise ValueError(f"stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        return stops
+
+    def limit(self) -> int:
+        return self.max_tokens or DEFAULT_COMPLETION
+
+    def sampling(self, prompt: int, context: int) -> Sampling:
+        """For a prompt of so many tokens. Raises ValueError where no answer has room."""
+        if prompt >= context:
+            raise ValueError(f"the prompt has {prompt:,} tokens; this model reads {context:,}, and the answer needs some of them")
+        return Sampling(
+            min(self.limit(), context - prompt),
+            1.0 if self.temperature is None else self.temperature,
+            max(self.top_k or 0, 0),
+            1.0 if self.top_p is None else self.top_p,
+            self.repetition_penalty or 1.0,
+            secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+        )
+
+
+class ChatAsked(Asked):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name of max_tokens
+    response_format: ResponseFormat | None = None
+    logprobs: Literal[False, None] = None
+    tools: Annotated[list, Field(max_length=0)] | None = None
+
+    def limit(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_ANSWER
+
+
+class CompletionAsked(Asked):
+    prompt: Text | list[int]
+    echo: Literal[False, None] = None
+    best_of: Literal[1, None] = None
+    logprobs: None = None
+    suffix: None = None
+
+
+class Vote(Strict):
+    """One answer was preferred to another."""
+
+    messages: list[Message] = Field(min_length=1)
+    chosen: Text = Field(min_length=1)
+    rejected: Text = Field(min_length=1)
+    chosen_model: str
+    rejected_model: str

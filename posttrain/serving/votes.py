@@ -1,0 +1,28 @@
+"""Votes on the comparison page, kept in the form that data_prep/prepare_dpo.py reads: talk, vote, train again."""
+
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+class Votes:
+    """Appends to one JSONL file. A line is on the disk before a vote is confirmed, and is whole or absent."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+
+    def add(self, prompt: list[dict], chosen: str, rejected: str, chosen_model: str, rejected_model: str) -> None:
+        """`prompt`: messages, the last one from the user. Raises OSError where it cannot be written; then nothing of it is there."""
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_model": chosen_model, "rejected_model": rejected_model}
+        line = json.dumps(row | {"when": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
+        with self.lock, self.path.open("ab") as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise

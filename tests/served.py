@@ -1,0 +1,57 @@
+"""A server for the tests: posttrain/serve.py in a process of its own, as a user starts it."""
+
+import contextlib
+import http.client
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+from conftest import ROOT, free_port
+
+
+@contextlib.contextmanager
+def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNamespace]:
+    """Start it and wait until it answers; `log` is a file for what it prints."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "posttrain" / "serve.py"), "--port", str(port), *map(str, arguments)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=settings, cwd=log.parent) as process:
+        try:
+            server = SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}", log=log, process=process, folder=log.parent)
+            server.health = lambda: request(server, "GET", "/health")
+            wait_for(lambda: process.poll() is not None or _answers(server), 90)
+            assert process.poll() is None, log.read_text()
+            yield server
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def request(server, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:
+    """Status and body, by plain HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    if body is not None:
+        headers = {"content_type": "application/json"} | headers
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    answer = response.status, response.read()
+    connection.close()
+    return answer
+
+
+def _answers(server) -> bool:
+    try:
+        return server.health()[0] == 200
+    except OSError:
+        return False
