@@ -11,7 +11,7 @@ setup(
     description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
     license="MIT",
     python_requires=">=3.11",
-    packages=["posttrain", "posttrain.serving", "data_prep"],
+    packages=["posttrain", "posttrain.serving", "posttrain.evaluation", "data_prep"],
     package_data={"posttrain": ["recipes/*.yaml", "report.html"], "posttrain.serving": ["page/*"]},
     install_requires=[
         "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine.py
@@ -30,6 +30,7 @@ setup(
         "rich",  # the live progress line and the tables in the terminal
         "fastapi",  # the server: requests checked by type, answers streamed
         "uvicorn",
+        "lm_eval[ifeval]>=0.4.13",  # benchmarks: the prompts and the scoring that the field compares with
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={

@@ -5,6 +5,7 @@ and the end token of its template.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class Assistant(NamedTuple):
     chat: ChatFormat | None
     why_no_chat: str
     system_prompt: str | None
+    has_template: bool  # of its own; else it is asked in ChatML
     stops: frozenset[int]  # ids that end an answer
     context: int  # tokens of prompt and answer together
 
@@ -62,6 +64,18 @@ def name_of(place: str) -> str:
     return path.stem if ckpt_pt.is_ckpt_pt(path) else path.name
 
 
+def named(given: list[str]) -> dict[str, str]:
+    """Places by name, of [NAME=]DIR each. Raises ValueError where two have the same name."""
+    pairs = []
+    for one in given:
+        found = re.fullmatch(r"([\w.@-]+)=(.+)", one)
+        pairs.append((found[1], found[2]) if found and not Path(one).exists() else (name_of(one), one))
+    if len(dict(pairs)) < len(pairs):
+        names = ", ".join(name for name, _ in pairs)
+        raise ValueError(f"two checkpoints have the same name ({names}); give each its own: --checkpoint NAME=DIR")
+    return dict(pairs)
+
+
 def load(place: str, name: str | None = None, tokenizer: str | None = None, dtype: torch.dtype | None = None, device="cpu") -> Assistant:
     """The checkpoint at `place`, in `dtype` (None: its own), on the device.
 
@@ -91,6 +105,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         chat,
         why_no_chat,
         _system_prompt(description),
+        template == "tokenizer",
         frozenset(_stops(description, loaded, chat)),
         model.config.max_position_embeddings,
     )

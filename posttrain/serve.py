@@ -11,7 +11,6 @@ If the environment has POSTTRAIN_API_KEY, clients must send it.
 import argparse
 import asyncio
 import os
-import re
 import socket
 import sys
 import time
@@ -69,10 +68,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _load(options: argparse.Namespace) -> dict[str, app.Model]:
-    places = dict(_named(given) for given in options.checkpoint)
-    if len(places) < len(options.checkpoint):
-        names = ", ".join(_named(given)[0] for given in options.checkpoint)
-        raise ValueError(f"two checkpoints have the same name ({names}); give each its own: --checkpoint NAME=DIR")
+    places = assistant.named(options.checkpoint)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if options.device == "cpu" else None
@@ -92,14 +88,6 @@ def _load(options: argparse.Namespace) -> dict[str, app.Model]:
     if options.tokenizer and not read:
         raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
     return models
-
-
-def _named(given: str) -> tuple[str, str]:
-    """Name and place of [NAME=]DIR."""
-    found = re.fullmatch(r"([\w.@-]+)=(.+)", given)
-    if found and not Path(given).exists():
-        return found[1], found[2]
-    return assistant.name_of(given), given
 
 
 async def _warm_up(batcher: Batcher, token: int) -> float:

@@ -1,0 +1,184 @@
+"""Measure checkpoints on benchmarks, with lm-evaluation-harness's prompts and scoring.
+
+    python posttrain/eval_benchmarks.py --checkpoint base=DIR --checkpoint runs/sft --checkpoint runs/dpo --benchmark arc_easy
+    deepspeed --num_gpus 8 posttrain/eval_benchmarks.py ...        the same, the items dealt to the GPUs
+
+--mode logprob takes the likeliest of the choices, --mode generate reads the answer from what the model says. Rows come from the hub, or
+from DIR/arc_easy.jsonl ... with --data DIR. Into --output go a table, results.json (also for report.py --results), a plot, every item with
+prompt, answer and score, and the task files with which lm_eval's own command gives the same numbers.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; read when tqdm is imported
+
+import torch
+import transformers
+from torch import distributed as dist
+
+from posttrain import assistant, charts, storage, terminal
+from posttrain.entry import main
+from posttrain.evaluation.compare import majority_baseline, p_value, random_baseline, rate
+from posttrain.evaluation.measure import Item, measure
+from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, task_name, write_tasks
+from posttrain.ranks import gathered, on_rank_0
+
+SURE = 0.05  # p-values below this count as a difference
+
+
+def evaluate() -> None:
+    parser = argparse.ArgumentParser(prog="eval_benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
+    parser.add_argument("--benchmark", action="append", required=True, choices=("all", *BENCHMARKS), help="can be given several times")
+    parser.add_argument("--mode", choices=MODES, default="logprob")
+    parser.add_argument("--max_samples", type=int, metavar="N", help="the first N items of each benchmark only")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="files instead of the hub: DIR/arc_easy.jsonl ...")
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
+    parser.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help="ask in the chat template; auto: where there is one")
+    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a forward pass (16)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    options = parser.parse_args()
+    if options.max_samples is not None and options.max_samples < 1:
+        raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
+    names = _benchmarks(options)
+    places = assistant.named(options.checkpoint)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = _connect()
+    notes = on_rank_0(lambda: write_tasks(names, options.mode, options.data, options.output / "tasks"))
+    items = {name: _measure(name, place, names, device, options) for name, place in places.items()}
+    if dist.get_rank() == 0:
+        _report(items, names, options, notes)
+
+
+def _benchmarks(options: argparse.Namespace) -> list[str]:
+    """The benchmarks asked for, in BENCHMARKS' order. Raises ValueError for one that the mode does not have."""
+    able = [name for name, one in BENCHMARKS.items() if options.mode in one.metric]
+    if "all" in options.benchmark:
+        names = [name for name in able if options.data is None or available(options.data, name)]
+        if not names:
+            raise ValueError(f"--data {options.data} holds no benchmark for --mode {options.mode}: {', '.join(able)}")
+        return names
+    for name in options.benchmark:
+        if name not in able:
+            raise ValueError(f"{name} has no --mode {options.mode}, only {', '.join(BENCHMARKS[name].metric)}")
+    return [name for name in able if name in options.benchmark]
+
+
+def _connect() -> torch.device:
+    """The process group of the launcher's ranks, or of this process alone. All ranks."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _measure(name: str, place: str, benchmarks: list[str], device: torch.device, options: argparse.Namespace) -> dict[str, list[Item]]:
+    """Every item of every benchmark for one checkpoint, in order. All ranks."""
+    beside = assistant.policy.tokenizer_beside(assistant.newest(place)) or options.tokenizer
+    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device.type == "cpu" else None
+    loaded = assistant.load(place, name, beside, dtype, device)
+    if options.chat == "on" and loaded.chat is None:
+        raise ValueError(f"{name} cannot be asked in a chat template: {loaded.why_no_chat}")
+    if dist.get_rank() == 0:
+        terminal.say(f"{name}: {loaded.model.num_parameters():,} parameters, {str(loaded.model.dtype).removeprefix('torch.')}")
+    chat = options.chat == "on" or (options.chat == "auto" and loaded.has_template)
+    if chat:
+        loaded.tokenizer.chat_template = loaded.chat.jinja
+    tasks = str(options.output / "tasks")
+    share = measure(
+        loaded, benchmarks, options.mode, tasks, options.max_samples, options.batch_size, chat, dist.get_rank(), dist.get_world_size()
+    )
+    shares = gathered(share)
+    return {benchmark: sorted(itertools.chain.from_iterable(one[benchmark] for one in shares)) for benchmark in benchmarks}
+
+
+def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: argparse.Namespace, notes: list[str]) -> None:
+    output = options.output
+    results = {}
+    for model, found in items.items():
+        (output / "items").mkdir(parents=True, exist_ok=True)
+        results[model] = {}
+        for name in names:
+            lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in found[name]]
+            storage.write_whole(output / "items" / f"{model}_{task_name(name, options.mode)}.jsonl", "\n".join(lines) + "\n")
+            results[model][name] = rate([item.score for item in found[name]])._asdict()
+    first = next(iter(items.values()))
+    baselines = {
+        name: {
+            "random": random_baseline([item.choices for item in first[name]]),
+            "majority": majority_baseline([item.target for item in first[name]]) if BENCHMARKS[name].choices else None,
+        }
+        for name in names
+    }
+    pairs = {
+        f"{a} against {b}": {
+            name: p_value([item.score for item in items[a][name]], [item.score for item in items[b][name]]) for name in names
+        }
+        for a, b in itertools.combinations(items, 2)
+    }
+    for model, found in items.items():
+        for name in names:
+            if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
+                notes.append(f"{model}, {name}: {unread} of {len(found[name])} answers name no choice, and count as wrong")
+    table = _table(results, baselines, pairs, names, options.mode)
+    storage.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+    facts = {"mode": options.mode, "baselines": baselines, "p_values": pairs, "notes": notes, "max_samples": options.max_samples}
+    storage.write_whole(output / "details.json", json.dumps(facts, indent=2) + "\n")
+    storage.write_whole(output / "results.md", "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n")
+    charts.save_png(charts.bars(f"Benchmarks by {options.mode}, 95 % intervals", results), output / "results.png")
+    terminal.say(table)
+    for note in notes:
+        terminal.say(f"note: {note}")
+    terminal.say(
+        f"\nin {output}: results.md, results.json, results.png, items/ (every prompt, answer and score), tasks/ (for lm_eval itself)"
+    )
+
+
+def _table(results: dict, baselines: dict, pairs: dict, names: list[str], mode: str) -> str:
+    """Markdown: a row for each benchmark, and one for each pair of checkpoints under it."""
+    models = list(results)
+    lines = [f"| | items | random | majority | {' | '.join(models)} |", "|---|" + "---|" * (3 + len(models))]
+    for name in names:
+        cells = [_cell(results[model][name], baselines[name]["random"]) for model in models]
+        known = [_percent(baselines[name][kind]) for kind in ("random", "majority")]
+        metric = BENCHMARKS[name].metric[mode]
+        lines.append(f"| {name} ({metric}) | {results[models[0]][name]['n']:,} | {' | '.join(known + cells)} |")
+    lines += ["", "In brackets: 95 % intervals; = where they hold what guessing gives."]
+    if pairs:
+        lines += ["", f"| same items, exact test | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
+        lines += [f"| {name} | {' | '.join(_said(found[name]) for found in pairs.values())} |" for name in names]
+    return "\n".join(lines)
+
+
+def _said(p: float) -> str:
+    shown = "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    return f"p {shown}" if p < SURE else f"not distinguishable (p {shown})"
+
+
+def _cell(one: dict, chance: float | None) -> str:
+    equal = " =" if chance is not None and one["low"] <= chance <= one["high"] else ""
+    return f"{100 * one['value']:.1f} % ({100 * one['low']:.1f} to {100 * one['high']:.1f}){equal}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    main(evaluate)

@@ -1,0 +1,57 @@
+"""What scores say: rates with intervals, baselines that need no model, and whether two checkpoints differ at all."""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+Z = 1.959964  # 95 %
+
+
+class Rate(NamedTuple):
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def rate(scores: list[float]) -> Rate:
+    """Mean with its 95 % interval: after Wilson (1927) for right-or-wrong scores, normal for shares between."""
+    n, mean = len(scores), math.fsum(scores) / len(scores)
+    if set(scores) <= {0.0, 1.0}:
+        spread = Z * Z / n
+        middle = (mean + spread / 2) / (1 + spread)
+        half = Z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
+        return Rate(mean, max(0.0, middle - half), min(1.0, middle + half), n)
+    deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / max(1, n - 1))
+    half = Z * deviation / math.sqrt(n)
+    return Rate(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+
+
+def p_value(first: list[float], second: list[float]) -> float:
+    """Of a difference as large as seen between two checkpoints on the same items, if they were equally good; two-sided.
+
+    McNemar's exact test on the items that one of them alone has right; for scores between 0 and 1, a normal test of the mean difference.
+    """
+    differences = [b - a for a, b in zip(first, second, strict=True) if a != b]
+    if not differences:
+        return 1.0
+    if set(differences) <= {-1.0, 1.0}:
+        n, better = len(differences), sum(one > 0 for one in differences)
+        fewer = min(better, n - better)
+        tail = sum(math.comb(n, k) for k in range(fewer + 1))
+        return min(1.0, 2 * tail / 2**n)
+    n = len(first)
+    mean = math.fsum(differences) / n
+    squares = math.fsum(one * one for one in differences)
+    error = math.sqrt((squares - n * mean * mean) / max(1, n - 1) / n)
+    return math.erfc(abs(mean) / error / math.sqrt(2)) if error else 0.0
+
+
+def random_baseline(choices: list[int | None]) -> float | None:
+    """Of guessing, where there are choices."""
+    return None if None in choices else math.fsum(1 / count for count in choices) / len(choices)
+
+
+def majority_baseline(targets: list) -> float:
+    """Of always giving the commonest right answer."""
+    return Counter(map(str, targets)).most_common(1)[0][1] / len(targets)

@@ -1,0 +1,227 @@
+"""Benchmarks as lm-evaluation-harness runs them: its prompts and its scoring, on its data or on files at hand.
+
+Every benchmark becomes a task file of the harness's own format, so that its own command gives the same numbers from it:
+    lm_eval run --model hf --model_args pretrained=DIR --include_path OUTPUT/tasks --tasks posttrain_arc_easy
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import lm_eval
+import yaml
+
+HARNESS = Path(lm_eval.__file__).parent / "tasks"
+LETTERS = "ABCDE"
+MODES = ("logprob", "generate")
+UNREAD = "[invalid]"  # what the harness's filters read from an answer that says nothing they know
+# What an answer to a question with choices is read from: "answer is C", "(c)", "C." at the start; else the harness's filter looks for a
+# choice's text, then for ": C". The pattern of its own tasks knows "(C)" only.
+# A bare A is taken where no word follows it ("The answer is A dog").
+CHOICE = r"(?i:answer(?:\s+is)?\s*:?\s*)(?:([B-E])\b|(A)(?=[.:,;!]|\s*$))|\(([A-Ea-e])\)|^\s*([A-E])(?=[.):,]|\s*$)"
+
+
+class Benchmark(NamedTuple):
+    """`source`: the harness's task; `files`: names in --data; `rows`: makes a file's row the harness's, KeyError where it cannot."""
+
+    source: str
+    files: tuple[str, ...]
+    rows: Callable[[dict], dict]
+    metric: dict[str, str]  # the headline metric of each mode that the benchmark has
+    choices: Callable[[dict], tuple[str, list[str], int]] | None = None  # of a harness's row: question, choices, which is right
+    more: dict | None = None  # settings of its task file
+    fewshot: str = ""  # the file of examples
+
+
+def _arc(row: dict) -> dict:
+    """From llm-foundry's {query, choices, gold}, or already the harness's."""
+    if "answerKey" in row:
+        return {name: row[name] for name in ("question", "choices", "answerKey")}
+    labels = list(LETTERS[: len(row["choices"])])
+    question = row["query"].removeprefix("Question: ")
+    return {"question": question, "choices": {"text": row["choices"], "label": labels}, "answerKey": labels[row["gold"]]}
+
+
+def _openbookqa(row: dict) -> dict:
+    if "question_stem" in row:
+        return {name: row[name] for name in ("question_stem", "choices", "answerKey")}
+    made = _arc(row)
+    return {"question_stem": made.pop("question"), **made}
+
+
+def _labelled(question: str) -> Callable[[dict], tuple[str, list[str], int]]:
+    return lambda row: (row[question], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip()))
+
+
+def _only(*names: str) -> Callable[[dict], dict]:
+    return lambda row: {name: row[name] for name in names}
+
+
+BOTH = {"logprob": "acc_norm", "generate": "exact_match"}
+BENCHMARKS = {
+    "openbookqa": Benchmark("openbookqa/openbookqa.yaml", ("openbookqa", "openbook_qa"), _openbookqa, BOTH, _labelled("question_stem")),
+    "arc_easy": Benchmark("arc/arc_easy.yaml", ("arc_easy",), _arc, BOTH, _labelled("question")),
+    "arc_challenge": Benchmark("arc/arc_challenge.yaml", ("arc_challenge",), _arc, BOTH, _labelled("question")),
+    "mmlu": Benchmark(
+        "mmlu/default/_default_template_yaml",
+        ("mmlu",),
+        _only("question", "choices", "answer", "subject"),
+        {"logprob": "acc", "generate": "exact_match"},
+        lambda row: (row["question"].strip(), row["choices"], row["answer"]),
+        {
+            "dataset_name": "all",
+            "num_fewshot": 0,
+            "description": "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n",
+        },
+    ),
+    "hellaswag": Benchmark(
+        "hellaswag/hellaswag.yaml",
+        ("hellaswag",),
+        _only("ctx_a", "ctx_b", "activity_label", "endings", "label"),
+        BOTH,
+        lambda row: (f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()} ...", row["endings"], int(row["label"])),
+    ),
+    "truthfulqa": Benchmark(
+        "truthfulqa/truthfulqa_mc2.yaml", ("truthfulqa",), _only("question", "mc1_targets", "mc2_targets"), {"logprob": "acc"}
+    ),
+    "gsm8k": Benchmark(
+        "gsm8k/gsm8k.yaml", ("gsm8k", "gsm8k_test"), _only("question", "answer"), {"generate": "exact_match"}, fewshot="gsm8k_train"
+    ),
+    "ifeval": Benchmark(
+        "ifeval/ifeval.yaml",
+        ("ifeval", "ifeval_input_data"),
+        _only("key", "prompt", "instruction_id_list", "kwargs"),
+        {"generate": "prompt_level_strict_acc"},
+    ),
+}
+# The harness checks these instructions with nltk's sentence models, which are no package and may not be there.
+NEED_NLTK = {"change_case:capital_word_frequency", "length_constraints:number_sentences"}
+
+
+def task_name(benchmark: str, mode: str) -> str:
+    return f"posttrain_{benchmark}" + ("_generate" if mode == "generate" and BENCHMARKS[benchmark].choices else "")
+
+
+def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) -> list[str]:
+    """A task file for each benchmark, with its rows where they come from --data. Returns what is to be known about them.
+
+    Raises FileNotFoundError and ValueError for data that is missing or of another shape, naming what was seen and expected.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = []
+    for name in names:
+        benchmark = BENCHMARKS[name]
+        asked = mode == "generate" and benchmark.choices is not None
+        rows = _read(name, benchmark, data) if data else _from_hub(name, benchmark) if asked else None
+        settings = {"include": str(HARNESS / benchmark.source), **(benchmark.more or {})}
+        if rows is not None and name == "ifeval" and not _has_nltk_data():
+            kept = [row for row in rows if NEED_NLTK.isdisjoint(row["instruction_id_list"])]
+            notes.append(
+                f"ifeval: {len(rows) - len(kept)} of {len(rows)} prompts are left out, since nltk's punkt_tab is not on this machine "
+                "(python -m nltk.downloader punkt_tab)"
+            )
+            rows = kept
+        if asked:
+            rows, settings = [_asked(benchmark, row) for row in rows], dict(GENERATE)
+        if rows is not None:
+            path = folder / f"{task_name(name, mode)}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files = {"test": str(path.resolve())}
+            if benchmark.fewshot:
+                files["train"] = str(_find(name, (benchmark.fewshot,), data).resolve())
+            settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+            settings |= {"validation_split": None} | dict.fromkeys(
+                ("training_split", "fewshot_split"), "train" if benchmark.fewshot else None
+            )
+        settings["task"] = task_name(name, mode)
+        (folder / f"{task_name(name, mode)}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return notes
+
+
+GENERATE = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}\n{% for choice in choices %}({{'" + LETTERS + "'[loop.index0]}}) {{choice}}\n{% endfor %}"
+    "Answer with the letter of the right choice.\nAnswer:",
+    "doc_to_target": "{{'" + LETTERS + "'[answer]}}",
+    "generation_kwargs": {"until": ["</s>", "<|im_end|>", "\n\n"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 64},
+    "filter_list": [
+        {
+            "name": "answer",
+            "filter": [
+                {"function": "multi_choice_regex", "regex_pattern": CHOICE, "ignore_case": True, "ignore_punctuation": True},
+                {"function": "take_first"},
+            ],
+        }
+    ],
+    "metric_list": [
+        {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True, "ignore_punctuation": True}
+    ],
+    "num_fewshot": 0,
+    "metadata": {"version": 1.0},
+}
+
+
+def _asked(benchmark: Benchmark, row: dict) -> dict:
+    question, choices, right = benchmark.choices(row)
+    return {"question": question, "choices": choices, "answer": right}
+
+
+def _find(name: str, files: tuple[str, ...], data: Path) -> Path:
+    """A file of --data: DIR/NAME.jsonl, or DIR/NAME/REST.jsonl for NAME_REST."""
+    places = [data / f"{file}.jsonl" for file in files]
+    places += [data / first / f"{rest}.jsonl" for first, _, rest in (file.partition("_") for file in files) if rest]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        there = ", ".join(sorted(path.name for path in data.glob("*.jsonl"))[:12]) if data.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{name}: --data {data} has none of {', '.join(place.name for place in places)} (there: {there or 'no .jsonl'})"
+        )
+    return found
+
+
+def available(data: Path, name: str) -> bool:
+    try:
+        _find(name, BENCHMARKS[name].files, data)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
+    path = _find(name, benchmark.files, data)
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(benchmark.rows(json.loads(line)))
+        except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path}:{number} is no row of {name}: {type(error).__name__} {error}. Expected the columns of the dataset that "
+                f"{benchmark.source} of lm-evaluation-harness names, or for questions with choices {{query, choices, gold}}"
+            ) from error
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
+
+
+def _from_hub(name: str, benchmark: Benchmark) -> list[dict]:
+    """The rows that the harness's task is measured on."""
+    import datasets
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(HARNESS / benchmark.source, recursive=True, resolve_func=False) | (benchmark.more or {})
+    split = config.get("test_split") or config["validation_split"]
+    try:
+        return [benchmark.rows(row) for row in datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), split=split)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: its data cannot be loaded from the hub ({error}); give files with --data DIR") from error
+
+
+def _has_nltk_data() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True

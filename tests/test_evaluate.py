@@ -1,0 +1,245 @@
+"""Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, launch, rank_environment
+from scipy import stats
+
+from posttrain import assistant
+from posttrain.evaluation.compare import majority_baseline, p_value, random_baseline, rate
+from posttrain.evaluation.measure import measure
+from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, task_name, write_tasks
+
+SCRIPT = ROOT / "posttrain" / "eval_benchmarks.py"
+
+# ---- reading answers ----
+
+CHOICES = ["a red apple", "seven", "lead apron", "the third planet"]
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("THE ANSWER IS C", "C"),  # the system that this replaces read A
+        ("(c)", "(c)"),
+        ("C.", "C"),
+        ("C", "C"),
+        (" B) seven", "B"),
+        ("The answer is (D).", "D"),
+        ("Answer: B", "B"),
+        ("The best answer is B because of A", "B"),
+        ("I would say lead apron", "(C)"),  # by the text of the choice
+        ("Lead Apron!", "(C)"),
+        ("My choice: D", "(D)"),  # the filter's own last resort
+        ("the third", "[invalid]"),  # as the harness reads it: neither letter nor text
+        ("A dog barks", "[invalid]"),
+        ("The answer is A dog", "[invalid]"),
+        ("The answer is a farmer", "[invalid]"),
+        ("Because", "[invalid]"),
+        ("", "[invalid]"),
+    ],
+)
+def test_what_an_answer_is_read_as(said, read):
+    from lm_eval.filters.extraction import MultiChoiceRegexFilter
+
+    found = MultiChoiceRegexFilter(CHOICE, ignore_case=True, ignore_punctuation=True).apply([[said]], [{"choices": CHOICES}])
+    assert found[0][0].strip("()").upper() == read.strip("()").upper() if read != "[invalid]" else found[0][0] == read
+
+
+# ---- what scores show ----
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 20), (20, 20), (1, 500), (130, 500), (600, 2376)])
+def test_intervals_of_rates(hits, n):
+    found, expected = rate([1.0] * hits + [0.0] * (n - hits)), stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert (found.value, found.n) == (hits / n, n)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_intervals_of_shares():
+    draw = random.Random(0)
+    scores = [draw.random() for _ in range(400)]
+    error = stats.sem(scores)
+    found = rate(scores)
+    assert (found.high - found.value, found.value - found.low) == pytest.approx((1.96 * error, 1.96 * error), rel=1e-3)
+
+
+@pytest.mark.parametrize(("better", "worse", "same"), [(0, 0, 9), (1, 0, 3), (9, 1, 500), (30, 12, 1000), (5, 5, 0)])
+def test_paired_tests_of_right_and_wrong(better, worse, same):
+    first, second = [0.0] * better + [1.0] * worse + [1.0] * same, [1.0] * better + [0.0] * worse + [1.0] * same
+    expected = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert p_value(first, second) == pytest.approx(expected) == p_value(second, first)
+
+
+def test_paired_tests_of_shares():
+    draw = random.Random(1)
+    first = [draw.random() for _ in range(300)]
+    second = [min(1.0, max(0.0, one + draw.gauss(0.03, 0.2))) for one in first]
+    assert p_value(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue, rel=0.05)
+    assert p_value(first, first) == 1.0
+
+
+def test_paired_tests_are_right_as_often_as_they_say():
+    """Of two models equally good, one in twenty comparisons may say otherwise, or fewer."""
+    draw, wrong = random.Random(2), 0
+    for _ in range(400):
+        pairs = [(float(draw.random() < 0.6), float(draw.random() < 0.6)) for _ in range(120)]
+        wrong += p_value(*zip(*pairs, strict=True)) < 0.05
+    assert wrong <= 0.07 * 400
+
+
+def test_baselines():
+    assert random_baseline([4, 4, 5, 3]) == pytest.approx((0.25 + 0.25 + 0.2 + 1 / 3) / 4)
+    assert random_baseline([4, None]) is None
+    assert majority_baseline([0, 1, 1, "B", 1]) == 0.6
+
+
+# ---- tasks ----
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small files in the shapes of llm-foundry's gauntlet and of the hub's datasets, with invented rows."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = ["pa", "ke", "ti", "mo", "lu", "na", "re", "so"]
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(words, k=count))
+
+    def write(name: str, rows: list[dict]) -> None:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def asked(count: int) -> dict:
+        return {"query": f"Question: {text(5)}?", "choices": [text(2) + f" {i}" for i in range(count)], "gold": draw.randrange(count)}
+
+    write("arc_easy", [asked(draw.choice([3, 4, 4, 5])) for _ in range(21)])
+    labels = ["A", "B", "C", "D"]
+    hub = [{"id": str(i), "question_stem": text(4), "choices": {"text": [text(2) for _ in labels], "label": labels}} for i in range(11)]
+    write("openbook_qa", [row | {"answerKey": draw.choice(labels)} for row in hub])
+    physics = {"subject": "high_school_physics", "answer": 2}
+    write("mmlu", [{"question": text(6), "choices": [text(2) for _ in labels]} | physics for _ in range(9)])
+    for name, count in (("gsm8k_test", 4), ("gsm8k_train", 6)):
+        write(name, [{"question": text(6), "answer": f"{text(4)}\n#### {i}"} for i in range(count)])
+    walking = {"activity_label": "Walking", "label": "1"}
+    write("hellaswag", [{"ctx_a": text(3), "ctx_b": text(2), "endings": [text(3) for _ in labels]} | walking for _ in range(5)])
+    first, second = {"choices": ["pa", "ke"], "labels": [1, 0]}, {"choices": ["pa", "ke", "ti"], "labels": [1, 1, 0]}
+    write("truthfulqa", [{"question": text(3), "mc1_targets": first, "mc2_targets": second} for _ in range(4)])
+    checks = [["punctuation:no_comma"], ["length_constraints:number_sentences"], ["punctuation:no_comma", "detectable_format:title"]]
+    values = [[{}], [{"relation": "at least", "num_sentences": 2}], [{}, {}]]
+    instructed = [{"key": i, "instruction_id_list": checks[i], "kwargs": values[i]} for i in range(3)]
+    write("ifeval", [row | {"prompt": text(5)} for row in instructed])
+    return folder
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=rank_environment(), timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"query": "x"}', "arc_easy.jsonl:1 is no row of arc_easy: KeyError 'choices'"),
+        ("{", "arc_easy.jsonl:1 is no row"),
+        ("", "is empty"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(tmp_path, row, says):
+    (tmp_path / "arc_easy.jsonl").write_text(row)
+    with pytest.raises(ValueError, match=says):
+        write_tasks(["arc_easy"], "logprob", tmp_path, tmp_path / "tasks")
+    with pytest.raises(FileNotFoundError, match="openbook_qa.jsonl"):
+        write_tasks(["openbookqa"], "logprob", tmp_path, tmp_path / "tasks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--checkpoint", "nowhere"], "there is no model at nowhere"),
+        (["--benchmark", "gsm8k"], "gsm8k has no --mode logprob, only generate"),
+        (["--max_samples", "0"], "--max_samples must be at least 1"),
+    ],
+)
+def test_mistakes_end_with_one_line(tiny, data, tmp_path, arguments, says):
+    given = {"--checkpoint": tiny.base, "--benchmark": "arc_easy"} | dict([arguments])
+    done = run(*(part for pair in given.items() for part in pair), "--data", data, "--output", tmp_path / "out")
+    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
+    """In this process, on real files: each item is there once, with its prompt, and the score is the harness's."""
+    loaded = assistant.load(tiny.base, dtype=torch.float32)
+    loaded.model.config.max_position_embeddings = 4096
+    loaded = loaded._replace(context=4096)
+    counts = {"openbookqa": 11, "arc_easy": 21, "mmlu": 9, "hellaswag": 5, "truthfulqa": 4, "gsm8k": 4, "ifeval": 3}
+    for mode in ("logprob", "generate"):
+        names = [name for name in counts if mode in BENCHMARKS[name].metric]
+        notes = write_tasks(names, mode, data, tmp_path / mode)
+        found = measure(loaded, names, mode, str(tmp_path / mode), None, 8, False, 0, 1)
+        left = sum("left out" in note for note in notes)
+        for name in names:
+            assert [item.number for item in found[name]] == list(range(counts[name] - (left if name == "ifeval" else 0)))
+            assert all(math.isfinite(item.score) and item.prompt for item in found[name])
+        if mode == "logprob":
+            assert {item.choices for item in found["arc_easy"]} == {3, 4, 5}
+            assert "questions (with answers) about high school physics.\n\n" in found["mmlu"][0].prompt
+            for item in found["openbookqa"]:
+                best = max(range(4), key=lambda i, item=item: item.answer[i][0])
+                assert item.scores["acc"] == float(best == item.target)
+        else:
+            assert found["gsm8k"][0].prompt.count("Question:") == 6  # five examples
+            assert found["arc_easy"][0].prompt.endswith("Answer with the letter of the right choice.\nAnswer:")
+
+
+@pytest.mark.slow
+def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
+    options = ("--benchmark", "arc_easy", "--benchmark", "mmlu", "--data", data, "--max_samples", "17")
+    checkpoints = ("--checkpoint", f"one={tiny.base}", "--checkpoint", f"two={tiny.base}")
+    done = launch("posttrain/eval_benchmarks.py", *checkpoints, *options, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stdout
+    assert "not distinguishable (p = 1)" in done.stdout and "| arc_easy (acc_norm) | 17 |" in done.stdout
+    done = run(*checkpoints, *options, "--output", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr  # no bars in a file
+    assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
+    written = {"results.json", "results.md", "results.png", "details.json", "items", "tasks"}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == written
+
+    def items(folder) -> list[dict]:
+        return [json.loads(line) for line in (folder / "items" / "one_posttrain_arc_easy.jsonl").read_text().splitlines()]
+
+    ours = items(tmp_path / "one")
+    assert [item["number"] for item in items(tmp_path / "two")] == [item["number"] for item in ours] == list(range(17))
+    hand = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--output_path", tmp_path / "hand", "--log_samples"]
+    hand += ["--model_args", f"pretrained={tiny.base},dtype=float32", "--limit", "17"]
+    hand += ["--tasks", task_name("arc_easy", "logprob"), "--include_path", tmp_path / "one" / "tasks"]
+    hand = [str(part) for part in hand]
+    done = subprocess.run(hand, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = next((tmp_path / "hand").rglob("samples*.jsonl")).read_text().splitlines()
+    theirs = sorted(map(json.loads, lines), key=lambda row: row["doc_id"])
+    for item, row in zip(ours, theirs, strict=True):
+        assert [one[0] for one in item["answer"]] == pytest.approx([float(one[0]) for one in row["filtered_resps"]], rel=1e-6)
+        assert item["scores"] == {"acc": row["acc"], "acc_norm": row["acc_norm"]}
+        assert item["prompt"] == row["arguments"]["gen_args_0"]["arg_0"]
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_nothing_scores_what_guessing_does(shared_data, tmp_path):
+    seed = shared_data / "seed_checkpoint"
+    options = ("--tokenizer", seed / "tok512.model", "--data", shared_data / "eval_gauntlet", "--max_samples", "400", "--output", tmp_path)
+    done = run("--checkpoint", seed / "gqa_tied.pt", "--benchmark", "all", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["gqa_tied"]
+    assert set(found) == {"openbookqa", "arc_easy", "arc_challenge"}
+    for one in found.values():
+        assert one["n"] == 400 and 0.15 < one["value"] < 0.35
