@@ -23,8 +23,9 @@ import transformers
 from torch import distributed as dist
 
 from posttrain import assistant, charts, storage, terminal
+from posttrain.chat import TODAY
 from posttrain.entry import main
-from posttrain.evaluation.compare import majority_baseline, p_value, random_baseline, rate
+from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, task_name, write_tasks
 from posttrain.ranks import gathered, on_rank_0
@@ -95,9 +96,11 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         raise ValueError(f"{name} cannot be asked in a chat template: {loaded.why_no_chat}")
     if dist.get_rank() == 0:
         terminal.say(f"{name}: {loaded.model.num_parameters():,} parameters, {str(loaded.model.dtype).removeprefix('torch.')}")
-    chat = options.chat == "on" or (options.chat == "auto" and loaded.has_template)
+    chat = options.chat == "on" or (options.chat == "auto" and loaded.has_template and loaded.chat is not None)
     if chat:
-        loaded.tokenizer.chat_template = loaded.chat.jinja
+        loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
+    elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
+        terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
     tasks = str(options.output / "tasks")
     share = measure(
         loaded, benchmarks, options.mode, tasks, options.max_samples, options.batch_size, chat, dist.get_rank(), dist.get_world_size()
@@ -119,24 +122,32 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
     first = next(iter(items.values()))
     baselines = {
         name: {
-            "random": random_baseline([item.choices for item in first[name]]),
+            "random": random_baseline([item.chance for item in first[name]]),
             "majority": majority_baseline([item.target for item in first[name]]) if BENCHMARKS[name].choices else None,
         }
         for name in names
     }
-    pairs = {
-        f"{a} against {b}": {
-            name: p_value([item.score for item in items[a][name]], [item.score for item in items[b][name]]) for name in names
-        }
+    single = {
+        (f"{a} against {b}", name): p_value([item.score for item in items[a][name]], [item.score for item in items[b][name]])
         for a, b in itertools.combinations(items, 2)
+        for name in names
     }
+    adjusted = holm(single)
+    pairs = {pair: {name: adjusted[pair, name] for name in names} for pair, _ in single}
     for model, found in items.items():
         for name in names:
             if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
                 notes.append(f"{model}, {name}: {unread} of {len(found[name])} answers name no choice, and count as wrong")
     table = _table(results, baselines, pairs, names, options.mode)
     storage.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
-    facts = {"mode": options.mode, "baselines": baselines, "p_values": pairs, "notes": notes, "max_samples": options.max_samples}
+    facts = {
+        "mode": options.mode,
+        "baselines": baselines,
+        "p_values": pairs,
+        "p_values_alone": {f"{pair}, {name}": p for (pair, name), p in single.items()},
+        "notes": notes,
+        "max_samples": options.max_samples,
+    }
     storage.write_whole(output / "details.json", json.dumps(facts, indent=2) + "\n")
     storage.write_whole(output / "results.md", "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n")
     charts.save_png(charts.bars(f"Benchmarks by {options.mode}, 95 % intervals", results), output / "results.png")
@@ -159,7 +170,7 @@ def _table(results: dict, baselines: dict, pairs: dict, names: list[str], mode: 
         lines.append(f"| {name} ({metric}) | {results[models[0]][name]['n']:,} | {' | '.join(known + cells)} |")
     lines += ["", "In brackets: 95 % intervals; = where they hold what guessing gives."]
     if pairs:
-        lines += ["", f"| same items, exact test | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
+        lines += ["", f"| same items, exact test, for all comparisons together | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
         lines += [f"| {name} | {' | '.join(_said(found[name]) for found in pairs.values())} |" for name in names]
     return "\n".join(lines)
 

@@ -43,9 +43,11 @@ def serve() -> None:
     parser.add_argument("--max_body", type=int, default=2**20, metavar="BYTES", help="longest request (1048576)")
     parser.add_argument("--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go")
     options = parser.parse_args()
-    for name in ("max_batch", "timeout", "max_body"):
-        if getattr(options, name) <= 0:
-            raise ValueError(f"--{name} must be more than 0, not {getattr(options, name)}")
+    for name, least in (("max_batch", 1), ("max_queue", 0), ("timeout", 1), ("max_body", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _listen(options.host, options.port) as listener:
@@ -79,21 +81,25 @@ def _load(options: argparse.Namespace) -> dict[str, app.Model]:
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if options.device == "cpu" else None
-    models, read = {}, False
+    loaded, read = [], False
     for name, place in places.items():
         beside = assistant.policy.tokenizer_beside(assistant.newest(place))
         read = read or beside is None
-        loaded = assistant.load(place, name, beside or options.tokenizer, dtype, options.device)
-        batcher = Batcher(loaded, options.max_batch, 1 / len(places))
-        batcher.start()
-        seconds = asyncio.run(_warm_up(batcher, min(loaded.stops)))
-        models[name] = app.Model(loaded, batcher)
-        about = f"{loaded.model.num_parameters():,} parameters, {loaded.context:,} tokens, {str(loaded.model.dtype).removeprefix('torch.')}"
-        _say(f"{name}: {about} on {options.device}; first answer after {seconds:.1f} s")
-        if loaded.chat is None:
-            _say(f"warning: {name} cannot chat, only go on with a text: {loaded.why_no_chat}")
+        loaded.append(assistant.load(place, name, beside or options.tokenizer, dtype, options.device))
     if options.tokenizer and not read:
         raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
+    models = {}
+    for done, one in enumerate(loaded):  # once all weights are there: each takes its share of the memory that is left for caches
+        batcher = Batcher(one, options.max_batch, 1 / (len(loaded) - (0 if options.device == "cpu" else done)))
+        batcher.start()
+        seconds = asyncio.run(_warm_up(batcher, min(one.stops)))
+        models[one.name] = app.Model(one._replace(context=batcher.room), batcher)
+        about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
+        _say(f"{one.name}: {about} on {options.device}; first answer after {seconds:.1f} s")
+        if batcher.room < one.context:
+            _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
+        if one.chat is None:
+            _say(f"warning: {one.name} cannot chat, only go on with a text: {one.why_no_chat}")
     return models
 
 

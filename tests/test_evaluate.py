@@ -1,5 +1,6 @@
 """Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
 
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from conftest import ROOT, launch, rank_environment
 from scipy import stats
 
 from posttrain import assistant
-from posttrain.evaluation.compare import majority_baseline, p_value, random_baseline, rate
+from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import measure
 from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, task_name, write_tasks
 
@@ -43,6 +44,13 @@ CHOICES = ["a red apple", "seven", "lead apron", "the third planet"]
         ("The answer is A dog", "[invalid]"),
         ("The answer is a farmer", "[invalid]"),
         ("Because", "[invalid]"),
+        ("The answer is A) because", "A"),
+        ("The answer is A\n(B) is wrong because it is hot", "A"),
+        ("The answer is A because", "A"),
+        ("The answer is **B**", "B"),
+        ("B\nbecause", "B"),
+        ("**B**", "B"),
+        ("The answer is c) seven", "c"),
         ("", "[invalid]"),
     ],
 )
@@ -84,6 +92,8 @@ def test_paired_tests_of_shares():
     second = [min(1.0, max(0.0, one + draw.gauss(0.03, 0.2))) for one in first]
     assert p_value(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue, rel=0.05)
     assert p_value(first, first) == 1.0
+    assert p_value([0.2], [0.5]) == 1.0 and rate([0.2])[1:3] == (0.0, 1.0)
+    assert 0 <= p_value([0.1] * 13, [0.2] * 13) <= 1  # every difference alike: rounding must not make a variance negative
 
 
 def test_paired_tests_are_right_as_often_as_they_say():
@@ -95,9 +105,18 @@ def test_paired_tests_are_right_as_often_as_they_say():
     assert wrong <= 0.07 * 400
 
 
+def test_many_comparisons_need_stronger_evidence():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.04}) == {"a": 0.04} and holm({}) == {}
+    draw, tables = random.Random(3), 0
+    for _ in range(400):  # ten comparisons of what is equal: at most one table in twenty may claim a difference
+        tables += min(holm({i: draw.random() for i in range(10)}).values()) < 0.05
+    assert tables <= 0.07 * 400
+
+
 def test_baselines():
-    assert random_baseline([4, 4, 5, 3]) == pytest.approx((0.25 + 0.25 + 0.2 + 1 / 3) / 4)
-    assert random_baseline([4, None]) is None
+    assert random_baseline([0.25, 0.25, 0.2, 1 / 3]) == pytest.approx((0.25 + 0.25 + 0.2 + 1 / 3) / 4)
+    assert random_baseline([0.25, None]) is None
     assert majority_baseline([0, 1, 1, "B", 1]) == 0.6
 
 
@@ -190,13 +209,17 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
             assert [item.number for item in found[name]] == list(range(counts[name] - (left if name == "ifeval" else 0)))
             assert all(math.isfinite(item.score) and item.prompt for item in found[name])
         if mode == "logprob":
-            assert {item.choices for item in found["arc_easy"]} == {3, 4, 5}
+            assert {item.chance for item in found["arc_easy"]} == {1 / 3, 1 / 4, 1 / 5}
+            assert {item.chance for item in found["truthfulqa"]} == {2 / 3}
             assert "questions (with answers) about high school physics.\n\n" in found["mmlu"][0].prompt
             for item in found["openbookqa"]:
                 best = max(range(4), key=lambda i, item=item: item.answer[i][0])
                 assert item.scores["acc"] == float(best == item.target)
         else:
-            assert found["gsm8k"][0].prompt.count("Question:") == 6  # five examples
+            assert found["gsm8k"][0].prompt.count("Question:") == 6  # five examples, the same however items are dealt
+            shares = [measure(loaded, ["gsm8k"], mode, str(tmp_path / mode), None, 8, False, rank, 3)["gsm8k"] for rank in range(3)]
+            assert sorted(itertools.chain.from_iterable(shares)) == found["gsm8k"]
+            assert found["gsm8k"][0].prompt.split("Question:")[1] != found["gsm8k"][1].prompt.split("Question:")[1]
             assert found["arc_easy"][0].prompt.endswith("Answer with the letter of the right choice.\nAnswer:")
 
 

@@ -181,6 +181,8 @@ HOSTILE = [
     "![p](https://evil.example/pixel.png) <a href='javascript:window.ran=1'>k</a>",
     "# <script>window.ran=1</script>\n> <b onmouseover=window.ran=1>\n- <script>window.ran=1</script>",
     "# a\u2028b\n```\nnot closed",
+    ">" * 9000 + " deep",
+    "- " * 9000 + "deep",
 ]
 
 

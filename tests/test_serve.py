@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import resource
+import signal
 import socket
 import threading
 import time
@@ -29,6 +31,7 @@ from posttrain.ckpt_pt import save_ckpt_pt
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
+from posttrain.serving.votes import Votes
 
 ASK = [{"role": "user", "content": "repeat 3 pa"}]
 CHAT = "/v1/chat/completions"
@@ -93,6 +96,33 @@ def test_a_batch_may_mix_all_ways_of_sampling():
     alone = [choose(logits[i : i + 1].clone(), asked[i : i + 1], histories[i : i + 1], uniforms[i : i + 1]) for i in range(4)]
     assert chosen.tolist() == [int(one) for one in alone]
     assert chosen[0] == logits[0].argmax() and chosen[2] == logits[2].argmax() and chosen[3] != logits[3].argmax()
+
+
+def test_nothing_impossible_is_drawn():
+    almost_one = 1 - 2**-53
+    logits = torch.tensor([[1.0, 20.0, 3.0, -5.0]])
+    assert choose(torch.tensor([[5.0, 5.0, -1e9, -1e9]]), [Sampling(1)], [[]], [almost_one]).item() == 1
+    assert choose(torch.tensor([[5.0, 5.0, 4.0, 3.0]]), [Sampling(1, top_k=2)], [[]], [almost_one]).item() in (0, 1)
+    assert choose(logits, [Sampling(1, 1e-38)], [[]], [0.5]).item() == 1
+
+
+def test_a_vote_that_cannot_be_written_leaves_nothing(tmp_path):
+    votes = Votes(tmp_path / "votes.jsonl")
+    vote = ([{"role": "user", "content": "x"}], "good", "bad", "a", "b")
+    votes.add(*vote)
+    before = votes.path.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            votes.add(*vote)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, old)
+    assert votes.path.read_bytes() == before
+    votes.add(*vote)
+    assert [json.loads(line)["chosen"] for line in votes.path.read_text().splitlines()] == ["good", "good"]
 
 
 # ---- text ----
@@ -318,6 +348,9 @@ def test_other_sites_cannot_use_it_through_a_browser(server):
     assert request(server, "POST", CHAT, body, origin="https://evil.example")[0] == 403
     assert request(server, "POST", CHAT, body, host="evil.example")[0] == 403
     assert request(server, "GET", "/v1/models", host="evil.example:8000")[0] == 403
+    assert request(server, "GET", "/v1/models", host="[x")[0] == 400
+    assert request(server, "GET", "/v1/models", origin="http://[")[0] == 400
+    assert request(server, "GET", "/v1/models", origin="null")[0] == 403
     assert request(server, "POST", CHAT, body, content_type="text/plain")[0] == 415
     assert request(server, "POST", "/votes", "{}", content_type="application/x-www-form-urlencoded")[0] == 415
 
@@ -462,7 +495,8 @@ def test_logs_hold_neither_prompts_nor_paths(server, narrow, tiny):
         (["--checkpoint", "BASE", "--checkpoint", "BASE"], "two checkpoints have the same name (base, base)"),
         (["--checkpoint", "nowhere"], "there is no model at nowhere"),
         (["--checkpoint", "BASE", "--tokenizer", "BASE"], "--tokenizer would not be read"),
-        (["--checkpoint", "BASE", "--max_batch", "0"], "--max_batch must be more than 0"),
+        (["--checkpoint", "BASE", "--max_batch", "0"], "--max_batch must be at least 1"),
+        (["--checkpoint", "BASE", "--port", "70000"], "--port must be from 0 to 65535"),
         (["--checkpoint", "BASE", "--port", "TAKEN"], "cannot listen on 127.0.0.1 port"),
         (["--checkpoint", "FOLDER/lonely.pt"], "has no tokenizer beside it"),
     ],

@@ -21,7 +21,7 @@ class Item(NamedTuple):
     answer: list  # log-probs of the choices, or what was generated and what was read from it
     score: float  # the headline metric
     scores: dict[str, float]  # every metric of the harness
-    choices: int | None  # how many there were
+    chance: float | None  # what guessing would score, where there are choices
 
 
 class Model(HFLM):
@@ -40,6 +40,8 @@ def measure(
     """This rank's share of each benchmark's items (`most`: of its first ones)."""
     for noisy in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # HFLM asks the model itself where to stop; a base model's own end is not its template's
+    assistant.model.generation_config.eos_token_id = sorted(assistant.stops)
     lm = Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=batch, max_length=assistant.context, backend="causal")
     loaded = TaskManager(include_path=tasks, include_defaults=False).load([task_name(name, mode) for name in names])
     shares = {}
@@ -48,6 +50,8 @@ def measure(
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(1234)  # lm_eval's own
+        if task.get_config("num_fewshot"):
+            _deal(task.sampler, rank, ranks)
         count = len(task.eval_docs)
         shares[task_name(name, mode)] = list(range(count if most is None else min(most, count)))[rank::ranks]
     system = assistant.system_prompt if chat else None
@@ -67,6 +71,27 @@ def measure(
     return result
 
 
+def _deal(sampler, rank: int, ranks: int) -> None:
+    """Let every item keep the examples that it has on one rank: they are drawn item by item, and other ranks' items draw elsewhere."""
+    draw, skipped = sampler.sample, rank
+
+    def sample(*arguments, **options):
+        nonlocal skipped
+        for _ in range(skipped):
+            draw(*arguments, **options)
+        skipped = ranks - 1
+        return draw(*arguments, **options)
+
+    sampler.sample = sample
+
+
+def _chance(sample: dict, choices: int | None) -> float | None:
+    if "mc2_targets" in sample["doc"]:  # the score is the probability of the true answers
+        labels = sample["doc"]["mc2_targets"]["labels"]
+        return sum(labels) / len(labels)
+    return 1 / choices if choices else None
+
+
 def _item(sample: dict, metric: str, mode: str) -> Item:
     arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
     first = arguments[0]
@@ -75,4 +100,4 @@ def _item(sample: dict, metric: str, mode: str) -> Item:
     choices = len(arguments) if mode == "logprob" else len(sample["doc"]["choices"]) if "choices" in sample["doc"] else None
     answer = responses if mode == "logprob" else [sample["resps"][0][0], *responses]
     scores = {name: sample[name] for name in sample["metrics"]}
-    return Item(sample["doc_id"], prompt, sample["target"], answer, float(scores[metric]), scores, choices)
+    return Item(sample["doc_id"], prompt, sample["target"], answer, float(scores[metric]), scores, _chance(sample, choices))

@@ -18,8 +18,12 @@ MODES = ("logprob", "generate")
 UNREAD = "[invalid]"  # what the harness's filters read from an answer that says nothing they know
 # What an answer to a question with choices is read from: "answer is C", "(c)", "C." at the start; else the harness's filter looks for a
 # choice's text, then for ": C". The pattern of its own tasks knows "(C)" only.
-# A bare A is taken where no word follows it ("The answer is A dog").
-CHOICE = r"(?i:answer(?:\s+is)?\s*:?\s*)(?:([B-E])\b|(A)(?=[.:,;!]|\s*$))|\(([A-Ea-e])\)|^\s*([A-E])(?=[.):,]|\s*$)"
+# A bare A is taken where no word follows it that it may be the article of ("The answer is A dog").
+_ENDS = r"[.:,;!)*\n\"']|\s*$|\s+(?:because|since|as)\b"
+CHOICE = (
+    rf"(?i:answer(?:\s+is)?\s*:?\s*)[*_(\"']*(?:([B-E])\b|(A)(?={_ENDS})|([a-e])(?=\)))"
+    rf"|\(([A-Ea-e])\)|^\s*[*_]*([A-E])(?=[.):,*\n]|\s*$)"
+)
 
 
 class Benchmark(NamedTuple):

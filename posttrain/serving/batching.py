@@ -65,6 +65,11 @@ class Batcher:
         """Why nothing can be generated any more."""
         return None if self.manager.is_running() else f"generation has ended: {self.manager.background_thread_status.fatal_error}"
 
+    @property
+    def room(self) -> int:
+        """Tokens that one request may have, known once a first one has been served: a longer one would end all generation."""
+        return min(self.assistant.context, (self.manager.batch_processor.cache.num_blocks - 1) * PAGE)
+
     def start(self) -> None:
         self.manager.start()
 
@@ -83,9 +88,17 @@ class Batcher:
         self.outputs.callbacks[request] = lambda output: loop.call_soon_threadsafe(arrived.put_nowait, output)
         finished, sent = False, 0
         try:
-            self.manager.add_request(prompt, request, sampling.max_tokens, streaming=True, sampling=sampling)
+            if self.manager.add_request(prompt, request, sampling.max_tokens, streaming=True, sampling=sampling) is None:
+                raise EngineFailed("generation is ending")
             while not finished:
-                output = await asyncio.wait_for(arrived.get(), deadline - loop.time())
+                try:
+                    output = await asyncio.wait_for(arrived.get(), min(1.0, deadline - loop.time()))
+                except TimeoutError:
+                    if self.problem:
+                        raise EngineFailed(self.problem) from None
+                    if loop.time() >= deadline:
+                        raise
+                    continue
                 finished = output.is_finished() or output.error is not None
                 if output.error is not None:
                     raise EngineFailed(output.error)

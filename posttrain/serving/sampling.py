@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+COLD = 1e-5  # at and below this temperature the likeliest token is taken: dividing by it would overflow
+
 
 class Sampling(NamedTuple):
     """What one request asks for. Order of application as in transformers and vLLM: penalty, temperature, top-k, top-p."""
@@ -34,7 +36,7 @@ def choose(logits: torch.Tensor, asked: list[Sampling], histories: list[list[int
             logits[row, seen] = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
     chosen = logits.argmax(-1)
     for cut in (False, True):  # apart: the order that tokens are drawn in must not depend on who else is served
-        drawn = [row for row, sampling in enumerate(asked) if sampling.temperature > 0 and sampling.cuts(logits.shape[1]) == cut]
+        drawn = [row for row, sampling in enumerate(asked) if sampling.temperature > COLD and sampling.cuts(logits.shape[1]) == cut]
         if drawn:
             chosen[drawn] = (_draw_cut if cut else _draw)(logits[drawn], [asked[row] for row in drawn], [uniforms[row] for row in drawn])
     return chosen
@@ -63,9 +65,9 @@ def _draw_cut(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]
 def _at(probabilities: torch.Tensor, uniforms: list[float]) -> torch.Tensor:
     """Where the cumulated probabilities of each row reach that share of their sum."""
     upto = probabilities.cumsum(-1)
-    found = torch.searchsorted(upto, _column(upto, uniforms).double() * upto[:, -1:], right=True)
+    found = torch.searchsorted(upto, _column(upto, uniforms) * upto[:, -1:], right=True)
     return found.clamp(max=probabilities.shape[1] - 1)[:, 0]
 
 
 def _column(beside: torch.Tensor, values: list) -> torch.Tensor:
-    return torch.tensor(values, device=beside.device)[:, None]
+    return torch.tensor(values, device=beside.device, dtype=beside.dtype if isinstance(values[0], float) else None)[:, None]

@@ -17,12 +17,13 @@ class Votes:
         """`prompt`: messages, the last one from the user. Raises OSError where it cannot be written; then nothing of it is there."""
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_model": chosen_model, "rejected_model": rejected_model}
         line = json.dumps(row | {"when": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
-        with self.lock, self.path.open("ab") as file:
+        data = memoryview(line.encode())
+        with self.lock, self.path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(line.encode())
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(size)
+                os.ftruncate(file.fileno(), size)
                 raise

@@ -45,11 +45,14 @@ class Walls:
 
     def _refused(self, scope, headers: Headers) -> tuple[int, dict] | None:
         """Status and error of a request that goes no further."""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname
+            origin = urlsplit(headers.get("origin", ""))
+        except ValueError:
+            return 400, problem("the Host or Origin header is no address")
         if not self.any_host and host not in LOOPBACK:  # a web page whose name was made to mean 127.0.0.1 (DNS rebinding)
             return 403, problem("this server answers to localhost and 127.0.0.1 only; start it with --host to be reached by other names")
-        origin = headers.get("origin")
-        if origin and urlsplit(origin).netloc != headers.get("host"):
+        if "origin" in headers and origin.netloc != headers.get("host"):
             return 403, problem("pages of other sites may not use this server")
         if self.api_key and scope["path"].startswith(PROTECTED):
             scheme, _, key = headers.get("authorization", "").partition(" ")

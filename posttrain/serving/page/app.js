@@ -179,11 +179,14 @@ async function answerCompare(turn) {
 async function vote(turn, index) {
   const chosen = turn.answers[index];
   const others = turn.answers.filter((answer) => answer !== chosen && answer.done && answer.text && answer.text !== chosen.text);
+  turn.voting = true; // one vote for each turn, however often it is clicked
+  draw();
   try {
     for (const other of others) {
+      if (other.beaten === chosen.model) continue; // an earlier try got this far
       const cast = { messages: turn.messages, chosen: chosen.text, rejected: other.text, chosen_model: chosen.model, rejected_model: other.model };
       await ask("/votes", { method: "POST", body: JSON.stringify(cast) });
-      other.saved = true;
+      other.beaten = chosen.model;
     }
     turn.vote = index;
     turn.hidden = false;
@@ -192,6 +195,7 @@ async function vote(turn, index) {
   } catch (error) {
     turn.note = `The vote was not saved: ${error.message}`;
   }
+  delete turn.voting;
   save();
   draw();
 }
@@ -225,7 +229,13 @@ function drawSoon() {
 }
 
 function said(answer, going) {
-  const node = make("div", { className: "said" }, ...render(answer.text));
+  let shown;
+  try {
+    shown = render(answer.text);
+  } catch {
+    shown = [answer.text]; // whatever a model says must not keep the page from opening
+  }
+  const node = make("div", { className: "said" }, ...shown);
   if (going && !answer.done && !answer.error && !answer.note) (node.lastElementChild ?? node).classList.add("waiting");
   return node;
 }
@@ -264,7 +274,7 @@ function drawCompare() {
     const columns = turn.answers.map((answer, i) => {
       const name = turn.hidden ? `Answer ${LETTERS[i]}` : answer.model;
       const tools = make("div", { className: "tools" });
-      const able = !going && turn.vote == null && answer.done && answer.text;
+      const able = !going && !turn.voting && turn.vote == null && answer.done && answer.text;
       if (able) tools.append(make("button", { onclick: () => vote(turn, i), ariaLabel: `${name} is better`, className: "better" }, "This one is better"));
       if (turn.vote === i) tools.append(make("span", {}, "preferred"));
       tools.append(...notes(answer));

@@ -65,7 +65,7 @@ function code(text, language) {
   return make("pre", body, copy);
 }
 
-function list(rows) {
+function list(rows, depth) {
   const ordered = /\d/.test(ITEM.exec(rows[0])[2]);
   const node = make(ordered ? "ol" : "ul");
   if (ordered) node.start = parseInt(ITEM.exec(rows[0])[2], 10);
@@ -86,12 +86,15 @@ function list(rows) {
     delete child.rows;
     const blockStart = rest.findIndex((row) => ITEM.test(row) || FENCE.test(row) || !row.trim());
     const own = blockStart < 0 ? rest : rest.slice(0, blockStart);
-    child.append(...lines([first, ...own.map((row) => row.trim())]), ...(blockStart < 0 ? [] : blocks(rest.slice(blockStart))));
+    child.append(...lines([first, ...own.map((row) => row.trim())]), ...(blockStart < 0 ? [] : blocks(rest.slice(blockStart), depth + 1)));
   }
   return node;
 }
 
-function blocks(rows) {
+const DEEPEST = 16; // quotes and lists in each other; further down it is plain text
+
+function blocks(rows, depth = 0) {
+  if (depth > DEEPEST) return [make("p", rows.join("\n"))];
   const nodes = [];
   let at = 0;
   const take = (belongs) => {
@@ -118,9 +121,9 @@ function blocks(rows) {
       at++;
       nodes.push(make("hr"));
     } else if (/^\s*>/.test(row)) {
-      nodes.push(make("blockquote", ...blocks(take((line) => /^\s*>/.test(line)).map((line) => line.replace(/^\s*> ?/, "")))));
+      nodes.push(make("blockquote", ...blocks(take((line) => /^\s*>/.test(line)).map((line) => line.replace(/^\s*> ?/, "")), depth + 1)));
     } else if (ITEM.test(row)) {
-      nodes.push(list(take((line, i) => ITEM.test(line) || (/^\s+\S/.test(line)) || (!line.trim() && /^(\s+\S|\s*([-*+]|\d+[.)])\s)/.test(rows[i + 1] ?? "")))));
+      nodes.push(list(take((line, i) => ITEM.test(line) || (/^\s+\S/.test(line)) || (!line.trim() && /^(\s+\S|\s*([-*+]|\d+[.)])\s)/.test(rows[i + 1] ?? ""))), depth));
     } else if (row.includes("|") && TABLE.test(rows[at + 1] ?? "") && (rows[at + 1] ?? "").includes("-")) {
       const head = cells(row);
       at += 2;
