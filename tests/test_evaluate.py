@@ -1,5 +1,7 @@
 """Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
 
+import asyncio
+import http.server
 import itertools
 import json
 import math
@@ -7,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from scipy import stats
 
 from posttrain import assistant
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
+from posttrain.evaluation.judge import judge
 from posttrain.evaluation.measure import measure
 from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, task_name, write_tasks
 
@@ -254,6 +258,77 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
         assert [one[0] for one in item["answer"]] == pytest.approx([float(one[0]) for one in row["filtered_resps"]], rel=1e-6)
         assert item["scores"] == {"acc": row["acc"], "acc_norm": row["acc_norm"]}
         assert item["prompt"] == row["arguments"]["gen_args_0"]["arg_0"]
+
+
+RULES = {
+    "longer": lambda a, b: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "C",
+    "first": lambda a, b: "A",
+    "silent": lambda a, b: None,
+}
+
+
+@pytest.fixture
+def judging():
+    """An OpenAI-compatible endpoint whose models judge by RULES; every third request is refused once, as a busy server would."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            busy = len(asked) % 3 == 0
+            text = body["messages"][0]["content"]
+            first, second = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+            said = RULES[body["model"]](first, second.split("\n\nGive a short reason.")[0])
+            said = f"Not [[B]] at once. [[{said}]]" if said else "I cannot say."
+            content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+            self.send_response(429 if busy else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_judge_is_asked_in_both_orders(judging):
+    rows = [("p", "long answer", "short"), ("p", "short", "long answer"), ("p", "same", "same")]
+    found = asyncio.run(judge(judging, "longer", None, rows))
+    assert [one.score for one in found] == [1.0, 0.0, 0.5] and not any(one.depends_on_order for one in found)
+    found = asyncio.run(judge(judging, "first", None, rows))
+    assert [one.score for one in found] == [0.5] * 3 and all(one.depends_on_order for one in found)
+    found = asyncio.run(judge(judging, "silent", None, rows[:1]))
+    assert found[0].score is None
+
+
+def test_a_judge_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr("posttrain.evaluation.judge.TRIES", 1)
+    with pytest.raises(ValueError, match="the judge at http://127.0.0.1:9/v1/ cannot be used: ConnectError"):
+        asyncio.run(judge("http://127.0.0.1:9/v1", "m", None, [("p", "a", "b")]))
+
+
+@pytest.mark.slow
+def test_win_rate(tiny, judging, tmp_path):
+    (tmp_path / "prompts").write_text("say 1 pa\n\nrepeat 2 ke\nsay 3\n")
+    script = ROOT / "posttrain" / "eval_preferences.py"
+    options = ["--checkpoint", f"a={tiny.base}", "--checkpoint", f"b={tiny.base}", "--prompts", tmp_path / "prompts", "--max_tokens", "12"]
+    command = [sys.executable, script, *options, "--judge", judging, "--output", tmp_path / "out", "--judge_model"]
+
+    def win_rate(rule: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*map(str, command), rule], capture_output=True, text=True, env=rank_environment(), timeout=120)
+
+    done = win_rate("longer")
+    assert done.returncode == 0, done.stderr
+    assert "a wins against b: 50.0 %" in done.stdout and "not distinguishable from even" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out" / "win_rate.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["say 1 pa", "repeat 2 ke", "say 3"] and all(row["a"] == row["b"] for row in rows)
+    done = win_rate("silent")
+    assert done.returncode == 2 and "silent gave no verdict that could be read" in done.stderr
 
 
 @pytest.mark.slow

@@ -46,10 +46,10 @@ FLOORS = [  # lowest first; a module imports only from floors below its own, or 
     ),
     *("step", "samples", "fit", "keeper", "loop"),
 ]
-SCRIPTS = {"sft", "dpo", "convert", "plan", "report", "serve", "eval_benchmarks"}
+SCRIPTS = {"sft", "dpo", "convert", "plan", "report", "serve", "eval_benchmarks", "eval_preferences"}
 PACKAGES = {  # of scripts; lowest first, above all floors
     "serving": ["sampling", "text", "schema", "votes", "walls", "batching", "app"],
-    "evaluation": ["tasks", "measure", "compare"],
+    "evaluation": ["tasks", "measure", "compare", "judge", "pairs"],
 }
 
 

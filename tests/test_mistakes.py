@@ -61,7 +61,7 @@ def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
 
 def test_a_hub_model_brings_its_own_tokenizer():
     """Else the data's own copy would be compared with itself, and any data would do for any model."""
-    assert policy._beside("Qwen/Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base"
+    assert policy.tokenizer_beside("Qwen/Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_an_sft_run_leaves_everything_behind(sft_run, tiny):
         assert text in output
     assert output.count("step 6/6") == 1  # rank 0 alone speaks
     assert yaml.safe_load((out_dir / "recipe.yaml").read_text())["global_batch_size"] == 8
+
+
+def test_eval_preferences_says_what_the_run_measured(dpo_run, sft_run, tiny, tmp_path):
+    """Reward accuracy and margin of the held-out pairs, by another way: transformers' own forward pass over each answer alone."""
+    command = [sys.executable, ROOT / "posttrain" / "eval_preferences.py", "--checkpoint", dpo_run[0], "--reference", sft_run[0]]
+    command += ["--pairs", tiny.dpo, "--output", tmp_path]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=rank_environment())
+    assert done.returncode == 0, done.stderr
+    found, last = json.loads((tmp_path / "reward_accuracy.json").read_text()), metrics(dpo_run[0], "eval")[-1]
+    assert found["reward_accuracy"]["value"] == pytest.approx(last["rewards/accuracies"])
+    assert 0.3 * found["mean_margin_nats"] == pytest.approx(last["rewards/margins"], abs=1e-4)
 
 
 def test_tensorboard_holds_the_same_numbers(sft_run):

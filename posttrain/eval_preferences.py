@@ -1,0 +1,162 @@
+"""Which checkpoint is preferred: by a judge on prompts, or by itself on pairs.
+
+    python posttrain/eval_preferences.py --checkpoint runs/sft --checkpoint runs/dpo --prompts FILE --judge http://HOST/v1 --judge_model M
+        both answer every prompt of FILE (a prompt a line), greedily; any OpenAI-compatible judge compares them in both orders
+    python posttrain/eval_preferences.py --checkpoint runs/dpo --reference runs/sft --pairs data/dpo
+        how often the policy has come to prefer the chosen answer of the held-out pairs, against its reference
+
+The judge's key is read from OPENAI_API_KEY. Every prompt, answer and verdict is kept in --output.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from posttrain import assistant, data, storage, terminal
+from posttrain.assistant import Assistant
+from posttrain.chat import render_prompt
+from posttrain.entry import main
+from posttrain.evaluation.compare import p_value, rate
+from posttrain.evaluation.judge import judge
+from posttrain.evaluation.pairs import margins
+from posttrain.serving.batching import Batcher
+from posttrain.serving.sampling import Sampling
+from posttrain.tokenization import fingerprint
+
+
+def evaluate() -> None:
+    parser = argparse.ArgumentParser(prog="eval_preferences.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
+    parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible endpoint, with /v1")
+    parser.add_argument("--judge_model", metavar="M")
+    parser.add_argument("--reference", metavar="[NAME=]DIR", help="what the policy was trained against")
+    parser.add_argument(
+        "--pairs", type=Path, metavar="DIR", help="data prepared by data_prep/prepare_dpo.py; its validation rows are taken"
+    )
+    parser.add_argument("--max_samples", type=int, metavar="N", help="the first N prompts or pairs only")
+    parser.add_argument("--max_tokens", type=int, default=512, metavar="N", help="longest answer to a prompt (512)")
+    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
+    parser.add_argument("--output", type=Path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    by_judge = (options.prompts, options.judge, options.judge_model)
+    by_pairs = (options.reference, options.pairs)
+    if all(by_judge) and not any(by_pairs) and len(options.checkpoint) == 2:
+        _win_rate(options)
+    elif all(by_pairs) and not any(by_judge) and len(options.checkpoint) == 1:
+        _reward_accuracy(options)
+    else:
+        raise ValueError(
+            "give either two --checkpoint with --prompts, --judge and --judge_model, or one --checkpoint with --reference and --pairs"
+        )
+
+
+def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device == "cpu" else None
+    found = []
+    for name, place in assistant.named(given).items():
+        beside = assistant.policy.tokenizer_beside(assistant.newest(place)) or options.tokenizer
+        found.append(assistant.load(place, name, beside, dtype, device))
+    return found
+
+
+def _win_rate(options: argparse.Namespace) -> None:
+    if not options.prompts.is_file():
+        raise FileNotFoundError(f"there is no file {options.prompts}; it holds a prompt a line")
+    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.max_samples]
+    if not prompts:
+        raise ValueError(f"{options.prompts} holds no prompt; expected one a line")
+    models = _load(options, options.checkpoint)
+    for one in models:
+        if one.chat is None:
+            raise ValueError(f"{one.name} cannot be asked: {one.why_no_chat}")
+    first, second = (asyncio.run(_answers(one, prompts, options.max_tokens)) for one in models)
+    found = asyncio.run(
+        judge(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY"), list(zip(prompts, first, second, strict=True)))
+    )
+    names = [one.name for one in models]
+    rows = [
+        {"prompt": prompt, names[0]: a, names[1]: b, "verdicts": [one.forward, one.backward], "score": one.score}
+        for prompt, a, b, one in zip(prompts, first, second, found, strict=True)
+    ]
+    _write(options.output / "win_rate.jsonl", rows)
+    scores = [one.score for one in found if one.score is not None]
+    if not scores:
+        raise ValueError(f"{options.judge_model} gave no verdict that could be read, [[A]], [[B]] or [[C]], to any of {len(found)} prompts")
+    result = rate(scores)
+    decided = [score for score in scores if score != 0.5]
+    p = p_value([1 - score for score in decided], decided) if decided else 1.0
+    swapped = sum(one.depends_on_order for one in found)
+    facts = {"win_rate": result._asdict(), "p": p, "unread": len(found) - len(scores), "depends_on_order": swapped, "of": names}
+    storage.write_whole(options.output / "win_rate.json", json.dumps(facts, indent=2) + "\n")
+    sure = f"p = {p:.2g}" if p < 0.05 else f"not distinguishable from even (p = {p:.2g})"
+    span = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
+    terminal.say(
+        f"{names[0]} wins against {names[1]}: {100 * result.value:.1f} % ({span}) of {result.n}, ties as halves; {sure}\n"
+        f"the order of the answers decided {swapped} times; {len(found) - len(scores)} verdicts could not be read"
+    )
+
+
+async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
+    """Greedy answers, many at once."""
+    batcher = Batcher(one, 32, 0.5)
+    batcher.start()
+    system = [{"role": "system", "content": one.system_prompt}] if one.system_prompt else []
+    gate = asyncio.Semaphore(64)
+
+    async def answer(text: str) -> str:
+        ids = render_prompt(one.chat, [*system, {"role": "user", "content": text}])
+        if len(ids) >= one.context:
+            raise ValueError(f"a prompt has {len(ids):,} tokens; {one.name} reads {one.context:,}: {text[:60]!r} ...")
+        async with gate:
+            made = batcher.generate(ids, Sampling(min(most, one.context - len(ids)), 0.0), 3600)
+            tokens = [token async for new in made for token in new]
+        return one.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    try:
+        return await asyncio.gather(*[answer(text) for text in prompts])
+    finally:
+        batcher.stop()
+
+
+def _reward_accuracy(options: argparse.Namespace) -> None:
+    prepared = data.load(str(options.pairs), "dpo", "python data_prep/prepare_dpo.py")
+    policy, reference = _load(options, [*options.checkpoint, options.reference])
+    for one in (policy, reference):
+        if fingerprint(one.tokenizer) != prepared.manifest["tokenizer"]:
+            raise ValueError(f"{options.pairs} was prepared with another tokenizer than {one.name}'s; prepare it again with --tokenizer")
+    table = prepared.validation.table
+    rows = [table[index] for index in range(min(len(table), options.max_samples or len(table)))]
+    if not rows:
+        raise ValueError(f"{options.pairs} has no validation rows: prepare it with --val_size")
+    found = margins(policy.model, reference.model, rows)
+    _write(options.output / "pairs.jsonl", [{"pair": i, **one._asdict(), "score": one.score} for i, one in enumerate(found)])
+    result = rate([one.score for one in found])
+    mean = sum(one.chosen - one.rejected for one in found) / len(found)
+    facts = {"reward_accuracy": result._asdict(), "mean_margin_nats": mean, "policy": policy.name, "reference": reference.name}
+    storage.write_whole(options.output / "reward_accuracy.json", json.dumps(facts, indent=2) + "\n")
+    terminal.say(
+        f"{policy.name} prefers the chosen answer more than {reference.name} does in {100 * result.value:.1f} % "
+        f"({100 * result.low:.1f} to {100 * result.high:.1f}) of {result.n} pairs; mean margin {mean:.3f} nats (times beta: the reward)"
+    )
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    main(evaluate)
