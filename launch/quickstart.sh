@@ -41,6 +41,7 @@ cat <<END
 
 Done in $((SECONDS - started)) s. The table is in $out/results.json, all of it on one page in $out/report/report.html.
 To try next, after source launch/env.sh:
+    python posttrain/serve.py --checkpoint base=$base --checkpoint $out/sft --checkpoint $out/dpo      # talk to them, side by side
     tensorboard --logdir runs
     python posttrain/sft.py --help
     deepspeed --num_gpus $ranks posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/quickstart/other --chosen_nll_weight=0

@@ -33,6 +33,7 @@ class Assistant(NamedTuple):
     has_template: bool  # of its own; else it is asked in ChatML
     stops: frozenset[int]  # ids that end an answer
     context: int  # tokens of prompt and answer together
+    suggestions: tuple[str, ...] = ()  # prompts that its training was watched by
 
 
 def newest(place: str) -> str:
@@ -108,12 +109,22 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         template == "tokenizer",
         frozenset(_stops(description, loaded, chat)),
         model.config.max_position_embeddings,
+        _suggestions(Path(found)),
     )
 
 
 def _system_prompt(description: Path) -> str | None:
     path = description / SYSTEM_PROMPT
     return path.read_text() if path.is_file() else None
+
+
+def _suggestions(found: Path) -> tuple[str, ...]:
+    """The first of the run's sample_prompts, where it is a run's and the file is still there."""
+    run = next((folder for folder in (found.parent, found.parent.parent) if (folder / "recipe.yaml").is_file()), None)
+    prompts = yaml.safe_load((run / "recipe.yaml").read_text()).get("sample_prompts") if run else None
+    if not prompts or not Path(prompts).is_file():
+        return ()
+    return tuple(line for line in map(str.strip, Path(prompts).read_text().splitlines()) if line)[:6]
 
 
 def _stops(description: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None) -> set[int]:

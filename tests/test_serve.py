@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -508,6 +509,18 @@ def test_a_wrong_start_says_what_to_do(tiny, tmp_path, server, monkeypatch, argu
     with pytest.raises((ValueError, OSError)) as refused:
         serve.serve()
     assert says in str(refused.value)
+
+
+def test_a_run_suggests_what_it_was_watched_by(tiny, tmp_path):
+    final = tmp_path / "run" / "final"
+    shutil.copytree(tiny.base, final)
+    (tmp_path / "prompts").write_text("one\n\n two \n")
+    (tmp_path / "run" / "recipe.yaml").write_text(f"sample_prompts: {tmp_path}/prompts\n")
+    (final / "system_prompt.txt").write_text("be brief")
+    loaded = assistant.load(str(final))
+    assert loaded.suggestions == ("one", "two") and loaded.system_prompt == "be brief"
+    (tmp_path / "prompts").unlink()
+    assert assistant.load(str(final)).suggestions == ()
 
 
 def test_the_newest_of_a_run(tmp_path):

@@ -181,6 +181,7 @@ def _begin(assistant: Assistant) -> list[int]:
 def _described(assistant: Assistant, began: int) -> dict:
     """OpenAI's model object, with what the page shows besides."""
     about = {"max_model_len": assistant.context, "chat": assistant.chat is not None, "system_prompt": assistant.system_prompt}
+    about |= {"suggestions": assistant.suggestions}
     return {"id": assistant.name, "object": "model", "created": began, "owned_by": "posttrain", **about}
 
 

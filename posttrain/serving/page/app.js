@@ -293,10 +293,17 @@ function drawCompare() {
   });
 }
 
+/** Prompts that the checkpoints were watched by in training; else some for anybody. */
+function suggestions() {
+  const own = models.filter((model) => (state.mode === "chat" ? model.id === state.model : state.compared?.includes(model.id)));
+  const known = [...new Set(own.flatMap((model) => model.suggestions))].slice(0, 6);
+  return known.length ? known : SUGGESTIONS;
+}
+
 function welcome() {
   const about = state.mode === "chat" ? "Talk to the checkpoint." : "One prompt, and every checkpoint answers. Votes become training pairs.";
   return make("div", { className: "welcome" }, make("p", { className: "note" }, about),
-    make("div", { className: "suggestions" }, ...SUGGESTIONS.map((text) => make("button", { onclick: () => send(text) }, text))));
+    make("div", { className: "suggestions" }, ...suggestions().map((text) => make("button", { onclick: () => send(text) }, text))));
 }
 
 function draw() {
@@ -421,6 +428,7 @@ $("mode-compare").onclick = () => setMode("compare");
 $("model").onchange = () => {
   state.model = $("model").value;
   save();
+  draw();
 };
 $("hide-names").onchange = () => {
   state.hideNames = $("hide-names").checked;
