@@ -88,6 +88,9 @@ class Recipe(BaseModel):
     samples: Period = key(4, "prompts that the model answers at every validation, greedily; 0 = off")
     sample_prompts: str | None = key(None, "a text file of prompts, one a line; none: the first ones of the validation data")
     sample_tokens: Count = key(64, "longest answer to them")
+    benchmarks: str | None = key(None, "measured at every validation by log-probs: arc_easy,openbookqa,... (see eval_benchmarks.py)")
+    benchmark_samples: Count = key(100, "the first so many items of each")
+    benchmark_data: str | None = key(None, "folder with their files (arc_easy.jsonl ...); none: from the hub")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
     save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
     save_seconds: Period = key(0, "seconds after which a checkpoint is due even so; 0 = off")
@@ -111,6 +114,10 @@ class Recipe(BaseModel):
     checks: Literal["on", "off"] = key(
         "on", "checks before step 1: packing, dropout, reference, chat template; off is written into the run"
     )
+
+    @property
+    def benchmark_names(self) -> list[str]:
+        return [name.strip() for name in (self.benchmarks or "").split(",") if name.strip()]
 
     @property
     def only_looks(self) -> bool:
@@ -240,6 +247,10 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
     if not recipe.eval_interval and (unread := given & {"samples", "sample_prompts", "sample_tokens"}):
         raise ValueError(f"{_names(unread)} would not be read with eval_interval=0, as samples are taken at validations; remove it")
+    if not recipe.eval_interval and recipe.benchmarks:
+        raise ValueError("benchmarks would not be read with eval_interval=0, as they are measured at validations; remove it")
+    if not recipe.benchmarks and (unread := given & {"benchmark_samples", "benchmark_data"}):
+        raise ValueError(f"{_names(unread)} would not be read without benchmarks; remove it")
     if not recipe.samples and (unread := given & {"sample_prompts", "sample_tokens"}):
         raise ValueError(f"{_names(unread)} would not be read with samples=0; remove it")
     if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):

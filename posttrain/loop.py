@@ -101,9 +101,10 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     )
     samples = Samples(recipe, data, chat)
     system_prompt = data.manifest["options"].get("system_prompt")
+    exams = _exams(recipe, chat, system_prompt)
     run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder, system_prompt), data.manifest, facts)
     if _validates_at(recipe, done, steps) and not on_rank_0(lambda: run.has_looked(done)):
-        _look(training, samples, run, done)  # before the first step, or where a stop left it out
+        _look(training, samples, exams, run, done)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens = _tokens_before(recipe, data.train, done)
     gc.collect()
@@ -135,7 +136,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
             _refused(training, run, keeper, step, reason, metrics)
         validation = None
         if _validates_at(recipe, step, steps) and (step == steps or not training.counted["stop"]):  # a stop must not wait for it
-            validation = _look(training, samples, run, step)
+            validation = _look(training, samples, exams, run, step)
         if keeper.after(step, validation, time.perf_counter() - started):
             keeper.say_stopped(step)
             run.close()
@@ -148,8 +149,17 @@ def _validates_at(recipe: Recipe, step: int, steps: int) -> bool:
     return recipe.eval_interval > 0 and (step % recipe.eval_interval == 0 or step == steps)
 
 
-def _look(training: Training, samples: Samples, run: Run, step: int) -> float | None:
-    """Validate where there is something to validate on, and answer the fixed prompts; returns the loss. All ranks."""
+def _exams(recipe: Recipe, chat: ChatFormat, system_prompt: str | None):
+    """The recipe's benchmarks, if any: only then is lm_eval imported, which takes seconds. All ranks."""
+    if not recipe.benchmarks:
+        return None
+    from posttrain.exams import Exams
+
+    return Exams(recipe, chat, system_prompt)
+
+
+def _look(training: Training, samples: Samples, exams, run: Run, step: int) -> float | None:
+    """Validate where there is something to validate on, answer the fixed prompts, take the benchmarks; returns the loss. All ranks."""
     started, metrics = time.perf_counter(), {}
     if len(training.data.validation):
         metrics, examples = evaluate(training)
@@ -159,6 +169,8 @@ def _look(training: Training, samples: Samples, run: Run, step: int) -> float | 
         answers = samples.ask(training)
         run.log_samples(step, answers)
         metrics["sample_tokens"] = sum(answer["tokens"] for answer in answers) / len(answers)
+    if exams:
+        metrics |= exams.take(training)
     if metrics:
         run.log(step, "eval", metrics | {"runtime": time.perf_counter() - started})
     return metrics.get("loss")

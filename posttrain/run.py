@@ -7,6 +7,7 @@ runs/NAME/data.json         the manifest of the data
 runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
 runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
 runs/NAME/samples.jsonl     answers to the fixed prompts, a line for each time they were asked: step, and prompt, answer, tokens of each
+runs/NAME/benchmarks/       task files of the benchmarks measured during training, and the log-probs of the last time
 runs/NAME/health.jsonl      what was said of the run's health, and at which step
 runs/NAME/logs/             what libraries printed, a file for each rank
 runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
@@ -54,6 +55,9 @@ MAY_CHANGE = {
     "samples",
     "sample_prompts",
     "sample_tokens",
+    "benchmarks",
+    "benchmark_samples",
+    "benchmark_data",
     "log_interval",
     "save_interval",
     "save_seconds",

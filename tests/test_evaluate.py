@@ -13,7 +13,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, launch, rank_environment
+from conftest import ROOT, launch, metrics, rank_environment
 from scipy import stats
 
 from posttrain import assistant
@@ -329,6 +329,35 @@ def test_win_rate(tiny, judging, tmp_path):
     assert [row["prompt"] for row in rows] == ["say 1 pa", "repeat 2 ke", "say 3"] and all(row["a"] == row["b"] for row in rows)
     done = win_rate("silent")
     assert done.returncode == 2 and "silent gave no verdict that could be read" in done.stderr
+
+
+@pytest.mark.slow
+def test_benchmarks_during_training_are_those_of_its_result(tiny, data, tmp_path):
+    """On two ranks at ZeRO-3, by packed micro-batches: what the last validation measured is what eval_benchmarks.py says of final/."""
+    paths = [f"--checkpoint_path={tiny.base}", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run", "--dtype=float32"]
+    numbers = ["--max_iters=4", "--global_batch_size=8", "--learning_rate=1e-2", "--warmup_iters=1", "--max_tokens_per_gpu=400"]
+    asked = ["--eval_interval=2", "--benchmarks=arc_easy, mmlu", "--benchmark_samples=9", f"--benchmark_data={data}"]
+    done = launch("posttrain/sft.py", *paths, *numbers, *asked, "--ds_config=ds_configs/zero3.json")
+    assert done.returncode == 0, done.stdout
+    seen = metrics(tmp_path / "run", "eval")
+    assert [record["step"] for record in seen] == [0, 2, 4]
+    options = ("--benchmark", "arc_easy", "--benchmark", "mmlu", "--data", data, "--max_samples", "9", "--chat", "on")
+    done = run("--checkpoint", tmp_path / "run", *options, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["run"]
+    assert {name: one["value"] for name, one in found.items()} == pytest.approx(
+        {name: seen[-1][f"benchmark/{name}"] for name in ("arc_easy", "mmlu")}
+    )
+    for name in ("arc_easy", "mmlu"):
+        files = (
+            tmp_path / "run" / "benchmarks" / f"latest_{name}.jsonl",
+            tmp_path / "out" / "items" / f"run_{task_name(name, 'logprob')}.jsonl",
+        )
+        ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["number"] == other["number"] and one["answer"] == pytest.approx([logp for logp, _ in other["answer"]], rel=1e-4)
+    done = launch("posttrain/sft.py", *paths[:2], f"--out_dir={tmp_path}/other", *numbers, "--eval_interval=2", "--benchmarks=chess")
+    assert done.returncode != 0 and "there is no benchmark 'chess' by logprob; there are openbookqa" in done.stdout
 
 
 @pytest.mark.slow

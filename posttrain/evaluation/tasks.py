@@ -112,6 +112,10 @@ def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) ->
 
     Raises FileNotFoundError and ValueError for data that is missing or of another shape, naming what was seen and expected.
     """
+    for name in names:
+        if name not in BENCHMARKS or mode not in BENCHMARKS[name].metric:
+            able = ", ".join(one for one, benchmark in BENCHMARKS.items() if mode in benchmark.metric)
+            raise ValueError(f"there is no benchmark {name!r} by {mode}; there are {able}")
     folder.mkdir(parents=True, exist_ok=True)
     notes = []
     for name in names:
