@@ -137,7 +137,7 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
     for model, found in items.items():
         for name in names:
             if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
-                notes.append(f"{model}, {name}: {unread} of {len(found[name])} answers name no choice, and count as wrong")
+                notes.append(f"{model}, {name}: nothing could be read from {unread} of {len(found[name])} answers; they count as wrong")
     table = _table(results, baselines, pairs, names, options.mode)
     storage.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
     facts = {

@@ -52,6 +52,11 @@ def measure(
         task.set_fewshot_seed(1234)  # lm_eval's own
         if task.get_config("num_fewshot"):
             _deal(task.sampler, rank, ranks)
+        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
+        if longest >= assistant.context:
+            raise ValueError(
+                f"{name} lets a model say {longest:,} tokens; {assistant.name} reads {assistant.context:,} in all: leave it out"
+            )
         count = len(task.eval_docs)
         shares[task_name(name, mode)] = list(range(count if most is None else min(most, count)))[rank::ranks]
     system = assistant.system_prompt if chat else None
