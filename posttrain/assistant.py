@@ -6,6 +6,7 @@ and the end token of its template.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,14 +78,25 @@ def named(given: list[str]) -> dict[str, str]:
     return dict(pairs)
 
 
+def check_tokenizer(tokenizer: str | None, places: Iterable[str]) -> None:
+    """Raises ValueError for a --tokenizer that no checkpoint needs."""
+    if tokenizer and all(policy.tokenizer_beside(newest(place)) for place in places):
+        raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
+
+
+def dtype_on(device: str, given: str | None) -> torch.dtype | None:
+    """What --dtype means: where it is not given float32 on a CPU, else the checkpoint's own."""
+    return getattr(torch, given) if given else torch.float32 if device == "cpu" else None
+
+
 def load(place: str, name: str | None = None, tokenizer: str | None = None, dtype: torch.dtype | None = None, device="cpu") -> Assistant:
     """The checkpoint at `place`, in `dtype` (None: its own), on the device.
 
-    A checkpoint without a chat template of its own is asked in ChatML, which is what SFT would teach it. Raises FileNotFoundError or
-    ValueError with what was seen, what was expected and what to do.
+    `tokenizer` is for a checkpoint without one beside it. One without a chat template of its own is asked in ChatML, which is what SFT
+    would teach it. Raises FileNotFoundError or ValueError with what was seen, what was expected and what to do.
     """
     found = newest(place)
-    beside = tokenizer or policy.tokenizer_beside(found)
+    beside = policy.tokenizer_beside(found) or tokenizer
     policy.find_model(found, HOW)
     if beside is None:
         raise ValueError(f"{found} has no tokenizer beside it; name its folder or SentencePiece .model file with --tokenizer")

@@ -51,6 +51,7 @@ def evaluate() -> None:
         raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
     names = _benchmarks(options)
     places = assistant.named(options.checkpoint)
+    assistant.check_tokenizer(options.tokenizer, places.values())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = _connect()
@@ -89,9 +90,7 @@ def _connect() -> torch.device:
 
 def _measure(name: str, place: str, benchmarks: list[str], device: torch.device, options: argparse.Namespace) -> dict[str, list[Item]]:
     """Every item of every benchmark for one checkpoint, in order. All ranks."""
-    beside = assistant.policy.tokenizer_beside(assistant.newest(place)) or options.tokenizer
-    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device.type == "cpu" else None
-    loaded = assistant.load(place, name, beside, dtype, device)
+    loaded = assistant.load(place, name, options.tokenizer, assistant.dtype_on(device.type, options.dtype), device)
     if options.chat == "on" and loaded.chat is None:
         raise ValueError(f"{name} cannot be asked in a chat template: {loaded.why_no_chat}")
     if dist.get_rank() == 0:

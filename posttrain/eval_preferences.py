@@ -62,12 +62,10 @@ def evaluate() -> None:
 
 def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device == "cpu" else None
-    found = []
-    for name, place in assistant.named(given).items():
-        beside = assistant.policy.tokenizer_beside(assistant.newest(place)) or options.tokenizer
-        found.append(assistant.load(place, name, beside, dtype, device))
-    return found
+    places = assistant.named(given)
+    assistant.check_tokenizer(options.tokenizer, places.values())
+    dtype = assistant.dtype_on(device, options.dtype)
+    return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
 
 
 def _win_rate(options: argparse.Namespace) -> None:

@@ -80,14 +80,9 @@ def _load(options: argparse.Namespace) -> dict[str, app.Model]:
     places = assistant.named(options.checkpoint)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if options.device == "cpu" else None
-    loaded, read = [], False
-    for name, place in places.items():
-        beside = assistant.policy.tokenizer_beside(assistant.newest(place))
-        read = read or beside is None
-        loaded.append(assistant.load(place, name, beside or options.tokenizer, dtype, options.device))
-    if options.tokenizer and not read:
-        raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
+    assistant.check_tokenizer(options.tokenizer, places.values())
+    dtype = assistant.dtype_on(options.device, options.dtype)
+    loaded = [assistant.load(place, name, options.tokenizer, dtype, options.device) for name, place in places.items()]
     models = {}
     for done, one in enumerate(loaded):  # once all weights are there: each takes its share of the memory that is left for caches
         batcher = Batcher(one, options.max_batch, 1 / (len(loaded) - (0 if options.device == "cpu" else done)))

@@ -9,7 +9,6 @@ chance of the sampled prompts, not that of another training seed.
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import charts
 from posttrain.chat import ChatFormat, render_prompt
+from posttrain.evaluation.compare import Rate, wilson
 
 MODELS = ("base", "sft", "dpo")
 MEANING = {
@@ -36,21 +36,6 @@ TOKEN_LIMIT, BATCH, SAMPLES = 40, 128, 5
 class Answer(NamedTuple):
     text: str  # before <|im_end|>; special tokens that come earlier stay visible and make it wrong
     stopped: bool
-
-
-class Rate(NamedTuple):
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> Rate:
-    """Rate with its 95 % interval after Wilson (1927), which stays sound at 0 and 1."""
-    rate, spread = hits / n, z * z / n
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
-    return Rate(rate, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
 @torch.inference_mode()

@@ -14,14 +14,20 @@ class Rate(NamedTuple):
     n: int
 
 
+def wilson(hits: float, n: int) -> Rate:
+    """Share of hits with its 95 % interval after Wilson (1927), which stays sound at 0 and 1."""
+    mean, spread = hits / n, Z * Z / n
+    middle = (mean + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
+    return Rate(mean, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
 def rate(scores: list[float]) -> Rate:
-    """Mean with its 95 % interval: after Wilson (1927) for right-or-wrong scores, normal for shares between."""
-    n, mean = len(scores), math.fsum(scores) / len(scores)
+    """Mean with its 95 % interval: Wilson's for right-or-wrong scores, normal for shares between."""
+    n, total = len(scores), math.fsum(scores)
     if set(scores) <= {0.0, 1.0}:
-        spread = Z * Z / n
-        middle = (mean + spread / 2) / (1 + spread)
-        half = Z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
-        return Rate(mean, max(0.0, middle - half), min(1.0, middle + half), n)
+        return wilson(total, n)
+    mean = total / n
     if n == 1:
         return Rate(mean, 0.0, 1.0, n)
     deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (n - 1))
