@@ -4,6 +4,7 @@ Answers of this layer have OpenAI's error form, so that any client shows them.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from starlette.datastructures import Headers
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "testserver"}
 BODY_SECONDS = 30
+LINGER_SECONDS = 5  # for the rest of a refused body
 PROTECTED = ("/v1/", "/votes")  # what an API key guards; the page itself and /health hold nothing
 
 
@@ -32,7 +34,7 @@ class Walls:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         if refused := self._refused(scope, headers):
-            return await _answer(send, *refused)
+            return await _answer(receive, send, *refused)
         body = _Body(receive, self.max_body)
 
         async def unless_refused(message) -> None:
@@ -41,7 +43,7 @@ class Walls:
 
         await self.app(scope, body.receive, unless_refused)
         if body.refused:
-            await _answer(send, *body.refused)
+            await _answer(receive, send, *body.refused)
 
     def _refused(self, scope, headers: Headers) -> tuple[int, dict] | None:
         """Status and error of a request that goes no further."""
@@ -90,8 +92,15 @@ class _Body:
         return message
 
 
-async def _answer(send, status: int, content: dict) -> None:
+async def _answer(receive, send, status: int, content: dict) -> None:
+    """Answers at once, and reads on before it hangs up: most clients look for an answer only when they have sent everything, and what
+    arrives at a closed connection makes their system throw the answer away."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b""})
