@@ -35,6 +35,7 @@ class Assistant(NamedTuple):
     stops: frozenset[int]  # ids that end an answer
     context: int  # tokens of prompt and answer together
     suggestions: tuple[str, ...] = ()  # prompts that its training was watched by
+    folder: str | None = None  # a Hugging Face folder or hub name with just these weights; None where there is none
 
 
 def newest(place: str) -> str:
@@ -109,8 +110,9 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         chat = ChatFormat(loaded, template)
     except ValueError as error:
         why_no_chat = first_line(error)
-    tokenization.grow_embeddings(model, loaded)
-    description = checkpoint.model_description(Path(found)) if checkpoint.is_checkpoint(Path(found)) else Path(found)
+    grown = tokenization.grow_embeddings(model, loaded)
+    trained = checkpoint.is_checkpoint(Path(found))
+    description = checkpoint.model_description(Path(found)) if trained else Path(found)
     return Assistant(
         name or name_of(place),
         model.to(device).eval(),
@@ -122,6 +124,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         frozenset(_stops(description, loaded, chat)),
         model.config.max_position_embeddings,
         _suggestions(Path(found)),
+        None if grown or trained or ckpt_pt.is_ckpt_pt(found) else found,
     )
 
 

@@ -107,7 +107,7 @@ def _win_rate(options: argparse.Namespace) -> None:
 
 async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
     """Greedy answers, many at once."""
-    batcher = Batcher(one, 32, 0.5)
+    batcher = Batcher(one, 32, models=2)
     batcher.start()
     system = [{"role": "system", "content": one.system_prompt}] if one.system_prompt else []
     gate = asyncio.Semaphore(64)

@@ -22,9 +22,10 @@ import uvicorn
 
 from posttrain import assistant, terminal
 from posttrain.entry import main
-from posttrain.serving import app
+from posttrain.serving import app, vllm_batching
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
+from posttrain.serving.vllm_batching import VLLMBatcher
 from posttrain.serving.votes import Votes
 from posttrain.serving.walls import LOOPBACK
 
@@ -36,6 +37,7 @@ def serve() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto", help="default: vLLM where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="answers of a model that are generated at once (32)")
     parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
@@ -51,14 +53,18 @@ def serve() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _listen(options.host, options.port) as listener:
-        models = _load(options)
-        limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
-        key = os.environ.get("POSTTRAIN_API_KEY")
-        built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else "; anyone who reaches it may use it"))
-        config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
+        asyncio.run(_serve(options, listener))
+
+
+async def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
+    models = await _load(options)
+    limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
+    key = os.environ.get("POSTTRAIN_API_KEY")
+    built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else "; anyone who reaches it may use it"))
+    config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
+    await uvicorn.Server(config).serve(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -76,21 +82,36 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _load(options: argparse.Namespace) -> dict[str, app.Model]:
-    places = assistant.named(options.checkpoint)
+def _engine(asked: str, device: str) -> type[Batcher] | type[VLLMBatcher]:
+    """What generates. Raises ValueError where it is not at hand."""
+    if asked == "transformers":
+        return Batcher
+    why_not = vllm_batching.why_not(device)
+    if why_not is None:
+        return VLLMBatcher
+    if asked == "vllm":
+        raise ValueError(f"--engine vllm: {why_not}. --engine transformers does without it")
+    if vllm_batching.is_installed():
+        _say(f"warning: transformers generates, since {why_not}")
+    return Batcher
+
+
+async def _load(options: argparse.Namespace) -> dict[str, app.Model]:
+    engine, places = _engine(options.engine, options.device), assistant.named(options.checkpoint)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     assistant.check_tokenizer(options.tokenizer, places.values())
     dtype = assistant.dtype_on(options.device, options.dtype)
-    loaded = [assistant.load(place, name, options.tokenizer, dtype, options.device) for name, place in places.items()]
+    device = options.device if engine is Batcher else "cpu"  # vLLM's own process puts it where it generates
+    loaded = [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
     models = {}
     for done, one in enumerate(loaded):  # once all weights are there: each takes its share of the memory that is left for caches
-        batcher = Batcher(one, options.max_batch, 1 / (len(loaded) - (0 if options.device == "cpu" else done)))
+        batcher = engine(one, options.max_batch, len(loaded), done)
         batcher.start()
-        seconds = asyncio.run(_warm_up(batcher, min(one.stops)))
+        seconds = await _warm_up(batcher, min(one.stops))
         models[one.name] = app.Model(one._replace(context=batcher.room), batcher)
         about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
-        _say(f"{one.name}: {about} on {options.device}; first answer after {seconds:.1f} s")
+        _say(f"{one.name}: {about} on {options.device} by {engine.name}; first answer after {seconds:.1f} s")
         if batcher.room < one.context:
             _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
         if one.chat is None:
@@ -98,7 +119,7 @@ def _load(options: argparse.Namespace) -> dict[str, app.Model]:
     return models
 
 
-async def _warm_up(batcher: Batcher, token: int) -> float:
+async def _warm_up(batcher: Batcher | VLLMBatcher, token: int) -> float:
     """Seconds until a first token, which pays for what is done once."""
     began = time.perf_counter()
     async for _ in batcher.generate([token], Sampling(1), 600):

@@ -48,7 +48,7 @@ FLOORS = [  # lowest first; a module imports only from floors below its own, or 
 ]
 SCRIPTS = {"sft", "dpo", "convert", "plan", "report", "serve", "eval_benchmarks", "eval_preferences"}
 PACKAGES = {  # of scripts; lowest first, above all floors
-    "serving": ["sampling", "text", "schema", "votes", "walls", "batching", "app"],
+    "serving": ["sampling", "text", "schema", "votes", "walls", "batching", "vllm_batching", "app"],
     "evaluation": ["tasks", "measure", "compare", "judge", "pairs"],
 }
 

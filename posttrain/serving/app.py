@@ -19,6 +19,7 @@ from posttrain.chat import Refused, encode_text, render_prompt, text_prefix
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.schema import Asked, ChatAsked, CompletionAsked, Vote
 from posttrain.serving.text import TextStream
+from posttrain.serving.vllm_batching import VLLMBatcher
 from posttrain.serving.votes import Votes
 from posttrain.serving.walls import Walls, problem
 
@@ -43,7 +44,7 @@ class Limits(NamedTuple):
 
 class Model(NamedTuple):
     assistant: Assistant
-    batcher: Batcher
+    batcher: Batcher | VLLMBatcher
 
 
 class Refusal(Exception):

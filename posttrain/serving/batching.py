@@ -31,10 +31,13 @@ class EngineFailed(RuntimeError):
 
 
 class Batcher:
-    """Generates for one model, in a thread of its own. `most`: requests that are generated at once; others wait their turn."""
+    """Generates for one model, in a thread of its own."""
 
-    def __init__(self, assistant: Assistant, most: int, share: float):
-        """`share`: of the free memory for the KV cache, 0 to 1, where several models are served."""
+    name = "transformers"
+
+    def __init__(self, assistant: Assistant, most: int, models: int = 1, started: int = 0):
+        """`most`: requests that are generated at once; others wait their turn. `models` share the device's memory; `started` of them have
+        taken their part."""
         self.assistant, self.numbers = assistant, itertools.count()
         model = assistant.model
         on_cpu = model.device.type == "cpu"
@@ -43,9 +46,9 @@ class Batcher:
             max_requests_per_batch=most,
             use_async_batching=False,  # the sampler needs the token before
             use_cuda_graph=False,
-            num_blocks=_cpu_blocks(assistant, most, share) if on_cpu else None,
+            num_blocks=_cpu_blocks(assistant, most, CPU_CACHE // models) if on_cpu else None,
             max_batch_tokens=CPU_BATCH_TOKENS if on_cpu else None,
-            max_memory_percent=None if on_cpu else 0.8 * share,
+            max_memory_percent=None if on_cpu else 0.8 / (models - started),
         )
         self.manager = model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=sorted(assistant.stops)), settings)
         self.outputs = self.manager.output_router = _Outputs()
@@ -154,9 +157,9 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
 
 
-def _cpu_blocks(assistant: Assistant, most: int, share: float) -> int:
-    """Pages of the KV cache: room for `most` requests of full length, or as much as CPU_CACHE holds, at least one such request."""
+def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
+    """Pages of the KV cache: room for `most` requests of full length, or as much as `size` bytes hold, at least one such request."""
     config, pages = assistant.model.config, -(-assistant.context // PAGE)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page = 2 * config.num_hidden_layers * config.num_key_value_heads * head * assistant.model.dtype.itemsize * PAGE
-    return max(pages + 1, min(most * pages, int(CPU_CACHE * share) // page))
+    return max(pages + 1, min(most * pages, size // page))

@@ -20,8 +20,13 @@ class TextStream:
         self.stopped = False  # a stop text was found
 
     def feed(self, tokens: list[int]) -> str:
-        """What can be said after some more tokens."""
-        self.window += tokens
+        """What can be said after some more tokens: the same text whether they come one by one or together."""
+        return "".join(self._feed(token) for token in tokens)
+
+    def _feed(self, token: int) -> str:
+        if self.stopped:
+            return ""
+        self.window.append(token)
         text = self._decode(self.window)
         if text.endswith(BROKEN) and len(self.window) - self.piece < LONGEST:  # a character in the making; not forever: it may be meant
             return ""

@@ -1,0 +1,156 @@
+"""What the server is made of: choosing tokens, text in pieces, votes, and what is asked of which checkpoint."""
+
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from posttrain import assistant
+from posttrain.serving.sampling import Sampling, choose
+from posttrain.serving.text import TextStream
+from posttrain.serving.votes import Votes
+
+# ---- choosing tokens ----
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_what_is_drawn_has_the_distribution_that_transformers_draws_from(temperature, top_k, top_p):
+    torch.manual_seed(1)
+    logits, history = 2 * torch.randn(1, 40), [3, 5, 5, 8]
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(temperature)])
+    processors += [TopKLogitsWarper(top_k)] if 0 < top_k < 40 else []
+    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    wanted = processors(torch.tensor([history]), logits.clone()).softmax(-1)[0]
+    count = 20_000
+    uniforms = [(i + 0.5) / count for i in range(count)]  # an even grid: counts are the probabilities, without chance
+    sampling = Sampling(9, temperature, top_k, top_p, 1.3)
+    drawn = choose(logits.repeat(count, 1), [sampling] * count, [history] * count, uniforms)
+    assert (torch.bincount(drawn, minlength=40) / count - wanted).abs().max() < 1e-4
+
+
+def test_a_batch_may_mix_all_ways_of_sampling():
+    """And none of them changes what another draws."""
+    logits = torch.randn(4, 30)
+    asked = [Sampling(1, 0.0), Sampling(1, 1.0), Sampling(1, 1.0, top_k=1), Sampling(1, 0.0, repetition_penalty=10.0)]
+    histories, uniforms = [[], [], [], [int(logits[3].argmax())]], [0.0, 0.9, 0.5, 0.5]
+    chosen = choose(logits.clone(), asked, histories, uniforms)
+    alone = [choose(logits[i : i + 1].clone(), asked[i : i + 1], histories[i : i + 1], uniforms[i : i + 1]) for i in range(4)]
+    assert chosen.tolist() == [int(one) for one in alone]
+    assert chosen[0] == logits[0].argmax() and chosen[2] == logits[2].argmax() and chosen[3] != logits[3].argmax()
+
+
+def test_nothing_impossible_is_drawn():
+    almost_one = 1 - 2**-53
+    logits = torch.tensor([[1.0, 20.0, 3.0, -5.0]])
+    assert choose(torch.tensor([[5.0, 5.0, -1e9, -1e9]]), [Sampling(1)], [[]], [almost_one]).item() == 1
+    assert choose(torch.tensor([[5.0, 5.0, 4.0, 3.0]]), [Sampling(1, top_k=2)], [[]], [almost_one]).item() in (0, 1)
+    assert choose(logits, [Sampling(1, 1e-38)], [[]], [0.5]).item() == 1
+
+
+def test_a_vote_that_cannot_be_written_leaves_nothing(tmp_path):
+    votes = Votes(tmp_path / "votes.jsonl")
+    vote = ([{"role": "user", "content": "x"}], "good", "bad", "a", "b")
+    votes.add(*vote)
+    before = votes.path.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            votes.add(*vote)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, old)
+    assert votes.path.read_bytes() == before
+    votes.add(*vote)
+    assert [json.loads(line)["chosen"] for line in votes.path.read_text().splitlines()] == ["good", "good"]
+
+
+# ---- text ----
+
+
+@given(st.text(max_size=30), st.text(max_size=30), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_text_in_pieces_is_the_text(tiny, before, after, draw):
+    """Whatever the tokens' borders: every piece is whole characters, and all pieces make the text."""
+    prompt, answer = (tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
+    stream, said, at = TextStream(tiny.tokenizer, prompt, []), "", 0
+    while at < len(answer):
+        count = draw.randint(1, 3)
+        said += stream.feed(answer[at : at + count])
+        at += count
+    said += stream.end()
+    whole = tiny.tokenizer.decode(prompt + answer, skip_special_tokens=True)
+    assert said == whole.removeprefix(tiny.tokenizer.decode(prompt, skip_special_tokens=True))
+
+
+@given(st.lists(st.integers(3, 300), max_size=40), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_text_does_not_depend_on_how_its_tokens_arrive(tiny, answer, draw):
+    """Not even where they are bytes that make no character."""
+    one_by_one, grouped = (TextStream(tiny.tokenizer, [5, 6], []) for _ in range(2))
+    said, wanted, at = "", "".join(one_by_one.feed([token]) for token in answer) + one_by_one.end(), 0
+    while at < len(answer):
+        count = draw.randint(1, 5)
+        said += grouped.feed(answer[at : at + count])
+        at += count
+    assert said + grouped.end() == wanted
+
+
+@given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_nothing_of_a_stop_text_or_behind_it_is_said(tiny, text, stop):
+    stream, said = TextStream(tiny.tokenizer, [], [stop]), ""
+    for token in tiny.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if stream.stopped:
+            break
+        said += stream.feed([token])
+    assert said + stream.end() == text.split(stop)[0]
+    assert stream.stopped == (stop in text)
+
+
+# ---- checkpoints ----
+
+
+def test_a_run_suggests_what_it_was_watched_by(tiny, tmp_path):
+    final = tmp_path / "run" / "final"
+    shutil.copytree(tiny.base, final)
+    (tmp_path / "prompts").write_text("one\n\n two \n")
+    (tmp_path / "run" / "recipe.yaml").write_text(f"sample_prompts: {tmp_path}/prompts\n")
+    (final / "system_prompt.txt").write_text("be brief")
+    loaded = assistant.load(str(final))
+    assert loaded.suggestions == ("one", "two") and loaded.system_prompt == "be brief"
+    (tmp_path / "prompts").unlink()
+    assert assistant.load(str(final)).suggestions == ()
+
+
+def test_the_newest_of_a_run(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("max_iters: 4\nepochs: null\n")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has saved no checkpoint yet"):
+        assistant.newest(str(run))
+    (run / "checkpoints" / "step_000002").mkdir()
+    (run / "checkpoints" / "step_000003.incomplete").mkdir()
+    assert assistant.newest(str(run)).endswith("step_000002")
+    (run / "final").mkdir()
+    (run / "run.json").write_text(json.dumps({"finished": {"max_iters": 4, "epochs": None}}))
+    assert assistant.newest(str(run)).endswith("final")
+    (run / "recipe.yaml").write_text("max_iters: 8\nepochs: null\n")  # extended since
+    assert assistant.newest(str(run)).endswith("step_000002")
+    assert assistant.newest("org/name") == "org/name"
