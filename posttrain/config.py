@@ -88,7 +88,8 @@ class Recipe(BaseModel):
     samples: Period = key(4, "prompts that the model answers at every validation, greedily; 0 = off")
     sample_prompts: str | None = key(None, "a text file of prompts, one a line; none: the first ones of the validation data")
     sample_tokens: Count = key(64, "longest answer to them")
-    benchmarks: str | None = key(None, "measured at every validation by log-probs: arc_easy,openbookqa,... (see eval_benchmarks.py)")
+    benchmarks: str | None = key(None, "measured while it trains: arc_easy,gsm8k,... (see eval_benchmarks.py)")
+    benchmark_interval: Count | None = key(None, "steps between their measurements, also first and last; none: at every validation")
     benchmark_samples: Count = key(100, "the first so many items of each")
     benchmark_data: str | None = key(None, "folder with their files (arc_easy.jsonl ...); none: from the hub")
     log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
@@ -247,9 +248,11 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
     if not recipe.eval_interval and (unread := given & {"samples", "sample_prompts", "sample_tokens"}):
         raise ValueError(f"{_names(unread)} would not be read with eval_interval=0, as samples are taken at validations; remove it")
-    if not recipe.eval_interval and recipe.benchmarks:
-        raise ValueError("benchmarks would not be read with eval_interval=0, as they are measured at validations; remove it")
-    if not recipe.benchmarks and (unread := given & {"benchmark_samples", "benchmark_data"}):
+    if not recipe.eval_interval and not recipe.benchmark_interval and recipe.benchmarks:
+        raise ValueError(
+            "benchmarks would not be read with eval_interval=0, as they are measured at validations; give benchmark_interval, or remove it"
+        )
+    if not recipe.benchmarks and (unread := given & {"benchmark_samples", "benchmark_data", "benchmark_interval"}):
         raise ValueError(f"{_names(unread)} would not be read without benchmarks; remove it")
     if not recipe.samples and (unread := given & {"sample_prompts", "sample_tokens"}):
         raise ValueError(f"{_names(unread)} would not be read with samples=0; remove it")

@@ -108,7 +108,7 @@ def _history(src: Path) -> dict:
     if not metrics.is_file():
         return {}
     records = read_json_lines(metrics)
-    losses = [record["loss"] for record in records if record["split"] == "eval" and record["loss"] is not None]
+    losses = [record["loss"] for record in records if record["split"] == "eval" and record.get("loss") is not None]
     return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
 
 

@@ -1,59 +1,74 @@
-"""Benchmarks of the model in training, at every validation: lm-evaluation-harness's tasks, by log-probs, through the sharded engine."""
+"""Benchmarks of the model in training: lm-evaluation-harness's tasks through the engine as it is sharded."""
 
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
-from lm_eval.tasks import TaskManager
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from torch import distributed as dist
 
 from posttrain import batches, storage, watchdog
 from posttrain.chat import TODAY, ChatFormat
 from posttrain.config import Recipe
 from posttrain.data import RowBuilder
-from posttrain.evaluation.tasks import BENCHMARKS, task_name, write_tasks
+from posttrain.evaluation.measure import items_of
+from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name, write_tasks
 from posttrain.objectives import answer_sums
 from posttrain.ranks import gathered, on_rank_0
+from posttrain.samples import Asked, generate
 from posttrain.step import Training
 
 
 class Exams:
-    """The recipe's benchmarks. What they give is what eval_benchmarks.py --chat on gives on the same items."""
+    """The recipe's benchmarks, by log-probs those that have choices, else by generation.
 
-    def __init__(self, recipe: Recipe, chat: ChatFormat, system_prompt: str | None):
-        """All ranks. Raises ValueError or FileNotFoundError for a benchmark that is not known, or whose rows are not there."""
+    What they give is what eval_benchmarks.py --chat on gives on the same items.
+    """
+
+    def __init__(self, recipe: Recipe, chat: ChatFormat, system_prompt: str | None, context: int):
+        """`context`: tokens that the model reads. All ranks.
+
+        Raises ValueError or FileNotFoundError for a benchmark that is not known, has no room, or whose rows are not there.
+        """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.names, self.chat, self.system_prompt = recipe.benchmark_names, chat, system_prompt
+        if unknown := [name for name in recipe.benchmark_names if name not in BENCHMARKS]:
+            raise ValueError(f"benchmarks: there is no {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+        self.modes = {name: next(iter(BENCHMARKS[name].metric)) for name in recipe.benchmark_names}
+        self.chat, self.system_prompt, self.most, self.context = chat, system_prompt, recipe.benchmark_samples, context
         self.folder, data = Path(recipe.out_dir) / "benchmarks", recipe.benchmark_data and Path(recipe.benchmark_data)
-        on_rank_0(lambda: write_tasks(self.names, "logprob", data, self.folder))
-        self.tasks = TaskManager(include_path=str(self.folder), include_defaults=False)
-        self.most = recipe.benchmark_samples
+        for mode in set(self.modes.values()):
+            on_rank_0(lambda mode=mode: write_tasks([name for name, its in self.modes.items() if its == mode], mode, data, self.folder))
+        self._tasks()
+
+    def _tasks(self) -> dict:
+        return load_tasks(str(self.folder), [task_name(name, mode) for name, mode in self.modes.items()], self.context)
 
     def take(self, training: Training) -> dict[str, float]:
-        """benchmark/NAME: the headline metric of each, over the first items; latest_NAME.jsonl has their choices' log-probs. All ranks."""
+        """benchmark/NAME: the headline metric of each, over the first items; latest_NAME.jsonl has prompts, answers, scores. All ranks."""
         training.engine.eval()
-        wanted = {task_name(name, "logprob"): name for name in self.names}
         found = evaluate(
             _Packed(training, self.chat),
-            self.tasks.load(list(wanted)),
+            self._tasks(),  # anew, so that few-shot examples are the same every time
             limit=self.most,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=True,
+            fewshot_as_multiturn=True,
             system_instruction=self.system_prompt,
         )["samples"]
         training.engine.train()
+        items = {name: items_of(found[task_name(name, mode)], name, mode) for name, mode in self.modes.items()}
         if dist.get_rank() == 0:
-            for task, name in wanted.items():
-                items = [{"number": one["doc_id"], "answer": [logp for logp, _ in one["filtered_resps"]]} for one in found[task]]
-                storage.write_whole(self.folder / f"latest_{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
-        scores = {name: [sample[BENCHMARKS[name].metric["logprob"]] for sample in found[task]] for task, name in wanted.items()}
-        return {f"benchmark/{name}": math.fsum(values) / len(values) for name, values in scores.items()}
+            for name, measured in items.items():
+                lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in measured]
+                storage.write_whole(self.folder / f"latest_{name}.jsonl", "\n".join(lines) + "\n")
+        return {f"benchmark/{name}": math.fsum(item.score for item in measured) / len(measured) for name, measured in items.items()}
 
 
 class _Packed(TemplateLM):
@@ -63,7 +78,7 @@ class _Packed(TemplateLM):
 
     def __init__(self, training: Training, chat: ChatFormat):
         super().__init__()
-        self.training, self.tokenizer, self.template = training, chat.tokenizer, TODAY + chat.jinja
+        self.training, self.chat, self.tokenizer, self.template = training, chat, chat.tokenizer, TODAY + chat.jinja
 
     @property
     def eot_token_id(self) -> int:
@@ -106,8 +121,25 @@ class _Packed(TemplateLM):
         everyones = {number: value for share in gathered(found) for number, value in share.items()}
         return [(everyones[number], False) for number in range(len(rows))]
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError("benchmarks during training compare choices")
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        """Greedy answers, cut where the task says; all ranks."""
+        stops = {self.tokenizer.eos_token_id, self.chat.end_id}
+        context = self.training.engine.module.model.config.max_position_embeddings
+        asked, ends = [], []
+        for request in requests:
+            text, how = request.args
+            how = normalize_gen_kwargs(how)
+            most, until = how["max_gen_toks"], how["until"]
+            asked.append(Asked(self.tok_encode(text)[most - context :], most, partial(self._is_complete, stops, until)))
+            ends.append(until)
+        answers = map(self._text, generate(self.training, asked))
+        return [postprocess_generated_text(answer, until, None) for answer, until in zip(answers, ends, strict=True)]
 
-    def generate_until(self, requests, disable_tqdm=False):
-        raise NotImplementedError("benchmarks during training compare choices")
+    def _is_complete(self, stops: set[int], until: list[str], answer: list[int]) -> bool:
+        return answer[-1] in stops or any(end in self._text(answer) for end in until)
+
+    def _text(self, answer: list[int]) -> str:
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        raise NotImplementedError("no benchmark here asks for it")

@@ -101,10 +101,10 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     )
     samples = Samples(recipe, data, chat)
     system_prompt = data.manifest["options"].get("system_prompt")
-    exams = _exams(recipe, chat, system_prompt)
+    exams = _exams(recipe, chat, system_prompt, model.config.max_position_embeddings)
     run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder, system_prompt), data.manifest, facts)
-    if _validates_at(recipe, done, steps) and not on_rank_0(lambda: run.has_looked(done)):
-        _look(training, samples, exams, run, done)  # before the first step, or where a stop left it out
+    if not on_rank_0(lambda: run.has_looked(done)):
+        _look(training, samples, exams, run, done, steps)  # before the first step, or where a stop left it out
     sample = engines.WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens = _tokens_before(recipe, data.train, done)
     gc.collect()
@@ -135,8 +135,8 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
         if reason:
             _refused(training, run, keeper, step, reason, metrics)
         validation = None
-        if _validates_at(recipe, step, steps) and (step == steps or not training.counted["stop"]):  # a stop must not wait for it
-            validation = _look(training, samples, exams, run, step)
+        if step == steps or not training.counted["stop"]:  # a stop must not wait for it
+            validation = _look(training, samples, exams, run, step, steps)
         if keeper.after(step, validation, time.perf_counter() - started):
             keeper.say_stopped(step)
             run.close()
@@ -144,32 +144,36 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     finish(training, run)
 
 
-def _validates_at(recipe: Recipe, step: int, steps: int) -> bool:
-    """Every eval_interval steps, from step 0 on, and after the last one."""
-    return recipe.eval_interval > 0 and (step % recipe.eval_interval == 0 or step == steps)
+def _is_due(interval: int, step: int, steps: int) -> bool:
+    """Every `interval` steps, from step 0 on, and after the last one; never where it is 0."""
+    return interval > 0 and (step % interval == 0 or step == steps)
 
 
-def _exams(recipe: Recipe, chat: ChatFormat, system_prompt: str | None):
+def _exams(recipe: Recipe, chat: ChatFormat, system_prompt: str | None, context: int):
     """The recipe's benchmarks, if any: only then is lm_eval imported, which takes seconds. All ranks."""
     if not recipe.benchmarks:
         return None
     from posttrain.exams import Exams
 
-    return Exams(recipe, chat, system_prompt)
+    return Exams(recipe, chat, system_prompt, context)
 
 
-def _look(training: Training, samples: Samples, exams, run: Run, step: int) -> float | None:
-    """Validate where there is something to validate on, answer the fixed prompts, take the benchmarks; returns the loss. All ranks."""
-    started, metrics = time.perf_counter(), {}
-    if len(training.data.validation):
+def _look(training: Training, samples: Samples, exams, run: Run, step: int, steps: int) -> float | None:
+    """What is due after this step: validate where there is something to validate on, answer the fixed prompts, take the benchmarks.
+
+    Returns the validation loss. All ranks.
+    """
+    recipe, started, metrics = training.recipe, time.perf_counter(), {}
+    validates = _is_due(recipe.eval_interval, step, steps)
+    if validates and len(training.data.validation):
         metrics, examples = evaluate(training)
         run.log_histograms(step, examples)
         run.eval_line(step, metrics)
-    if samples.prompts:
+    if validates and samples.prompts:
         answers = samples.ask(training)
         run.log_samples(step, answers)
         metrics["sample_tokens"] = sum(answer["tokens"] for answer in answers) / len(answers)
-    if exams:
+    if exams and _is_due(recipe.benchmark_interval or recipe.eval_interval, step, steps):
         metrics |= exams.take(training)
     if metrics:
         run.log(step, "eval", metrics | {"runtime": time.perf_counter() - started})

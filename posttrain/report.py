@@ -108,7 +108,8 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
 
 def figures(runs: list[RunFiles]) -> Iterator[tuple[str, object]]:
     """Name and figure of every chart that some run has numbers for."""
-    for title, training, validation, log_scale in CHARTS:
+    benchmarks = sorted({name for run in runs for record in run.records for name in record if name.startswith("benchmark/")})
+    for title, training, validation, log_scale in [*CHARTS, *((f"Benchmark {name[10:]}", [], [name], False) for name in benchmarks)]:
         curves = []
         for run in runs:
             for number, metric in enumerate(training):
@@ -122,7 +123,7 @@ def figures(runs: list[RunFiles]) -> Iterator[tuple[str, object]]:
                     label = f"{run.name}, validation" if training else run.name
                     curves.append(charts.Curve(label, steps, values, run.colour, dashed=bool(training), sparse=True))
         if curves:
-            yield re.sub(r"[^a-z]+", "_", title.lower()).strip("_"), charts.draw(title, curves, log_scale)
+            yield re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_"), charts.draw(title, curves, log_scale)
 
 
 def table(runs: list[RunFiles]) -> tuple[list[str], list[tuple[RunFiles, list]]]:
@@ -138,9 +139,10 @@ def table(runs: list[RunFiles]) -> tuple[list[str], list[tuple[RunFiles, list]]]
 
 
 def _last(run: RunFiles, split: str) -> dict[str, float | None]:
-    """Of validations the last one; of training, whose steps are noisy, the mean of the last twentieth."""
+    """What validations and benchmarks said last; of training, whose steps are noisy, the mean of the last twentieth."""
     records = [record for record in run.records if record["split"] == split]
-    shown = records[-1:] if split == "eval" else records[-max(1, len(records) // 20) :]
+    together = {name: value for record in records for name, value in record.items()}
+    shown = [together] if split == "eval" else records[-max(1, len(records) // 20) :]
     names = [name for name in (shown[-1] if shown else {}) if name not in ("step", "split", "runtime", "epoch", "num_tokens", "step_ms")]
     values = {name: [record[name] for record in shown if record.get(name) is not None] for name in names}
     return {name: float(np.mean(found)) if found else None for name, found in values.items()}

@@ -56,6 +56,7 @@ MAY_CHANGE = {
     "sample_prompts",
     "sample_tokens",
     "benchmarks",
+    "benchmark_interval",
     "benchmark_samples",
     "benchmark_data",
     "log_interval",

@@ -1,6 +1,10 @@
 """Answers of the model in training to a few fixed prompts, before the first step and at every validation: what the curves do not show."""
 
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import distributed as dist
@@ -11,6 +15,12 @@ from posttrain.config import Recipe
 from posttrain.data import PreparedData, RowBuilder
 from posttrain.ranks import gathered
 from posttrain.step import Training
+
+
+class Asked(NamedTuple):
+    prompt: list[int]
+    most: int  # tokens of its answer, at least 1
+    is_complete: Callable[[list[int]], bool]  # whether an answer ends with its last token
 
 
 class Samples:
@@ -31,11 +41,16 @@ class Samples:
 
     def ask(self, training: Training) -> list[dict]:
         """The prompts with the greedy answers of the model as it is now. All ranks."""
-        answers = generate(training, self.prompts, self.most, {self.chat.end_id, self.chat.tokenizer.eos_token_id})
-        return [
-            {"prompt": text, "answer": self.chat.tokenizer.decode(ids), "tokens": len(ids), "stopped": stopped}
-            for text, (ids, stopped) in zip(self.texts, answers, strict=True)
-        ]
+        stops = {self.chat.end_id, self.chat.tokenizer.eos_token_id}
+        training.engine.eval()
+        answers = generate(training, [Asked(prompt, self.most, lambda answer: answer[-1] in stops) for prompt in self.prompts])
+        training.engine.train()
+        found = []
+        for text, answer in zip(self.texts, answers, strict=True):
+            stopped = answer[-1] in stops
+            ids = answer[:-1] if stopped else answer
+            found.append({"prompt": text, "answer": self.chat.tokenizer.decode(ids), "tokens": len(ids), "stopped": stopped})
+        return found
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -56,30 +71,36 @@ def _prompt(example: dict) -> list[int]:
 
 
 @torch.no_grad()
-def generate(training: Training, prompts: list[list[int]], most: int, stop: set[int]) -> list[tuple[list[int], bool]]:
-    """Of each prompt the greedy answer of at most `most` tokens, without its stop token, and whether it stopped by itself. All ranks.
+def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
+    """The greedy answer to each, with the token that completes it. All ranks; the engine must be in eval mode.
 
-    By the forward pass of training: each rank's share of the prompts is one packed row, read anew for every token. For a few prompts
-    that costs less than a cache would save, and does not care how weights are sharded.
+    By the forward pass of training: a rank's prompts are one packed row, as many as have room in it, read anew for every token. For a few
+    prompts that costs less than a cache would save, and does not care how weights are sharded.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = prompts[rank::ranks]
+    mine = asked[rank::ranks]
     answers: list[list[int]] = [[] for _ in mine]
-    training.engine.eval()
+    waiting = list(range(len(mine)))
     while True:
         watchdog.enter("eval")
-        going = [index for index, answer in enumerate(answers) if len(answer) < most and not stop.intersection(answer[-1:])]
-        left = torch.tensor([len(going)], device=training.device)
+        going = _that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.recipe.max_tokens_per_gpu)
+        left = torch.tensor([going], device=training.device)
         dist.all_reduce(left)
         if not left.item():
             break
-        chosen = training.engine(_next_tokens([mine[index] + answers[index] for index in going], training.device))
-        for index, token in zip(going, chosen.tolist(), strict=False):  # a rank that is done reads one token, as all must read
+        read = waiting[:going]
+        chosen = training.engine(_next_tokens([mine[index].prompt + answers[index] for index in read], training.device))
+        for index, token in zip(read, chosen.tolist(), strict=False):  # a rank that is done reads one token, as all must read
             answers[index].append(token)
-    training.engine.train()
-    done = [(answer[:-1], True) if stop.intersection(answer[-1:]) else (answer, False) for answer in answers]
-    shares = gathered(done)
-    return [shares[number % ranks][number // ranks] for number in range(len(prompts))]
+            if len(answers[index]) == mine[index].most or mine[index].is_complete(answers[index]):
+                waiting.remove(index)
+    shares = gathered(answers)
+    return [shares[number % ranks][number // ranks] for number in range(len(asked))]
+
+
+def _that_fit(lengths: list[int], room: int) -> int:
+    """How many of the first have room together; one always has."""
+    return max(min(1, len(lengths)), bisect_right(list(accumulate(lengths)), room))
 
 
 def _next_tokens(sequences: list[list[int]], device: torch.device):

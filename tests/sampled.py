@@ -1,6 +1,7 @@
 """Worker of test_samples.py, started by the deepspeed launcher: greedy answers of the tiny model, in several layouts.
 
-sampled.py TINY FILE ASKED      ASKED: a file with JSON of prompts, most tokens and stop tokens; FILE: {layout: [[ids, stopped], ...]}
+sampled.py TINY FILE ASKED
+ASKED: a file with JSON of prompts, most tokens and stop tokens; FILE gets {layout: [ids with the token that ended them, ...]}
 """
 
 import json
@@ -14,7 +15,7 @@ from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
 from posttrain.entry import main  # noqa: E402
-from posttrain.samples import generate  # noqa: E402
+from posttrain.samples import Asked, generate  # noqa: E402
 from posttrain.step import train_step  # noqa: E402
 
 WAYS = {
@@ -31,8 +32,14 @@ def sampled() -> None:
     for name, settings in WAYS.items():
         common = {"out_dir": "unused", "max_iters": 4, "global_batch_size": 8, "max_tokens_per_gpu": 400, "dtype": "float32"}
         training = build_training(tiny, "sft", common | settings)
-        found[name] = generate(training, prompts, most, set(stops))
-        found[f"{name}, few"] = generate(training, prompts[:1], most, set(stops))  # fewer prompts than ranks
+        asked_for = [Asked(prompt, most, lambda answer: answer[-1] in stops) for prompt in prompts]
+        training.engine.eval()
+        found[name] = generate(training, asked_for)
+        found[f"{name}, few"] = generate(training, asked_for[:1])  # fewer prompts than ranks
+        training.recipe = (recipe := training.recipe).model_copy(update={"max_tokens_per_gpu": 30})  # one or two prompts at a time
+        found[f"{name}, narrow"] = generate(training, asked_for)
+        training.recipe = recipe
+        training.engine.train()
         metrics, _ = train_step(training, 1)  # it still trains
         found[f"{name}, loss"] = metrics["loss"]
         training.engine.destroy()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, launch, metrics, rank_environment
 from scipy import stats
 
-from posttrain import assistant
+from posttrain import assistant, report
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.measure import measure
@@ -189,7 +190,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path, row, says):
         (["--checkpoint", "nowhere"], "there is no model at nowhere"),
         (["--benchmark", "gsm8k"], "gsm8k has no --mode logprob, only generate"),
         (["--max_samples", "0"], "--max_samples must be at least 1"),
-        (["--benchmark", "ifeval", "--mode", "generate"], "ifeval lets a model say 1,280 tokens; base reads 256 in all: leave it out"),
+        (["--benchmark", "ifeval", "--mode", "generate"], "ifeval lets a model say 1,280 tokens; this one reads 256 in all: leave it out"),
     ],
 )
 def test_mistakes_end_with_one_line(tiny, data, tmp_path, arguments, says):
@@ -334,31 +335,42 @@ def test_win_rate(tiny, judging, tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_during_training_are_those_of_its_result(tiny, data, tmp_path):
-    """On two ranks at ZeRO-3, by packed micro-batches: what the last validation measured is what eval_benchmarks.py says of final/."""
-    paths = [f"--checkpoint_path={tiny.base}", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run", "--dtype=float32"]
+    """On two ranks at ZeRO-3, by packed rows: what was measured last is what eval_benchmarks.py says of final/."""
+    long = shutil.copytree(tiny.base, tmp_path / "long")  # it has room for five examples and an answer
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    paths = [f"--checkpoint_path={long}", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run", "--dtype=float32"]
     numbers = ["--max_iters=4", "--global_batch_size=8", "--learning_rate=1e-2", "--warmup_iters=1", "--max_tokens_per_gpu=400"]
-    asked = ["--eval_interval=2", "--benchmarks=arc_easy, mmlu", "--benchmark_samples=9", f"--benchmark_data={data}"]
+    asked = ["--eval_interval=3", "--benchmarks=arc_easy, mmlu, gsm8k", "--benchmark_interval=2", "--benchmark_samples=9"]
+    asked += [f"--benchmark_data={data}"]
     done = launch("posttrain/sft.py", *paths, *numbers, *asked, "--ds_config=ds_configs/zero3.json")
     assert done.returncode == 0, done.stdout
     seen = metrics(tmp_path / "run", "eval")
-    assert [record["step"] for record in seen] == [0, 2, 4]
-    options = ("--benchmark", "arc_easy", "--benchmark", "mmlu", "--data", data, "--max_samples", "9", "--chat", "on")
-    done = run("--checkpoint", tmp_path / "run", *options, "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["run"]
-    assert {name: one["value"] for name, one in found.items()} == pytest.approx(
-        {name: seen[-1][f"benchmark/{name}"] for name in ("arc_easy", "mmlu")}
-    )
-    for name in ("arc_easy", "mmlu"):
-        files = (
-            tmp_path / "run" / "benchmarks" / f"latest_{name}.jsonl",
-            tmp_path / "out" / "items" / f"run_{task_name(name, 'logprob')}.jsonl",
-        )
-        ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
-        for one, other in zip(ours, theirs, strict=True):
-            assert one["number"] == other["number"] and one["answer"] == pytest.approx([logp for logp, _ in other["answer"]], rel=1e-4)
+    assert [record["step"] for record in seen] == [0, 2, 3, 4]
+    both = [("loss" in record, "benchmark/mmlu" in record) for record in seen]
+    assert both == [(True, True), (False, True), (True, False), (True, True)]
+    for mode, names in (("logprob", ("arc_easy", "mmlu")), ("generate", ("gsm8k",))):
+        options = [word for name in names for word in ("--benchmark", name)]
+        options += ["--mode", mode, "--data", data, "--max_samples", "9", "--chat", "on", "--output", tmp_path / mode]
+        done = run("--checkpoint", tmp_path / "run", *options)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / mode / "results.json").read_text())["run"]
+        assert {name: one["value"] for name, one in found.items()} == pytest.approx({name: seen[-1][f"benchmark/{name}"] for name in names})
+        for name in names:
+            files = (
+                tmp_path / "run" / "benchmarks" / f"latest_{name}.jsonl",
+                tmp_path / mode / "items" / f"run_{task_name(name, mode)}.jsonl",
+            )
+            ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+            for one, other in zip(ours, theirs, strict=True):
+                if mode == "logprob":
+                    logps = [[logp for logp, _ in item.pop("answer")] for item in (one, other)]
+                    assert logps[0] == pytest.approx(logps[1], rel=1e-4)
+                assert one == other
+    names = [name for name, _ in report.figures(report.read_runs([tmp_path / "run"]))]
+    assert [name for name in names if name.startswith("benchmark")] == ["benchmark_arc_easy", "benchmark_gsm8k", "benchmark_mmlu"]
     done = launch("posttrain/sft.py", *paths[:2], f"--out_dir={tmp_path}/other", *numbers, "--eval_interval=2", "--benchmarks=chess")
-    assert done.returncode != 0 and "there is no benchmark 'chess' by logprob; there are openbookqa" in done.stdout
+    assert done.returncode != 0 and "benchmarks: there is no 'chess'; there are openbookqa" in done.stdout
 
 
 @pytest.mark.slow

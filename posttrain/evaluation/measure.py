@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from posttrain.assistant import Assistant
-from posttrain.evaluation.tasks import BENCHMARKS, task_name
+from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name
 
 
 class Item(NamedTuple):
@@ -43,20 +42,12 @@ def measure(
     # HFLM asks the model itself where to stop; a base model's own end is not its template's
     assistant.model.generation_config.eos_token_id = sorted(assistant.stops)
     lm = Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=batch, max_length=assistant.context, backend="causal")
-    loaded = TaskManager(include_path=tasks, include_defaults=False).load([task_name(name, mode) for name in names])
+    loaded = load_tasks(tasks, [task_name(name, mode) for name in names], assistant.context)
     shares = {}
     for name in names:
         task = loaded["tasks"][task_name(name, mode)]
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(1234)  # lm_eval's own
         if task.get_config("num_fewshot"):
             _deal(task.sampler, rank, ranks)
-        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)
-        if longest >= assistant.context:
-            raise ValueError(
-                f"{name} lets a model say {longest:,} tokens; {assistant.name} reads {assistant.context:,} in all: leave it out"
-            )
         count = len(task.eval_docs)
         shares[task_name(name, mode)] = list(range(count if most is None else min(most, count)))[rank::ranks]
     system = assistant.system_prompt if chat else None
@@ -67,13 +58,13 @@ def measure(
         found = evaluate(
             lm, loaded, samples=asked, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat, system_instruction=system
         )["samples"]
-    result = {}
-    for name in names:
-        task = task_name(name, mode)
-        # a task with several filters gives every item once for each; the last is the most forgiving one
-        last = [sample for sample in found.get(task, []) if sample["filter"] == found[task][-1]["filter"]]
-        result[name] = [_item(sample, BENCHMARKS[name].metric[mode], mode) for sample in last]
-    return result
+    return {name: items_of(found.get(task_name(name, mode), []), name, mode) for name in names}
+
+
+def items_of(samples: list[dict], benchmark: str, mode: str) -> list[Item]:
+    """What the harness's evaluate() logged of a benchmark. With several filters it has every item once for each; the last one counts, which
+    is the most forgiving."""
+    return [_item(sample, BENCHMARKS[benchmark].metric[mode], mode) for sample in samples if sample["filter"] == samples[-1]["filter"]]
 
 
 def _deal(sampler, rank: int, ranks: int) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import lm_eval
 import yaml
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"
@@ -145,6 +147,24 @@ def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) ->
         settings["task"] = task_name(name, mode)
         (folder / f"{task_name(name, mode)}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return notes
+
+
+def load_tasks(folder: str, names: list[str], context: int) -> dict:
+    """Tasks of write_tasks as the harness's evaluate() takes them, its few-shot examples drawn as its own command draws them.
+
+    Raises ValueError for one whose answers a model that reads `context` tokens could not hold.
+    """
+    loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
+    for name in names:
+        task = loaded["tasks"][name]
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(1234)  # lm_eval's own
+        longest = normalize_gen_kwargs(task.get_config("generation_kwargs"))["max_gen_toks"] if task.OUTPUT_TYPE == "generate_until" else 0
+        if longest >= context:
+            said = name.removeprefix("posttrain_")
+            raise ValueError(f"{said} lets a model say {longest:,} tokens; this one reads {context:,} in all: leave it out")
+    return loaded
 
 
 GENERATE = {
