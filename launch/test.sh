@@ -7,5 +7,5 @@ source launch/env.sh
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
-# Two workers, each file whole in one of them: what starts is mostly one process that imports. -n 0 for one.
-exec python -m pytest -n 2 --dist loadfile "$@"
+# Two workers, each file whole in one of them, in the order of tests/conftest.py: what starts is mostly one process that imports. -n 0 for one.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -24,6 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
+LONG = (
+    "planted runs plan terminal checkpoint two_hosts layouts launch stopping faults page evaluate kernels convert mistakes compile samples"
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": place for place, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real development data: $POSTTRAIN_SHARED_DATA, or ../shared/data beside the repository."""
