@@ -18,6 +18,7 @@ from posttrain import checkpoint, ckpt_pt, policy, tokenization
 from posttrain.chat import ChatFormat
 from posttrain.errors import first_line
 from posttrain.export import SYSTEM_PROMPT
+from posttrain.records import read_prompts
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
 
@@ -137,9 +138,7 @@ def _suggestions(found: Path) -> tuple[str, ...]:
     """The first of the run's sample_prompts, where it is a run's and the file is still there."""
     run = next((folder for folder in (found.parent, found.parent.parent) if (folder / "recipe.yaml").is_file()), None)
     prompts = yaml.safe_load((run / "recipe.yaml").read_text()).get("sample_prompts") if run else None
-    if not prompts or not Path(prompts).is_file():
-        return ()
-    return tuple(line for line in map(str.strip, Path(prompts).read_text().splitlines()) if line)[:6]
+    return tuple(read_prompts(Path(prompts), 6)) if prompts and Path(prompts).is_file() else ()
 
 
 def _stops(description: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None) -> set[int]:

@@ -25,6 +25,7 @@ from posttrain.entry import main
 from posttrain.evaluation.compare import p_value, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.pairs import margins
+from posttrain.records import read_prompts
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
 from posttrain.tokenization import fingerprint
@@ -46,6 +47,9 @@ def evaluate() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--output", type=Path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
     options = parser.parse_args()
+    for name in ("max_samples", "max_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     by_judge = (options.prompts, options.judge, options.judge_model)
@@ -69,11 +73,7 @@ def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
 
 
 def _win_rate(options: argparse.Namespace) -> None:
-    if not options.prompts.is_file():
-        raise FileNotFoundError(f"there is no file {options.prompts}; it holds a prompt a line")
-    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.max_samples]
-    if not prompts:
-        raise ValueError(f"{options.prompts} holds no prompt; expected one a line")
+    prompts = read_prompts(options.prompts, options.max_samples)
     models = _load(options, options.checkpoint)
     for one in models:
         if one.chat is None:

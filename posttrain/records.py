@@ -1,4 +1,4 @@
-"""Files that hold a JSON object a line, which grow while a run goes on."""
+"""Files that hold something in every line: records of a run, which grow while it goes on, and prompts."""
 
 import json
 from pathlib import Path
@@ -10,3 +10,19 @@ def read_json_lines(path: Path) -> list[dict]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_prompts(path: Path, most: int | None = None) -> list[str]:
+    """The first `most` prompts of a text file with one in each line; blank lines are none.
+
+    Raises FileNotFoundError, and ValueError for a file that is no text or holds no prompt.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; it holds a prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}); expected a prompt a line") from error
+    if not lines:
+        raise ValueError(f"{path} holds no prompt; expected one a line")
+    return lines[:most]

@@ -14,6 +14,7 @@ from posttrain.chat import IGNORE, ChatFormat, render_prompt
 from posttrain.config import Recipe
 from posttrain.data import PreparedData, RowBuilder
 from posttrain.ranks import gathered
+from posttrain.records import read_prompts
 from posttrain.step import Training
 
 
@@ -32,7 +33,7 @@ class Samples:
         if recipe.sample_prompts:
             system = data.manifest["options"].get("system_prompt")
             begin = [{"role": "system", "content": system}] if system else []
-            self.texts = _read_prompts(Path(recipe.sample_prompts))[: recipe.samples]
+            self.texts = read_prompts(Path(recipe.sample_prompts), recipe.samples)
             self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
         else:
             split = data.validation if len(data.validation) else data.train
@@ -51,15 +52,6 @@ class Samples:
             ids = answer[:-1] if stopped else answer
             found.append({"prompt": text, "answer": self.chat.tokenizer.decode(ids), "tokens": len(ids), "stopped": stopped})
         return found
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"sample_prompts: there is no file {path}; it holds a prompt a line")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"sample_prompts: {path} holds no prompt; expected one a line")
-    return lines
 
 
 def _prompt(example: dict) -> list[int]:

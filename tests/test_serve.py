@@ -449,6 +449,6 @@ def test_a_wrong_start_says_what_to_do(tiny, tmp_path, server, monkeypatch, argu
     (tmp_path / "lonely.pt").touch()
     swaps = {"BASE": tiny.base, "TAKEN": str(server.port), "FOLDER/lonely.pt": str(tmp_path / "lonely.pt")}
     monkeypatch.setattr("sys.argv", ["serve.py", "--port", "0", *(swaps.get(one, one) for one in arguments)])
-    with pytest.raises((ValueError, OSError)) as refused:
-        serve.serve()
+    with ThreadPoolExecutor(1) as thread, pytest.raises((ValueError, OSError)) as refused:  # the browser's loop may run in this one
+        thread.submit(serve.serve).result()
     assert says in str(refused.value)
