@@ -205,6 +205,7 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
     loaded = assistant.load(tiny.base, dtype=torch.float32)
     loaded.model.config.max_position_embeddings = 4096
     loaded = loaded._replace(context=4096)
+    loaded.model.generation_config.max_new_tokens = 512  # as finished runs have it; the task's limit counts
     counts = {"openbookqa": 11, "arc_easy": 21, "mmlu": 9, "hellaswag": 5, "truthfulqa": 4, "gsm8k": 4, "ifeval": 3}
     for mode in ("logprob", "generate"):
         names = [name for name in counts if mode in BENCHMARKS[name].metric]
@@ -226,6 +227,8 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
             shares = [measure(loaded, ["gsm8k"], mode, str(tmp_path / mode), None, 8, False, rank, 3)["gsm8k"] for rank in range(3)]
             assert sorted(itertools.chain.from_iterable(shares)) == found["gsm8k"]
             assert found["gsm8k"][0].prompt.split("Question:")[1] != found["gsm8k"][1].prompt.split("Question:")[1]
+            said = [len(loaded.tokenizer(item.answer[0], add_special_tokens=False)["input_ids"]) for item in found["arc_easy"]]
+            assert 40 < max(said) < 100
             assert found["arc_easy"][0].prompt.endswith("Answer with the letter of the right choice.\nAnswer:")
 
 

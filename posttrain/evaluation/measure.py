@@ -39,8 +39,10 @@ def measure(
     """This rank's share of each benchmark's items (`most`: of its first ones)."""
     for noisy in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # HFLM asks the model itself where to stop; a base model's own end is not its template's
-    assistant.model.generation_config.eos_token_id = sorted(assistant.stops)
+    # HFLM asks the model itself where to stop; a base model's own end is not its template's. And it gives the task's limit as max_length,
+    # which a folder's own max_new_tokens would silently overrule (lm_eval 0.4.13 with transformers 5.23).
+    settings = assistant.model.generation_config
+    settings.eos_token_id, settings.max_new_tokens = sorted(assistant.stops), None
     lm = Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=batch, max_length=assistant.context, backend="causal")
     loaded = load_tasks(tasks, [task_name(name, mode) for name in names], assistant.context)
     shares = {}
