@@ -34,6 +34,11 @@ DPO_STEPS = "tests/test_parity.py::test_five_steps_of_dpo_on_two_ranks_equal_trl
 LITERAL = "tests/test_losses.py::test_a_loss_equals_its_papers_equation_on_literal_numbers"
 PLANTED = "tests/test_planted.py::"
 RELAYOUT = "tests/test_checkpoint.py::test_a_training_state_goes_on_in_every_layout[2]"
+SERVE = "tests/test_serve.py::"
+PARTS = "tests/test_serving_parts.py::"
+EVALUATE = "tests/test_evaluate.py::"
+DURING = EVALUATE + "test_benchmarks_during_training_are_those_of_its_result"
+MODES = EVALUATE + "test_every_benchmark_in_both_modes"
 STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 MUTATIONS = {
@@ -186,6 +191,88 @@ MUTATIONS = {
         "if False:",
         STOPPED + "[data_of_another_template]",
     ),
+    "refused_before_the_body_is_read": Mutation(
+        "posttrain/serving/walls.py", "LINGER_SECONDS = 5", "LINGER_SECONDS = 0", SERVE + "test_a_refusal_reaches_a_client_that_sends_first"
+    ),
+    "any_host_may_ask": Mutation(
+        "posttrain/serving/walls.py",
+        "if not self.any_host and host not in LOOPBACK:",
+        "if False:",
+        SERVE + "test_other_sites_cannot_use_it_through_a_browser",
+    ),
+    "a_wrong_key_passes": Mutation(
+        "posttrain/serving/walls.py",
+        'scheme.lower() != "bearer" or not hmac',
+        'scheme.lower() != "bearer" and hmac',
+        SERVE + "test_the_key_is_needed_where_there_is_one",
+    ),
+    "the_queue_has_no_end": Mutation(
+        "posttrain/serving/app.py",
+        "if batcher.active >= limits.batch + limits.queue:",
+        "if False:",
+        SERVE + "test_beyond_the_queue_and_beyond_the_time",
+    ),
+    "an_answer_goes_on_without_its_reader": Mutation(
+        "posttrain/serving/batching.py",
+        "self.manager.cancel_request(request)",
+        "pass",
+        SERVE + "test_beyond_the_queue_and_beyond_the_time",
+    ),
+    "an_unread_option_is_ignored": Mutation(
+        "posttrain/serving/schema.py", 'extra="forbid"', 'extra="ignore"', SERVE + "test_what_cannot_be_done_is_refused_by_name"
+    ),
+    "chance_by_place_in_the_batch": Mutation(
+        "posttrain/serving/batching.py",
+        "sampling.uniform(at) if sampling.temperature else 0 for",
+        "sampling.uniform(len(states)) if sampling.temperature else 0 for",
+        SERVE + "test_a_seed_gives_one_answer_whoever_else_is_served",
+    ),
+    "top_k_of_all": Mutation(
+        "posttrain/serving/sampling.py",
+        "device=logits.device) >= top_k, float",
+        "device=logits.device) > top_k, float",
+        PARTS + "test_a_batch_may_mix_all_ways_of_sampling",
+    ),
+    "a_stop_text_is_said": Mutation(
+        "posttrain/serving/text.py", "return text[:found]", "return text", PARTS + "test_nothing_of_a_stop_text_or_behind_it_is_said"
+    ),
+    "half_a_character_is_said": Mutation(
+        "posttrain/serving/text.py", "if text.endswith(BROKEN) and", "if False and", PARTS + "test_text_in_pieces_is_the_text"
+    ),
+    "half_a_vote_stays": Mutation(
+        "posttrain/serving/votes.py",
+        "os.ftruncate(file.fileno(), size)",
+        "pass",
+        PARTS + "test_a_vote_that_cannot_be_written_leaves_nothing",
+    ),
+    "a_checkpoints_own_limit_of_answers": Mutation(
+        "posttrain/evaluation/measure.py",
+        "sorted(assistant.stops), None",
+        "sorted(assistant.stops), settings.max_new_tokens",
+        MODES,
+    ),
+    "other_examples_on_other_ranks": Mutation(
+        "posttrain/evaluation/measure.py", "draw, skipped = sampler.sample, rank", "draw, skipped = sampler.sample, 0", MODES
+    ),
+    "examples_in_one_turn": Mutation("posttrain/exams.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
+    "benchmarks_at_validations_only": Mutation(
+        "posttrain/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
+    ),
+    "one_order_only": Mutation(
+        "posttrain/evaluation/judge.py",
+        "((prompt, a, b), (prompt, b, a))",
+        "((prompt, a, b), (prompt, a, b))",
+        EVALUATE + "test_a_judge_is_asked_in_both_orders",
+    ),
+    "every_comparison_for_itself": Mutation(
+        "posttrain/evaluation/compare.py", "* (len(p_values) - rank)", "* 1", EVALUATE + "test_many_comparisons_need_stronger_evidence"
+    ),
+    "prompts_that_never_fit": Mutation(
+        "posttrain/samples.py",
+        "answers[index]) == mine[index].most or",
+        "answers[index]) > mine[index].most or",
+        "tests/test_samples.py::test_answers_are_those_of_transformers_in_every_layout",
+    ),
 }
 
 
@@ -205,7 +292,7 @@ def run(folder: Path, *tests: str) -> str | None:
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 0:
         return None
-    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*|ConnectionResetError.*|BrokenPipeError.*)", done.stdout, re.MULTILINE)
     if done.returncode != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
         raise RuntimeError(done.stdout)
     return failed[0]

@@ -269,6 +269,7 @@ RULES = {
     "longer": lambda a, b: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "C",
     "first": lambda a, b: "A",
     "silent": lambda a, b: None,
+    "strange": lambda a, b: "no JSON",
 }
 
 
@@ -285,8 +286,9 @@ def judging():
             text = body["messages"][0]["content"]
             first, second = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
             said = RULES[body["model"]](first, second.split("\n\nGive a short reason.")[0])
-            said = f"Not [[B]] at once. [[{said}]]" if said else "I cannot say."
-            content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+            answer = f"Not [[B]] at once. [[{said}]]" if said else "I cannot say."
+            whole = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]})
+            content = (said if body["model"] == "strange" else whole).encode()
             self.send_response(429 if busy else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -309,6 +311,8 @@ def test_a_judge_is_asked_in_both_orders(judging):
     assert [one.score for one in found] == [0.5] * 3 and all(one.depends_on_order for one in found)
     found = asyncio.run(judge(judging, "silent", None, rows[:1]))
     assert found[0].score is None
+    with pytest.raises(ValueError, match="cannot be used: it answered with no chat completion but 'no JSON'"):
+        asyncio.run(judge(judging, "strange", None, rows[:1]))
 
 
 def test_a_judge_that_is_not_there_is_an_error(monkeypatch):

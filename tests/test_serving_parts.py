@@ -44,11 +44,12 @@ def test_what_is_drawn_has_the_distribution_that_transformers_draws_from(tempera
 
 def test_a_batch_may_mix_all_ways_of_sampling():
     """And none of them changes what another draws."""
-    logits = torch.randn(4, 30)
+    logits = torch.randn(5, 30)
     asked = [Sampling(1, 0.0), Sampling(1, 1.0), Sampling(1, 1.0, top_k=1), Sampling(1, 0.0, repetition_penalty=10.0)]
-    histories, uniforms = [[], [], [], [int(logits[3].argmax())]], [0.0, 0.9, 0.5, 0.5]
+    asked += [Sampling(1, 1.0, top_k=3)]
+    histories, uniforms = [[], [], [], [int(logits[3].argmax())], []], [0.0, 0.9, 0.999, 0.5, 0.999]
     chosen = choose(logits.clone(), asked, histories, uniforms)
-    alone = [choose(logits[i : i + 1].clone(), asked[i : i + 1], histories[i : i + 1], uniforms[i : i + 1]) for i in range(4)]
+    alone = [choose(logits[i : i + 1].clone(), asked[i : i + 1], histories[i : i + 1], uniforms[i : i + 1]) for i in range(5)]
     assert chosen.tolist() == [int(one) for one in alone]
     assert chosen[0] == logits[0].argmax() and chosen[2] == logits[2].argmax() and chosen[3] != logits[3].argmax()
 

@@ -70,7 +70,11 @@ async def _ask(client: httpx.AsyncClient, body: dict) -> str:
             problem = f"{type(error).__name__} {error}"
         else:
             if response.status_code == 200:
-                return response.json()["choices"][0]["message"]["content"] or ""
+                try:
+                    return response.json()["choices"][0]["message"]["content"] or ""
+                except (ValueError, KeyError, IndexError, TypeError) as error:
+                    why = f"it answered with no chat completion but {response.text[:200]!r}"
+                    raise ValueError(f"the judge at {client.base_url} cannot be used: {why}") from error
             problem = f"status {response.status_code}: {response.text[:200]}"
             if response.status_code not in (408, 429) and response.status_code < 500:
                 break
