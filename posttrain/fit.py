@@ -23,7 +23,6 @@ from posttrain.run import Run
 from posttrain.step import Training, try_largest
 
 STEP = 1024  # tokens; what is found is a multiple
-FULL = 0.9  # of the memory: with less, it is worth another trial
 MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
 
@@ -64,10 +63,6 @@ def adapt(training: Training, run: Run) -> None:
     a_token = (upper - lower) / (many - few) if many > few else 0.0
     tokens = _whole(many + (usable - upper) / a_token, longest, most) if a_token > 0 else planned_tokens
     tried, peak = _try(training, tokens)
-    if peak < FULL * usable and many < tried < most and peak > upper:  # the small trials made a token look dearer than it is
-        a_token = (peak - upper) / (tried - many)
-        tokens = _whole(min(2 * tried, tried + (usable - peak) / a_token), longest, most)
-        tried, peak = _try(training, tokens)
     while peak > usable and tokens > longest and a_token > 0:
         tokens = _whole(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
         tried, peak = _try(training, tokens)
