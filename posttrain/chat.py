@@ -91,7 +91,8 @@ class ChatFormat:
                 raise ValueError("the tokenizer has no chat template of its own; use --template chatml, or put its chat_template beside it")
             self.end_id = self._find_end()
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
-        self.header_ids = functools.cache(lambda text: encode_text(tokenizer, text))
+        # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
+        self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
 
     def parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
         """A conversation as the template writes it. Raises Refused, or ValueError for a message that is not {role, content: str}."""
@@ -303,7 +304,8 @@ def document_parts(chat: ChatFormat, text: str) -> list[Part]:
 
 def text_prefix(tokenizer) -> list[int]:
     """The begin-of-text token as a list, empty for a tokenizer that adds none (Qwen)."""
-    first = tokenizer("")["input_ids"][:1]
+    with _settings_lock:  # a call of the tokenizer sets its settings back while another thread encodes
+        first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 

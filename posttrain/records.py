@@ -8,8 +8,13 @@ def read_json_lines(path: Path) -> list[dict]:
     """The objects of a file with one in each line; none where there is no file. A last line that is not whole is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in read_lines(path) if line.endswith("\n")]
+
+
+def read_lines(path: Path) -> list[str]:
+    """A file's lines with their ends. str.splitlines would also cut at U+2028 and its like, which texts inside JSON hold as they are."""
+    with path.open(encoding="utf-8") as file:
+        return list(file)
 
 
 def read_prompts(path: Path, most: int | None = None) -> list[str]:
@@ -20,7 +25,7 @@ def read_prompts(path: Path, most: int | None = None) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; it holds a prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_lines(path) if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}); expected a prompt a line") from error
     if not lines:

@@ -34,7 +34,7 @@ from posttrain.config import Recipe
 from posttrain.engine import read_ds_config
 from posttrain.health import Facts, Finding, Health
 from posttrain.memory import Zero, predict
-from posttrain.records import read_json_lines
+from posttrain.records import read_json_lines, read_lines
 from posttrain.tracking import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
 # Changing these between two starts of a run changes speed, memory or what is shown, never the curve.
@@ -221,10 +221,8 @@ class Run:
             self._update(unchecked_from_steps=[first_step])
         for name in FROM_STEP_ON:
             if (self.path / name).exists():
-                kept = [
-                    line for line in (self.path / name).read_text().splitlines() if 1 < first_step > _step_of(line)
-                ]  # at step 1 nothing
-                storage.write_whole(self.path / name, "".join(line + "\n" for line in kept))
+                kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # at step 1 nothing
+                storage.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
         self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
         compared = {name: value for name, value in self.settled.items() if value is not None and name not in MAY_CHANGE}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))

@@ -54,7 +54,10 @@ def serve() -> None:
         raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with _listen(options.host, options.port) as listener:
+    folder = options.preferences.parent
+    if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
+    with listen(options.host, options.port, options.timeout + app.LAST_WORDS) as listener:
         engine = _engine(options.engine, options.device)
         asyncio.run(_serve(options, listener, engine, _load(options, engine)))
 
@@ -70,12 +73,17 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Before any model is loaded: a port that is taken should not be found out minutes later."""
+def listen(host: str, port: int, patience: float) -> socket.socket:
+    """Before any model is loaded: a port that is taken should not be found out minutes later.
+
+    A client that reads nothing of what it was sent for `patience` seconds is left; closing would wait for it without end.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named, since asyncio sends small pieces at once (TCP_NODELAY) only where it is: 40 ms for every first token
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * patience))
     try:
         listener.bind((host, port))
         listener.listen(2048)

@@ -36,6 +36,7 @@ PLANTED = "tests/test_planted.py::"
 RELAYOUT = "tests/test_checkpoint.py::test_a_training_state_goes_on_in_every_layout[2]"
 SERVE = "tests/test_serve.py::"
 PARTS = "tests/test_serving_parts.py::"
+SAMPLES = "tests/test_samples.py::test_a_run_keeps_and_shows_them"
 EVALUATE = "tests/test_evaluate.py::"
 DURING = EVALUATE + "test_benchmarks_during_training_are_those_of_its_result"
 MODES = EVALUATE + "test_every_benchmark_in_both_modes"
@@ -208,9 +209,30 @@ MUTATIONS = {
     ),
     "the_queue_has_no_end": Mutation(
         "posttrain/serving/app.py",
-        "if batcher.active >= limits.batch + limits.queue:",
+        "if active[name] >= limits.batch + limits.queue:",
         "if False:",
         SERVE + "test_beyond_the_queue_and_beyond_the_time",
+    ),
+    "a_burst_overtakes_the_count": Mutation(
+        "posttrain/serving/app.py", "active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
+    ),
+    "a_stalled_reader_keeps_its_place": Mutation(
+        "posttrain/serving/app.py",
+        "asyncio.timeout(self.seconds)",
+        "asyncio.timeout(None)",
+        PARTS + "test_a_client_that_stops_reading_loses_its_place",
+    ),
+    "a_marker_in_a_text_becomes_a_token": Mutation(
+        "posttrain/chat.py",
+        "    with _settings_lock:  # a call",
+        "    if True:  # a call",
+        PARTS + "test_no_call_of_the_tokenizer_lets_a_marker_in_a_text_become_a_token",
+    ),
+    "a_line_ends_inside_a_text": Mutation(
+        "posttrain/records.py",
+        "return list(file)",
+        "return file.read().splitlines(keepends=True)",
+        SAMPLES,
     ),
     "an_answer_goes_on_without_its_reader": Mutation(
         "posttrain/serving/batching.py",

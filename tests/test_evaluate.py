@@ -138,10 +138,11 @@ def data(tmp_path_factory):
         return " ".join(draw.choices(words, k=count))
 
     def write(name: str, rows: list[dict]) -> None:
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows))
 
     def asked(count: int) -> dict:
-        return {"query": f"Question: {text(5)}?", "choices": [text(2) + f" {i}" for i in range(count)], "gold": draw.randrange(count)}
+        query = f"Question: {text(3)}\u2028{text(2)}?"
+        return {"query": query, "choices": [text(2) + f" {i}" for i in range(count)], "gold": draw.randrange(count)}
 
     write("arc_easy", [asked(draw.choice([3, 4, 4, 5])) for _ in range(21)])
     labels = ["A", "B", "C", "D"]
@@ -247,7 +248,7 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     assert {path.name for path in (tmp_path / "one").iterdir()} == written
 
     def items(folder) -> list[dict]:
-        return [json.loads(line) for line in (folder / "items" / "one_posttrain_arc_easy.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (folder / "items" / "one_posttrain_arc_easy.jsonl").open()]
 
     ours = items(tmp_path / "one")
     assert [item["number"] for item in items(tmp_path / "two")] == [item["number"] for item in ours] == list(range(17))
@@ -257,8 +258,7 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     hand = [str(part) for part in hand]
     done = subprocess.run(hand, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
-    lines = next((tmp_path / "hand").rglob("samples*.jsonl")).read_text().splitlines()
-    theirs = sorted(map(json.loads, lines), key=lambda row: row["doc_id"])
+    theirs = sorted(map(json.loads, next((tmp_path / "hand").rglob("samples*.jsonl")).open()), key=lambda row: row["doc_id"])
     for item, row in zip(ours, theirs, strict=True):
         assert [one[0] for one in item["answer"]] == pytest.approx([float(one[0]) for one in row["filtered_resps"]], rel=1e-6)
         assert item["scores"] == {"acc": row["acc"], "acc_norm": row["acc_norm"]}
@@ -368,7 +368,7 @@ def test_benchmarks_during_training_are_those_of_its_result(tiny, data, tmp_path
                 tmp_path / "run" / "benchmarks" / f"latest_{name}.jsonl",
                 tmp_path / mode / "items" / f"run_{task_name(name, mode)}.jsonl",
             )
-            ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+            ours, theirs = ([json.loads(line) for line in file.open()] for file in files)
             for one, other in zip(ours, theirs, strict=True):
                 if mode == "logprob":
                     logps = [[logp for logp, _ in item.pop("answer")] for item in (one, other)]

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -170,6 +171,26 @@ def test_what_the_server_refuses_is_said(tab):
     settle(tab)
     assert "this model reads 8,192" in tab.locator(".theirs .error").inner_text()
     tab.wrong.clear()  # the browser notes the status 400 on its console
+    with tab.expect_request("**/completions") as sent:
+        ask(tab, "pa ke")
+    settle(tab)
+    assert [message["content"] for message in sent.value.post_data_json["messages"]] == ["pa ke"]  # not what got no answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
+def test_leaving_the_page_keeps_what_has_come(tab):
+    set_up(tab, max_tokens=100_000, temperature=0)
+    ask(tab, "say 1 pa")
+    tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
+    tab.reload()
+    tab.get_by_text("ready").wait_for()
+    assert tab.locator(".mine .said").inner_text() == "say 1 pa"
+    assert "interrupted" in tab.locator(".theirs").inner_text() and len(answers(tab)[0]) > 3
+    set_up(tab, max_tokens=5)
+    tab.get_by_role("button", name="Retry").click()
+    settle(tab)
+    assert "interrupted" not in tab.locator(".theirs").inner_text() and len(answers(tab)) == 1
 
 
 HOSTILE = [
@@ -211,6 +232,18 @@ def test_nothing_that_a_model_says_becomes_markup_or_script(tab):
         assert all(link.startswith("https://evil.example/") for link in one["links"])
         assert "script" not in text or "script" in one["text"]
     assert tab.evaluate("window.ran") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
+def test_hidden_answers_come_in_any_order_alike(tab):
+    """A place that one model has more often would become a preference for it."""
+    drawn = """async () => {
+        const { shuffled } = await import('/page/shuffled.js');
+        return Array.from({length: 30000}, () => shuffled(['a', 'b', 'c']).join(''));
+    }"""
+    counts = Counter(tab.evaluate(drawn))
+    assert len(counts) == 6 and all(abs(count - 5000) < 400 for count in counts.values()), counts
 
 
 COPY = '<button type="button" class="copy">Copy</button>'

@@ -42,14 +42,15 @@ def test_answers_are_those_of_transformers_in_every_layout(tiny, tmp_path, expec
 
 
 def test_a_run_keeps_and_shows_them(tiny, tmp_path):
-    (tmp_path / "prompts.txt").write_text("repeat 5 ka\n\nsay 7 to lu\nsay 8\n")
+    asked = ["repeat\u20285\x85ka", "say 7 to lu"]  # what str.splitlines calls ends of lines are none
+    (tmp_path / "prompts.txt").write_text("\n\n".join([*asked, "say 8"]))
     more = ["--samples=2", f"--sample_prompts={tmp_path}/prompts.txt", "--sample_tokens=5"]
     done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", *more))
     assert done.returncode == 0, done.stdout
-    records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert [record["step"] for record in records] == [0, 3, 6]
     for record in records:
-        assert [sample["prompt"] for sample in record["samples"]] == ["repeat 5 ka", "say 7 to lu"]
+        assert [sample["prompt"] for sample in record["samples"]] == asked
         assert all(0 <= sample["tokens"] <= 5 for sample in record["samples"])
     events = EventAccumulator(str(tmp_path / "run"), {"tensors": 0}).Reload()
     shown = events.Tensors("samples/2/text_summary")

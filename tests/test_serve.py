@@ -170,6 +170,25 @@ def test_models_and_health(server, client):
     assert status == 200 and json.loads(body)["models"] == {"first": 0, "second": 0}
 
 
+def test_what_clients_send_without_meaning_anything_by_it(client):
+    """A library's own message sent back, with fields that are null; options at the value that changes nothing; a list of one prompt."""
+    made = client.chat.completions.create(model="first", messages=ASK, max_tokens=4)
+    talk = [*ASK, made.choices[0].message.model_dump(), *ASK]
+    more = {"stream": None, "tools": None, "tool_choice": "none", "service_tier": "auto", "presence_penalty": 0.0, "n": 1}
+    assert client.chat.completions.create(model="first", messages=talk, max_tokens=2, **more).usage.completion_tokens <= 2
+    plain, listed = (client.completions.create(model="first", prompt=p, max_tokens=6, temperature=0) for p in ("pa ke", ["pa ke"]))
+    assert plain.choices[0].text == listed.choices[0].text and plain.usage == listed.usage
+    for seed in (-1, 2**64 - 1):
+        assert client.completions.create(model="first", prompt=[[5, 6]], max_tokens=2, seed=seed).usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize("prompt", [["pa", "ke"], [[1], [2]], [], [True, 1], [1.0], {"a": 1}, 5, ["\ud800"]])
+def test_what_is_no_prompt(server, prompt):
+    status, body = request(server, "POST", "/v1/completions", json.dumps({"model": "first", "prompt": prompt}))
+    message = json.loads(body)["error"]["message"]
+    assert status == 400 and message.startswith("prompt: ") and "[" not in message, message
+
+
 # ---- what is refused ----
 
 
@@ -195,6 +214,8 @@ def test_models_and_health(server, client):
         ({"stop": ""}, "stop"),
         ({"messages": [{"role": "user", "content": "pa " * 300}]}, "this model reads 256"),
         ({"seed": 2**70}, "seed"),
+        ({"messages": None}, "messages: Field required"),
+        ({"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
         ({"stream": "perhaps"}, "stream"),
     ],
 )
@@ -361,7 +382,7 @@ def test_memory_does_not_grow_with_requests(server):
 
 @pytest.fixture(scope="module")
 def narrow(tiny, engine, tmp_path_factory):
-    """One answer at a time, one may wait, half a second for each, with a key; over a ckpt.pt with a tokenizer of another place."""
+    """One answer at a time, one may wait, three seconds for each, with a key; over a ckpt.pt with a tokenizer of another place."""
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     size = {
@@ -373,7 +394,7 @@ def narrow(tiny, engine, tmp_path_factory):
     }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny.tokenizer), tie_word_embeddings=False, **size))
     save_ckpt_pt(model, folder / "old.pt")
-    limits = ("--engine", engine, "--max_batch", "1", "--max_queue", "1", "--timeout", "1.5", "--max_body", "5000")
+    limits = ("--engine", engine, "--max_batch", "1", "--max_queue", "1", "--timeout", "3", "--max_body", "5000")
     with served(
         folder / "log", "--checkpoint", folder / "old.pt", "--tokenizer", tiny.base, *limits, POSTTRAIN_API_KEY="open sesame"
     ) as running:
@@ -415,6 +436,16 @@ def test_beyond_the_queue_and_beyond_the_time(narrow):
     assert json.loads(narrow.health()[1])["models"] == {"old": 0}
     assert request(narrow, "POST", CHAT, json.dumps(endless | {"max_tokens": 1}), **key)[0] == 200
     assert request(narrow, "POST", CHAT, b" " * 5001, **key)[0] == 413
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_burst_gets_no_more_places_than_there_are(narrow, stream):
+    """Of twelve that come at once."""
+    body = json.dumps({"model": "old", "messages": ASK, "max_tokens": 90_000, "temperature": 0, "stream": stream})
+    with ThreadPoolExecutor(12) as pool:
+        seen = list(pool.map(lambda _: request(narrow, "POST", CHAT, body, authorization="Bearer open sesame")[0], range(12)))
+    assert seen.count(429) == 10, seen
+    assert json.loads(narrow.health()[1])["models"] == {"old": 0}
 
 
 def test_logs_hold_neither_prompts_nor_paths(server, narrow, talker):

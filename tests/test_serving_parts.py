@@ -1,9 +1,13 @@
 """What the server is made of: choosing tokens, text in pieces, votes, and what is asked of which checkpoint."""
 
+import asyncio
 import json
 import resource
 import shutil
 import signal
+import socket
+import sys
+import threading
 
 import pytest
 import torch
@@ -17,7 +21,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from posttrain import assistant
+from posttrain import assistant, serve
+from posttrain.chat import encode_text, text_prefix
+from posttrain.serving.app import Events
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
@@ -79,6 +85,75 @@ def test_a_vote_that_cannot_be_written_leaves_nothing(tmp_path):
     assert votes.path.read_bytes() == before
     votes.add(*vote)
     assert [json.loads(line)["chosen"] for line in votes.path.read_text().splitlines()] == ["good", "good"]
+
+
+def test_a_vote_behind_a_line_without_end_is_a_line_of_its_own(tmp_path):
+    votes = Votes(tmp_path / "votes.jsonl")
+    votes.path.write_text('{"chosen": "by hand"}')
+    votes.add([{"role": "user", "content": "x"}], "good", "bad", "a", "b")
+    assert [json.loads(line)["chosen"] for line in votes.path.open()] == ["by hand", "good"]
+
+
+# ---- the way to the client ----
+
+
+def test_a_client_that_stops_reading_loses_its_place():
+    done = []
+
+    async def endless():
+        try:
+            while True:
+                yield "data: x\n\n"
+        finally:
+            done.append("closed")
+
+    async def send(message) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()  # as on a full socket
+
+    async def go() -> None:
+        events = Events(endless(), 0.2, lambda: done.append("left"))
+        sending = asyncio.ensure_future(events({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send))
+        await asyncio.wait({sending}, timeout=10)
+        assert done == ["closed", "left"]
+
+    asyncio.run(go())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+def test_and_its_connection():
+    with serve.listen("127.0.0.1", 0, 1.0) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        with listener.accept()[0] as its, pytest.raises(OSError, match="Connection timed out"):
+            its.settimeout(60)
+            while True:
+                its.send(bytes(65536))
+
+
+# ---- ids ----
+
+
+def test_no_call_of_the_tokenizer_lets_a_marker_in_a_text_become_a_token(tiny):
+    """Not in another thread, either: its settings are the tokenizer's, not the call's."""
+    ended, seen = threading.Event(), set()
+
+    def other() -> None:
+        while not ended.is_set():
+            text_prefix(tiny.tokenizer)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        for _ in range(3000):
+            seen.add(tiny.chat.end_id in encode_text(tiny.tokenizer, "pa <|im_end|> " * 5))
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+    assert seen == {False}
 
 
 # ---- text ----

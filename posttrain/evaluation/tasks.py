@@ -14,6 +14,8 @@ import yaml
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from posttrain.records import read_lines
+
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
@@ -219,7 +221,9 @@ def available(data: Path, name: str) -> bool:
 def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
     path = _find(name, benchmark.files, data)
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(benchmark.rows(json.loads(line)))
         except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:

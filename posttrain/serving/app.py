@@ -24,6 +24,7 @@ from posttrain.serving.votes import Votes
 from posttrain.serving.walls import Walls, problem
 
 PAGE = Path(__file__).parent / "page"
+LAST_WORDS = 10.0  # seconds beyond the time limit, for a client to read what is said of it
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     # nothing that a model says can become script, and nothing is fetched from anywhere else
@@ -66,6 +67,7 @@ class Piece(NamedTuple):
 def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str | None, any_host: bool, say: Callable[[str], None]):
     """The ASGI application. `models` by the name that requests give; `say` gets a line for each request, without its text."""
     began = int(time.time())
+    active = dict.fromkeys(models, 0)  # requests of each that are generated, or wait
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -91,17 +93,25 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
             sampling, stops = asked.sampling(len(ids), model.assistant.context), asked.stops()
         except ValueError as error:
             raise Refusal(400, problem(str(error), code="context_length_exceeded" if "tokens" in str(error) else None)) from None
-        batcher = model.batcher
+        name, batcher = model.assistant.name, model.batcher
         if batcher.problem:
             raise Refusal(503, problem(batcher.problem, "server_error"))
-        if batcher.active >= limits.batch + limits.queue:
-            message = f"{batcher.active} requests are running or waiting, which is the limit; try again later"
+        if active[name] >= limits.batch + limits.queue:
+            message = f"{active[name]} requests are running or waiting, which is the limit; try again later"
             raise Refusal(429, problem(message, "rate_limit_error", code="queue_full"), {"Retry-After": "1"})
-        pieces = _noted(_pieces(model, ids, sampling, stops, limits.timeout), model.assistant.name, len(ids), say)
+        active[name] += 1  # before anything is awaited, so that no other request sees the place free
+
+        def leave() -> None:
+            active[name] -= 1
+
+        pieces = _noted(_pieces(model, ids, sampling, stops, limits.timeout), name, len(ids), say)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return _Events(form.stream(pieces, len(ids), usage))
-        return await _unless_gone(http, form.whole(pieces, len(ids)))
+            return Events(form.stream(pieces, len(ids), usage), limits.timeout + LAST_WORDS, leave)
+        try:
+            return await _unless_gone(http, form.whole(pieces, len(ids)))
+        finally:
+            leave()
 
     @app.post("/v1/chat/completions")
     async def chat(http: Request, asked: ChatAsked):
@@ -123,8 +133,7 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
         model = find(asked.model)
         ids, vocabulary = asked.prompt, model.assistant.model.config.vocab_size
         if isinstance(ids, str):
-            ids = await asyncio.to_thread(encode_text, model.assistant.tokenizer, ids)
-            ids = _begin(model.assistant) + ids
+            ids = await asyncio.to_thread(_encode, model.assistant.tokenizer, ids)
         if not ids or any(not 0 <= token < vocabulary for token in ids):
             raise Refusal(400, problem(f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt"))
         return await answer(http, asked, model, ids, TextForm(model.assistant.name))
@@ -140,7 +149,6 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
     @app.get("/health")
     async def health():
         problems = {name: model.batcher.problem for name, model in models.items() if model.batcher.problem}
-        active = {name: model.batcher.active for name, model in models.items()}
         state = {"status": "failing" if problems else "ok", "models": active, "seconds": int(time.time()) - began}
         return JSONResponse(state | ({"problems": problems} if problems else {}), 503 if problems else 200)
 
@@ -174,9 +182,9 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
     return Walls(app, api_key, limits.body, any_host)
 
 
-def _begin(assistant: Assistant) -> list[int]:
-    """What the tokenizer puts before any text."""
-    return text_prefix(assistant.tokenizer)
+def _encode(tokenizer, text: str) -> list[int]:
+    """A text to go on with, and what the tokenizer puts before any text."""
+    return text_prefix(tokenizer) + encode_text(tokenizer, text)
 
 
 def _described(assistant: Assistant, began: int) -> dict:
@@ -189,8 +197,9 @@ def _described(assistant: Assistant, began: int) -> dict:
 def _invalid(_, error: RequestValidationError) -> JSONResponse:
     """What is wrong with a request, without repeating what it said."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body",))
+    where = ".".join(str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int))
     message = {"extra_forbidden": "is not an option of this server, so it would be ignored"}.get(first["type"], first["msg"])
+    message = message.removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         where, message = "", "the body is not valid JSON"
     return JSONResponse(problem(f"{where}: {message}" if where else message, param=where or None), 400)
@@ -231,16 +240,24 @@ async def _noted(pieces: AsyncIterator[Piece], name: str, prompt: int, say: Call
         say(f"{name}  {how:<7}  {prompt} + {tokens} tokens  first {1000 * (first or seconds):.0f} ms  all {seconds:.2f} s")
 
 
-class _Events(StreamingResponse):
-    """Server-sent events. However the response ends, what makes them ends with it."""
+class Events(StreamingResponse):
+    """Server-sent events. However the response ends, what makes them ends with it, and `leave` is called.
 
-    def __init__(self, events: AsyncIterator[str]):
+    It ends after `seconds`, too: a client that stops reading would hold its place for ever.
+    """
+
+    def __init__(self, events: AsyncIterator[str], seconds: float, leave: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no", "Cache-Control": "no-store"})
-        self.events = events
+        self.events, self.seconds, self.leave = events, seconds, leave
 
     async def __call__(self, scope, receive, send) -> None:
-        async with contextlib.aclosing(self.events):
-            await super().__call__(scope, receive, send)
+        try:
+            async with contextlib.aclosing(self.events):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.seconds):
+                        await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
 
 
 class Form:

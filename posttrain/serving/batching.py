@@ -59,11 +59,6 @@ class Batcher:
         self.manager.logit_processor = processors
 
     @property
-    def active(self) -> int:
-        """Requests that are generated or wait."""
-        return len(self.outputs.callbacks)
-
-    @property
     def problem(self) -> str | None:
         """Why nothing can be generated any more."""
         return None if self.manager.is_running() else f"generation has ended: {self.manager.background_thread_status.fatal_error}"

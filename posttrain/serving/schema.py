@@ -6,7 +6,7 @@ Source: OpenAI's API reference for chat completions and completions; top_k and r
 import secrets
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from posttrain.serving.sampling import Sampling
 
@@ -23,11 +23,28 @@ def _is_unicode(text: str) -> str:
     return text
 
 
+def _one_prompt(given) -> str | list[int]:
+    """A text, or token ids; as clients send it, also a list of one such."""
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)):
+        given = given[0]
+    if isinstance(given, str):
+        return _is_unicode(given)
+    if isinstance(given, list) and all(type(token) is int for token in given):
+        return given
+    raise ValueError("expected one prompt: a text, or a list of token ids. Several need a request each")
+
+
 Text = Annotated[str, AfterValidator(_is_unicode)]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given):
+        """null is how clients leave out a field, whichever it is."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class TextPart(Strict):
@@ -38,7 +55,6 @@ class TextPart(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: None = None
 
     def plain(self) -> dict:
         """As the chat format takes it."""
@@ -67,14 +83,15 @@ class Asked(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Text | list[Text] | None = None
     # accepted at the value that changes nothing, as clients send them
-    n: Literal[1, None] = None
-    presence_penalty: Literal[0, None] = None
-    frequency_penalty: Literal[0, None] = None
+    n: Literal[1] = 1
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     # about the caller, not about the answer
     user: str | None = None
     metadata: dict | None = None
-    store: Literal[False, None] = None
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
 
     def stops(self) -> list[str]:
         """Texts that end the answer. Raises ValueError."""
@@ -96,7 +113,7 @@ class Asked(Strict):
             max(self.top_k or 0, 0),
             1.0 if self.top_p is None else self.top_p,
             self.repetition_penalty or 1.0,
-            secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+            secrets.randbits(63) if self.seed is None else self.seed % 2**63,  # vLLM keeps them in 64 bits with a sign
         )
 
 
@@ -104,19 +121,18 @@ class ChatAsked(Asked):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name of max_tokens
     response_format: ResponseFormat | None = None
-    logprobs: Literal[False, None] = None
+    logprobs: Literal[False] = False
     tools: Annotated[list, Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] = "none"  # where there are none
 
     def limit(self) -> int:
         return self.max_completion_tokens or self.max_tokens or DEFAULT_ANSWER
 
 
 class CompletionAsked(Asked):
-    prompt: Text | list[int]
-    echo: Literal[False, None] = None
-    best_of: Literal[1, None] = None
-    logprobs: None = None
-    suffix: None = None
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
 
 class Vote(Strict):

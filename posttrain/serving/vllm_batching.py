@@ -30,7 +30,7 @@ class VLLMBatcher:
     name = "vLLM"
 
     def __init__(self, assistant: Assistant, most: int, models: int = 1, started: int = 0):
-        self.assistant, self.numbers, self.active = assistant, itertools.count(), 0
+        self.assistant, self.numbers = assistant, itertools.count()
         self.settings = {
             "dtype": str(assistant.model.dtype).removeprefix("torch."),
             "max_num_seqs": most,
@@ -84,7 +84,6 @@ class VLLMBatcher:
 
         loop, finished = asyncio.get_running_loop(), False
         deadline = loop.time() + timeout
-        self.active += 1
         try:
             outputs = self.engine.generate(TokensPrompt(prompt_token_ids=prompt), self._params(sampling), f"r{next(self.numbers)}")
             async with contextlib.aclosing(outputs):
@@ -92,10 +91,8 @@ class VLLMBatcher:
                     output = await asyncio.wait_for(anext(outputs), deadline - loop.time())
                     finished = output.finished
                     yield list(output.outputs[0].token_ids)
-        except (EngineDeadError, EngineGenerateError) as error:
+        except (EngineDeadError, EngineGenerateError, ValueError) as error:  # ValueError: it refuses this request
             raise EngineFailed(first_line(error)) from error
-        finally:
-            self.active -= 1
 
     def _params(self, sampling: Sampling):
         from vllm import SamplingParams

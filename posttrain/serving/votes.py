@@ -17,9 +17,10 @@ class Votes:
         """`prompt`: messages, the last one from the user. Raises OSError where it cannot be written; then nothing of it is there."""
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_model": chosen_model, "rejected_model": rejected_model}
         line = json.dumps(row | {"when": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
-        data = memoryview(line.encode())
-        with self.lock, self.path.open("ab", buffering=0) as file:
+        with self.lock, self.path.open("a+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
+            unended = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # edited by hand, or a machine that went down
+            data = memoryview(b"\n" * unended + line.encode())
             try:
                 while data:
                     data = data[file.write(data) :]

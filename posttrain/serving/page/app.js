@@ -1,6 +1,7 @@
 // The chat page. State lives in `state` and in localStorage; `draw` makes the page from it.
 
 import { render } from "/page/markdown.js";
+import { shuffled } from "/page/shuffled.js";
 
 const $ = (id) => document.getElementById(id);
 const DEFAULTS = { temperature: 0.7, top_p: 1, top_k: 0, repetition_penalty: 1, max_tokens: 512, seed: "", system: "", theme: "" };
@@ -11,8 +12,12 @@ const STORE = "posttrain-chat";
 const fresh = { mode: "chat", model: "", compared: null, hideNames: false, chat: [], compare: [], settings: { ...DEFAULTS } };
 const state = { ...fresh, ...load() };
 state.settings = { ...DEFAULTS, ...state.settings };
+for (const turn of [...state.chat, ...state.compare.flatMap((one) => one.answers)]) {
+  if (turn.model && !turn.done && !turn.error) turn.note ??= "interrupted"; // the page was left while it came
+}
 let models = []; // [{id, chat, system_prompt, ...}]
 let running = null; // the AbortController of the answers under way
+let leaving = false; // answers under way break, since the page is being left
 
 function load() {
   try {
@@ -90,7 +95,8 @@ async function stream(model, messages, answer, changed, signal) {
     answer.done = true;
   } catch (error) {
     if (error.name === "AbortError") answer.note = "stopped";
-    else answer.error = error.message;
+    else if (leaving) answer.note = "interrupted";
+    else answer.error = error instanceof TypeError ? "The connection to the server broke." : error.message;
     if (error.status === 401) openSettings("key");
   }
   changed();
@@ -140,6 +146,7 @@ const system = () => (state.settings.system.trim() ? [{ role: "system", content:
 
 async function run(work) {
   running = new AbortController();
+  save();
   draw();
   try {
     await work(running.signal);
@@ -151,9 +158,15 @@ async function run(work) {
   }
 }
 
+/** What the model is told of a chat: a question that got no answer is left out, or it would go on from an empty turn of its own. */
+function answered(turns) {
+  const told = turns.filter((turn, index) => (turn.role === "user" ? turns[index + 1] : turn)?.text !== "");
+  return told.map(({ role, text }) => ({ role, content: text }));
+}
+
 async function answerChat() {
   const turn = { role: "assistant", model: state.model, text: "" };
-  const messages = [...system(), ...state.chat.map(({ role, text }) => ({ role, content: text }))];
+  const messages = [...system(), ...answered(state.chat)];
   state.chat.push(turn);
   await run((signal) => stream(state.model, messages, turn, drawSoon, signal));
   announce(turn.error ?? turn.text);
@@ -167,8 +180,7 @@ function voted(turns) {
 }
 
 async function answerCompare(turn) {
-  const order = [...state.compared];
-  if (state.hideNames) order.sort(() => Math.random() - 0.5);
+  const order = state.hideNames ? shuffled(state.compared) : state.compared;
   turn.answers = order.map((model) => ({ model, text: "" }));
   turn.hidden = state.hideNames;
   turn.messages = [...system(), ...voted(state.compare.slice(0, state.compare.indexOf(turn))), { role: "user", content: turn.prompt }];
@@ -410,6 +422,13 @@ $("input").addEventListener("keydown", (event) => {
     send($("input").value);
   }
 });
+for (const event of ["beforeunload", "pagehide"]) {
+  window.addEventListener(event, () => {
+    leaving = true;
+    save();
+  });
+}
+window.addEventListener("pageshow", () => (leaving = false));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running && !$("settings").open) running.abort();
 });
