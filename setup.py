@@ -31,6 +31,7 @@ setup(
         "fastapi",  # the server: requests checked by type, answers streamed
         "uvicorn",
         "lm_eval[ifeval]>=0.4.13",  # benchmarks: the prompts and the scoring that the field compares with
+        "scipy",  # tests and intervals of benchmarks; lm_eval brings it anyway
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={

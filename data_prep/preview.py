@@ -67,16 +67,18 @@ def preview(argv: list[str]) -> None:
         print(f"wrote {options.html}")
         return
     console = Console(highlight=False)
+    coloured = console.color_system is not None
     for number, source, parts in shown:
         console.rule(f"{options.split} {number} · {source} · {sum(len(p.ids) for b in parts for p in b.pieces)} tokens", style="blue")
-        answers = [Panel(_rich(block, options.ids), title=block.title, title_align="left") for block in parts[1:]]
-        console.print(_rich(parts[0], options.ids))
+        answers = [Panel(_rich(block, options.ids, coloured), title=block.title, title_align="left") for block in parts[1:]]
+        console.print(_rich(parts[0], options.ids, coloured))
         if answers:
             width = (console.width - 2) // 2
             console.print(Columns(answers, width=width) if width > 40 else answers[0])
             if width <= 40:
                 console.print(answers[1])
-    console.print(Text.assemble(("trained", TRAINED), "  ", ("special tokens", SPECIAL), "  everything else is read only"))
+    legend = [("trained", TRAINED), "  ", ("special tokens", SPECIAL)] if coloured else ["\u27e6trained\u27e7"]
+    console.print(Text.assemble(*legend, "  everything else is read only"))
 
 
 def blocks(chat: ChatFormat, kind: str, row: dict) -> list[Block]:
@@ -147,11 +149,15 @@ def _pieces(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[Piece]:
     return [piece._replace(text=text) for piece, text in zip(pieces, texts, strict=True)]
 
 
-def _rich(block: Block, ids: bool) -> Text:
-    text = Text()
-    for piece in block.pieces:
+def _rich(block: Block, ids: bool, coloured: bool) -> Text:
+    """In colours, or what is trained in brackets where there are none, as in a file."""
+    text, within = Text(), False
+    for piece in [*block.pieces, Piece("", [], False, False)]:
+        if piece.trained != within and not coloured:
+            text.append("\u27e6" if piece.trained else "\u27e7")
+        within = piece.trained
         text.append(piece.text, style=" ".join(style for style, on in ((TRAINED, piece.trained), (SPECIAL, piece.special)) if on))
-        if ids:
+        if ids and piece.ids:
             text.append(f" {piece.ids} ", style="yellow")
     return text
 

@@ -6,5 +6,6 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || { echo "doctor.sh: there is no environment here yet; make it with: source $root/launch/env.sh" >&2; exit 2; }
+[ "${1:-}" != --help ] || { sed -n 's/^# //p' "${BASH_SOURCE[0]}"; exit; }
 export PYTHONDONTWRITEBYTECODE=1
 exec "$python" "$root/launch/doctor/doctor.py" "$@"

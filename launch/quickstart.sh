@@ -28,9 +28,10 @@ mkdir -p "$out"
 [ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/sft"
 [ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/dpo"
 
+launcher=(deepspeed --quiet --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}")
 for stage in sft dpo; do
     # a finished stage has final/, which is written last and whole
-    [ -d "$out/$stage/final" ] || python launch/supervise.py deepspeed --quiet --num_gpus "$ranks" "posttrain/$stage.py" "launch/quickstart/$stage.yaml"
+    [ -d "$out/$stage/final" ] || python launch/supervise.py "${launcher[@]}" "posttrain/$stage.py" "launch/quickstart/$stage.yaml"
 done
 mkdir -p "$out/base" && cp -r "$base/." "$out/base/"
 python launch/quickstart/measure.py --base "$out/base" --sft "$out/sft/final" --dpo "$out/dpo/final" \
@@ -44,5 +45,5 @@ To try next, after source launch/env.sh:
     python posttrain/serve.py --checkpoint base=$base --checkpoint $out/sft --checkpoint $out/dpo      # talk to them, side by side
     tensorboard --logdir runs
     python posttrain/sft.py --help
-    deepspeed --num_gpus $ranks posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/quickstart/other --chosen_nll_weight=0
+    deepspeed --quiet --num_gpus $ranks posttrain/dpo.py launch/quickstart/dpo.yaml --out_dir=runs/quickstart/other --chosen_nll_weight=0
 END

@@ -127,6 +127,9 @@ def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--help"]:
+        print(__doc__)
+        return 0
     try:
         restarts, command = split_restarts(arguments)
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import NoReturn
 from torch import distributed as dist
 
 from posttrain import stopping, terminal, watchdog
+from posttrain.errors import is_mistake
 
 MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
 
@@ -29,7 +30,7 @@ def main(script: Callable[[], None]) -> None:
         terminal.stop_live()
         os._exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if isinstance(error, ValueError) else 1)
+        _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if is_mistake(error) else 1)
     except Exception:
         details = traceback.format_exc()
         if gone := watchdog.explain():  # what failed here is what another rank's end has caused

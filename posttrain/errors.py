@@ -4,3 +4,8 @@
 def first_line(error: Exception) -> str:
     """Of its message, at most 150 characters of it; its kind where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:150]
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the command, or what it names, is wrong, and would be again: so said by this package, not by the system (errno)."""
+    return isinstance(error, ValueError) or (isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None)

@@ -27,7 +27,7 @@ from posttrain.chat import TODAY
 from posttrain.entry import main
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
-from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, task_name, write_tasks
+from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, load_tasks, task_name, write_tasks
 from posttrain.ranks import gathered, on_rank_0
 
 SURE = 0.05  # p-values below this count as a difference
@@ -36,10 +36,10 @@ SURE = 0.05  # p-values below this count as a difference
 def evaluate() -> None:
     parser = argparse.ArgumentParser(prog="eval_benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
-    parser.add_argument("--benchmark", action="append", required=True, choices=("all", *BENCHMARKS), help="can be given several times")
-    parser.add_argument("--mode", choices=MODES, default="logprob")
+    parser.add_argument("--benchmark", action="append", required=True, metavar="B[,B]", help=f"of {', '.join(('all', *BENCHMARKS))}")
+    parser.add_argument("--mode", choices=MODES, default="logprob", help="(logprob)")
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N items of each benchmark only")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="files instead of the hub: DIR/arc_easy.jsonl ...")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="not from the hub: DIR/arc_easy.jsonl ..., with the hub's columns")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
     parser.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help="ask in the chat template; auto: where there is one")
     parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
@@ -47,32 +47,48 @@ def evaluate() -> None:
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a forward pass (16)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     options = parser.parse_args()
-    if options.max_samples is not None and options.max_samples < 1:
-        raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
-    names = _benchmarks(options)
+    for name in ("max_samples", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    names, left_out = _benchmarks(options)
+    storage.refuse_existing(options.output, "results.json")
     places = assistant.named(options.checkpoint)
     assistant.check_tokenizer(options.tokenizer, places.values())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = _connect()
-    notes = on_rank_0(lambda: write_tasks(names, options.mode, options.data, options.output / "tasks"))
+    notes = left_out + on_rank_0(lambda: _prepare(names, options))
     items = {name: _measure(name, place, names, device, options) for name, place in places.items()}
     if dist.get_rank() == 0:
         _report(items, names, options, notes)
 
 
-def _benchmarks(options: argparse.Namespace) -> list[str]:
-    """The benchmarks asked for, in BENCHMARKS' order. Raises ValueError for one that the mode does not have."""
+def _benchmarks(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The benchmarks asked for, in BENCHMARKS' order, and what `all` leaves out. Raises ValueError for one that the mode does not have."""
+    asked = [name for given in options.benchmark for name in given.split(",")]
     able = [name for name, one in BENCHMARKS.items() if options.mode in one.metric]
-    if "all" in options.benchmark:
+    if unknown := [name for name in asked if name not in ("all", *BENCHMARKS)]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; there are all, {', '.join(BENCHMARKS)}")
+    if "all" in asked:
         names = [name for name in able if options.data is None or available(options.data, name)]
         if not names:
             raise ValueError(f"--data {options.data} holds no benchmark for --mode {options.mode}: {', '.join(able)}")
-        return names
-    for name in options.benchmark:
+        others = {"it has no file of them": [name for name in able if name not in names]}
+        others[f"they have no --mode {options.mode}"] = [name for name in BENCHMARKS if name not in able]
+        return names, [f"all leaves out {', '.join(left)}: {why}" for why, left in others.items() if left]
+    for name in asked:
         if name not in able:
-            raise ValueError(f"{name} has no --mode {options.mode}, only {', '.join(BENCHMARKS[name].metric)}")
-    return [name for name in able if name in options.benchmark]
+            other = " or ".join(BENCHMARKS[name].metric)
+            raise ValueError(f"{name} has no --mode {options.mode}; measure it in a command of its own with --mode {other}")
+    return [name for name in able if name in asked], []
+
+
+def _prepare(names: list[str], options: argparse.Namespace) -> list[str]:
+    """Task files, loaded once: what is missing is said before any model is read. Returns what is to be known about them."""
+    folder = options.output / "tasks"
+    notes = write_tasks(names, options.mode, options.data, folder)
+    load_tasks(str(folder), [task_name(name, options.mode) for name in names], sys.maxsize)
+    return notes
 
 
 def _connect() -> torch.device:

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
 from posttrain.tokenization import fingerprint
 
+LONGEST = 512  # tokens of an answer
+
 
 def evaluate() -> None:
     parser = argparse.ArgumentParser(prog="eval_preferences.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +45,7 @@ def evaluate() -> None:
         "--pairs", type=Path, metavar="DIR", help="data prepared by data_prep/prepare_dpo.py; its validation rows are taken"
     )
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N prompts or pairs only")
-    parser.add_argument("--max_tokens", type=int, default=512, metavar="N", help="longest answer to a prompt (512)")
+    parser.add_argument("--max_tokens", type=int, metavar="N", help="longest answer to a prompt (512)")
     parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--output", type=Path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
@@ -73,21 +76,20 @@ def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
 
 
 def _win_rate(options: argparse.Namespace) -> None:
-    prompts = read_prompts(options.prompts, options.max_samples)
+    storage.refuse_existing(options.output, "win_rate.json")
+    prompts, names = read_prompts(options.prompts, options.max_samples), list(assistant.named(options.checkpoint))
+    ask = partial(judge, options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY"))
+    asyncio.run(ask([("Say yes.", "yes", "no")]))  # so that a wrong address or key is known before anything is generated
     models = _load(options, options.checkpoint)
     for one in models:
         if one.chat is None:
             raise ValueError(f"{one.name} cannot be asked: {one.why_no_chat}")
-    first, second = (asyncio.run(_answers(one, prompts, options.max_tokens)) for one in models)
-    found = asyncio.run(
-        judge(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY"), list(zip(prompts, first, second, strict=True)))
-    )
-    names = [one.name for one in models]
-    rows = [
-        {"prompt": prompt, names[0]: a, names[1]: b, "verdicts": [one.forward, one.backward], "score": one.score}
-        for prompt, a, b, one in zip(prompts, first, second, found, strict=True)
-    ]
+    first, second = (asyncio.run(_answers(one, prompts, options.max_tokens or LONGEST)) for one in models)
+    rows = [{"prompt": prompt, names[0]: a, names[1]: b} for prompt, a, b in zip(prompts, first, second, strict=True)]
     _write(options.output / "win_rate.jsonl", rows)
+    found, refusals = asyncio.run(ask(list(zip(prompts, first, second, strict=True))))
+    judged = [row | {"verdicts": [one.forward, one.backward], "score": one.score} for row, one in zip(rows, found, strict=True)]
+    _write(options.output / "win_rate.jsonl", judged)
     scores = [one.score for one in found if one.score is not None]
     if not scores:
         raise ValueError(f"{options.judge_model} gave no verdict that could be read, [[A]], [[B]] or [[C]], to any of {len(found)} prompts")
@@ -101,8 +103,10 @@ def _win_rate(options: argparse.Namespace) -> None:
     span = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
     terminal.say(
         f"{names[0]} wins against {names[1]}: {100 * result.value:.1f} % ({span}) of {result.n}, ties as halves; {sure}\n"
-        f"the order of the answers decided {swapped} times; {len(found) - len(scores)} verdicts could not be read"
+        f"the order of the answers decided {swapped} times; {len(found) - len(scores)} prompts have no verdict that could be read"
     )
+    if refusals:
+        terminal.say(f"note: the judge refused {len(refusals)} of {2 * len(found)} questions, the first one with {refusals[0]}")
 
 
 async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
@@ -128,6 +132,9 @@ async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
 
 
 def _reward_accuracy(options: argparse.Namespace) -> None:
+    if options.max_tokens:
+        raise ValueError("--max_tokens is of answers to --prompts; with --pairs nothing is generated")
+    storage.refuse_existing(options.output, "reward_accuracy.json")
     prepared = data.load(str(options.pairs), "dpo", "python data_prep/prepare_dpo.py")
     policy, reference = _load(options, [*options.checkpoint, options.reference])
     for one in (policy, reference):

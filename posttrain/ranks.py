@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 
 from posttrain import rendezvous, watchdog
-from posttrain.errors import first_line
+from posttrain.errors import first_line, is_mistake
 
 
 def connect(backend: str, device: torch.device, seconds: float, rank: int, world_size: int) -> dist.Store:
@@ -40,13 +40,13 @@ def gathered(value) -> list:
 
 
 def on_rank_0(action: Callable):
-    """What `action` returns on rank 0, on every rank; its OSError or ValueError is raised on every rank. All ranks."""
+    """What `action` returns on rank 0, on every rank; its OSError, or a mistake as ValueError, is raised on every rank. All ranks."""
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = action()
         except (OSError, ValueError) as error:
-            box[1] = (ValueError if isinstance(error, ValueError) else OSError, str(error))
+            box[1] = (ValueError if is_mistake(error) else OSError, str(error))
     dist.broadcast_object_list(box, src=0)
     if box[1]:
         kind, message = box[1]

@@ -37,7 +37,7 @@ def serve() -> None:
     parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
     parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="(8000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto", help="default: vLLM where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
@@ -45,7 +45,9 @@ def serve() -> None:
     parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds that an answer may take, waiting included (300)")
     parser.add_argument("--max_body", type=int, default=2**20, metavar="BYTES", help="longest request (1048576)")
-    parser.add_argument("--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go")
+    parser.add_argument(
+        "--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go (preferences.jsonl)"
+    )
     options = parser.parse_args()
     for name, least in (("max_batch", 1), ("max_queue", 0), ("timeout", 1), ("max_body", 1)):
         if getattr(options, name) < least:
@@ -67,8 +69,9 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
     built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
+    who = "on this machine" if options.host in LOOPBACK else "who reaches it"
     host = f"[{options.host}]" if ":" in options.host else options.host
-    _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else "; anyone who reaches it may use it"))
+    _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
     config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
     await uvicorn.Server(config).serve(sockets=[listener])
 

@@ -153,6 +153,12 @@ def write_whole(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def refuse_existing(folder: Path, name: str) -> None:
+    """Raises ValueError where an earlier command has left `name`: what it measured is neither overwritten nor mixed with something else."""
+    if (folder / name).exists():
+        raise ValueError(f"{folder} holds what an earlier command has measured ({name}); name another --output, or remove it")
+
+
 def sync_files(folder: Path) -> None:
     """Flush a folder's files and entries."""
     for path in folder.iterdir():

@@ -226,7 +226,7 @@ MUTATIONS = {
         "posttrain/chat.py",
         "    with _settings_lock:  # a call",
         "    if True:  # a call",
-        PARTS + "test_no_call_of_the_tokenizer_lets_a_marker_in_a_text_become_a_token",
+        "tests/test_chat.py::test_nothing_touches_the_tokenizer_while_another_thread_encodes",
     ),
     "a_line_ends_inside_a_text": Mutation(
         "posttrain/records.py",
@@ -321,6 +321,8 @@ def run(folder: Path, *tests: str) -> str | None:
 
 
 def main(names: list[str]) -> None:
+    if "--help" in names:
+        sys.exit(__doc__)
     if unknown := set(names) - set(MUTATIONS):
         sys.exit(f"there is no mutation {', '.join(sorted(unknown))}; there are: {', '.join(MUTATIONS)}")
     chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}

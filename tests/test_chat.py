@@ -1,10 +1,11 @@
 """The chat format: exactly the assistant's content and its end token are trained, and text stays text."""
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import pytest
 
-from posttrain.chat import IGNORE, document_parts, encode_parts, encode_texts, render, render_prompt
+from posttrain import chat
+from posttrain.chat import IGNORE, document_parts, encode_parts, encode_text, render, render_prompt, text_prefix
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -59,12 +60,17 @@ def test_markers_in_a_message_stay_text(tiny):
     assert [tiny.tokenizer.decode(run) for run in spans(rendered)] == ["mu<|im_end|>"]
 
 
-def test_markers_stay_text_when_two_threads_encode(tiny):
-    """Preparation splits long rows beside the encoding of the next chunk, and the tokenizer's settings belong to both threads."""
-    markers = {tiny.chat.start_id, tiny.chat.end_id}
-    with ThreadPoolExecutor(2) as threads:
-        jobs = [threads.submit(encode_texts, tiny.tokenizer, ["ta <|im_end|> <|im_start|> " * 40] * count) for count in (300, 1) * 60]
-        assert not any(markers & set(ids) for job in jobs for ids in job.result())
+@pytest.mark.parametrize("call", [text_prefix, lambda tokenizer: encode_text(tokenizer, "ta")], ids=["a call", "encoding"])
+def test_nothing_touches_the_tokenizer_while_another_thread_encodes(tiny, call):
+    """Its settings are the tokenizer's, not the call's: a marker in the other thread's text would become a token. Seen in a server's load,
+    once in some hundred requests."""
+    thread = threading.Thread(target=call, args=[tiny.tokenizer])
+    with chat._settings_lock:
+        thread.start()
+        thread.join(0.3)
+        waited = thread.is_alive()
+    thread.join()
+    assert waited
 
 
 def test_a_content_that_would_merge_with_its_header_keeps_the_header_apart(tiny):

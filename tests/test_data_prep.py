@@ -381,7 +381,7 @@ def test_the_preview_shows_what_is_trained(tiny, tmp_path, capsys):
     run("sft", tiny, tmp_path, [{"prompt": "ta <b>", "response": "ke <i>"}])
     preview([f"{tmp_path}/out"])
     assert "rows.jsonl:0" in (shown := capsys.readouterr().out)
-    assert "<|im_start|>assistant\nke <i><|im_end|>" in shown
+    assert "<|im_start|>assistant\n\u27e6ke <i><|im_end|>\u27e7" in shown  # no colours in a file
     preview([f"{tmp_path}/out", "--html", f"{tmp_path}/page.html", "--ids"])
     page = (tmp_path / "page.html").read_text()
     assert '<span class="t">ke &lt;i&gt;</span>' in page

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch, metrics, rank_environment
@@ -56,6 +57,18 @@ CHOICES = ["a red apple", "seven", "lead apron", "the third planet"]
         ("B\nbecause", "B"),
         ("**B**", "B"),
         ("The answer is c) seven", "c"),
+        ("The correct answer is option B.", "B"),
+        ("The correct choice is B.", "B"),
+        ("Option B", "B"),
+        ("The answer is $B$", "B"),
+        ("The answer is \\boxed{A}", "A"),
+        ("So \\boxed{B}", "B"),
+        ("The answer would be C", "C"),
+        ("It is not (A). The answer is (B)", "B"),
+        ("(A) is wrong, so the answer is (C)", "C"),
+        ("(A) is right, and the answer of others is wrong", "A"),
+        ("It is the option a dog takes", "[invalid]"),
+        ("The answer is not A", "[invalid]"),
         ("", "[invalid]"),
     ],
 )
@@ -79,9 +92,24 @@ def test_intervals_of_rates(hits, n):
 def test_intervals_of_shares():
     draw = random.Random(0)
     scores = [draw.random() for _ in range(400)]
-    error = stats.sem(scores)
+    found, expected = rate(scores), stats.bootstrap((scores,), np.mean, method="basic", rng=0).confidence_interval
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=2e-3)
+
+
+@pytest.mark.parametrize("scores", [[0.5] * 3, [0.2, 0.2], [0.3] * 12, [1.0, 0.5, 0.5, 0.0, 1.0]])
+def test_few_scores_are_never_sure(scores):
+    """Nor those that are all alike: three judgements that the order decided say little."""
     found = rate(scores)
-    assert (found.high - found.value, found.value - found.low) == pytest.approx((1.96 * error, 1.96 * error), rel=1e-3)
+    assert found.low < found.value - 0.15 and found.high > found.value + 0.15
+
+
+@pytest.mark.parametrize("draw", [lambda r: float(r.random() < 0.7), lambda r: r.choice([0.0, 0.5, 1.0, 1.0]), lambda r: r.random() ** 0.5])
+@pytest.mark.parametrize("n", [5, 29, 30, 200])
+def test_intervals_hold_the_truth_as_often_as_they_say(draw, n):
+    chance = random.Random(n)
+    truth = np.mean([draw(chance) for _ in range(100_000)])
+    held = sum(found.low <= truth <= found.high for found in (rate([draw(chance) for _ in range(n)]) for _ in range(1000)))
+    assert held > 930
 
 
 @pytest.mark.parametrize(("better", "worse", "same"), [(0, 0, 9), (1, 0, 3), (9, 1, 500), (30, 12, 1000), (5, 5, 0)])
@@ -95,10 +123,12 @@ def test_paired_tests_of_shares():
     draw = random.Random(1)
     first = [draw.random() for _ in range(300)]
     second = [min(1.0, max(0.0, one + draw.gauss(0.03, 0.2))) for one in first]
-    assert p_value(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue, rel=0.05)
+    by_swaps = stats.permutation_test((first, second), lambda a, b: np.mean(b - a), permutation_type="samples", n_resamples=2000, rng=0)
+    assert p_value(first, second) == pytest.approx(by_swaps.pvalue, abs=0.01)
     assert p_value(first, first) == 1.0
-    assert p_value([0.2], [0.5]) == 1.0 and rate([0.2])[1:3] == (0.0, 1.0)
-    assert 0 <= p_value([0.1] * 13, [0.2] * 13) <= 1  # every difference alike: rounding must not make a variance negative
+    for n in (1, 2, 3, 13):  # each item for the same one: exactly what as many coins would say
+        assert p_value([0.1] * n, [0.2] * n) == pytest.approx(2 / 2**n)
+    assert p_value([0.1, 0.2, 0.3], [0.15, 0.26, 0.36]) == 0.25
 
 
 def test_paired_tests_are_right_as_often_as_they_say():
@@ -108,6 +138,9 @@ def test_paired_tests_are_right_as_often_as_they_say():
         pairs = [(float(draw.random() < 0.6), float(draw.random() < 0.6)) for _ in range(120)]
         wrong += p_value(*zip(*pairs, strict=True)) < 0.05
     assert wrong <= 0.07 * 400
+    for count, n in ((100, 8), (400, 30)):
+        wrong = sum(p_value([draw.random() for _ in range(n)], [draw.random() for _ in range(n)]) < 0.05 for _ in range(count))
+        assert wrong <= 0.09 * count
 
 
 def test_many_comparisons_need_stronger_evidence():
@@ -189,8 +222,10 @@ def test_a_file_of_another_shape_is_refused(tmp_path, row, says):
     ("arguments", "says"),
     [
         (["--checkpoint", "nowhere"], "there is no model at nowhere"),
-        (["--benchmark", "gsm8k"], "gsm8k has no --mode logprob, only generate"),
+        (["--benchmark", "arc_easy,gsm8k"], "gsm8k has no --mode logprob; measure it in a command of its own with --mode generate"),
+        (["--benchmark", "arc_easy,chess"], "there is no benchmark 'chess'; there are all, openbookqa"),
         (["--max_samples", "0"], "--max_samples must be at least 1"),
+        (["--batch_size", "-1"], "--batch_size must be at least 1"),
         (["--benchmark", "ifeval", "--mode", "generate"], "ifeval lets a model say 1,280 tokens; this one reads 256 in all: leave it out"),
     ],
 )
@@ -235,7 +270,7 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
-    options = ("--benchmark", "arc_easy", "--benchmark", "mmlu", "--data", data, "--max_samples", "17")
+    options = ("--benchmark", "arc_easy,mmlu", "--data", data, "--max_samples", "17")
     checkpoints = ("--checkpoint", f"one={tiny.base}", "--checkpoint", f"two={tiny.base}")
     done = launch("posttrain/eval_benchmarks.py", *checkpoints, *options, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stdout
@@ -243,6 +278,8 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     done = run(*checkpoints, *options, "--output", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr  # no bars in a file
+    again = run("--checkpoint", tiny.base, *options, "--output", tmp_path / "one")
+    assert again.returncode == 2 and "one holds what an earlier command has measured (results.json)" in again.stderr
     assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
     written = {"results.json", "results.md", "results.png", "details.json", "items", "tasks"}
     assert {path.name for path in (tmp_path / "one").iterdir()} == written
@@ -270,6 +307,7 @@ RULES = {
     "first": lambda a, b: "A",
     "silent": lambda a, b: None,
     "strange": lambda a, b: "no JSON",
+    "strict": lambda a, b: "C",
 }
 
 
@@ -283,13 +321,14 @@ def judging():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
             busy = len(asked) % 3 == 0
+            refused = body["model"] == "strict" and "forbidden" in body["messages"][0]["content"]
             text = body["messages"][0]["content"]
             first, second = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
             said = RULES[body["model"]](first, second.split("\n\nGive a short reason.")[0])
             answer = f"Not [[B]] at once. [[{said}]]" if said else "I cannot say."
             whole = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]})
             content = (said if body["model"] == "strange" else whole).encode()
-            self.send_response(429 if busy else 200)
+            self.send_response(429 if busy else 400 if refused else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -305,14 +344,22 @@ def judging():
 
 def test_a_judge_is_asked_in_both_orders(judging):
     rows = [("p", "long answer", "short"), ("p", "short", "long answer"), ("p", "same", "same")]
-    found = asyncio.run(judge(judging, "longer", None, rows))
+    found, refusals = asyncio.run(judge(judging, "longer", None, rows))
     assert [one.score for one in found] == [1.0, 0.0, 0.5] and not any(one.depends_on_order for one in found)
-    found = asyncio.run(judge(judging, "first", None, rows))
+    assert refusals == []
+    found, _ = asyncio.run(judge(judging, "first", None, rows))
     assert [one.score for one in found] == [0.5] * 3 and all(one.depends_on_order for one in found)
-    found = asyncio.run(judge(judging, "silent", None, rows[:1]))
+    found, _ = asyncio.run(judge(judging, "silent", None, rows[:1]))
     assert found[0].score is None
     with pytest.raises(ValueError, match="cannot be used: it answered with no chat completion but 'no JSON'"):
         asyncio.run(judge(judging, "strange", None, rows[:1]))
+
+
+def test_a_question_that_the_judge_refuses_costs_no_other(judging):
+    found, refusals = asyncio.run(judge(judging, "strict", None, [("p", "a", "b"), ("forbidden", "a", "b"), ("p", "b", "a")]))
+    assert [one.score for one in found] == [0.5, None, 0.5] and len(refusals) == 2 and refusals[0].startswith("status 400")
+    with pytest.raises(ValueError, match="cannot be used: status 400"):
+        asyncio.run(judge(judging, "strict", None, [("forbidden", "a", "b")]))
 
 
 def test_a_judge_that_is_not_there_is_an_error(monkeypatch):
@@ -336,8 +383,13 @@ def test_win_rate(tiny, judging, tmp_path):
     assert "a wins against b: 50.0 %" in done.stdout and "not distinguishable from even" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out" / "win_rate.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["say 1 pa", "repeat 2 ke", "say 3"] and all(row["a"] == row["b"] for row in rows)
+    done = win_rate("longer")
+    assert done.returncode == 2 and "holds what an earlier command has measured (win_rate.json)" in done.stderr
+    (tmp_path / "out" / "win_rate.json").unlink()
     done = win_rate("silent")
     assert done.returncode == 2 and "silent gave no verdict that could be read" in done.stderr
+    done = win_rate("strange")  # before anything is generated
+    assert done.returncode == 2 and "cannot be used: it answered with no chat completion" in done.stderr and not done.stdout
 
 
 @pytest.mark.slow

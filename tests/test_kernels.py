@@ -218,6 +218,7 @@ print((psutil.Process().memory_info().rss - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(layers.multiplies_in_float32(CPU, torch.bfloat16), reason="this CPU has no bfloat16 kernels to keep")
 def test_memory_does_not_grow_with_the_number_of_different_micro_batches():
     """Each has a number of rows of its own, for which oneDNN makes a kernel: 700 more of them, kept, take 400 MB."""

@@ -31,10 +31,12 @@ def place(tmp_path_factory, tiny):
 @pytest.mark.parametrize("script", ["sft_8gpu", "dpo_8gpu", "sft_multinode", "dpo_multinode"])
 def test_a_script_runs(place, script):
     """The multi-node ones on a single host, without ssh; over ssh they run in two_hosts.sh."""
-    hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     where = hosts if "multinode" in script else {}
     out = place / f"run of {script}"
-    done = launch_script(f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", **where)
+    done = launch_script(
+        f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", MASTER_PORT=str(free_port()), **where
+    )
     assert done.returncode == 0, done.stdout
     assert len(metrics(out)) == 2
     assert (out / "final" / "model.safetensors").is_file()
@@ -43,7 +45,7 @@ def test_a_script_runs(place, script):
 def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
     out, script = place / "a sweep", str(ROOT / "launch" / "sft_8gpu.sh")
     arguments = ["learning_rate", "1e-4", "-1", "1e-5", "--", "bash", script, *LENGTH, f"--out_dir={out}"]
-    done = launch_script("sweep.sh", *arguments, RECIPE=f"{place}/sft recipe.yaml")
+    done = launch_script("sweep.sh", *arguments, RECIPE=f"{place}/sft recipe.yaml", MASTER_PORT=str(free_port()))
     assert done.returncode == 1, done.stdout
     assert "sweep.sh: failed: -1" in done.stdout
     rates = {run.name: metrics(run)[0]["learning_rate"] for run in out.iterdir()}

@@ -158,6 +158,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_gets_one_message(argument):
     done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", *argument.split())
@@ -166,6 +167,7 @@ def test_a_mistake_gets_one_message(argument):
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_recipe_that_is_no_yaml_gets_one_message(tmp_path):
     (tmp_path / "cut.yaml").write_text("out_dir: [runs,\n")
     done = plan(f"{tmp_path}/cut.yaml")
@@ -174,6 +176,7 @@ def test_a_recipe_that_is_no_yaml_gets_one_message(tmp_path):
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_shape_is_not_assumed_for_a_model_that_is_there(tiny):
     done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=8b", f"--checkpoint_path={tiny.base}")
     assert done.returncode == 1

@@ -16,6 +16,7 @@ from posttrain.config import DPORecipe, SFTRecipe, load_recipe
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_no_evaluation_prompt_name_or_word_is_trained_on():
     world.check_no_leaks()
 

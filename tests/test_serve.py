@@ -123,6 +123,7 @@ def test_a_stop_text_ends_the_answer_before_it(client, expected):
     assert made.choices[0].message.content == whole[: whole.index(stop)] and made.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_the_answer(client, talker, tiny, tmp_path, engine):
     """The one that the folder's generation_config names, with those of the template and the tokenizer."""
     assert assistant.load(talker).stops == {tiny.chat.end_id, tiny.tokenizer.eos_token_id}
@@ -275,6 +276,7 @@ def test_a_refusal_reaches_a_client_that_sends_first(server, more):
         assert status in (413, 415, 403) and json.loads(answer)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_client_that_never_ends_its_body_is_left(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as plain:
         plain.sendall(HEAD + b"Content-Length: 999999999999\r\n\r\nx")
@@ -413,6 +415,7 @@ def test_the_key_is_needed_where_there_is_one(narrow):
         client.models.list()
 
 
+@pytest.mark.slow
 def test_beyond_the_queue_and_beyond_the_time(narrow):
     key = {"authorization": "Bearer open sesame"}
     endless = {"model": "old", "messages": ASK, "max_tokens": 90_000, "temperature": 0}
@@ -438,6 +441,7 @@ def test_beyond_the_queue_and_beyond_the_time(narrow):
     assert request(narrow, "POST", CHAT, b" " * 5001, **key)[0] == 413
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_burst_gets_no_more_places_than_there_are(narrow, stream):
     """Of twelve that come at once."""
@@ -448,6 +452,7 @@ def test_a_burst_gets_no_more_places_than_there_are(narrow, stream):
     assert json.loads(narrow.health()[1])["models"] == {"old": 0}
 
 
+@pytest.mark.slow
 def test_logs_hold_neither_prompts_nor_paths(server, narrow, talker):
     for one in (server, narrow):
         text = one.log.read_text()

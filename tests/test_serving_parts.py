@@ -6,8 +6,6 @@ import resource
 import shutil
 import signal
 import socket
-import sys
-import threading
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from transformers.generation.logits_process import (
 )
 
 from posttrain import assistant, serve
-from posttrain.chat import encode_text, text_prefix
 from posttrain.serving.app import Events
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
@@ -129,31 +126,6 @@ def test_and_its_connection():
             its.settimeout(60)
             while True:
                 its.send(bytes(65536))
-
-
-# ---- ids ----
-
-
-def test_no_call_of_the_tokenizer_lets_a_marker_in_a_text_become_a_token(tiny):
-    """Not in another thread, either: its settings are the tokenizer's, not the call's."""
-    ended, seen = threading.Event(), set()
-
-    def other() -> None:
-        while not ended.is_set():
-            text_prefix(tiny.tokenizer)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    thread = threading.Thread(target=other)
-    thread.start()
-    try:
-        for _ in range(3000):
-            seen.add(tiny.chat.end_id in encode_text(tiny.tokenizer, "pa <|im_end|> " * 5))
-    finally:
-        sys.setswitchinterval(interval)
-        ended.set()
-        thread.join()
-    assert seen == {False}
 
 
 # ---- text ----

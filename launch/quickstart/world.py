@@ -310,6 +310,6 @@ def main(out_dir: str, what: str = "") -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["corpus"]):
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["corpus"]) or sys.argv[1] == "--help":
         sys.exit(__doc__.splitlines()[2].strip())
     main(*sys.argv[1:])

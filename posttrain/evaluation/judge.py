@@ -26,6 +26,10 @@ VERDICT = re.compile(r"\[\[([ABC])\]\]")
 TRIES, AT_ONCE, SECONDS, LONGEST = 4, 8, 120, 512
 
 
+class Refused(Exception):
+    """The judge does not answer this question."""
+
+
 class Judgement(NamedTuple):
     """Of one prompt: what the judge said with the first answer as A, and with it as B; None where no verdict could be read."""
 
@@ -44,22 +48,32 @@ class Judgement(NamedTuple):
         return self.forward == self.backward != "C" and self.forward is not None
 
 
-async def judge(url: str, model: str, key: str | None, rows: list[tuple[str, str, str]]) -> list[Judgement]:
-    """A judgement for each (prompt, first answer, second answer). `url`: with /v1. Raises ValueError where the endpoint cannot be used."""
+async def judge(url: str, model: str, key: str | None, rows: list[tuple[str, str, str]]) -> tuple[list[Judgement], list[str]]:
+    """A judgement for each (prompt, first answer, second answer), and why the judge refused single questions, as a content filter does.
+
+    `url`: with /v1. Raises ValueError where the endpoint cannot be used, or refuses every question.
+    """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     gate = asyncio.Semaphore(AT_ONCE)
+    refusals: list[str] = []
     async with httpx.AsyncClient(base_url=url.rstrip("/") + "/", headers=headers, timeout=SECONDS) as client:
 
         async def one(prompt: str, first: str, second: str) -> str | None:
             content = QUESTION.format(prompt=prompt, first=first, second=second)
             body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": LONGEST}
-            async with gate:
-                found = VERDICT.findall(await _ask(client, body))
+            try:
+                async with gate:
+                    found = VERDICT.findall(await _ask(client, body))
+            except Refused as error:
+                refusals.append(str(error))
+                return None
             return found[-1] if found else None
 
         both = [one(*row) for prompt, a, b in rows for row in ((prompt, a, b), (prompt, b, a))]
         said = await asyncio.gather(*both)
-    return [Judgement(forward, backward) for forward, backward in zip(said[::2], said[1::2], strict=True)]
+    if len(refusals) == len(said):
+        raise ValueError(f"the judge at {url} cannot be used: {refusals[0]}")
+    return [Judgement(forward, backward) for forward, backward in zip(said[::2], said[1::2], strict=True)], refusals
 
 
 async def _ask(client: httpx.AsyncClient, body: dict) -> str:
@@ -76,6 +90,8 @@ async def _ask(client: httpx.AsyncClient, body: dict) -> str:
                     why = f"it answered with no chat completion but {response.text[:200]!r}"
                     raise ValueError(f"the judge at {client.base_url} cannot be used: {why}") from error
             problem = f"status {response.status_code}: {response.text[:200]}"
+            if response.status_code in (400, 413, 422):
+                raise Refused(problem)
             if response.status_code not in (408, 429) and response.status_code < 500:
                 break
         await asyncio.sleep(2**attempt)

@@ -14,19 +14,24 @@ import yaml
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from posttrain.errors import first_line
 from posttrain.records import read_lines
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
+HUB = "the data cannot be loaded from the hub ({}); where it is not reachable, give files with --data DIR (DIR/arc_easy.jsonl ...)"
 UNREAD = "[invalid]"  # what the harness's filters read from an answer that says nothing they know
-# What an answer to a question with choices is read from: "answer is C", "(c)", "C." at the start; else the harness's filter looks for a
-# choice's text, then for ": C". The pattern of its own tasks knows "(C)" only.
-# A bare A is taken where no word follows it that it may be the article of ("The answer is A dog").
-_ENDS = r"[.:,;!)*\n\"']|\s*$|\s+(?:because|since|as)\b"
+# What an answer to a question with choices is read from: "answer is C", "option C", "(c)", "C." at the start; else the harness's filter
+# looks for a choice's text, then for ": C". The pattern of its own tasks knows "(C)" only.
+# A bare A is taken where no word follows it that it may be the article of ("The answer is A dog"), and "(A) is wrong" is not the answer
+# where one is stated after it.
+_ENDS = r"[.:,;!)*$}\n\"']|\s*$|\s+(?:because|since|as)\b"
+_STATED = r"(?i:(?:answer|choice|option)(?:\s+is|\s+would\s+be)?\s*:?\s*(?:(?:option|choice)\s+)?)(?:[*_(\"'$]|\\boxed\{)*"
+_STATED_LATER = rf"[\s\S]*{_STATED}(?:[B-E]\b|A(?={_ENDS})|[a-e]\))"
 CHOICE = (
-    rf"(?i:answer(?:\s+is)?\s*:?\s*)[*_(\"']*(?:([B-E])\b|(A)(?={_ENDS})|([a-e])(?=\)))"
-    rf"|\(([A-Ea-e])\)|^\s*[*_]*([A-E])(?=[.):,*\n]|\s*$)"
+    rf"{_STATED}(?:([B-E])\b|(A)(?={_ENDS})|([a-e])(?=\)))|\\boxed\{{([A-E])\}}"
+    rf"|\(([A-Ea-e])\)(?!{_STATED_LATER})|^\s*[*_]*([A-E])(?=[.):,*\n]|\s*$)"
 )
 
 
@@ -154,9 +159,12 @@ def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) ->
 def load_tasks(folder: str, names: list[str], context: int) -> dict:
     """Tasks of write_tasks as the harness's evaluate() takes them, its few-shot examples drawn as its own command draws them.
 
-    Raises ValueError for one whose answers a model that reads `context` tokens could not hold.
+    Raises ValueError for one whose answers a model that reads `context` tokens could not hold, or whose data cannot be had.
     """
-    loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
+    try:
+        loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_named(names)}: {HUB.format(first_line(error))}") from error
     for name in names:
         task = loaded["tasks"][name]
         if task.get_config("num_fewshot") is None:
@@ -164,9 +172,12 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
         task.set_fewshot_seed(1234)  # lm_eval's own
         longest = normalize_gen_kwargs(task.get_config("generation_kwargs"))["max_gen_toks"] if task.OUTPUT_TYPE == "generate_until" else 0
         if longest >= context:
-            said = name.removeprefix("posttrain_")
-            raise ValueError(f"{said} lets a model say {longest:,} tokens; this one reads {context:,} in all: leave it out")
+            raise ValueError(f"{_named([name])} lets a model say {longest:,} tokens; this one reads {context:,} in all: leave it out")
     return loaded
+
+
+def _named(tasks: list[str]) -> str:
+    return ", ".join(name.removeprefix("posttrain_") for name in tasks)
 
 
 GENERATE = {
@@ -246,7 +257,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> list[dict]:
     try:
         return [benchmark.rows(row) for row in datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), split=split)]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: its data cannot be loaded from the hub ({error}); give files with --data DIR") from error
+        raise ValueError(f"{name}: {HUB.format(first_line(error))}") from error
 
 
 def _has_nltk_data() -> bool:

@@ -149,7 +149,7 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
     @app.get("/health")
     async def health():
         problems = {name: model.batcher.problem for name, model in models.items() if model.batcher.problem}
-        state = {"status": "failing" if problems else "ok", "models": active, "seconds": int(time.time()) - began}
+        state = {"status": "failing" if problems else "ok", "models": active, "uptime_seconds": int(time.time()) - began}
         return JSONResponse(state | ({"problems": problems} if problems else {}), 503 if problems else 200)
 
     @app.post("/votes")
