@@ -342,6 +342,7 @@ def judging():
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_judge_is_asked_in_both_orders(judging):
     rows = [("p", "long answer", "short"), ("p", "short", "long answer"), ("p", "same", "same")]
     found, refusals = asyncio.run(judge(judging, "longer", None, rows))
@@ -355,6 +356,7 @@ def test_a_judge_is_asked_in_both_orders(judging):
         asyncio.run(judge(judging, "strange", None, rows[:1]))
 
 
+@pytest.mark.slow
 def test_a_question_that_the_judge_refuses_costs_no_other(judging):
     found, refusals = asyncio.run(judge(judging, "strict", None, [("p", "a", "b"), ("forbidden", "a", "b"), ("p", "b", "a")]))
     assert [one.score for one in found] == [0.5, None, 0.5] and len(refusals) == 2 and refusals[0].startswith("status 400")

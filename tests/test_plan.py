@@ -26,6 +26,7 @@ def rows(count: int, length: int, trained: int):
     return builder.build()
 
 
+@pytest.mark.slow
 def test_memory_is_what_an_h200_was_seen_to_take():
     """SFT of 1.7B parameters, 16 rows of 1,950 tokens in a micro-batch, measured by benchmarks/sft.py --race gpu."""
     measured = json.loads((RESULTS / "sft_gpu.json").read_text())["summary"]["ours_compile"]["peak_mb"]

@@ -66,6 +66,7 @@ def supervise(tmp_path: Path, script: str, *more: str) -> tuple[subprocess.Compl
     return done, len((tmp_path / "starts").read_text()) if (tmp_path / "starts").exists() else 0
 
 
+@pytest.mark.slow
 def test_a_failure_is_started_again(tmp_path):
     text = f"import os, sys; sys.exit(0 if os.path.getsize({str(tmp_path / 'starts')!r}) > 1 else 9)"
     done, starts = supervise(tmp_path, text, "--max_restarts=2")
@@ -73,6 +74,7 @@ def test_a_failure_is_started_again(tmp_path):
     assert "exit code 9; restart 1 of 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_restarts_are_counted(tmp_path):
     done, starts = supervise(tmp_path, "import sys; sys.exit(9)", "--max_restarts=1")
     assert (done.returncode, starts) == (9, 2)
@@ -145,6 +147,7 @@ def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path, code)
     assert (process.wait(10) == 0) == (code == 0)  # 1, as where the disk is full: it was asked to stop, but it is not saved
 
 
+@pytest.mark.slow
 def test_an_orderly_end_before_a_restart_says_nothing_of_what_follows(tmp_path):
     """The first start stops in order, as ranks do whose launcher dies; the second is interrupted before it has saved anything."""
     (tmp_path / "script.py").write_text(f"""
