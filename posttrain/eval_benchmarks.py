@@ -73,7 +73,7 @@ def _benchmarks(options: argparse.Namespace) -> tuple[list[str], list[str]]:
         names = [name for name in able if options.data is None or available(options.data, name)]
         if not names:
             raise ValueError(f"--data {options.data} holds no benchmark for --mode {options.mode}: {', '.join(able)}")
-        others = {"it has no file of them": [name for name in able if name not in names]}
+        others = {f"--data {options.data} has no file of them": [name for name in able if name not in names]}
         others[f"they have no --mode {options.mode}"] = [name for name in BENCHMARKS if name not in able]
         return names, [f"all leaves out {', '.join(left)}: {why}" for why, left in others.items() if left]
     for name in asked:

@@ -1,5 +1,6 @@
 """Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
 
+import argparse
 import asyncio
 import http.server
 import itertools
@@ -19,6 +20,7 @@ from conftest import ROOT, launch, metrics, rank_environment
 from scipy import stats
 
 from posttrain import assistant, report
+from posttrain.eval_benchmarks import _benchmarks
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.measure import measure
@@ -302,6 +304,26 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
         assert item["prompt"] == row["arguments"]["gen_args_0"]["arg_0"]
 
 
+def test_all_says_what_it_leaves_out(tmp_path):
+    (tmp_path / "gsm8k_test.jsonl").touch()
+    (tmp_path / "arc_easy.jsonl").touch()
+    names, notes = _benchmarks(argparse.Namespace(benchmark=["all"], mode="generate", data=tmp_path))
+    assert names == ["arc_easy", "gsm8k"]
+    assert notes == [
+        f"all leaves out openbookqa, arc_challenge, mmlu, hellaswag, ifeval: --data {tmp_path} has no file of them",
+        "all leaves out truthfulqa: they have no --mode generate",
+    ]
+    assert _benchmarks(argparse.Namespace(benchmark=["gsm8k,arc_easy"], mode="generate", data=None)) == (["arc_easy", "gsm8k"], [])
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_out_of_reach_is_said_before_a_model_is_read(tmp_path):
+    command = [sys.executable, SCRIPT, "--checkpoint", "no/model", "--benchmark", "arc_easy", "--output", tmp_path / "out"]
+    environment = rank_environment() | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2 and "arc_easy: the data cannot be loaded from the hub" in done.stderr and "--data DIR" in done.stderr
+
+
 RULES = {
     "longer": lambda a, b: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "C",
     "first": lambda a, b: "A",
@@ -440,6 +462,7 @@ def test_a_model_that_knows_nothing_scores_what_guessing_does(shared_data, tmp_p
     options = ("--tokenizer", seed / "tok512.model", "--data", shared_data / "eval_gauntlet", "--max_samples", "400", "--output", tmp_path)
     done = run("--checkpoint", seed / "gqa_tied.pt", "--benchmark", "all", *options)
     assert done.returncode == 0, done.stderr
+    assert "note: all leaves out mmlu, hellaswag, truthfulqa: --data " in done.stdout
     found = json.loads((tmp_path / "results.json").read_text())["gqa_tied"]
     assert set(found) == {"openbookqa", "arc_easy", "arc_challenge"}
     for one in found.values():
