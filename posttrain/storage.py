@@ -1,6 +1,7 @@
 """Files that survive: written by a thread while training goes on, flushed to disk, with a checksum of what was written."""
 
 import copy
+import copyreg
 import hashlib
 import os
 import threading
@@ -10,6 +11,10 @@ import torch
 import xxhash
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+# Python 3.11.2, Debian 12's, pickles an enum as a call of getattr, which weights_only loading refuses: no run could have gone on
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 CHUNK = 2**24  # bytes written at a time
 FLUSH = 2**28  # bytes between flushes

@@ -121,9 +121,12 @@ def metrics(run: Path, split: str = "train") -> list[dict]:
     return [record for record in map(json.loads, lines) if record["split"] == split]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium, Debian's where it is not there yet and can be installed."""
+    """Headless Chromium, Debian's where it is not there yet and can be installed.
+
+    Of one module: as long as it is there playwright's event loop runs in this thread, and no test can run one of its own.
+    """
     from playwright.sync_api import sync_playwright
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

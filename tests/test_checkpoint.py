@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import launch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from relayout import LAYOUTS, SAVED_ON
 from torch import distributed as dist
 
@@ -182,6 +183,12 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_save(tmp_path):
     writer.thread.join()
     assert isinstance(writer.error, OSError)
     assert "missing" in str(writer.error)
+
+
+def test_a_stage_is_written_alike_by_every_python(monkeypatch):
+    """Also where an enum is pickled as by Python 3.11.2."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda stage, _: (getattr, (type(stage), stage.name)))
+    assert b"getattr" not in pickle.dumps(ZeroStageEnum.weights) and pickle.loads(pickle.dumps(ZeroStageEnum.weights)) == 3
 
 
 def test_a_checksum_sees_one_bit(tmp_path):
