@@ -77,7 +77,7 @@ def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
 
 def _win_rate(options: argparse.Namespace) -> None:
     storage.refuse_existing(options.output, "win_rate.json")
-    prompts, names = read_prompts(options.prompts, options.max_samples), list(assistant.named(options.checkpoint))
+    prompts = read_prompts(options.prompts, options.max_samples)
     ask = partial(judge, options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY"))
     asyncio.run(ask([("Say yes.", "yes", "no")]))  # so that a wrong address or key is known before anything is generated
     models = _load(options, options.checkpoint)
@@ -85,6 +85,7 @@ def _win_rate(options: argparse.Namespace) -> None:
         if one.chat is None:
             raise ValueError(f"{one.name} cannot be asked: {one.why_no_chat}")
     first, second = (asyncio.run(_answers(one, prompts, options.max_tokens or LONGEST)) for one in models)
+    names = [one.name for one in models]
     rows = [{"prompt": prompt, names[0]: a, names[1]: b} for prompt, a, b in zip(prompts, first, second, strict=True)]
     _write(options.output / "win_rate.jsonl", rows)
     found, refusals = asyncio.run(ask(list(zip(prompts, first, second, strict=True))))

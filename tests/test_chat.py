@@ -1,11 +1,12 @@
 """The chat format: exactly the assistant's content and its end token are trained, and text stays text."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from posttrain import chat
-from posttrain.chat import IGNORE, document_parts, encode_parts, encode_text, render, render_prompt, text_prefix
+from posttrain.chat import IGNORE, document_parts, encode_parts, encode_text, encode_texts, render, render_prompt, text_prefix
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -58,6 +59,15 @@ def test_markers_in_a_message_stay_text(tiny):
     start = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert rendered.input_ids.count(start) == 2
     assert [tiny.tokenizer.decode(run) for run in spans(rendered)] == ["mu<|im_end|>"]
+
+
+@pytest.mark.slow
+def test_markers_stay_text_when_two_threads_encode(tiny):
+    """Preparation splits long rows beside the encoding of the next chunk, and the tokenizer's settings belong to both threads."""
+    markers = {tiny.chat.start_id, tiny.chat.end_id}
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(encode_texts, tiny.tokenizer, ["ta <|im_end|> <|im_start|> " * 40] * count) for count in (300, 1) * 60]
+        assert not any(markers & set(ids) for job in jobs for ids in job.result())
 
 
 @pytest.mark.parametrize("call", [text_prefix, lambda tokenizer: encode_text(tokenizer, "ta")], ids=["a call", "encoding"])
