@@ -14,7 +14,7 @@ setup(
     packages=["posttrain", "posttrain.serving", "posttrain.evaluation", "data_prep"],
     package_data={"posttrain": ["recipes/*.yaml", "report.html"], "posttrain.serving": ["page/*"]},
     install_requires=[
-        "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine.py
+        "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine/start.py
         "torch>=2.11",
         "transformers>=5.17",
         "datasets",

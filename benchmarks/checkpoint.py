@@ -33,9 +33,9 @@ def worker(folder: Path) -> None:
     from tiny import build_training
     from torch import distributed as dist
 
-    from posttrain import shards
-    from posttrain.checkpoint import Checkpoints
-    from posttrain.step import train_step
+    from posttrain.engine import shards
+    from posttrain.engine.checkpoints import Checkpoints
+    from posttrain.training.step import train_step
 
     settings = {"out_dir": "unused", "max_iters": 9, "global_batch_size": 4, "learning_rate": 1e-4, "dtype": "float32"}
     training = build_training(str(folder / "world"), "sft", settings | {"ds_config": "ds_configs/zero2.json"})
@@ -87,7 +87,7 @@ def _copy_seconds(engine) -> float:
     import torch
     from torch import distributed as dist
 
-    from posttrain.storage import tensors_in
+    from posttrain.engine.writer import tensors_in
 
     state: list[torch.Tensor] = []
     tensors_in(engine.optimizer.state_dict(), state)
@@ -145,7 +145,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        from posttrain.entry import main as run_main
+        from posttrain.parallel.script import run_script as run_main
 
         place = Path(sys.argv[sys.argv.index("--worker") + 1])
         run_main(lambda: worker(place))

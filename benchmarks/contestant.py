@@ -67,17 +67,17 @@ def _memory() -> tuple[int, int]:
 
 def ours(job: dict, clock: Clock, out: Path) -> None:
     """The command itself; its log call at the end of every step is the clock."""
-    from posttrain import run
     from posttrain.dpo import dpo
+    from posttrain.run.directory import Run
     from posttrain.sft import sft
 
-    world, log, ranks = Path(job["world"]), run.Run.log, int(os.environ["WORLD_SIZE"])
+    world, log, ranks = Path(job["world"]), Run.log, int(os.environ["WORLD_SIZE"])
 
     def timed(self, step: int, split: str, metrics: dict) -> None:
         log(self, step, split, metrics)
         clock.step(metrics["num_tokens"] / ranks - sum(clock.tokens))
 
-    run.Run.log = timed
+    Run.log = timed
     names = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[job["kind"]]
     recipe = {names[0]: world / "base", names[1]: world / job["kind"], "out_dir": out / "run", "max_iters": job["steps"]}
     recipe |= {"global_batch_size": job["batch"], "learning_rate": 1e-5, "eval_interval": 0, "save_interval": 0, "warmup_iters": 0}

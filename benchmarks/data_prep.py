@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: int, short: bool) -> None:
 
 
 def encode(source: str, tokenizer: str, out: str) -> float:
-    from posttrain.tokenization import load_tokenizer
+    from posttrain.data.tokenization import load_tokenizer
 
     backend = load_tokenizer(tokenizer).backend_tokenizer
     texts = []
@@ -79,8 +79,8 @@ def trl(source: str, tokenizer: str, out: str) -> float:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from posttrain.chat import ChatFormat
-    from posttrain.tokenization import load_tokenizer
+    from posttrain.data.chat import ChatFormat
+    from posttrain.data.tokenization import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     # TRL finds answers by {% generation %} marks in the template
@@ -102,7 +102,7 @@ def llamafactory(source: str, tokenizer: str, out: str) -> float:
     """LLaMA-Factory's way (0.9): Dataset.map over batches of 1000 rows, each turn encoded by itself, labels joined from the pieces."""
     import datasets
 
-    from posttrain.tokenization import load_tokenizer
+    from posttrain.data.tokenization import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     loaded = load_tokenizer(tokenizer)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.side_by_side import RESULTS, as_text, machine, versions
-from posttrain.records import read_json_lines
+from posttrain.common.files import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "runs" / "quickstart"

@@ -90,9 +90,10 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     """The cell's numbers; on rank 0 also its final weights. All ranks."""
     from tiny import build_training
 
-    from posttrain import engine as engines
-    from posttrain.loop import check_start
-    from posttrain.step import evaluate, train_step
+    from posttrain.engine.optimizer import set_learning_rate
+    from posttrain.engine.weights import gathered_state_dict
+    from posttrain.training.start_checks import check_start
+    from posttrain.training.step import evaluate, train_step
 
     settings = {name: value for name, value in cell.items() if name not in ("kind", "ranks", "zero")}
     settings |= RECIPE | {"max_iters": steps, "ds_config": f"ds_configs/{cell['zero']}.json"}
@@ -102,11 +103,11 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     recipe, engine = training.recipe, training.engine
     start = check_start(training)
     for step in range(1, steps + 1):
-        engines.set_learning_rate(engine, recipe.learning_rate)
+        set_learning_rate(engine, recipe.learning_rate)
         metrics, reason = train_step(training, step)
         assert reason is None, reason
         curve.append(metrics)
-    return {"curve": curve, "validation": evaluate(training)[0], "start": start, "weights": engines.gathered_state_dict(engine)}
+    return {"curve": curve, "validation": evaluate(training)[0], "start": start, "weights": gathered_state_dict(engine)}
 
 
 def worker(folder: Path, ranks: int) -> None:

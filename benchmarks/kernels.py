@@ -24,8 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.side_by_side import RESULTS, dtype_of_cpu, machine, suffix, versions
-from posttrain import attention, layers
-from posttrain.logprob import token_logps
+from posttrain.data.packing import Segment, pack, to_device
+from posttrain.operators import attention, layers
+from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
+from posttrain.operators.attention_varlen import attend_varlen
+from posttrain.operators.logprob import token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -146,17 +149,17 @@ def attentions(limit: float) -> dict:
     lengths = (torch.randn(128 if ON_GPU else 24, generator=generator).mul(0.8).exp() * 90).int().clamp(8, 1500).tolist()
     plain, shared, start = [], [], 0
     for length in lengths:
-        plain.append(attention.Segment(start, start + length))
-        shared.append(attention.Segment(start, start + length))
+        plain.append(Segment(start, start + length))
+        shared.append(Segment(start, start + length))
         start += length
         prefix = length * 2 // 3  # its last third is the chosen answer; a rejected one as long follows
         shared_end = start
-        plain.append(attention.Segment(start, start + length - prefix))
-        shared.append(attention.Segment(start, start + length - prefix, shared_end - length, shared_end - length + prefix))
+        plain.append(Segment(start, start + length - prefix))
+        shared.append(Segment(start, start + length - prefix, shared_end - length, shared_end - length + prefix))
         start += length - prefix
     results = {}
     for what, segments in (("examples", plain), ("pairs that share a prompt", shared)):
-        packing = attention.to_device(attention.pack(segments), DEVICE)
+        packing = to_device(pack(segments), DEVICE)
         shapes = [(1, heads, start, width), (1, kv_heads, start, width), (1, kv_heads, start, width)]
         inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
 
@@ -173,11 +176,11 @@ def attentions(limit: float) -> dict:
             return torch.cat(outputs, dim=2).transpose(1, 2)
 
         def through_autograd(q, k, v, packing=packing):
-            return attention._attend_anywhere(q, k, v, packing.segments, width**-0.5, 0.0)
+            return _attend_anywhere(q, k, v, packing.segments, width**-0.5, 0.0)
 
-        ways = {"one call an example": one_by_one, "groups, autograd": through_autograd, "groups": by(attention.attend_segments)}
+        ways = {"one call an example": one_by_one, "groups, autograd": through_autograd, "groups": by(attend_segments)}
         activate = {f"varlen, {version}": partial(attention._activate, version) for version in ("FA2", "FA3", "FA4")} if ON_GPU else {}
-        ways |= dict.fromkeys(activate, by(attention.attend_varlen))
+        ways |= dict.fromkeys(activate, by(attend_varlen))
         flops = 6 * 2 * heads * width * sum((s.end - s.start) * (s.prefix_end - s.prefix_start + (s.end - s.start) / 2) for s in segments)
         name = f"attention, {what}, {len(segments)} segments, {start} tokens"
         print(name)
@@ -186,7 +189,7 @@ def attentions(limit: float) -> dict:
     return results
 
 
-def _rows_and_mask(s: attention.Segment) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
+def _rows_and_mask(s: Segment) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
     """Of a segment's keys."""
     if not s.prefix_end:
         return slice(s.start, s.end), None

@@ -25,11 +25,10 @@ from tiny import build_training
 
 from benchmarks.sft import RACES, WITH_ROOM
 from benchmarks.side_by_side import RESULTS, machine, make_world, suffix, versions
-from posttrain import engine as engines
-from posttrain import step as steps
-from posttrain.health import Facts
-from posttrain.objectives import SFT
-from posttrain.run import Run
+from posttrain.objectives.likelihood import SFT
+from posttrain.run.directory import Run
+from posttrain.run.health import Facts
+from posttrain.training import step as steps
 
 WARM, TIMED, PROFILED = 3, 8, 3
 KERNELS = 25
@@ -83,7 +82,7 @@ def measure(race, folder: Path) -> dict:
     kernels = {name[:90]: round(value / total, 4) for name, value in Counter(cost).most_common(KERNELS)}
 
     spent, whole = Counter(), []
-    places = {"data": (steps.Ahead, "get"), "forward": (SFT, "loss"), "backward": (engines, "backward"), "optimizer": (engines, "update")}
+    places = {"data": (steps.Ahead, "get"), "forward": (SFT, "loss"), "backward": (steps, "backward"), "optimizer": (steps, "apply_update")}
     for phase, place in (places | {"logging": (Run, "log")}).items():
         timed(spent, phase, *place)
     for step in range(WARM + PROFILED + 1, WARM + PROFILED + TIMED + 1):

@@ -19,9 +19,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.dpo import ULTRAFEEDBACK
 from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
 from benchmarks.side_by_side import RESULTS, WARM, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
-from posttrain.config import DPORecipe, SFTRecipe, build_recipe
-from posttrain.planner import Planner, this_machine
-from posttrain.timing import time_here
+from posttrain.planning.machines import this_machine
+from posttrain.planning.planner import Planner
+from posttrain.planning.timing import time_here
+from posttrain.recipes.keys import DPORecipe, SFTRecipe
+from posttrain.recipes.reading import build_recipe
 
 MODEL = {
     "vocab_size": 16000,

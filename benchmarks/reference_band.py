@@ -21,11 +21,11 @@ sys.path[0] = str(ROOT)  # instead of benchmarks/, whose data_prep.py would be t
 
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from posttrain.attention import SEGMENTS  # noqa: E402
-from posttrain.checks import SAME_PRECOMPUTED  # noqa: E402
-from posttrain.data import RowBuilder  # noqa: E402
-from posttrain.objectives import answer_lengths, answer_sums  # noqa: E402
-from posttrain.policy import Policy  # noqa: E402
+from posttrain.data.packing import RowBuilder  # noqa: E402
+from posttrain.model.policy import Policy  # noqa: E402
+from posttrain.objectives.answers import answer_lengths, answer_sums  # noqa: E402
+from posttrain.operators.attention_segments import SEGMENTS  # noqa: E402
+from posttrain.training.start_checks import SAME_PRECOMPUTED  # noqa: E402
 
 PAIRS = 24
 

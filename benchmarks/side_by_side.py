@@ -69,7 +69,7 @@ def make_world(race: Race, folder: Path) -> dict:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from data_prep.prepare import prepare
-    from posttrain import data
+    from posttrain.data.prepared import COLUMNS, load_prepared
 
     draw = random.Random(0)
     words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
@@ -93,9 +93,9 @@ def make_world(race: Race, folder: Path) -> dict:
     tokenizer.save_pretrained(folder / "base")
     where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
     prepare(race.kind, [*where, "--max_length", str(8 * race.longest)])
-    split = data.load(str(folder / race.kind), race.kind, "").train
+    split = load_prepared(str(folder / race.kind), race.kind, "").train
     assert len(split) == len(rows), f"{len(split)} of {len(rows)} rows were kept"
-    texts = [name for name in data.COLUMNS[race.kind] if name in ("input_ids", "prompt", "chosen", "rejected")]
+    texts = [name for name in COLUMNS[race.kind] if name in ("input_ids", "prompt", "chosen", "rejected")]
     means = {name: round(sum(map(len, split.table[name])) / len(split), 1) for name in texts}
     return {"parameters": model.num_parameters(), "rows": len(rows), "mean_lengths": means, "trained": int(split.trained.sum())}
 

@@ -11,8 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.sources import Chat, Document, Pair
-from posttrain import chat as chats
-from posttrain.chat import IGNORE, ChatFormat, Encoded, Refused
+from posttrain.data.chat import (
+    IGNORE,
+    ChatFormat,
+    Encoded,
+    Refused,
+    decode_after,
+    document_parts,
+    encode_parts,
+    last_answer,
+    prove,
+    trained_spans,
+)
 
 TOO_LONG = ("drop", "cut", "split_turns")
 
@@ -51,7 +61,7 @@ class SFT:
     def parts(self, item: Document | Chat) -> list[list]:
         """What to encode for one row. Raises Refused."""
         if isinstance(item, Document):
-            return [chats.document_parts(self.chat, item.text)]
+            return [document_parts(self.chat, item.text)]
         return [self.chat.parts(item.messages, item.tools)]
 
     def with_system(self, item: Document | Chat) -> Document | Chat:
@@ -123,9 +133,9 @@ class SFT:
         examples = []
         for piece in pieces:
             part = Chat(system + piece, item.tools)
-            encoded = chats.encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
+            encoded = encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
             ids, runs = joined(encoded[0])
-            texts = chats.prove(self.chat, encoded)[0]
+            texts = prove(self.chat, encoded)[0]
             if len(ids) > self.settings.max_length:
                 raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
             if texts is None:
@@ -135,7 +145,7 @@ class SFT:
         yield from examples
 
     def _length(self, messages: list[dict], tools) -> int:
-        return sum(len(part.ids) for part in chats.encode_parts(self.chat, [self.chat.parts(messages, tools)])[0])
+        return sum(len(part.ids) for part in encode_parts(self.chat, [self.chat.parts(messages, tools)])[0])
 
 
 class DPO:
@@ -158,7 +168,7 @@ class DPO:
         chosen, rejected = (
             self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
         )
-        last = chats.last_answer(chosen)
+        last = last_answer(chosen)
         if chosen[:last] != rejected[:last] or chosen[last].before != rejected[last].before:
             raise Refused("the template writes another prompt for the rejected answer than for the chosen one")
         return [chosen[: last + 2], rejected[last : last + 2]]
@@ -226,8 +236,8 @@ def plan(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat | Pair |
 
 def encode(chat: ChatFormat, planned: Planned) -> tuple[list[list[Encoded]], list[list[str] | None]]:
     """The slow half, which runs beside the reading of the next chunk: the tokenizer's own code holds no lock."""
-    encoded = chats.encode_parts(chat, (parts for several in planned.parts for parts in several))
-    return encoded, chats.prove(chat, encoded)
+    encoded = encode_parts(chat, (parts for several in planned.parts for parts in several))
+    return encoded, prove(chat, encoded)
 
 
 def finish(kind: SFT | DPO, planned: Planned, encoded, texts, changes: Changes) -> Iterator[tuple[int, Example | Refused]]:
@@ -276,7 +286,7 @@ def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]
     """What a row's trained tokens read as: a text for each run without special tokens."""
     specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}
     headers, bodies = [], []
-    for start, end in chats.trained_spans(labels):
+    for start, end in trained_spans(labels):
         border, header = start, _since_special(ids[:start], specials)
         for at in range(start, end + 1):
             if at == end or ids[at] in specials:
@@ -284,13 +294,13 @@ def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]
                     headers.append(header if border == start else [])
                     bodies.append(ids[border:at])
                 border = at + 1
-    return chats.decode_after(chat.tokenizer, headers, bodies)
+    return decode_after(chat.tokenizer, headers, bodies)
 
 
 def answer_texts(chat: ChatFormat, prompt: list[int], answers: list[list[int]]) -> list[str]:
     """What answers read as after their prompt, without their end tokens; a cut answer has none."""
     bodies = without_ends(chat, answers)
-    return chats.decode_after(chat.tokenizer, [_since_special(prompt, chat.special_ids)] * len(bodies), bodies)
+    return decode_after(chat.tokenizer, [_since_special(prompt, chat.special_ids)] * len(bodies), bodies)
 
 
 def without_ends(chat: ChatFormat, answers: list[list[int]]) -> list[list[int]]:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from posttrain import hub
-from posttrain.chat import Refused
+from posttrain.common import hub
+from posttrain.data.chat import Refused
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)

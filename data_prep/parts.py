@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.examples import Example, number_of, row_hashes
-from posttrain.chat import IGNORE
+from posttrain.data.chat import IGNORE
 
 SHARD_BYTES = 500_000_000
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a part that the prepared folder does not have

@@ -1,4 +1,4 @@
-"""From rows to a prepared folder: what prepare_sft.py and prepare_dpo.py share. The folder's format is described in posttrain/data.py.
+"""From rows to a prepared folder: what prepare_sft.py and prepare_dpo.py share. The folder's format is described in posttrain/data/prepared.py.
 
     sources -> rows -> conversations -> examples (parts in DIR.incomplete) -> choose (duplicates, validation, weights) -> DIR
 
@@ -23,9 +23,9 @@ from data_prep.examples import KINDS, TOO_LONG, Changes, Settings, encode, finis
 from data_prep.files import Source, find_files
 from data_prep.parts import Staging, table_of, write_split
 from data_prep.sources import DPO_HUB, SFT_HUB, Refused, conversations
-from posttrain import tokenization
-from posttrain.chat import TEMPLATES, ChatFormat
-from posttrain.data import FORMAT, fingerprint_file
+from posttrain.data import tokenization
+from posttrain.data.chat import TEMPLATES, ChatFormat
+from posttrain.data.prepared import FORMAT, fingerprint_file
 
 HUBS = {"sft": SFT_HUB, "dpo": DPO_HUB}
 CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a part

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from data_prep.examples import answer_texts, proof, span_texts, without_ends
 from data_prep.prepare import main
-from posttrain import chat as chats
-from posttrain import data, tokenization
-from posttrain.chat import IGNORE, ChatFormat
+from posttrain.data import tokenization
+from posttrain.data.chat import IGNORE, ChatFormat, decode_after, trained_spans
+from posttrain.data.prepared import Split, fingerprint_file, load_prepared, read_manifest
 
 TRAINED, SPECIAL = "bold green", "dim"
 SHOWN_FAILURES = 10
@@ -45,9 +45,9 @@ class Block(NamedTuple):
 
 def preview(argv: list[str]) -> None:
     options = _parse(argv)
-    manifest = data.read_manifest(options.directory)
+    manifest = read_manifest(options.directory)
     kind = manifest["kind"]
-    loaded = data.load(options.directory, kind, f"python data_prep/prepare_{kind}.py --output_dir {options.directory}")
+    loaded = load_prepared(options.directory, kind, f"python data_prep/prepare_{kind}.py --output_dir {options.directory}")
     tokenizer = tokenization.load_tokenizer(Path(options.directory) / "tokenizer", manifest["template_name"])
     chat = ChatFormat(tokenizer, manifest["template_name"])
     splits = {"train": loaded.train, "validation": loaded.validation}
@@ -99,7 +99,7 @@ def failures(chat: ChatFormat, kind: str, row: dict, max_length: int) -> Iterato
             yield "num_trained is not the number of trained tokens"
         if not row["num_trained"]:
             yield "nothing is trained"
-        inside = [token for start, end in chats.trained_spans(labels) for token in ids[start : end - 1]]
+        inside = [token for start, end in trained_spans(labels) for token in ids[start : end - 1]]
     else:
         prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
         length = len(prompt) + max(map(len, answers))
@@ -115,12 +115,12 @@ def failures(chat: ChatFormat, kind: str, row: dict, max_length: int) -> Iterato
         yield "its trained tokens do not read as the text that they were made from"
 
 
-def _check(directory: Path, chat: ChatFormat, manifest: dict, splits: dict[str, data.Split]) -> None:
+def _check(directory: Path, chat: ChatFormat, manifest: dict, splits: dict[str, Split]) -> None:
     """Prove every row again, with the tokenizer in the folder. Raises ValueError if one fails."""
     identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
     found = [f"the {what} in the folder is not the one that made it" for what, value in identity.items() if manifest[what] != value]
     for name, stored in manifest["files"].items():
-        if data.fingerprint_file(directory / name) != stored:
+        if fingerprint_file(directory / name) != stored:
             found.append(f"{name} is not the file that was prepared")
     checked = 0
     for name, split in splits.items():
@@ -145,7 +145,7 @@ def _pieces(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[Piece]:
         else:
             pieces.append(Piece("", [token], *kind))
     headers = [before.ids if not before.special else [] for before in [Piece("", [], False, True), *pieces]][: len(pieces)]
-    texts = chats.decode_after(chat.tokenizer, headers, [piece.ids for piece in pieces])
+    texts = decode_after(chat.tokenizer, headers, [piece.ids for piece in pieces])
     return [piece._replace(text=text) for piece, text in zip(pieces, texts, strict=True)]
 
 

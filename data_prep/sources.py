@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from data_prep.files import Row
-from posttrain.chat import Refused
+from posttrain.data.chat import Refused
 
 
 class Document(NamedTuple):

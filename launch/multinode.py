@@ -173,7 +173,7 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
                 "NODE_RANK=0, 1, ... and start it on every host"
             )
     check_hosts(list(hosts), script)
-    os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/stopping.py, as is the time from which a job's limit counts
+    os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/parallel/stopping.py, as is the time from which a job's limit counts
     os.environ.setdefault("POSTTRAIN_STARTED", str(time.time()))
     # DeepSpeed puts each value between double quotes where it has special characters
     environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in passed_on().items()))

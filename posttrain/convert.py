@@ -17,19 +17,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for one: conversions need none
-
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posttrain import ckpt_pt, parity
-from posttrain.checkpoint import is_checkpoint, model_description, read_manifest
-from posttrain.entry import main
-from posttrain.export import write_description, write_model
-from posttrain.policy import load_model
-from posttrain.records import read_json_lines
+from posttrain.common.files import read_json_lines
+from posttrain.engine.checkpoint_folder import is_checkpoint, model_description, read_manifest
+from posttrain.model import ckpt_pt
+from posttrain.model.export import write_description, write_model
+from posttrain.model.loading import load_model
+from posttrain.model.plain_llama import ckpt_pt_logits
+from posttrain.parallel.script import run_script
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for one: conversions need none
 LIMIT = 1e-4  # largest difference of logits, by the largest logit: float32 rounding in another order of operations
 
 
@@ -46,12 +46,12 @@ def convert() -> None:
     transformers.utils.logging.disable_progress_bar()
     model = load_model(str(src), None, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
     ids = torch.arange(24) * 7919 % model.config.vocab_size
-    expected = parity.ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
+    expected = ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
     dst.parent.mkdir(parents=True, exist_ok=True)
     with _removed_unless_proven(dst):
         if to_ckpt_pt:
             ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
-            found = parity.ckpt_pt_logits(ckpt_pt.read(dst), ids)
+            found = ckpt_pt_logits(ckpt_pt.read(dst), ids)
         else:
             with tempfile.TemporaryDirectory() as description:
                 _describe(src, model, options.tokenizer, Path(description))
@@ -131,4 +131,4 @@ def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    main(convert)
+    run_script(convert)

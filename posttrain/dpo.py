@@ -6,26 +6,23 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data, reference
-from posttrain.checks import same_inputs_on_all_ranks
-from posttrain.config import DPORecipe, load_recipe
-from posttrain.engine import (
-    build_engine,
-    build_reference,
-    check_versions,
-    checkpoint_function,
-    launch_shape,
-    read_ds_config,
-    start_distributed,
-)
-from posttrain.entry import main
-from posttrain.fit import planned
-from posttrain.loop import train
-from posttrain.objectives import DPO, needs_reference
-from posttrain.policy import load_chat, load_policy, prepare_command
-from posttrain.run import Run, already_finished, resolve
-from posttrain.step import Training
-from posttrain.terminal import keep_noise
+from posttrain.common.terminal import keep_noise
+from posttrain.data.prepared import load_prepared
+from posttrain.engine.build import build_engine, build_reference
+from posttrain.engine.ds_config import checkpoint_function, read_ds_config
+from posttrain.engine.start import check_versions, launch_shape, start_distributed
+from posttrain.model.policy import load_policy
+from posttrain.objectives.preference import DPO, needs_reference
+from posttrain.parallel.script import run_script
+from posttrain.recipes.keys import DPORecipe
+from posttrain.recipes.reading import load_recipe
+from posttrain.run.directory import Run
+from posttrain.run.resume import already_finished, resolve
+from posttrain.training import reference
+from posttrain.training.auto_batch import with_tokens_planned
+from posttrain.training.inputs import load_chat, prepare_command, same_inputs_on_all_ranks
+from posttrain.training.loop import train
+from posttrain.training.step import Training
 
 
 def dpo() -> None:
@@ -38,11 +35,11 @@ def dpo() -> None:
 
     keep_noise()
     ds_config = read_ds_config(recipe.ds_config)
-    prepared = data.load(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
+    prepared = load_prepared(recipe.dpo_data_dir, "dpo", prepare_command(recipe), recipe.share_prompt)
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
-    settled = planned(recipe, prepared, device)
+    settled = with_tokens_planned(recipe, prepared, device)
 
     def frozen():
         return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
@@ -58,4 +55,4 @@ def dpo() -> None:
 
 
 if __name__ == "__main__":
-    main(dpo)
+    run_script(dpo)

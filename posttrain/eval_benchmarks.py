@@ -15,21 +15,22 @@ import os
 import sys
 from pathlib import Path
 
-if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; read when tqdm is imported
-
 import torch
 import transformers
 from torch import distributed as dist
 
-from posttrain import assistant, charts, storage, terminal
-from posttrain.chat import TODAY
-from posttrain.entry import main
+from posttrain.common import files, terminal
+from posttrain.data.chat import TODAY
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, load_tasks, task_name, write_tasks
-from posttrain.ranks import gathered, on_rank_0
+from posttrain.model import assistant
+from posttrain.parallel.ranks import gathered, on_rank_0
+from posttrain.parallel.script import run_script
+from posttrain.run import charts
 
+if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; read when tqdm is imported
 SURE = 0.05  # p-values below this count as a difference
 
 
@@ -51,7 +52,7 @@ def evaluate() -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
     names, left_out = _benchmarks(options)
-    storage.refuse_existing(options.output, "results.json")
+    files.refuse_existing(options.output, "results.json")
     places = assistant.named(options.checkpoint)
     assistant.check_tokenizer(options.tokenizer, places.values())
     transformers.utils.logging.set_verbosity_error()
@@ -132,7 +133,7 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
         results[model] = {}
         for name in names:
             lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in found[name]]
-            storage.write_whole(output / "items" / f"{model}_{task_name(name, options.mode)}.jsonl", "\n".join(lines) + "\n")
+            files.write_whole(output / "items" / f"{model}_{task_name(name, options.mode)}.jsonl", "\n".join(lines) + "\n")
             results[model][name] = rate([item.score for item in found[name]])._asdict()
     first = next(iter(items.values()))
     baselines = {
@@ -154,7 +155,7 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
             if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
                 notes.append(f"{model}, {name}: nothing could be read from {unread} of {len(found[name])} answers; they count as wrong")
     table = _table(results, baselines, pairs, names, options.mode)
-    storage.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+    files.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
     facts = {
         "mode": options.mode,
         "baselines": baselines,
@@ -163,8 +164,8 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
         "notes": notes,
         "max_samples": options.max_samples,
     }
-    storage.write_whole(output / "details.json", json.dumps(facts, indent=2) + "\n")
-    storage.write_whole(output / "results.md", "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n")
+    files.write_whole(output / "details.json", json.dumps(facts, indent=2) + "\n")
+    files.write_whole(output / "results.md", "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n")
     charts.save_png(charts.bars(f"Benchmarks by {options.mode}, 95 % intervals", results), output / "results.png")
     terminal.say(table)
     for note in notes:
@@ -207,4 +208,4 @@ def _percent(value: float | None) -> str:
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    main(evaluate)
+    run_script(evaluate)

@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from posttrain import assistant, data, storage, terminal
-from posttrain.assistant import Assistant
-from posttrain.chat import render_prompt
-from posttrain.entry import main
+from posttrain.common import files, terminal
+from posttrain.common.files import read_prompts
+from posttrain.data.chat import render_prompt
+from posttrain.data.prepared import load_prepared
+from posttrain.data.tokenization import fingerprint
 from posttrain.evaluation.compare import p_value, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.pairs import margins
-from posttrain.records import read_prompts
+from posttrain.model import assistant
+from posttrain.model.assistant import Assistant
+from posttrain.parallel.script import run_script
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
-from posttrain.tokenization import fingerprint
 
 LONGEST = 512  # tokens of an answer
 
@@ -76,7 +78,7 @@ def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
 
 
 def _win_rate(options: argparse.Namespace) -> None:
-    storage.refuse_existing(options.output, "win_rate.json")
+    files.refuse_existing(options.output, "win_rate.json")
     prompts = read_prompts(options.prompts, options.max_samples)
     ask = partial(judge, options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY"))
     asyncio.run(ask([("Say yes.", "yes", "no")]))  # so that a wrong address or key is known before anything is generated
@@ -99,7 +101,7 @@ def _win_rate(options: argparse.Namespace) -> None:
     p = p_value([1 - score for score in decided], decided) if decided else 1.0
     swapped = sum(one.depends_on_order for one in found)
     facts = {"win_rate": result._asdict(), "p": p, "unread": len(found) - len(scores), "depends_on_order": swapped, "of": names}
-    storage.write_whole(options.output / "win_rate.json", json.dumps(facts, indent=2) + "\n")
+    files.write_whole(options.output / "win_rate.json", json.dumps(facts, indent=2) + "\n")
     sure = f"p = {p:.2g}" if p < 0.05 else f"not distinguishable from even (p = {p:.2g})"
     span = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
     terminal.say(
@@ -135,8 +137,8 @@ async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
 def _reward_accuracy(options: argparse.Namespace) -> None:
     if options.max_tokens:
         raise ValueError("--max_tokens is of answers to --prompts; with --pairs nothing is generated")
-    storage.refuse_existing(options.output, "reward_accuracy.json")
-    prepared = data.load(str(options.pairs), "dpo", "python data_prep/prepare_dpo.py")
+    files.refuse_existing(options.output, "reward_accuracy.json")
+    prepared = load_prepared(str(options.pairs), "dpo", "python data_prep/prepare_dpo.py")
     policy, reference = _load(options, [*options.checkpoint, options.reference])
     for one in (policy, reference):
         if fingerprint(one.tokenizer) != prepared.manifest["tokenizer"]:
@@ -150,7 +152,7 @@ def _reward_accuracy(options: argparse.Namespace) -> None:
     result = rate([one.score for one in found])
     mean = sum(one.chosen - one.rejected for one in found) / len(found)
     facts = {"reward_accuracy": result._asdict(), "mean_margin_nats": mean, "policy": policy.name, "reference": reference.name}
-    storage.write_whole(options.output / "reward_accuracy.json", json.dumps(facts, indent=2) + "\n")
+    files.write_whole(options.output / "reward_accuracy.json", json.dumps(facts, indent=2) + "\n")
     terminal.say(
         f"{policy.name} prefers the chosen answer more than {reference.name} does in {100 * result.value:.1f} % "
         f"({100 * result.low:.1f} to {100 * result.high:.1f}) of {result.n} pairs; mean margin {mean:.3f} nats (times beta: the reward)"
@@ -159,10 +161,10 @@ def _reward_accuracy(options: argparse.Namespace) -> None:
 
 def _write(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    main(evaluate)
+    run_script(evaluate)

@@ -12,9 +12,11 @@ import sys
 
 import torch
 
-from posttrain.config import load_recipe_of_either_kind
-from posttrain.planner import CHECKPOINTING, GPUS, SHAPES, STAGES, Plan, Planner, this_machine
-from posttrain.timing import time_here
+from posttrain.planning.machines import GPUS, this_machine
+from posttrain.planning.planner import CHECKPOINTING, STAGES, Plan, Planner
+from posttrain.planning.timing import time_here
+from posttrain.planning.work import SHAPES
+from posttrain.recipes.reading import load_recipe_of_either_kind
 
 
 def best(plans: list[Plan], dtype: torch.dtype) -> Plan | None:

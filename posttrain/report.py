@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """One page about runs, from their files alone: python posttrain/report.py RUN [RUN ...] [--output DIR] [--results FILE]
 
 Writes DIR/report.html, which needs no network and nothing beside it, and the pictures in it as PNG files.
@@ -14,16 +13,15 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import jinja2
 import numpy as np
 import yaml
 
-from posttrain import charts
-from posttrain.records import read_json_lines
-from posttrain.terminal import duration
+from posttrain.common.files import read_json_lines
+from posttrain.common.terminal import duration
+from posttrain.run import charts
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 TEMPLATE = Path(__file__).with_name("report.html")
 # title, metrics of training, the same at validations, whether on a logarithmic scale
 CHARTS = (

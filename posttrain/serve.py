@@ -20,14 +20,15 @@ import torch
 import transformers
 import uvicorn
 
-from posttrain import assistant, terminal
-from posttrain.entry import main
-from posttrain.serving import app, vllm_batching
+from posttrain.common import terminal
+from posttrain.model import assistant
+from posttrain.parallel.script import run_script
+from posttrain.serving.access import LOOPBACK
+from posttrain.serving.app import LAST_WORDS, Limits, Model, build
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
-from posttrain.serving.vllm_batching import VLLMBatcher
+from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
 from posttrain.serving.votes import Votes
-from posttrain.serving.walls import LOOPBACK
 
 Engine = type[Batcher] | type[VLLMBatcher]
 
@@ -59,16 +60,16 @@ def serve() -> None:
     folder = options.preferences.parent
     if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
-    with listen(options.host, options.port, options.timeout + app.LAST_WORDS) as listener:
+    with listen(options.host, options.port, options.timeout + LAST_WORDS) as listener:
         engine = _engine(options.engine, options.device)
         asyncio.run(_serve(options, listener, engine, _load(options, engine)))
 
 
 async def _serve(options: argparse.Namespace, listener: socket.socket, engine: Engine, loaded: list[assistant.Assistant]) -> None:
     models = await _start(options, engine, loaded)
-    limits = app.Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
+    limits = Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
-    built = app.build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
+    built = build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
     who = "on this machine" if options.host in LOOPBACK else "who reaches it"
     host = f"[{options.host}]" if ":" in options.host else options.host
     _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
@@ -100,13 +101,13 @@ def _engine(asked: str, device: str) -> Engine:
     """What generates. Raises ValueError where it is not at hand."""
     if asked == "transformers":
         return Batcher
-    why_not = vllm_batching.why_not(device)
-    if why_not is None:
+    reason = why_not(device)
+    if reason is None:
         return VLLMBatcher
     if asked == "vllm":
-        raise ValueError(f"--engine vllm: {why_not}. --engine transformers does without it")
-    if vllm_batching.is_installed():
-        _say(f"warning: transformers generates, since {why_not}")
+        raise ValueError(f"--engine vllm: {reason}. --engine transformers does without it")
+    if is_installed():
+        _say(f"warning: transformers generates, since {reason}")
     return Batcher
 
 
@@ -120,7 +121,7 @@ def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assista
     return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
 
 
-async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assistant.Assistant]) -> dict[str, app.Model]:
+async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assistant.Assistant]) -> dict[str, Model]:
     """Once all weights are there: each model takes its share of the memory that is left for caches."""
     models, started = {}, []
     try:
@@ -129,7 +130,7 @@ async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assis
             batcher.start()
             started.append(batcher)
             seconds = await _warm_up(batcher, min(one.stops))
-            models[one.name] = app.Model(one._replace(context=batcher.room), batcher)
+            models[one.name] = Model(one._replace(context=batcher.room), batcher)
             _introduce(one, batcher, options.device, seconds)
     except BaseException:  # an interrupt, too: vLLM's processes would go on without this one
         for batcher in started:
@@ -166,4 +167,4 @@ def _say(line: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    main(serve)
+    run_script(serve)

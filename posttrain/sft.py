@@ -6,18 +6,22 @@ python posttrain/sft.py ...                  the same on one device; --help list
 
 import sys
 
-from posttrain import data
-from posttrain.checks import same_inputs_on_all_ranks
-from posttrain.config import SFTRecipe, load_recipe
-from posttrain.engine import build_engine, check_versions, checkpoint_function, launch_shape, read_ds_config, start_distributed
-from posttrain.entry import main
-from posttrain.fit import planned
-from posttrain.loop import train
-from posttrain.objectives import SFT
-from posttrain.policy import load_chat, load_policy, prepare_command
-from posttrain.run import Run, already_finished, resolve
-from posttrain.step import Training
-from posttrain.terminal import keep_noise
+from posttrain.common.terminal import keep_noise
+from posttrain.data.prepared import load_prepared
+from posttrain.engine.build import build_engine
+from posttrain.engine.ds_config import checkpoint_function, read_ds_config
+from posttrain.engine.start import check_versions, launch_shape, start_distributed
+from posttrain.model.policy import load_policy
+from posttrain.objectives.likelihood import SFT
+from posttrain.parallel.script import run_script
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import load_recipe
+from posttrain.run.directory import Run
+from posttrain.run.resume import already_finished, resolve
+from posttrain.training.auto_batch import with_tokens_planned
+from posttrain.training.inputs import load_chat, prepare_command, same_inputs_on_all_ranks
+from posttrain.training.loop import train
+from posttrain.training.step import Training
 
 
 def sft() -> None:
@@ -30,11 +34,11 @@ def sft() -> None:
 
     keep_noise()
     ds_config = read_ds_config(recipe.ds_config)
-    prepared = data.load(recipe.sft_data_dir, "sft", prepare_command(recipe))
+    prepared = load_prepared(recipe.sft_data_dir, "sft", prepare_command(recipe))
     chat = load_chat(recipe, prepared.manifest)
     device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, prepared)
-    settled = planned(recipe, prepared, device)
+    settled = with_tokens_planned(recipe, prepared, device)
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
@@ -42,4 +46,4 @@ def sft() -> None:
 
 
 if __name__ == "__main__":
-    main(sft)
+    run_script(sft)

@@ -14,9 +14,9 @@ from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-from posttrain import engine as engines  # noqa: E402
-from posttrain.entry import main  # noqa: E402
-from posttrain.step import evaluate, train_step  # noqa: E402
+from posttrain.engine.optimizer import set_learning_rate  # noqa: E402
+from posttrain.parallel.script import run_script  # noqa: E402
+from posttrain.training.step import evaluate, train_step  # noqa: E402
 
 RECIPE = {"out_dir": "unused", "max_iters": 6, "global_batch_size": 8, "learning_rate": 1e-2, "max_tokens_per_gpu": 160, "dtype": "float32"}
 
@@ -31,7 +31,7 @@ def work(folder: Path, kind: str, zero: str) -> dict:
         curve = curves[compiled] = []
         for steps in ((1, 2), (3, 4, 5, 6)):
             for step in steps:
-                engines.set_learning_rate(training.engine, RECIPE["learning_rate"])
+                set_learning_rate(training.engine, RECIPE["learning_rate"])
                 metrics, reason = train_step(training, step)
                 assert reason is None
                 curve += [metrics["loss"], metrics["grad_norm"]]
@@ -51,4 +51,4 @@ def every_case(folder: Path) -> None:
 
 if __name__ == "__main__":
     place = next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))
-    main(lambda: every_case(Path(place)))
+    run_script(lambda: every_case(Path(place)))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from tiny import make_tiny
 
-from posttrain import layers
-from posttrain.health import Facts
+from posttrain.operators import layers
+from posttrain.run.health import Facts
 
 ROOT = Path(__file__).resolve().parents[1]
 # started in the background by a shell that is no terminal's, this process ignores SIGINT, and so would every rank that a test starts

@@ -6,10 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from posttrain import fit, sft, shards
-from posttrain.entry import main
+from posttrain import sft
+from posttrain.engine import shards
+from posttrain.parallel.script import run_script
+from posttrain.training import auto_batch
 
-usable, adapt = fit._usable, fit.adapt
+usable, adapt = auto_batch._usable, auto_batch.adapt
 
 
 def adapt_with_moments(training, run):
@@ -18,7 +20,7 @@ def adapt_with_moments(training, run):
     adapt(training, run)
 
 
-fit.adapt = adapt_with_moments
+auto_batch.adapt = adapt_with_moments
 if os.environ["RANK"] == "1":
-    fit._usable = lambda device: min(usable(device), float(os.environ["LIMIT"]))
-main(sft.sft)
+    auto_batch._usable = lambda device: min(usable(device), float(os.environ["LIMIT"]))
+run_script(sft.sft)

@@ -43,166 +43,166 @@ MODES = EVALUATE + "test_every_benchmark_in_both_modes"
 STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 MUTATIONS = {
-    "moments_not_restored": Mutation("posttrain/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),
-    "adams_clock_not_restored": Mutation("posttrain/shards.py", "engine, saved.optimizer_step)", "engine, 1)", RELAYOUT),
+    "moments_not_restored": Mutation("posttrain/engine/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),
+    "adams_clock_not_restored": Mutation("posttrain/engine/shards.py", "engine, saved.optimizer_step)", "engine, 1)", RELAYOUT),
     "saved_without_a_copy": Mutation(
-        "posttrain/storage.py",
+        "posttrain/engine/writer.py",
         "copies[id(tensor)] = seen[place]",
         "copies[id(tensor)] = tensor",
         "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_time_of_the_save",
     ),
     "checksum_not_compared": Mutation(
-        "posttrain/checkpoint.py",
-        "if storage.file_facts(path / name) != facts:",
+        "posttrain/engine/checkpoint_folder.py",
+        "if files.file_facts(path / name) != facts:",
         "if False:",
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
     ),
-    "sft_shifted_by_one": Mutation("posttrain/data.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
-    "dpo_shifted_by_one": Mutation("posttrain/data.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
-    "last_micro_batch_alone_counted": Mutation("posttrain/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
+    "sft_shifted_by_one": Mutation("posttrain/data/packing.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
+    "dpo_shifted_by_one": Mutation("posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
+    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
-        "posttrain/objectives.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
+        "posttrain/objectives/likelihood.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
     "dpo_mean_instead_of_sum": Mutation(
-        "posttrain/objectives.py",
+        "posttrain/objectives/answers.py",
         "logps.double()).view(-1, 2)",
         "logps.double()).view(-1, 2) / answer_lengths(batch).clamp(min=1)[:, None]",
         DPO_PARITY,
     ),
     "dpo_mean_of_micro_batches": Mutation(
-        "posttrain/objectives.py", 'share = (losses.sum() / totals["pairs"]', "share = (losses.mean()", DPO_PARITY
+        "posttrain/objectives/preference.py", 'share = (losses.sum() / totals["pairs"]', "share = (losses.mean()", DPO_PARITY
     ),
     "nll_per_pair_instead_of_per_token": Mutation(
-        "posttrain/objectives.py", '* nll / totals["tokens"]', '* nll / totals["pairs"]', NLL_PARITY
+        "posttrain/objectives/preference.py", '* nll / totals["tokens"]', '* nll / totals["pairs"]', NLL_PARITY
     ),
-    "world_size_factor_missing_sft": Mutation("posttrain/engine.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
-    "world_size_factor_missing_dpo": Mutation("posttrain/engine.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
-    "step_after_every_micro_batch": Mutation("posttrain/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
-    "clipping_off": Mutation("posttrain/engine.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS),
-    "metrics_of_one_rank": Mutation("posttrain/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
+    "world_size_factor_missing_sft": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
+    "world_size_factor_missing_dpo": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
+    "step_after_every_micro_batch": Mutation("posttrain/training/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
+    "clipping_off": Mutation("posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS),
+    "metrics_of_one_rank": Mutation("posttrain/training/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
     "prompt_tokens_trained_sft": Mutation(
-        "posttrain/data.py",
+        "posttrain/data/packing.py",
         "trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]",
         "labels, trained = ids, range(1, len(ids))",
         SFT_PARITY,
     ),
     "prompt_tokens_trained_dpo": Mutation(
-        "posttrain/data.py",
+        "posttrain/data/packing.py",
         "self._train(range(last, last + len(chosen)), chosen, shorter)",
         "self._train(range(start, last + len(chosen)), prompt[1:] + chosen, shorter)",
         DPO_PARITY,
     ),
     "end_token_not_trained": Mutation(
-        "posttrain/chat.py",
+        "posttrain/data/chat.py",
         "[Encoded([self.end_id], True)",
         "[Encoded([self.end_id], False)",
         "tests/test_chat.py::test_trained_tokens_are_the_answers_and_their_end_tokens",
     ),
     "chosen_and_rejected_swapped": Mutation(
-        "posttrain/objectives.py", "PairLogps(logps[0::2], logps[1::2])", "PairLogps(logps[1::2], logps[0::2])", DPO_PARITY
+        "posttrain/objectives/preference.py", "PairLogps(logps[0::2], logps[1::2])", "PairLogps(logps[1::2], logps[0::2])", DPO_PARITY
     ),
     "reference_is_the_policy": Mutation(
-        "posttrain/objectives.py", "answer_sums(self.reference(batch), batch)", "answer_sums(self.policy(batch), batch)", DPO_PARITY
+        "posttrain/objectives/preference.py", "answer_sums(self.reference(batch), batch)", "answer_sums(self.policy(batch), batch)", DPO_PARITY
     ),
     "dropout_left_on": Mutation(
-        "posttrain/policy.py",
+        "posttrain/model/policy.py",
         "            module.attention_dropout = dropout",
         "            pass",
         "tests/test_mistakes.py::test_dropout_is_the_recipes_not_the_checkpoints",
     ),
     "dropout_not_looked_for": Mutation(
-        "posttrain/loop.py",
+        "posttrain/training/start_checks.py",
         "    if not recipe.dropout:",
         "    if False:",
         STOPPED + "[dropout_left_on]",
     ),
     "positions_not_restarted": Mutation(  # seen by DPO's second answer; between examples RoPE is relative, so no value would change
-        "posttrain/data.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
+        "posttrain/data/packing.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
     ),
     "attention_across_examples": Mutation(
-        "posttrain/data.py", "pack(self.segments)", "pack([Segment(0, len(self.input_ids))])", SFT_PARITY
+        "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, len(self.input_ids))])", SFT_PARITY
     ),
     "rejected_answer_sees_the_chosen_one": Mutation(
-        "posttrain/data.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
+        "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
     ),
     "tail_weighted_in_the_policy_only": Mutation(
-        "posttrain/objectives.py",
+        "posttrain/objectives/preference.py",
         "return self.pairs(answer_sums(self.reference(batch), batch))",
         "sums = answer_sums(self.reference(batch), batch).sum(1)\n        return PairLogps(sums[0::2], sums[1::2])",
         LD_PARITY,
     ),
     "smoothing_ignored": Mutation(
-        "posttrain/losses.py", "return -F.logsigmoid(logits) * (1 - label_smoothing) - F", "return -F.logsigmoid(logits) - 0 * F", LITERAL
+        "posttrain/objectives/losses.py", "return -F.logsigmoid(logits) * (1 - label_smoothing) - F", "return -F.logsigmoid(logits) - 0 * F", LITERAL
     ),
     "ipo_sum_averaged": Mutation(
-        "posttrain/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
+        "posttrain/objectives/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
     ),
     "wrong_kernels_go_unseen": Mutation(
-        "posttrain/layers.py",
+        "posttrain/operators/layers.py",
         "if too_far.any():",
         "if False:",
         "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
     ),
     "wrong_kernels_stay": Mutation(
-        "posttrain/layers.py",
+        "posttrain/operators/layers.py",
         "part.__class__ = kind",
         "continue",
         "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
     ),
     "nan_is_no_difference": Mutation(
-        "posttrain/layers.py",
+        "posttrain/operators/layers.py",
         "too_far = ~(after <= FARTHER * before + ROUNDING)",
         "too_far = after > FARTHER * before + ROUNDING",
         "tests/test_kernels.py::test_wrong_kernels_in_a_layer_leave_it_as_it_was",
     ),
     "compiled_gradient_of_the_log_probs": Mutation(
-        "posttrain/logprob.py",
+        "posttrain/operators/logprob.py",
         "is_target.float() - (logits",
         "is_target.float() + (logits",
         "tests/test_kernels.py::test_compiled_log_probs_equal_plain_ones",
     ),
-    "gradient_of_the_log_probs": Mutation("posttrain/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
+    "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
-        "posttrain/step.py",
+        "posttrain/training/step.py",
         "indices = np.arange(count)",
         "indices = np.arange(count - 1)",
         "tests/test_runs.py::test_the_result_loads_in_plain_transformers_with_its_last_validation_loss",
     ),
     "bad_step_applied": Mutation(
-        "posttrain/engine.py",
+        "posttrain/engine/update.py",
         "if gate.is_open() else None",
         "if True else None",
         PLANTED + "test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run",
     ),
     "reference_not_compared": Mutation(
-        "posttrain/checks.py",
+        "posttrain/training/start_checks.py",
         "if reference.weights.get(name) != value]",
         "if False]",
         PLANTED + "test_a_planted_fault_ends_all_ranks_with_one_message",
     ),
     "ranks_not_compared": Mutation(
-        "posttrain/checks.py",
+        "posttrain/parallel/ranks.py",
         "enumerate(seen) if value != seen[0]]",
         "enumerate(seen) if False]",
         STOPPED + "[one_rank_with_a_changed_weight]",
     ),
     "template_not_compared": Mutation(
-        "posttrain/policy.py",
+        "posttrain/training/inputs.py",
         "if forms[0] != forms[1]:",
         "if False:",
         STOPPED + "[data_of_another_template]",
     ),
     "refused_before_the_body_is_read": Mutation(
-        "posttrain/serving/walls.py", "LINGER_SECONDS = 5", "LINGER_SECONDS = 0", SERVE + "test_a_refusal_reaches_a_client_that_sends_first"
+        "posttrain/serving/access.py", "LINGER_SECONDS = 5", "LINGER_SECONDS = 0", SERVE + "test_a_refusal_reaches_a_client_that_sends_first"
     ),
     "any_host_may_ask": Mutation(
-        "posttrain/serving/walls.py",
+        "posttrain/serving/access.py",
         "if not self.any_host and host not in LOOPBACK:",
         "if False:",
         SERVE + "test_other_sites_cannot_use_it_through_a_browser",
     ),
     "a_wrong_key_passes": Mutation(
-        "posttrain/serving/walls.py",
+        "posttrain/serving/access.py",
         'scheme.lower() != "bearer" or not hmac',
         'scheme.lower() != "bearer" and hmac',
         SERVE + "test_the_key_is_needed_where_there_is_one",
@@ -223,13 +223,13 @@ MUTATIONS = {
         PARTS + "test_a_client_that_stops_reading_loses_its_place",
     ),
     "a_marker_in_a_text_becomes_a_token": Mutation(
-        "posttrain/chat.py",
+        "posttrain/data/chat.py",
         "    with _settings_lock:  # a call",
         "    if True:  # a call",
         "tests/test_chat.py::test_nothing_touches_the_tokenizer_while_another_thread_encodes",
     ),
     "a_line_ends_inside_a_text": Mutation(
-        "posttrain/records.py",
+        "posttrain/common/files.py",
         "return list(file)",
         "return file.read().splitlines(keepends=True)",
         SAMPLES,
@@ -276,9 +276,9 @@ MUTATIONS = {
     "other_examples_on_other_ranks": Mutation(
         "posttrain/evaluation/measure.py", "draw, skipped = sampler.sample, rank", "draw, skipped = sampler.sample, 0", MODES
     ),
-    "examples_in_one_turn": Mutation("posttrain/exams.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
+    "examples_in_one_turn": Mutation("posttrain/training/benchmarks.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
     "benchmarks_at_validations_only": Mutation(
-        "posttrain/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
+        "posttrain/training/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
     ),
     "one_order_only": Mutation(
         "posttrain/evaluation/judge.py",
@@ -290,7 +290,7 @@ MUTATIONS = {
         "posttrain/evaluation/compare.py", "* (len(p_values) - rank)", "* 1", EVALUATE + "test_many_comparisons_need_stronger_evidence"
     ),
     "prompts_that_never_fit": Mutation(
-        "posttrain/samples.py",
+        "posttrain/training/samples.py",
         "answers[index]) == mine[index].most or",
         "answers[index]) > mine[index].most or",
         "tests/test_samples.py::test_answers_are_those_of_transformers_in_every_layout",

@@ -19,15 +19,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from posttrain import data, dpo, loop, policy, sft  # noqa: E402
-from posttrain.entry import main  # noqa: E402
-from posttrain.objectives import DPO, SFT  # noqa: E402
+from posttrain import dpo, sft  # noqa: E402
+from posttrain.model import policy  # noqa: E402
+from posttrain.objectives.likelihood import SFT  # noqa: E402
+from posttrain.objectives.preference import DPO  # noqa: E402
+from posttrain.parallel.script import run_script  # noqa: E402
+from posttrain.training import loop  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
 SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}
-PLACES = [(sft, "load_recipe"), (sft, "load_policy"), (dpo, "load_policy"), (policy, "load_model"), (data, "load"), (loop, "train_step")]
-PLACES += [(policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
-load_policy, load_model, load_data, sft_loss, train_step = dpo.load_policy, policy.load_model, data.load, SFT.loss, loop.train_step
+PLACES = [(sft, "load_recipe"), (sft, "load_policy"), (dpo, "load_policy"), (policy, "load_model"), (loop, "train_step")]
+PLACES += [(sft, "load_prepared"), (dpo, "load_prepared"), (policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
+load_policy, load_model, load_data, sft_loss, train_step = dpo.load_policy, policy.load_model, sft.load_prepared, SFT.loss, loop.train_step
 forward = policy.Policy.forward
 
 
@@ -63,7 +66,7 @@ def one_rank_with_another_token():
         prepared.train.micro_batch = micro_batch
         return prepared
 
-    data.load = load
+    sft.load_prepared = dpo.load_prepared = load
 
 
 def one_rank_with_another_recipe():
@@ -96,7 +99,10 @@ def weights_that_are_nan():
 
 
 def one_rank_with_other_data():
-    data.load = lambda directory, *arguments: load_data(PLANT if RANK == 1 else directory, *arguments)
+    def load(directory, *arguments):
+        return load_data(PLANT if RANK == 1 else directory, *arguments)
+
+    sft.load_prepared = dpo.load_prepared = load
 
 
 def dropout_left_on():
@@ -185,7 +191,7 @@ def stop_one_after_another(jobs: Path) -> None:
         try:
             SCRIPTS[script]()
             messages.append("it was not stopped")
-        except (ValueError, OSError) as error:  # what entry.main makes a message of
+        except (ValueError, OSError) as error:  # what script.run_script makes a message of
             messages.append(str(error))
         for place, value in zip(PLACES, before, strict=True):
             setattr(*place, value)
@@ -204,4 +210,4 @@ if __name__ == "__main__":
     else:
         globals()[first]()
         sys.argv[1:] = others[1:]
-        main(SCRIPTS[others[0]])
+        run_script(SCRIPTS[others[0]])

@@ -15,11 +15,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
-from posttrain import engine as engines  # noqa: E402
-from posttrain.checkpoint import Checkpoints  # noqa: E402
-from posttrain.entry import main  # noqa: E402
-from posttrain.loop import check_start  # noqa: E402
-from posttrain.step import train_step  # noqa: E402
+from posttrain.engine.checkpoints import Checkpoints  # noqa: E402
+from posttrain.engine.optimizer import set_learning_rate  # noqa: E402
+from posttrain.engine.start import start_distributed  # noqa: E402
+from posttrain.engine.weights import gathered_state_dict  # noqa: E402
+from posttrain.parallel.script import run_script  # noqa: E402
+from posttrain.training.start_checks import check_start  # noqa: E402
+from posttrain.training.step import train_step  # noqa: E402
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SAVED_ON = 2  # ranks
@@ -36,11 +38,11 @@ def steps(training, first: int, last: int) -> dict:
     """Losses, gradient norms and a hash of the weights after it."""
     curve = []
     for step in range(first, last + 1):
-        engines.set_learning_rate(training.engine, RECIPE["learning_rate"])
+        set_learning_rate(training.engine, RECIPE["learning_rate"])
         metrics, reason = train_step(training, step)
         assert reason is None, reason
         curve.append([metrics["loss"], metrics["grad_norm"]])
-    state = engines.gathered_state_dict(training.engine) or {}
+    state = gathered_state_dict(training.engine) or {}
     digest = hashlib.sha256(b"".join(tensor.float().numpy().tobytes() for tensor in state.values())).hexdigest()
     return {"curve": curve, "weights": digest}
 
@@ -67,7 +69,7 @@ def targets(dtype: str, source: str) -> list[str]:
 
 def load(folder: Path) -> None:
     results = []
-    engines.start_distributed()
+    start_distributed()
     for dtype in ("float32", "bfloat16"):
         for source in LAYOUTS:
             for zero in targets(dtype, source):
@@ -81,4 +83,4 @@ def load(folder: Path) -> None:
 
 if __name__ == "__main__":
     what, place = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    main(lambda: {"save": save, "load": load}[what](Path(place)))
+    run_script(lambda: {"save": save, "load": load}[what](Path(place)))

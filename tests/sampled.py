@@ -14,9 +14,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
-from posttrain.entry import main  # noqa: E402
-from posttrain.samples import Asked, generate  # noqa: E402
-from posttrain.step import train_step  # noqa: E402
+from posttrain.parallel.script import run_script  # noqa: E402
+from posttrain.training.samples import Asked, generate  # noqa: E402
+from posttrain.training.step import train_step  # noqa: E402
 
 WAYS = {
     "zero1": {"ds_config": "ds_configs/zero1.json"},
@@ -47,4 +47,4 @@ def sampled() -> None:
         Path(file).write_text(json.dumps(found))
 
 
-main(sampled)
+run_script(sampled)

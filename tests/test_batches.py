@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from posttrain.batches import largest_micro_batch, micro_batches, step_examples, steps_per_epoch
+from posttrain.data.batches import largest_micro_batch, micro_batches, step_examples, steps_per_epoch
 
 LENGTHS = np.random.RandomState(3).randint(2, 90, size=57)
 

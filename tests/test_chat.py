@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from posttrain import chat
-from posttrain.chat import IGNORE, document_parts, encode_parts, encode_text, encode_texts, render, render_prompt, text_prefix
+from posttrain.data import chat
+from posttrain.data.chat import IGNORE, document_parts, encode_parts, encode_text, encode_texts, render, render_prompt, text_prefix
 
 CHAT = [
     {"role": "system", "content": "be kind"},

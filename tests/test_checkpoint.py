@@ -15,8 +15,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from relayout import LAYOUTS, SAVED_ON
 from torch import distributed as dist
 
-from posttrain import checkpoint, shards, storage
-from posttrain.checkpoint import Checkpoints, file_problem, read_manifest
+from posttrain.common import files
+from posttrain.engine import checkpoint_folder, shards
+from posttrain.engine.checkpoint_folder import file_problem, read_manifest
+from posttrain.engine.checkpoints import Checkpoints, _random_states, _restore_random_states
+from posttrain.engine.writer import BackgroundWriter
 
 BAND = {"float32": 1e-5, "bfloat16": 3e-3}  # of losses and gradient norms, as in benchmarks/invariance.py
 
@@ -86,7 +89,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(states, tmp_path,
     def resealed(**changes) -> None:
         facts = {**json.loads(text), **changes}
         facts.pop("checksum")
-        manifest.write_text(json.dumps(facts | {"checksum": checkpoint._checksum(facts)}))
+        manifest.write_text(json.dumps(facts | {"checksum": checkpoint_folder.manifest_checksum(facts)}))
 
     flipped = content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]
     (tmp_path / "outside").write_bytes(content)
@@ -99,7 +102,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(states, tmp_path,
         (lambda: manifest.unlink(), "it has no manifest.json"),
         (lambda: resealed(format=7), "it has format 7, this code reads 1"),
         (
-            lambda: resealed(files={"../../outside": storage.file_facts(tmp_path / "outside")}),
+            lambda: resealed(files={"../../outside": files.file_facts(tmp_path / "outside")}),
             "'../../outside', which is not a file in this",
         ),
         (lambda: (weights.unlink(), weights.symlink_to(tmp_path / "outside")), "which is not a file in this folder"),
@@ -146,8 +149,8 @@ def test_a_checkpoint_that_carries_code_does_not_run_it(states, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def write(folder: Path, state: dict) -> storage.BackgroundWriter:
-    writer = storage.BackgroundWriter()
+def write(folder: Path, state: dict) -> BackgroundWriter:
+    writer = BackgroundWriter()
     info = SimpleNamespace(save_dir=str(folder), tag="step")
     (folder / "step").mkdir(exist_ok=True)
     writer.create(info)
@@ -165,7 +168,7 @@ def test_what_is_written_is_the_state_at_the_time_of_the_save(tmp_path):
     state["plain"]["a"].append("later")
     writer.thread.join()
     path = tmp_path / "step" / "state.pt"
-    assert writer.files == {"state.pt": storage.file_facts(path)}
+    assert writer.files == {"state.pt": files.file_facts(path)}
     read = torch.load(path, weights_only=True)
     assert torch.equal(read["weight"], torch.arange(300_000.0))
     assert torch.equal(read["part"], torch.arange(10.0, 20.0))
@@ -175,7 +178,7 @@ def test_what_is_written_is_the_state_at_the_time_of_the_save(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_save(tmp_path):
-    writer = storage.BackgroundWriter()
+    writer = BackgroundWriter()
     info = SimpleNamespace(save_dir=str(tmp_path), tag="step")
     writer.create(info)
     writer.save({"x": torch.ones(2)}, str(tmp_path / "missing" / "state.pt"))
@@ -194,7 +197,7 @@ def test_a_stage_is_written_alike_by_every_python(monkeypatch):
 def test_a_checksum_sees_one_bit(tmp_path):
     content = os.urandom(1000)
     (tmp_path / "x").write_bytes(content)
-    facts = storage.file_facts(tmp_path / "x")
+    facts = files.file_facts(tmp_path / "x")
     assert file_problem(tmp_path, "x", facts) is None
     (tmp_path / "x").write_bytes(content[:77] + bytes([content[77] ^ 1]) + content[78:])
     assert "checksum" in file_problem(tmp_path, "x", facts)
@@ -204,8 +207,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(SimpleNamespace(), tmp_path, 2, print, {})
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         (tmp_path / f"step_{step:06d}").mkdir()
-        facts = {"validation": loss, "format": checkpoint.FORMAT, "files": {}, "state": {"files": []}}
-        text = json.dumps(facts | {"checksum": checkpoint._checksum(facts)})
+        facts = {"validation": loss, "format": checkpoint_folder.FORMAT, "files": {}, "state": {"files": []}}
+        text = json.dumps(facts | {"checksum": checkpoint_folder.manifest_checksum(facts)})
         (tmp_path / f"step_{step:06d}" / "manifest.json").write_text(text)
         checkpoints._delete_old()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000004", "step_000005"]
@@ -255,10 +258,10 @@ def test_random_states_come_back(tmp_path):
     def draw() -> tuple:
         return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
 
-    torch.save(checkpoint._random_states(), tmp_path / "random.pt")
+    torch.save(_random_states(), tmp_path / "random.pt")
     first = draw()
     assert draw() != first
-    checkpoint._restore_random_states(tmp_path / "random.pt")
+    _restore_random_states(tmp_path / "random.pt")
     assert draw() == first
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain.config import DPORecipe, SFTRecipe, build_recipe, help_text, load_recipe
+from posttrain.recipes.keys import DPORecipe, SFTRecipe
+from posttrain.recipes.reading import build_recipe, help_text, load_recipe
 
 SFT = {"checkpoint_path": "base", "sft_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
 DPO = {"sft_checkpoint_path": "sft", "dpo_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}

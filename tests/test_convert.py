@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, rank_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from posttrain.ckpt_pt import load_ckpt_pt, save_ckpt_pt
-from posttrain.policy import load_model
+from posttrain.model.ckpt_pt import load_ckpt_pt, save_ckpt_pt
+from posttrain.model.loading import load_model
 
 NUMBERS = ["--max_iters=2", "--global_batch_size=4", "--max_tokens_per_gpu=400", "--dtype=float32", "--eval_interval=2", "--warmup_iters=0"]
 
@@ -90,7 +90,8 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypatch):
     """As a wrong permutation of the rotary pairs would."""
-    from posttrain import ckpt_pt, convert
+    from posttrain import convert
+    from posttrain.model import ckpt_pt
 
     llama(40).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(ckpt_pt, "_halves_to_pairs", lambda rows, heads: rows)

@@ -18,8 +18,8 @@ import pytest
 from data_prep import prepare as prepare_module
 from data_prep.prepare import prepare
 from data_prep.preview import preview
-from posttrain import data
-from posttrain.chat import IGNORE
+from posttrain.data.chat import IGNORE
+from posttrain.data.prepared import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("system", "s")))
@@ -42,7 +42,7 @@ def run(kind: str, tiny, tmp_path, rows: list[dict], *more: str) -> dict:
 
 
 def rows_of(tmp_path, kind: str = "sft", split: str = "train") -> list[dict]:
-    table = getattr(data.load(str(tmp_path / "out"), kind, ""), split)
+    table = getattr(load_prepared(str(tmp_path / "out"), kind, ""), split)
     return list(table.table) if len(table) else []
 
 
@@ -334,7 +334,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
         found = folder_hash(tmp_path / f"{number}" / "out")
         hashes.append({name: value for name, value in found.items() if "data-" not in name and name != "manifest.json"})
     assert hashes[0] == hashes[1]
-    tables = [[list(getattr(data.load(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
+    tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
 
 

@@ -19,12 +19,13 @@ import torch
 from conftest import ROOT, launch, metrics, rank_environment
 from scipy import stats
 
-from posttrain import assistant, report
+from posttrain import report
 from posttrain.eval_benchmarks import _benchmarks
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.measure import measure
 from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, task_name, write_tasks
+from posttrain.model import assistant
 
 SCRIPT = ROOT / "posttrain" / "eval_benchmarks.py"
 

@@ -10,7 +10,7 @@ from conftest import launch, rank_environment
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.prepare import prepare
-from posttrain import fit
+from posttrain.training import auto_batch
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +67,6 @@ def test_memory_that_is_never_enough(wide, tmp_path):
 
 
 def test_what_is_found_is_whole_and_within_what_there_is():
-    assert fit._whole(5000.0, 900, 8000) == 4096
-    assert fit._whole(500.0, 900, 8000) == 900  # the longest example must fit
-    assert fit._whole(9000.0, 900, 8000) == 8000
+    assert auto_batch._whole(5000.0, 900, 8000) == 4096
+    assert auto_batch._whole(500.0, 900, 8000) == 900  # the longest example must fit
+    assert auto_batch._whole(9000.0, 900, 8000) == 8000

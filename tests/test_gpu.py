@@ -12,8 +12,9 @@ import torch
 from conftest import launch, metrics, rank_environment
 from tiny import build_training
 
-from posttrain import attention, layers, logprob
-from posttrain.step import train_step
+from posttrain.operators import attention, layers, logprob
+from posttrain.operators.attention_varlen import VARLEN
+from posttrain.training.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 3
@@ -83,7 +84,7 @@ def test_the_chosen_kernels_are_those_made_for_gpus(tiny):
 
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.bfloat16).to(device)
-    assert attention.choose("auto", device, torch.bfloat16, 0.0, model.config)[0] == attention.VARLEN
+    assert attention.choose("auto", device, torch.bfloat16, 0.0, model.config)[0] == VARLEN
     assert "liger-kernel" in layers.choose(model, "auto", compiled=False)
     assert "not" not in layers.choose(model, "auto", compiled=False)
     head = model.get_output_embeddings()

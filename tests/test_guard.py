@@ -2,7 +2,7 @@
 
 import math
 
-from posttrain.guard import FEWEST, StepGuard
+from posttrain.training.spikes import FEWEST, StepGuard
 
 
 def after(norms: list[float], factor: float = 20.0) -> StepGuard:

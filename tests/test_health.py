@@ -6,8 +6,9 @@ import random
 import pytest
 from conftest import ROOT
 
-from posttrain.config import DPORecipe, SFTRecipe, build_recipe
-from posttrain.health import Facts, Health
+from posttrain.recipes.keys import DPORecipe, SFTRecipe
+from posttrain.recipes.reading import build_recipe
+from posttrain.run.health import Facts, Health
 
 FACTS = Facts(parameters=1_700_000_000, rows=10_000, copies=0, weight_scale=0.03, answer_tokens=200.0)
 STEPS = 400

@@ -10,8 +10,10 @@ from conftest import ROOT, launch, rank_environment
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from posttrain import attention, layers, logprob
-from posttrain.policy import load_model
+from posttrain.model.loading import load_model
+from posttrain.operators import attention, layers, logprob
+from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
+from posttrain.operators.saved_form import as_saved, count_as_saved, widen_feed_forward
 
 CPU = torch.device("cpu")
 
@@ -25,14 +27,14 @@ def gap(expected: torch.Tensor, seen: torch.Tensor) -> float:
 
 
 def by_autograd(module, query, key, value, attention_mask, scaling, packing, **_):
-    return attention._attend_anywhere(query, key, value, packing.segments, scaling, 0.0), None
+    return _attend_anywhere(query, key, value, packing.segments, scaling, 0.0), None
 
 
 def aligned_to_the_start(module, query, key, value, attention_mask, scaling, packing, **_):
     """What a kernel does that aligns its causal mask to the start of the keys: an answer would see no more than its prompt's start."""
     segments = packing.segments.clone()
     segments[:, 3] = torch.maximum(segments[:, 2], segments[:, 3] - (segments[:, 1] - segments[:, 0]))
-    return attention._attend_anywhere(query, key, value, segments, scaling, 0.0), None
+    return _attend_anywhere(query, key, value, segments, scaling, 0.0), None
 
 
 def no_gradients(module, query, *others, **_):
@@ -44,7 +46,7 @@ def no_gradients(module, query, *others, **_):
 def test_attention_must_agree_with_the_yardstick(tiny):
     config = load(tiny).config
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, attention.SAME)):
-        expected = attention.trial(attention.attend_segments, config, CPU, dtype)
+        expected = attention.trial(attend_segments, config, CPU, dtype)
         assert layers.distances(expected, attention.trial(by_autograd, config, CPU, dtype)).max() < limit
         assert layers.distances(expected, attention.trial(aligned_to_the_start, config, CPU, dtype)).max() > 10 * attention.SAME
         assert not layers.distances(expected, attention.trial(no_gradients, config, CPU, dtype)).max() <= attention.SAME
@@ -76,8 +78,8 @@ def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
         r"products in float32, .* \(off by \S+ of the exact layer, transformers' own by \S+\)$", layers.choose(model, "auto", False)
     )
     assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
-    exact = attention.trial(attention.attend_segments, model.config, CPU, torch.float32)
-    assert layers.distances(exact, attention.trial(attention.attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
+    exact = attention.trial(attend_segments, model.config, CPU, torch.float32)
+    assert layers.distances(exact, attention.trial(attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
     hidden, weight = torch.randn(7, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16().requires_grad_()
     outcomes = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -142,8 +144,8 @@ def test_a_widened_feed_forward_trains_as_the_narrow_one_and_keeps_its_zeros():
     for model in (narrow, wide):
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.mlp.up_proj.bias, generator=torch.Generator().manual_seed(1))
-    assert "45 wide, in memory 128" in layers.widen_feed_forward(wide)
-    assert layers.widen_feed_forward(load_even()) is None
+    assert "45 wide, in memory 128" in widen_feed_forward(wide)
+    assert widen_feed_forward(load_even()) is None
     ids = torch.randint(99, (1, 40))
     for model in (narrow, wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -152,9 +154,9 @@ def test_a_widened_feed_forward_trains_as_the_narrow_one_and_keeps_its_zeros():
             optimizer.step()
             optimizer.zero_grad()
     expected = narrow.state_dict()
-    assert layers.count_as_saved(wide) == narrow.num_parameters() < wide.num_parameters()
+    assert count_as_saved(wide) == narrow.num_parameters() < wide.num_parameters()
     for name, parameter in wide.named_parameters():
-        saved = layers.as_saved(name, parameter.detach(), wide.config)
+        saved = as_saved(name, parameter.detach(), wide.config)
         torch.testing.assert_close(saved, expected[name], rtol=1e-4, atol=1e-5)
         assert parameter.count_nonzero() == saved.count_nonzero(), name  # the rest is zeros
 

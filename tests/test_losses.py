@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from posttrain import logprob
-from posttrain.config import SFTRecipe
-from posttrain.losses import LOSSES, PairLogps, rewards
-from posttrain.schedule import learning_rate
+from posttrain.objectives.losses import LOSSES, PairLogps, rewards
+from posttrain.operators import logprob
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.training.schedule import learning_rate
 
 OPTIONS = {"beta": 0.5, "label_smoothing": 0.1, "simpo_gamma": 0.7}
 LENGTHS = PairLogps(torch.tensor([4.0, 10.0, 1.0]), torch.tensor([8.0, 2.0, 3.0]))

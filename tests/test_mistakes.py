@@ -18,9 +18,19 @@ import transformers
 from conftest import launch, start_run
 from test_runs import sft_arguments
 
-from posttrain import data, dpo, engine, hub, loop, policy, run, sft
-from posttrain.chat import ChatFormat
-from posttrain.config import SFTRecipe, build_recipe
+from posttrain import dpo, sft
+from posttrain.common import hub
+from posttrain.data.chat import ChatFormat
+from posttrain.data.prepared import load_prepared
+from posttrain.engine.ds_config import checkpoint_function, merge_config, read_ds_config
+from posttrain.engine.start import check_devices
+from posttrain.model.loading import load_model, tokenizer_beside
+from posttrain.model.policy import _set_dropout
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import build_recipe
+from posttrain.run.directory import Run
+from posttrain.run.resume import resolve
+from posttrain.training.inputs import _check_form, check_positions
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +71,7 @@ def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
 
 def test_a_hub_model_brings_its_own_tokenizer():
     """Else the data's own copy would be compared with itself, and any data would do for any model."""
-    assert policy.tokenizer_beside("Qwen/Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base"
+    assert tokenizer_beside("Qwen/Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base"
 
 
 @pytest.mark.parametrize(
@@ -80,52 +90,52 @@ def test_a_model_that_is_not_whole_is_refused(tiny, tmp_path, damage, message):
             tensors["model.layers.1.mlp.up_proj.weight"] = weight[:7].clone()
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"the model at {folder} .*{message}"):
-        policy.load_model(str(folder), torch.float32, "")
+        load_model(str(folder), torch.float32, "")
 
 
 def test_dropout_is_the_recipes_not_the_checkpoints(tiny):
-    model = policy.load_model(tiny.base, torch.float32, "")
+    model = load_model(tiny.base, torch.float32, "")
     for value in (0.3, 0.0):
-        policy._set_dropout(model, value)
+        _set_dropout(model, value)
         assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {value}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
-    policy._set_dropout(gpt2, 0.0)
+    _set_dropout(gpt2, 0.0)
     assert {module.p for module in gpt2.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no attention dropout"):
-        policy._set_dropout(gpt2, 0.1)
+        _set_dropout(gpt2, 0.1)
 
 
 def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
-    prepared = data.load(tiny.dpo, "dpo", "")
-    loop._check_positions(prepared, types.SimpleNamespace(max_position_embeddings=int(prepared.train.positions.max())))
+    prepared = load_prepared(tiny.dpo, "dpo", "")
+    check_positions(prepared, types.SimpleNamespace(max_position_embeddings=int(prepared.train.positions.max())))
     with pytest.raises(ValueError, match=r"dpo.jsonl:\d+\) has \d+ positions, the model was made for at most 20; .*--max_length 20"):
-        loop._check_positions(prepared, types.SimpleNamespace(max_position_embeddings=20))
+        check_positions(prepared, types.SimpleNamespace(max_position_embeddings=20))
 
 
 def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {})
-    begun = run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    begun = Run(recipe, "sft", 0, {"data": "1", "model": "2"})
     assert not (tmp_path / "run").exists()  # a start that a check stops leaves nothing behind
     start_run(begun, 1, 1)
     begun.close()
-    run.Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    Run(recipe, "sft", 0, {"data": "1", "model": "2"})
     with pytest.raises(ValueError, match="data changed since .*/run began"):
-        run.Run(recipe, "sft", 0, {"data": "3", "model": "2"})
+        Run(recipe, "sft", 0, {"data": "3", "model": "2"})
     with pytest.raises(ValueError, match="begun by another version of this code.*another --out_dir"):
-        run.Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
-    unchecked = run.Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
+        Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
+    unchecked = Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
     start_run(unchecked, 1, 1)
     unchecked.close()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
     (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
-    assert run.resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
+    assert resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
 
 
 def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 9, "global_batch_size": 1}
     for first_step, expected in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1, 2])):
-        here = run.Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
+        here = Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
         start_run(here, first_step, 9)
         if first_step == 1:
             here.log(0, "eval", {"loss": 1.0})
@@ -149,12 +159,12 @@ def test_preference_data_must_read_as_the_model_was_taught(tiny):
     turns = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
     for own in (None, chat.jinja, {"default": chat.jinja}, turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
         tokenizer.chat_template = own
-        policy._check_form(chat, recipe)
+        _check_form(chat, recipe)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # of no use for training, so nothing to compare
-    policy._check_form(chat, recipe)
+    _check_form(chat, recipe)
     tokenizer.chat_template = "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.jinja
     with pytest.raises(ValueError, match="data was prepared with another template than model was taught.*\n.*\n.*\n.*Be brief"):
-        policy._check_form(chat, recipe)
+        _check_form(chat, recipe)
 
 
 @pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])
@@ -173,7 +183,7 @@ def test_damaged_data_is_refused(tiny, tmp_path, damage):
         change = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}[damage]
         (folder / "manifest.json").write_text(json.dumps(manifest | change))
     with pytest.raises(ValueError, match=str(folder)) as error:
-        data.load(str(folder), "sft", "THE COMMAND")
+        load_prepared(str(folder), "sft", "THE COMMAND")
     assert "THE COMMAND" in str(error.value)
 
 
@@ -230,7 +240,7 @@ def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tm
 def test_a_ds_config_that_says_too_much_is_refused(tmp_path, text, message):
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match=".*") as error:
-        engine.read_ds_config(str(tmp_path / "ds.json"))
+        read_ds_config(str(tmp_path / "ds.json"))
     assert message in str(error.value)
 
 
@@ -238,39 +248,39 @@ def test_every_shipped_ds_config_is_accepted():
     shipped = sorted((ROOT / "ds_configs").glob("*.json"))
     assert len(shipped) >= 6
     for path in shipped:
-        engine.read_ds_config(str(path))
+        read_ds_config(str(path))
 
 
 def test_a_node_of_zeropp_divides_the_ranks(monkeypatch):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {"ds_config": "ds_configs/zeropp.json"})
-    section = engine.read_ds_config(recipe.ds_config)
+    section = read_ds_config(recipe.ds_config)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    engine.merge(recipe, section)
+    merge_config(recipe, section)
     monkeypatch.setenv("WORLD_SIZE", "12")
     with pytest.raises(ValueError, match="zeropp.json: zero_hpz_partition_size 8, the GPUs of a node, does not divide the 12 of this run"):
-        engine.merge(recipe, section)
+        merge_config(recipe, section)
 
 
 def test_activation_checkpointing_has_one_owner():
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
     section = {"activation_checkpointing": {"partition_activations": True}}
     with pytest.raises(ValueError, match="the recipe says activation_checkpointing: none"):
-        engine.merge(build_recipe(SFTRecipe, values, {}), section)
+        merge_config(build_recipe(SFTRecipe, values, {}), section)
     for mode in ("selective", "offload"):
         with pytest.raises(ValueError, match=f"activation_checkpointing: {mode}. Set it to full, the only one"):
-            engine.merge(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), section)
+            merge_config(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), section)
     with pytest.raises(ValueError, match="compile does nothing within DeepSpeed's activation checkpointing"):
-        engine.checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": "full", "compile": True}), section)
+        checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": "full", "compile": True}), section)
     for mode, config in (("offload", {}), ("full", {"activation_checkpointing": {"cpu_checkpointing": True}})):
         with pytest.raises(ValueError, match="moves activations from a GPU to the CPU; here the model is on the CPU. Use full"):
-            engine.checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
+            checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
 
 
 def test_more_gpus_than_there_are():
-    engine.check_devices(2, 2)
+    check_devices(2, 2)
     with pytest.raises(ValueError, match="asks for 9 GPUs on this machine, 8 are visible; use --num_gpus 8"):
-        engine.check_devices(9, 8)
+        check_devices(9, 8)
 
 
 @pytest.mark.slow

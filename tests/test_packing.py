@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from posttrain import attention, data
-from posttrain.objectives import answer_sums
-from posttrain.policy import Policy, build_policy
+from posttrain.data.packing import RowBuilder, Segment, pack
+from posttrain.data.prepared import load_prepared
+from posttrain.model.policy import Policy, build_policy
+from posttrain.objectives.answers import answer_sums
+from posttrain.operators.attention_segments import SEGMENTS, _attend_anywhere, attend_on_cpu, attend_segments, groups_of
 
 
 def plain_logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -24,9 +26,9 @@ def load(tiny):
 
 
 def test_a_packed_sft_batch_equals_transformers(tiny):
-    split = data.load(tiny.sft, "sft", "").train
+    split = load_prepared(tiny.sft, "sft", "").train
     indices = [3, 0, 11, 7]
-    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
     expected = []
     for index in indices:
         row = split.table[index]
@@ -45,9 +47,9 @@ def test_a_packed_sft_batch_equals_transformers(tiny):
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
-    split = data.load(tiny.dpo, "dpo", "", share_prompt).train
+    split = load_prepared(tiny.dpo, "dpo", "", share_prompt).train
     indices = [5, 2, 9]
-    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
     rows = [split.table[index] for index in indices]
     chosen = torch.stack([plain_logps(plain, row["prompt"], row["chosen"]) for row in rows])
     rejected = torch.stack([plain_logps(plain, row["prompt"], row["rejected"]) for row in rows])
@@ -64,7 +66,7 @@ def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
 
 def test_grouped_attention_equals_one_call_per_segment():
     """Lengths of several size classes, with and without shared prefixes, grouped query heads: values and gradients."""
-    S = attention.Segment
+    S = Segment
     segments = [S(0, 40), S(40, 45, 0, 33), S(45, 47, 0, 33), S(47, 118), S(118, 158, 47, 100), S(158, 159), S(159, 202, 158, 159)]
     torch.manual_seed(0)
     shapes = ((1, 4, 202, 8), (1, 2, 202, 8), (1, 2, 202, 8))
@@ -78,21 +80,21 @@ def test_grouped_attention_equals_one_call_per_segment():
         unseen = torch.ones(s.end - s.start, len(rows)).triu(s.prefix_end - s.prefix_start + 1).bool()
         expected.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values)
     expected = torch.cat(expected, dim=1).transpose(0, 1)[None]
-    packing = attention.pack(segments)
-    assert len(attention.groups_of(packing.segments, query.dtype, query.device)[0]) < len(segments)
+    packing = pack(segments)
+    assert len(groups_of(packing.segments, query.dtype, query.device)[0]) < len(segments)
     weights = torch.randn_like(expected)
     right = torch.autograd.grad((expected * weights).sum(), (query, key, value))
     for actual in (
-        attention.attend_segments(None, query, key, value, None, 0.3, packing)[0],
-        attention._attend_anywhere(query, key, value, packing.segments, 0.3, 0.0),
+        attend_segments(None, query, key, value, None, 0.3, packing)[0],
+        _attend_anywhere(query, key, value, packing.segments, 0.3, 0.0),
     ):
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(torch.autograd.grad((actual * weights).sum(), (query, key, value)), right)
-    torch.library.opcheck(attention.attend_on_cpu, (query, key, value, packing.segments, 0.3))
+    torch.library.opcheck(attend_on_cpu, (query, key, value, packing.segments, 0.3))
 
 
 def test_one_token_answers_and_a_long_prompt():
-    builder = data.RowBuilder()
+    builder = RowBuilder()
     builder.add_pair(list(range(20)), [1], [2], share_prompt=True)
     batch = builder.build()
     assert batch.rows.tolist() == [19, 19]  # both are predicted by the prompt's last token
@@ -112,9 +114,9 @@ ODD_PAIRS = {
 @pytest.mark.parametrize("sizes", ODD_PAIRS.values(), ids=ODD_PAIRS.keys())
 def test_odd_pairs_equal_transformers(tiny, sizes, share_prompt):
     torch.manual_seed(0)
-    plain, packed = load(tiny), Policy(load(tiny), attention.SEGMENTS)
+    plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
     pairs = [[torch.randint(plain.config.vocab_size, (size,)).tolist() for size in pair] for pair in sizes]
-    builder = data.RowBuilder()
+    builder = RowBuilder()
     for pair in pairs:
         builder.add_pair(*pair, share_prompt)
     batch = builder.build()
@@ -128,8 +130,8 @@ def test_odd_pairs_equal_transformers(tiny, sizes, share_prompt):
 
 
 def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny):
-    policy = Policy(load(tiny), attention.SEGMENTS)
-    batch = data.load(tiny.sft, "sft", "").train.micro_batch(np.zeros(0, np.int64))
+    policy = Policy(load(tiny), SEGMENTS)
+    batch = load_prepared(tiny.sft, "sft", "").train.micro_batch(np.zeros(0, np.int64))
     assert batch.num_answers == 0
     policy(batch).sum().backward()
     assert gradients(policy).abs().max() == 0
@@ -138,14 +140,10 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny):
 def test_known_architectures_prove_themselves_and_others_must(tiny):
     small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    build_policy(load(tiny), attention.SEGMENTS, checks=True)
-    build_policy(
-        MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=None)).eval(), attention.SEGMENTS, checks=True
-    )
+    build_policy(load(tiny), SEGMENTS, checks=True)
+    build_policy(MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=None)).eval(), SEGMENTS, checks=True)
     with pytest.raises(ValueError, match="MistralForCausalLM uses a sliding window of 8 tokens"):
-        build_policy(
-            MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=8)).eval(), attention.SEGMENTS, checks=True
-        )
+        build_policy(MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=8)).eval(), SEGMENTS, checks=True)
     gemma = Gemma2Config(**small, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2, final_logit_softcapping=0.5)
     with pytest.raises(ValueError, match="Gemma2ForCausalLM: the packed forward pass differs .* known to work"):
-        build_policy(Gemma2ForCausalLM(gemma).eval(), attention.SEGMENTS, checks=False)
+        build_policy(Gemma2ForCausalLM(gemma).eval(), SEGMENTS, checks=False)

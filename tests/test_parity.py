@@ -17,11 +17,15 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from posttrain import attention, batches, data
-from posttrain.config import DPORecipe, build_recipe
-from posttrain.losses import LOSSES, PairLogps
-from posttrain.objectives import DPO, SFT
-from posttrain.policy import Policy
+from posttrain.data import batches
+from posttrain.data.prepared import load_prepared
+from posttrain.model.policy import Policy
+from posttrain.objectives.likelihood import SFT
+from posttrain.objectives.losses import LOSSES, PairLogps
+from posttrain.objectives.preference import DPO
+from posttrain.operators.attention_segments import SEGMENTS
+from posttrain.recipes.keys import DPORecipe
+from posttrain.recipes.reading import build_recipe
 
 BATCH, STEPS, SEED, RATE, CLIP = 8, 5, 1337, 1e-3, 0.5
 TRL_NAMES = {name: name for name in LOSSES if name not in ("ipo_sum", "simpo", "orpo")} | {"ipo_mean": "ipo"}
@@ -71,14 +75,14 @@ def planned(split, *columns: str) -> Dataset:
 
 
 def sft_trainer(tiny, folder, model):
-    rows = planned(data.load(tiny.sft, "sft", "").train, "input_ids=input_ids", "labels=labels")
+    rows = planned(load_prepared(tiny.sft, "sft", "").train, "input_ids=input_ids", "labels=labels")
     arguments = trl_arguments(trl.SFTConfig, folder)
     return in_order(trl.SFTTrainer)(model=model, args=arguments, train_dataset=rows, processing_class=tiny.tokenizer)
 
 
 def dpo_trainer(tiny, folder, model, reference, **options):
     columns = ("prompt=prompt_ids", "chosen=chosen_ids", "rejected=rejected_ids")
-    rows = planned(data.load(tiny.dpo, "dpo", "").train, *columns)
+    rows = planned(load_prepared(tiny.dpo, "dpo", "").train, *columns)
     arguments = trl_arguments(trl.DPOConfig, folder, **options)
     trainer = in_order(trl.DPOTrainer)
     return trainer(model=model, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tiny.tokenizer)
@@ -101,7 +105,7 @@ def ours(objective, split) -> tuple[float, torch.Tensor]:
 
 
 def policy_and_reference(tiny) -> list[Policy]:
-    return [Policy(load(tiny.base, shaken=shaken), attention.SEGMENTS) for shaken in (0.01, 0.0)]
+    return [Policy(load(tiny.base, shaken=shaken), SEGMENTS) for shaken in (0.01, 0.0)]
 
 
 def dpo_recipe(**options) -> DPORecipe:
@@ -122,7 +126,7 @@ def test_sft_equals_transformers_and_cross_entropy_on_a_padded_batch(tiny, tmp_p
     batch = first_batch(sft_trainer(tiny, tmp_path, plain))
     outputs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
     outputs.loss.backward()
-    mine = ours(SFT(Policy(load(tiny.base), attention.SEGMENTS)), data.load(tiny.sft, "sft", "").train)
+    mine = ours(SFT(Policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
     assert_same(mine, (outputs.loss.item(), gradients(plain)))
     expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert mine[0] == pytest.approx(expected.item(), rel=1e-5)
@@ -134,7 +138,7 @@ def test_sft_equals_trl(tiny, tmp_path):
     batch = first_batch(trainer)
     loss = trainer.compute_loss(model, dict(batch))
     loss.backward()
-    mine = ours(SFT(Policy(load(tiny.base), attention.SEGMENTS)), data.load(tiny.sft, "sft", "").train)
+    mine = ours(SFT(Policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
     assert_same(mine, (loss.item(), gradients(model)))
 
 
@@ -159,7 +163,7 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
     value = trainer.compute_loss(model, first_batch(trainer))
     value.backward()
     recipe = dpo_recipe(loss=loss, beta=beta, **options)
-    split = data.load(tiny.dpo, "dpo", "", recipe.share_prompt).train
+    split = load_prepared(tiny.dpo, "dpo", "", recipe.share_prompt).train
     objective = DPO(*policy_and_reference(tiny), recipe)
     mine = ours(objective, split)
     assert_same(mine, (value.item(), gradients(model)))
@@ -180,7 +184,7 @@ def test_trl_1_16_ignores_label_smoothing_in_its_sigmoid_loss(tiny, tmp_path):
     for smoothing in (0.0, 0.2):
         trainer = dpo_trainer(tiny, tmp_path, model, load(tiny.base), beta=0.3, label_smoothing=smoothing)
         objective = DPO(*policy_and_reference(tiny), dpo_recipe(beta=0.3, label_smoothing=smoothing))
-        mine, _ = ours(objective, data.load(tiny.dpo, "dpo", "").train)
+        mine, _ = ours(objective, load_prepared(tiny.dpo, "dpo", "").train)
         values[smoothing] = trainer.compute_loss(model, first_batch(trainer)).item(), mine
     assert values[0.2][0] == values[0.0][0] == pytest.approx(values[0.0][1], rel=1e-5)
     assert values[0.2][1] != pytest.approx(values[0.0][1], rel=1e-3)
@@ -191,7 +195,7 @@ def test_trl_1_16_averages_ipo_over_tokens(tiny, tmp_path):
     model = load(tiny.base, shaken=0.01)
     trainer = dpo_trainer(tiny, tmp_path, model, load(tiny.base), beta=0.3, loss_type=["ipo"])
     theirs = trainer.compute_loss(model, first_batch(trainer)).item()
-    split = data.load(tiny.dpo, "dpo", "").train
+    split = load_prepared(tiny.dpo, "dpo", "").train
     for name in ("ipo_sum", "ipo_mean"):
         mine, _ = ours(DPO(*policy_and_reference(tiny), dpo_recipe(loss=name, beta=0.3)), split)
         assert (mine == pytest.approx(theirs, rel=1e-5)) == (name == "ipo_mean")

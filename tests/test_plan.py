@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
-from posttrain.data import IGNORE, RowBuilder
-from posttrain.memory import Zero, count_working, predict
+from posttrain.data.chat import IGNORE
+from posttrain.data.packing import RowBuilder
+from posttrain.planning.activations import count_working
+from posttrain.planning.memory import Zero, predict
 
 RESULTS = ROOT / "benchmarks" / "results"
 BF16 = torch.bfloat16

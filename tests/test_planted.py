@@ -13,9 +13,10 @@ from test_templates import LLAMA, byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.prepare import prepare
-from posttrain import batches, data
-from posttrain.checks import CODE, PACKAGES
-from posttrain.config import SFTRecipe
+from posttrain.data import batches
+from posttrain.data.prepared import load_prepared
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.training.inputs import CODE, PACKAGES
 
 pytestmark = pytest.mark.slow
 
@@ -159,7 +160,7 @@ OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "
 @pytest.mark.parametrize(("ds_config", "dtype"), [("zero2_offloaded", "bfloat16"), ("zero3", "float32")])
 def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     """planted.py compares weights and optimizer before and after a refused step, bit for bit."""
-    train = data.load(tiny.sft, "sft", "").train
+    train = load_prepared(tiny.sft, "sft", "").train
     culprit = int(batches.step_examples(len(train), 8, 1337, 3)[5])
     ids = ",".join(map(str, train.table[culprit]["input_ids"]))
     (tmp_path / "zero2_offloaded.json").write_text(json.dumps(OFFLOADED))
@@ -189,7 +190,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
 
 def test_a_pair_with_a_nan_is_not_applied(tiny, tmp_path):
     """With the reference beside: looking for the culprit, too, gathers its weights on all ranks."""
-    train = data.load(tiny.dpo, "dpo", "").train
+    train = load_prepared(tiny.dpo, "dpo", "").train
     culprit = int(min(batches.step_examples(len(train), 8, 1337, 2), key=lambda index: train.lengths[index]))  # not in the largest batch
     ids = ",".join(map(str, train.table[culprit]["prompt"] + train.table[culprit]["chosen"]))
     settings = ["--max_iters=3", "--eval_interval=1", "--ds_config=ds_configs/zero1.json", "--max_tokens_per_gpu=120"]

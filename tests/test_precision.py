@@ -10,9 +10,9 @@ from conftest import launch, metrics
 from safetensors.torch import load_file
 from test_planted import dpo_arguments
 
-from posttrain.checks import SAME_PRECOMPUTED
-from posttrain.data import RowBuilder
-from posttrain.objectives import answer_sums
+from posttrain.data.packing import RowBuilder
+from posttrain.objectives.answers import answer_sums
+from posttrain.training.start_checks import SAME_PRECOMPUTED
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20

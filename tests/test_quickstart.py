@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "launch" / "quickstart"))
 import measure
 import world
 
-from posttrain.config import DPORecipe, SFTRecipe, load_recipe
+from posttrain.recipes.keys import DPORecipe, SFTRecipe
+from posttrain.recipes.reading import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

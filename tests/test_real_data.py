@@ -9,8 +9,8 @@ from data_prep.files import file_rows, find_files
 from data_prep.prepare import prepare
 from data_prep.preview import preview
 from data_prep.sources import Refused, conversations
-from posttrain.chat import ChatFormat, render
-from posttrain.tokenization import load_tokenizer
+from posttrain.data.chat import ChatFormat, render
+from posttrain.data.tokenization import load_tokenizer
 
 SFT = (
     *("rasbt_instruction_and_preference/instruction-data.json", "llamafactory_demo/alpaca_en_demo.json", "llamafactory_demo/identity.json"),

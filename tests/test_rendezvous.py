@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import free_port
 
-from posttrain import rendezvous
+from posttrain.parallel import rendezvous
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(1, 2), (1, 4), (2, 4)])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from posttrain import charts
+from posttrain.run import charts
 
 STEPS = 60
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, last_of_each, launch, launch_command, launch_script, metrics, rank_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import chat
+from posttrain.data import chat
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -88,11 +88,11 @@ def test_tensorboard_holds_the_same_numbers(sft_run):
 
 def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sft_run, tiny):
     """The exported weights give, by transformers' own forward pass, the loss that the run measured last."""
-    from posttrain import data
+    from posttrain.data.prepared import load_prepared
 
     model = AutoModelForCausalLM.from_pretrained(sft_run[0] / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sft_run[0] / "final")
-    rows = data.load(tiny.sft, "sft", "").validation.table
+    rows = load_prepared(tiny.sft, "sft", "").validation.table
     nll = tokens = 0
     for row in rows:
         loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss

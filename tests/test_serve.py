@@ -19,9 +19,10 @@ import torch
 from served import request, served, wait_for
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from posttrain import assistant, serve
-from posttrain.chat import render_prompt
-from posttrain.ckpt_pt import save_ckpt_pt
+from posttrain import serve
+from posttrain.data.chat import render_prompt
+from posttrain.model import assistant
+from posttrain.model.ckpt_pt import save_ckpt_pt
 from posttrain.serving.vllm_batching import is_installed
 
 ASK = [{"role": "user", "content": "repeat 3 pa"}]

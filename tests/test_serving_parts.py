@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from posttrain import assistant, serve
+from posttrain import serve
+from posttrain.model import assistant
 from posttrain.serving.app import Events
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream

@@ -12,9 +12,11 @@ import pytest
 from conftest import ROOT, last_of_each, launch_command, metrics, rank_environment, start_run
 from test_runs import sft_arguments
 
-from posttrain import run
-from posttrain.config import SFTRecipe, build_recipe
-from posttrain.stopping import STARTED, StopRequest
+from posttrain.parallel.stopping import STARTED, StopRequest
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import build_recipe
+from posttrain.run.directory import Run
+from posttrain.run.resume import already_finished, resolve
 
 SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
 LEAST = {"checkpoint_path": "x", "sft_data_dir": "y", "out_dir": "z", "epochs": 1, "batch_size": 1}
@@ -171,29 +173,29 @@ def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"--extend makes a run longer, and .*run is not a run: leave --extend out, or name the run's --out_dir"
     ):
-        run.resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
 
 
 def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
     """final/ is there, of the shorter run, while the longer one is under way."""
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run")}
     short = build_recipe(SFTRecipe, values, {})
-    begun = run.Run(short, "sft", 0, {})
+    begun = Run(short, "sft", 0, {})
     start_run(begun, 1, 6)
     (tmp_path / "run" / "final").mkdir()
     begun.finished()
     begun.close()
-    assert run.already_finished(run.resolve(short, "sft", 1), 0)
+    assert already_finished(resolve(short, "sft", 1), 0)
     with pytest.raises(ValueError, match=r"the learning rate of .* is 0 after step 6: give --lr_decay_iters"):
-        run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), "sft", 1)
     for _ in range(2):  # the first start of the longer run is interrupted
-        longer = run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
-        assert not run.already_finished(longer, 0)
-        again = run.Run(longer, "sft", 0, {})
+        longer = resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
+        assert not already_finished(longer, 0)
+        again = Run(longer, "sft", 0, {})
         start_run(again, 7, 9)
         again.close()
     again.finished()
-    assert run.already_finished(run.resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)
+    assert already_finished(resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)
 
 
 def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.examples import APART
 from data_prep.prepare import prepare
-from posttrain.chat import IGNORE, ChatFormat, Refused, encode_parts, prove, render, render_prompt, trained_spans
-from posttrain.tokenization import fingerprint, load_tokenizer
+from posttrain.data.chat import IGNORE, ChatFormat, Refused, encode_parts, prove, render, render_prompt, trained_spans
+from posttrain.data.tokenization import fingerprint, load_tokenizer
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"

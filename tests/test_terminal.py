@@ -17,7 +17,7 @@ from conftest import ROOT, launch, launch_command, rank_environment
 from rich.console import Console
 from test_runs import sft_arguments
 
-from posttrain import terminal
+from posttrain.common import terminal
 
 PARTS = ["loss 1.2345", "margin 0.123", "accuracy 0.75", "lr 2.00e-05", "312 ms", "52,341 tokens/s", "71.2 GB"]
 

@@ -10,8 +10,8 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from posttrain.chat import IM_END, IM_START, ChatFormat, encode_text, render, text_prefix
-from posttrain.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
+from posttrain.data.chat import IM_END, IM_START, ChatFormat, encode_text, render, text_prefix
+from posttrain.data.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
 
 WORDS = ["the", "little", "girl", "Lily", "went", "to", "a", "big", "park", "and", "saw", "one", "red", "ball", "many", "there"]
 WORDS += ["other", "named", "aaaa", "----", "<s>", "<|im_start|>"]

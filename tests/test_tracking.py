@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from test_runs import sft_arguments
 
-from posttrain import tracking
+from posttrain.run import trackers
 
 
 def events_of(folder) -> EventAccumulator:
@@ -21,7 +21,7 @@ def events_of(folder) -> EventAccumulator:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_tensorboard_has_a_layout_and_what_a_sweep_compares(tmp_path, kind):
-    tracker = tracking.TensorBoard(tmp_path, kind, {"learning_rate": 1e-3, "decay_lr": True, "loss": "sigmoid"}, 1)
+    tracker = trackers.TensorBoard(tmp_path, kind, {"learning_rate": 1e-3, "decay_lr": True, "loss": "sigmoid"}, 1)
     tracker.histograms({"eval/x": np.array([1.0, 2, 2])}, 4)
     tracker.close()
     events = events_of(tmp_path)
@@ -43,16 +43,16 @@ def test_a_ledger_reads_as_a_table():
     manifest = {"counts": {"train": 9000, "validation": 12}, "rows": 9100, "sources": ["a.jsonl"], "notes": ["mind the gap"]}
     manifest |= {"tokens": {"per_epoch": 10**6, "trained_per_epoch": 10**5}, "changes": {"cut": 3}}
     manifest["ledger"] = {"too long": {"rows": 88, "first": "a.jsonl:5"}}
-    text = tracking.ledger(manifest)
+    text = trackers.ledger(manifest)
     assert text.startswith("9,000 rows for training and 12 for validation of 9,100 read from a.jsonl")
     assert "\n| 88 | too long | a.jsonl:5 |\n| 3 | changed: cut | |\n" in text
     assert text.endswith("- mind the gap")
-    assert "|" not in tracking.ledger(manifest | {"ledger": {}, "changes": {}})  # no table of nothing
+    assert "|" not in trackers.ledger(manifest | {"ledger": {}, "changes": {}})  # no table of nothing
 
 
 def test_a_models_text_is_shown_and_not_obeyed():
-    assert tracking.as_cell("a|b\n**c** <i>") == "a&#124;b<br>&#42;&#42;c&#42;&#42; &#60;i&#62;"
-    assert tracking.as_cell("") == "(nothing)"
+    assert trackers.as_cell("a|b\n**c** <i>") == "a&#124;b<br>&#42;&#42;c&#42;&#42; &#60;i&#62;"
+    assert trackers.as_cell("") == "(nothing)"
 
 
 def entries(data: bytes) -> Iterator[bytes]:

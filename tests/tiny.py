@@ -10,7 +10,7 @@ def train_tokenizer(folder: Path, vocab_size: int):
     """Train a SentencePiece BPE on FOLDER/text.txt, into FOLDER/tokenizer.model; returns it as the project loads it."""
     import sentencepiece
 
-    from posttrain.tokenization import load_tokenizer
+    from posttrain.data.tokenization import load_tokenizer
 
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
@@ -34,7 +34,7 @@ def make_tiny(folder: Path) -> SimpleNamespace:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from data_prep.prepare import prepare
-    from posttrain.chat import ChatFormat
+    from posttrain.data.chat import ChatFormat
 
     draw = random.Random(0)
     words = ["".join(draw.choice("ptkmnlr") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(60)]
@@ -73,29 +73,35 @@ def build_training(tiny: str, kind: str, settings: dict):
     """A Training on the tiny world, as the scripts build it, in this process: several may follow each other. All ranks."""
     import torch
 
-    from posttrain import data, reference
-    from posttrain import engine as engines
-    from posttrain.config import DPORecipe, SFTRecipe, build_recipe
-    from posttrain.objectives import DPO, SFT
-    from posttrain.policy import load_chat, load_policy
-    from posttrain.step import Training
+    from posttrain.data.prepared import load_prepared
+    from posttrain.engine.build import build_engine, build_reference
+    from posttrain.engine.ds_config import checkpoint_function, read_ds_config
+    from posttrain.engine.start import start_distributed
+    from posttrain.model.policy import load_policy
+    from posttrain.objectives.likelihood import SFT
+    from posttrain.objectives.preference import DPO
+    from posttrain.recipes.keys import DPORecipe, SFTRecipe
+    from posttrain.recipes.reading import build_recipe
+    from posttrain.training import reference
+    from posttrain.training.inputs import load_chat
+    from posttrain.training.step import Training
 
     torch._dynamo.reset()  # else the layers of one after another, which share their code, would reach the limit of recompilations
     names = ("checkpoint_path", "sft_data_dir") if kind == "sft" else ("sft_checkpoint_path", "dpo_data_dir")
     paths = {names[0]: f"{tiny}/base", names[1]: f"{tiny}/{kind}"}
     recipe = build_recipe(SFTRecipe if kind == "sft" else DPORecipe, {**settings, **paths}, {})
-    ds_config = engines.read_ds_config(recipe.ds_config)
-    prepared = data.load(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
+    ds_config = read_ds_config(recipe.ds_config)
+    prepared = load_prepared(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
     chat = load_chat(recipe, prepared.manifest)
-    device = engines.start_distributed()
+    device = start_distributed()
 
     def frozen():
-        return engines.build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
+        return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
 
     how = getattr(recipe, "reference", None)
     beside = frozen() if how == "beside" else None
-    policy, _ = load_policy(recipe, chat.tokenizer, device, engines.checkpoint_function(recipe, ds_config))
+    policy, _ = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
     if how == "precompute":
         reference.attach(recipe, prepared, policy.fingerprint, device, frozen)
-    engine = engines.build_engine(policy, recipe, ds_config)
+    engine = build_engine(policy, recipe, ds_config)
     return Training(recipe, engine, prepared, SFT(engine) if kind == "sft" else DPO(engine, beside, recipe))

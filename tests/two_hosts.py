@@ -192,11 +192,11 @@ def a_first_host_that_was_not_started(world: World) -> None:
 
 
 def a_host_with_other_code(world: World) -> None:
-    b, code = world.hosts.hosts[1], ROOT / "posttrain" / "batches.py"
+    b, code = world.hosts.hosts[1], ROOT / "posttrain" / "data" / "batches.py"
     (world.folder / "batches.py").write_text(code.read_text() + "\n# changed\n")
     b.shell(f"mount --bind {world.folder}/batches.py {code}")
     expected = "error: ranks [1] (on node-b) hold another code, recipe or prepared data than rank 0 (on node-a): 1 of"
-    refused(world, re.escape(expected), "first code: posttrain/batches.py", HOSTFILE=world.hostfile(1))
+    refused(world, re.escape(expected), "first code: posttrain/data/batches.py", HOSTFILE=world.hostfile(1))
     b.shell(f"umount {code}")
 
 
@@ -282,7 +282,7 @@ def the_doctor_finds_nothing_and_changes_nothing(world: World) -> None:
 def the_doctor_names_what_is_wrong(world: World) -> None:
     """Many at once, on two hosts and a third that does not exist; then a wrong interface, which the ranks run into."""
     a, b = world.hosts.hosts
-    (code,), (package,) = (ROOT / "posttrain").glob("batches.py"), Path(sys.prefix).glob("lib/python*/site-packages/numpy-*/METADATA")
+    (code,), (package,) = (ROOT / "posttrain" / "data").glob("batches.py"), Path(sys.prefix).glob("lib/python*/site-packages/numpy-*/METADATA")
     data = next(path for path in sorted(Path(world.tiny.sft).rglob("*")) if path.is_file())
     for path in (code, package, data):
         changed = world.folder / f"changed_{path.name}"
@@ -302,7 +302,7 @@ def the_doctor_names_what_is_wrong(world: World) -> None:
     assert exit_code == 1
     for text in (
         "node-c: cannot be reached by ssh",
-        "node-b: code: posttrain/batches.py is ",
+        "node-b: code: posttrain/data/batches.py is ",
         "node-b: packages: numpy is 9.",
         f"node-b: data: {data.relative_to(world.tiny.sft)} is ",
         f"node-b: 2 MB are free in {world.folder}/runs (out_dir)",

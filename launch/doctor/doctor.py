@@ -20,8 +20,9 @@ from judge import Host, Problem, interfaces, same_on_all, what_is_wrong  # noqa:
 from multinode import Answer, address_of, ask_all, environment_number, meeting_point, passed_on, read_hostfile  # noqa: E402
 from supervise import MISTAKE  # noqa: E402
 
-from posttrain.config import Recipe, load_recipe_of_either_kind  # noqa: E402
-from posttrain.hub import is_hub_name  # noqa: E402
+from posttrain.common.hub import is_hub_name  # noqa: E402
+from posttrain.recipes.keys import Recipe  # noqa: E402
+from posttrain.recipes.reading import load_recipe_of_either_kind  # noqa: E402
 
 HERE = Path(__file__).parent
 LOOKING, SENDING = 300, 3600  # seconds that a host may take; ranks without progress end by themselves

@@ -65,7 +65,7 @@ def _hash(file: Path) -> str:
 
 
 def _listing(path: Path) -> dict[str, str] | None:
-    """Its files but what rank 0 alone writes and reads there (posttrain/reference.py); of a file itself; None where there is none."""
+    """Its files but what rank 0 alone writes and reads there (posttrain/training/reference.py); of a file itself; None where there is none."""
     if not path.is_absolute():
         from huggingface_hub import try_to_load_from_cache
 

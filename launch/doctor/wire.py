@@ -17,7 +17,8 @@ import torch
 from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from posttrain import ranks, terminal, watchdog
+from posttrain.common import terminal
+from posttrain.parallel import ranks, watchdog
 
 SMALLEST, LARGEST = 2**10, 2**30  # bytes
 LONG = 0.3  # seconds; an all-reduce that takes longer is the last

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 from world import ADMISSIONS, ANSWERS, CURT, GAMES_ASKED, POLITE, QUESTIONS, SYLLABLES
 
-from posttrain.tokenization import load_tokenizer
+from posttrain.data.tokenization import load_tokenizer
 
 SEED = 1
 # 256 pieces are bytes (any text survives). The rest is just enough for single letters, syllables and the commonest words: with

@@ -18,9 +18,9 @@ import transformers
 import world  # beside this script, which puts its own folder on the path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import charts
-from posttrain.chat import ChatFormat, render_prompt
+from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.evaluation.compare import Rate, wilson
+from posttrain.run import charts
 
 MODELS = ("base", "sft", "dpo")
 MEANING = {

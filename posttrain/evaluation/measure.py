@@ -7,8 +7,8 @@ from typing import NamedTuple
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from posttrain.assistant import Assistant
 from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name
+from posttrain.model.assistant import Assistant
 
 
 class Item(NamedTuple):

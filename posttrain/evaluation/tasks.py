@@ -14,8 +14,8 @@ import yaml
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from posttrain.errors import first_line
-from posttrain.records import read_lines
+from posttrain.common.errors import first_line
+from posttrain.common.files import read_lines
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"

@@ -14,14 +14,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from posttrain.assistant import Assistant
-from posttrain.chat import Refused, encode_text, render_prompt, text_prefix
+from posttrain.data.chat import Refused, encode_text, render_prompt, text_prefix
+from posttrain.model.assistant import Assistant
+from posttrain.serving.access import Walls, problem
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.schema import Asked, ChatAsked, CompletionAsked, Vote
 from posttrain.serving.text import TextStream
 from posttrain.serving.vllm_batching import VLLMBatcher
 from posttrain.serving.votes import Votes
-from posttrain.serving.walls import Walls, problem
 
 PAGE = Path(__file__).parent / "page"
 LAST_WORDS = 10.0  # seconds beyond the time limit, for a client to read what is said of it

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.logits_process import LogitsProcessorList
 
-from posttrain.assistant import Assistant
+from posttrain.model.assistant import Assistant
 from posttrain.serving.sampling import Sampling, choose
 
 PAGE = 64  # tokens of a page of the KV cache: what requests with the same beginning share is whole pages

@@ -12,8 +12,8 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 
-from posttrain.assistant import Assistant
-from posttrain.errors import first_line
+from posttrain.common.errors import first_line
+from posttrain.model.assistant import Assistant
 from posttrain.serving.batching import CPU_CACHE, EngineFailed
 from posttrain.serving.sampling import Sampling
 

@@ -1,0 +1,155 @@
+"""Prepared data: the folder that data_prep/ writes, and the packed micro-batches that the model sees.
+
+    DIR/manifest.json     what it is: kind, tokenizer and template identity, counts, ledger; written last, so its presence means complete
+    DIR/train, DIR/validation   Arrow tables, memory-mapped
+    DIR/tokenizer/        the tokenizer that made the ids
+    DIR/dropped.jsonl     every row that could not be used, and why; lengths.png draws the lengths
+
+SFT rows: input_ids, labels (IGNORE where not trained), num_trained. DPO rows: prompt, chosen, rejected. Both: source (where the row came
+from) and proof (a hash of the texts that its trained tokens must read as; `data_prep/preview.py --check` compares).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from posttrain.data.chat import IGNORE
+from posttrain.data.packing import MicroBatch, RowBuilder
+
+FORMAT = 2
+COLUMNS = {"sft": ("input_ids", "labels", "num_trained", "source"), "dpo": ("prompt", "chosen", "rejected", "source")}
+
+
+class Split:
+    """One memory-mapped table with the lengths that the plan needs."""
+
+    def __init__(self, path: Path, kind: str, share_prompt: bool):
+        self.table = datasets.load_from_disk(str(path))
+        self.kind, self.share_prompt = kind, share_prompt
+        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch; where they are kept:
+        self.reference_folder: Path | None = None
+        if kind == "sft":
+            self.lengths = self.positions = self.token_counts("input_ids")  # tokens of each example, as packed
+            self.trained = self.table.with_format("numpy")["num_trained"][:]
+        else:
+            prompt, chosen, rejected = (self.token_counts(name) for name in ("prompt", "chosen", "rejected"))
+            self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected
+            self.positions = prompt + np.maximum(chosen, rejected)
+            self.trained = chosen
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def micro_batch(self, indices) -> MicroBatch:
+        """The examples packed into one row, in the given order; without any, one token that nothing is trained on."""
+        builder = RowBuilder()
+        for index in indices:
+            example = self.table[int(index)]
+            if self.kind == "sft":
+                builder.add_sequence(example["input_ids"], example["labels"])
+            else:
+                builder.add_pair(example["prompt"], example["chosen"], example["rejected"], self.share_prompt)
+        if not builder.input_ids:
+            builder.add_sequence([0], [IGNORE])
+            builder.num_answers = 0
+        batch = builder.build()
+        if self.reference_sums is not None:
+            sums = self.reference_sums[np.asarray(indices, dtype=np.int64)]
+            batch = batch._replace(reference_sums=torch.from_numpy(sums).view(-1, 2))
+        return batch
+
+    @property
+    def answer_tokens(self) -> np.ndarray:
+        """Trained tokens of each example; of a pair the mean of both answers."""
+        return self.trained if self.kind == "sft" else (self.token_counts("chosen") + self.token_counts("rejected")) / 2
+
+    def token_counts(self, column: str) -> np.ndarray:
+        """Of a column of token ids, by example."""
+        return pc.list_value_length(self.table.data.column(column)).to_numpy().astype(np.int64)
+
+
+class PreparedData(NamedTuple):
+    train: Split
+    validation: Split
+    manifest: dict
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(int(split.lengths.max()) for split in (self.train, self.validation) if len(split))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data is prepared anew from other rows or in another way."""
+        digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
+        for split in (self.train, self.validation):
+            digest.update(split.positions.tobytes() + split.trained.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def read_manifest(directory: str, make: str = "python data_prep/prepare_sft.py or prepare_dpo.py") -> dict:
+    """The manifest of prepared data. Raises as `load` does."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        seen = manifest["format"], manifest["kind"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
+    if seen[0] != FORMAT or seen[1] not in COLUMNS:
+        raise ValueError(f"{path} holds format {seen[0]}, {seen[1]} data; this code reads format {FORMAT}. Make it again with\n    {make}")
+    return manifest
+
+
+def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
+    """The prepared data in `directory`.
+
+    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
+    """
+    manifest = read_manifest(directory, make)
+    path = Path(directory)
+    if manifest["kind"] != kind:
+        raise ValueError(f"{path} holds {manifest['kind']} data; this command needs {kind} data. Make it with\n    {make}")
+    for name, stored in manifest["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != stored["bytes"]:
+            raise ValueError(
+                f"{path} is damaged: {name} is not the file of {stored['bytes']:,} bytes that was prepared. Make it again with\n    {make}"
+            )
+    try:
+        splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
+    except (OSError, KeyError, json.JSONDecodeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
+    return PreparedData(*splits, manifest)
+
+
+def fingerprint_file(path: Path) -> dict:
+    """Size and hash of a file, as the manifest holds them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> Split:
+    if not count:
+        return _Empty()
+    split = Split(path / name, kind, share_prompt)
+    if len(split) != count or any(column not in split.table.column_names for column in COLUMNS[kind]):
+        raise KeyError(f"{name} has {len(split)} rows of {split.table.column_names}, the manifest says {count} of {COLUMNS[kind]}")
+    return split
+
+
+class _Empty:
+    """A split without rows (Arrow folders cannot be empty): nothing to validate on."""
+
+    lengths = positions = trained = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return 0

@@ -1,0 +1,238 @@
+"""Tokenizers: from a Hugging Face folder or hub name, or from a SentencePiece `.model` file, ready for the chat format.
+
+A tokenizer made from a `.model` file gives exactly the ids that SentencePiece gives for the same text; loading proves it on probe
+texts. Every tokenizer that leaves here has <|im_start|>, <|im_end|> and a padding token.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+
+import sentencepiece
+import torch
+import transformers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from posttrain.common import hub
+from posttrain.data.chat import IM_END, IM_START, encode_text
+
+EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
+SPACE = "▁"  # SentencePiece's visible space
+PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
+PROBES = (
+    *("", " ", "  ", "a", " a", "a ", "  a  b   c ", "Hello, world! It's 3.14.", "UPPER lower MiXed", "\n", "\n\n", "a\n\nb\n"),
+    *("\t", "a\tb", "\r\n", "a \n b", "▁", "▁▁a▁", "a▁ b", "1234567890", "aaaaaaaaaaaaa", "-------", "=" * 31, "        x"),
+    *("naïve café", "cafe\u0301", "日本語のテキスト", "한국어", "\u1112\u1161\u11ab", "Ελληνικά", "العربية", "\u200b", "🙂🙂"),
+    *("👩\u200d👧", "\u00a0x\u3000y", "\ufeffx", "\uff46\uff55\uff4c\uff4c\u3000x", "ﬁ ½ ™", "\x00", "<0x0A>", "<unk>", "<s>"),
+    *("Once upon a time, there was a little girl named Lily.", "def f(x):\n    return x  # ok\n", "https://example.org/?a=b&c=d"),
+)
+
+
+def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`: a Hugging Face folder or hub name (org/name), or a SentencePiece .model file.
+
+    For the template chatml it adds <|im_start|> and <|im_end|>, for any a padding token, where they are missing, so its vocabulary can
+    outgrow a model's embeddings (see grow_embeddings). Raises FileNotFoundError where nothing is found, ValueError for files that
+    cannot be used.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path) and TOKENIZER_FILES & set(os.listdir(path)) == {"tokenizer.model"}:
+        path = os.path.join(path, "tokenizer.model")  # a bare SentencePiece file beside a model
+    if os.path.isfile(path):
+        if not path.endswith(".model"):
+            raise ValueError(f"{path} is not a tokenizer; expected {EXPECTED}")
+        if template != "chatml":
+            raise ValueError(f"{path} is a bare SentencePiece model and has no chat template of its own; use chatml")
+        return _from_sentencepiece(path)
+    tokenizer = _from_folder(path) if os.path.isdir(path) else _from_hub(path)
+    if type(tokenizer) is transformers.SentencePieceBackend:
+        tokenizer.__class__ = SentencePieceBackend
+    return _with_chat_tokens(tokenizer, template)
+
+
+def fingerprint(tokenizer) -> str:
+    """Identity of a tokenizer, 16 hex digits: equal for a copy saved and loaded again, another if a text's ids may differ."""
+    rules = []
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or []
+    identity = {
+        "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
+        "merges": [rule.split(" ") if isinstance(rule, str) else rule for rule in rules],
+        "special": [sorted(tokenizer.all_special_ids), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+        "probes": [[encode_text(tokenizer, text), tokenizer(text)["input_ids"]] for text in (*PROBES, IM_START + "x" + IM_END)],
+    }
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def grow_embeddings(model, tokenizer) -> int:
+    """Give the model a row for every id of the tokenizer; returns the number of rows added (0 when there are enough).
+
+    A new row is the mean of the old ones, in the input embedding and in an untied head. Uses no random numbers; never shrinks.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = 1 + max(tokenizer.get_vocab().values())
+    if needed <= rows:
+        return 0
+    with torch.random.fork_rng(), torch.no_grad():  # the resize initialises new rows at random before they are set here
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for values in (module.weight, getattr(module, "bias", None)) if module is not None else ():
+                if values is not None:
+                    values[rows:] = values[:rows].float().mean(0).to(values.dtype)
+    return needed - rows
+
+
+class SentencePieceBackend(transformers.SentencePieceBackend):
+    """transformers' slow tokenizer with SentencePiece's own decoding; it is saved under the name of its base, and loads as that."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The base class strips the text and leaves byte pieces such as <0x0A> undecoded."""
+        text, run = "", []
+        for token in [*tokens, None]:
+            if token is not None and token not in self._added_tokens_encoder:
+                run.append(token)
+                continue
+            text += self.sp_model.decode(run) + (token or "")
+            run = []
+        return text
+
+
+def _from_folder(path: str) -> PreTrainedTokenizerBase:
+    seen = set(os.listdir(path))
+    if not seen & TOKENIZER_FILES:
+        advice = ""
+        if {"vocab.json", "merges.txt"} <= seen:
+            advice = "; vocab.json and merges.txt do not say how text is split: put the model's tokenizer_config.json beside them"
+        found = ", ".join(sorted(seen)[:12]) or "nothing"
+        raise ValueError(f"{path} holds no tokenizer; expected {EXPECTED}; found {found}{advice}")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    if not hub.is_hub_name(name):
+        raise FileNotFoundError(f"{name} does not exist; expected {EXPECTED}")
+    reachable = hub.is_reachable()
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=not reachable)
+    except (OSError, ValueError) as error:
+        where = "nor on the hub" if reachable else "nor in the hub's local cache, and the hub cannot be reached"
+        raise ValueError(f"{name} is not a folder here {where}; expected {EXPECTED}") from error
+
+
+def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
+    if template == "chatml":
+        special = [AddedToken(token, special=True, normalized=False) for token in (IM_START, IM_END)]
+        tokenizer.add_tokens(special, special_tokens=True)  # one that exists keeps its id
+    if tokenizer.pad_token_id is None:  # only batched generation pads; training never does
+        usable = ("<|endoftext|>", IM_END, tokenizer.eos_token)
+        tokenizer.pad_token = next((token for token in usable if token in tokenizer.get_vocab()), None)
+    return tokenizer
+
+
+def _from_sentencepiece(path: str) -> PreTrainedTokenizerBase:
+    try:
+        proto = sentencepiece_model_pb2.ModelProto()
+        with open(path, "rb") as file:
+            proto.ParseFromString(file.read())
+        sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except Exception as error:  # protobuf's DecodeError (not exported alike by its versions) or SentencePiece's RuntimeError
+        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+    marked = [piece.piece for piece in proto.pieces if piece.piece in (IM_START, IM_END) and piece.type == PIECE.USER_DEFINED]
+    if marked:
+        raise ValueError(
+            f"{path} has {', '.join(marked)} as user-defined symbols, so SentencePiece would turn text that spells them into chat "
+            "markers; train it without them (they are added here), or with --control_symbols"
+        )
+    control = [piece.piece for piece in proto.pieces if piece.type == PIECE.CONTROL]
+    kwargs = {
+        f"{name}_token": sp.id_to_piece(index)
+        for name, index in (("bos", sp.bos_id()), ("eos", sp.eos_id()), ("unk", sp.unk_id()), ("pad", sp.pad_id()))
+        if index >= 0
+    }
+    if reason := _why_not_fast(proto):
+        warnings.warn(f"{path} has {reason}, which only SentencePiece itself reproduces: using the slower tokenizer", stacklevel=3)
+        tokenizer = _slow(path, kwargs)
+    else:
+        tokenizer = _fast(proto, kwargs)
+    tokenizer.add_tokens([AddedToken(piece, special=True, normalized=False) for piece in control], special_tokens=True)
+    tokenizer = _with_chat_tokens(tokenizer, "chatml")
+    _prove(path, tokenizer, sp, [*kwargs.values(), *control, IM_START, IM_END])
+    return tokenizer
+
+
+def _prove(path: str, tokenizer, sp, special: list[str]) -> None:
+    """ValueError for the first probe whose ids are not SentencePiece's, or whose special-token spelling becomes that token."""
+    known = next((piece for piece in map(sp.id_to_piece, range(sp.get_piece_size())) if piece.isalpha()), "a")
+    for text in (*PROBES, *special, *(known + token + known for token in special)):
+        expected, seen = sp.encode(text), encode_text(tokenizer, text)
+        if seen != expected:
+            raise ValueError(f"{path} cannot be used: for the text {text!r} SentencePiece gives {expected}, transformers {seen}")
+
+
+def _why_not_fast(proto) -> str | None:
+    """What in a SentencePiece model the tokenizers library would not reproduce for every text, or None."""
+    scores = [piece.score for piece in proto.pieces if piece.type == PIECE.NORMAL and len(piece.piece) > 1]
+    characters = {piece.piece for piece in proto.pieces if piece.type == PIECE.NORMAL and len(piece.piece) == 1}
+    reasons = {
+        "a model type other than BPE": proto.trainer_spec.model_type != proto.trainer_spec.BPE,  # Unigram: ties, float32 sums
+        "a normalization table": bool(proto.normalizer_spec.precompiled_charsmap),  # applied to graphemes there, not prefixes
+        "spaces as suffixes": proto.trainer_spec.treat_whitespace_as_suffix,
+        "unescaped spaces": not proto.normalizer_spec.escape_whitespaces,
+        "user-defined symbols": any(piece.type == PIECE.USER_DEFINED for piece in proto.pieces),
+        "unused pieces": any(piece.type == PIECE.UNUSED for piece in proto.pieces),
+        "control pieces of one character": any(
+            piece.type in (PIECE.CONTROL, PIECE.UNKNOWN) and len(piece.piece) == 1 for piece in proto.pieces
+        ),
+        "pieces of equal score": len(set(scores)) < len(scores),
+        "pieces of unknown characters": any(
+            piece.type == PIECE.NORMAL and not characters.issuperset(piece.piece) for piece in proto.pieces
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _fast(proto, kwargs: dict) -> PreTrainedTokenizerBase:
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    byte_fallback, prefix = proto.trainer_spec.byte_fallback, proto.normalizer_spec.add_dummy_prefix
+    backend = Tokenizer(models.BPE(vocab, _merges(proto), unk_token=kwargs["unk_token"], fuse_unk=True, byte_fallback=byte_fallback))
+    steps = [normalizers.Replace(" ", SPACE)]
+    if proto.normalizer_spec.remove_extra_whitespaces:
+        steps = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), SPACE)]
+    if prefix:
+        steps.append(normalizers.Prepend(SPACE))  # adds nothing to an empty text, as SentencePiece does
+    if proto.normalizer_spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(SPACE + r"+\z"), ""))
+    backend.normalizer = normalizers.Sequence(steps)
+    strip = [decoders.Strip(content=" ", left=1, right=0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, add_bos_token="bos_token" in kwargs, clean_up_tokenization_spaces=False, **kwargs
+    )
+
+
+def _merges(proto) -> list[tuple[str, str]]:
+    """Every way to join two normal pieces into a third, best first: by the score of the piece they make, as SentencePiece does.
+
+    Ways to make the same piece tie there and are ordered here; a test over random vocabularies looks for a text that shows it.
+    """
+    pieces = sorted((piece for piece in proto.pieces if piece.type == PIECE.NORMAL), key=lambda piece: -piece.score)
+    normal = {piece.piece for piece in pieces}
+    rules = []
+    for text in (piece.piece for piece in pieces):
+        cuts = [cut for cut in range(1, len(text)) if text[:cut] in normal and text[cut:] in normal]
+        rules += [(text[:cut], text[cut:]) for cut in cuts]
+    return rules
+
+
+def _slow(path: str, kwargs: dict) -> PreTrainedTokenizerBase:
+    pattern = {"special_tokens_pattern": "bos"} if "bos_token" in kwargs else {}
+    tokenizer = SentencePieceBackend(vocab_file=path, clean_up_tokenization_spaces=False, **pattern, **kwargs)
+    tokenizer.init_kwargs.update(pattern)  # the base class drops it, and a saved copy would add no begin-of-text token
+    return tokenizer

@@ -1,0 +1,65 @@
+"""Reads a checkpoint's folder: is it one, is it whole, what does its manifest say."""
+
+import json
+import re
+from pathlib import Path
+
+import xxhash
+
+from posttrain.common import files
+
+NAME = re.compile(r"step_\d{6,}")
+FORMAT = 1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is named and laid out as one of a run's checkpoints."""
+    return bool(NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
+
+
+def model_description(path: Path) -> Path:
+    """The folder that describes the model of a run's checkpoint: RUN/model."""
+    return path.resolve().parent.parent / "model"
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint folder. Raises ValueError where it is missing, damaged, or names a file outside the folder."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        checksum = manifest.pop("checksum")
+    except OSError:
+        raise ValueError("it has no manifest.json") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError("manifest.json is not readable") from None
+    if checksum != manifest_checksum(manifest):
+        raise ValueError("manifest.json is not what was written")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, this code reads {FORMAT}")
+    for name in [*manifest["files"], *manifest["state"]["files"]]:
+        if name != Path(name).name or (path / name).is_symlink():
+            raise ValueError(f"manifest.json names {name!r}, which is not a file in this folder")
+    return manifest
+
+
+def file_problem(path: Path, name: str, facts: dict) -> str | None:
+    """What is wrong with a file of a checkpoint."""
+    if not (path / name).is_file():
+        return f"{name} is missing"
+    if (size := (path / name).stat().st_size) != facts["size"]:
+        return f"{name} has {size} bytes, {facts['size']} were written"
+    if files.file_facts(path / name) != facts:
+        return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Folders named as a whole checkpoint, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of) if folder.is_dir() else []
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def manifest_checksum(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

@@ -1,0 +1,297 @@
+"""Checkpoints to continue from, in checkpoints/step_000200/: DeepSpeed's files, every rank's random states, and manifest.json.
+
+A save copies the state to host memory and writes in the background. When all ranks have written, rank 0 writes the manifest (what the
+files are, their sizes and checksums, the step, where every parameter lies), flushes all to disk and renames the staging folder: a folder
+named step_* is whole. Only then does `latest` move and an older checkpoint go.
+"""
+
+import fcntl
+import json
+import math
+import random
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
+
+from posttrain.common.files import sync_folder, write_whole
+from posttrain.engine import shards
+from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
+from posttrain.engine.writer import BackgroundWriter
+from posttrain.parallel import watchdog
+from posttrain.parallel.ranks import gathered, on_rank_0
+from posttrain.training.spikes import StepGuard
+
+
+class Found(NamedTuple):
+    """A checkpoint that is whole."""
+
+    path: Path
+    facts: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run: `kept` newest ones, and the one with the lowest validation loss. All ranks call every method."""
+
+    def __init__(self, engine, folder: Path, kept: int, say: Callable[[str], None], facts: dict):
+        """`facts`: what every manifest repeats, so that a checkpoint can be understood alone."""
+        self.engine, self.folder, self.kept, self.say, self.facts = engine, folder, kept, say, facts
+        self.writer = engine.checkpoint_engine = BackgroundWriter()
+        self.pending: dict | None = None  # of the save that is being written
+
+    def save(self, step: int, guard: StepGuard, validation: float | None = None) -> None:
+        """Copy the state after optimizer step `step` and begin to write it; `finish`, before the next one, makes it count."""
+        assert self.pending is None, self.pending
+        watchdog.enter("save")
+        name = f"step_{step:06d}"
+        staging = self.folder / f"{name}.incomplete"
+        on_rank_0(lambda: self._make_room(staging))
+        engine, rank = self.engine, dist.get_rank()
+        self.writer.beside = {f"random_rank_{rank:05d}.pt": _random_states()}
+        engine.save_checkpoint(str(self.folder), tag=staging.name, save_latest=False)
+        zero = engine.zero_optimization_stage() > 0
+        self.pending = {
+            "name": name,
+            "fragments": shards.fragments(engine) if zero or rank == 0 else [],
+            "file": Path(engine._get_zero_ckpt_name("", "") if zero else engine._get_ckpt_name("", "")).name,
+            "facts": {"step": step, "validation": validation, "guard": guard.state(), "optimizer_step": shards.optimizer_step(engine)},
+        }
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has a save whose files are all written; `finish` will not wait for it."""
+        return self.pending is not None and self.writer.is_done
+
+    def finish(self) -> None:
+        """Wait until the save under way is on the disk, and let it count. Raises OSError, on all ranks, where one could not write."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        watchdog.enter("save")
+        while not self.writer.is_done:
+            before = self.writer.bytes_written
+            self.writer.thread.join(timeout=1)
+            if self.writer.bytes_written > before:
+                watchdog.enter("save")
+        mine = {
+            "error": str(self.writer.error or ""),
+            "files": self.writer.files,
+            "fragments": pending["fragments"],
+            "file": pending["file"],
+        }
+        everyones = gathered(mine)
+        final = self.folder / pending["name"]
+        if failed := {rank: one["error"] for rank, one in enumerate(everyones) if one["error"]}:
+            error = next(iter(failed.values()))
+            on_rank_0(lambda: shutil.rmtree(final.with_name(f"{final.name}.incomplete"), ignore_errors=True))
+            self._failed(final, f"{error} (ranks {', '.join(map(str, failed))})")
+        try:
+            on_rank_0(lambda: self._seal(final, pending["facts"], everyones))
+        except OSError as error:
+            self._failed(final, str(error))
+        self.say(f"saved {final}")
+
+    def _failed(self, final: Path, why: str) -> NoReturn:
+        raise OSError(
+            f"{final} could not be written: {why}. Earlier checkpoints are whole: make room, and the same command goes on from the newest"
+        )
+
+    def _seal(self, final: Path, facts: dict, everyones: list[dict]) -> None:
+        staging = final.with_name(f"{final.name}.incomplete")
+        files = {name: value for one in everyones for name, value in one["files"].items()}
+        zero = self.engine.zero_optimization_stage()
+        parts = everyones if zero else everyones[:1]
+        state = {
+            "zero_stage": zero,
+            "optimizer_step": facts["optimizer_step"],
+            "shapes": shards.shapes(self.engine),
+            "files": [one["file"] for one in parts],
+            "fragments": [one["fragments"] for one in parts],
+        }
+        manifest = {"format": FORMAT, **facts, "world_size": len(everyones), **self.facts, "state": state, "files": files}
+        write_whole(staging / "manifest.json", json.dumps(manifest | {"checksum": manifest_checksum(manifest)}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        sync_folder(self.folder)
+        write_whole(self.folder / "latest", final.name)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        there = saved_checkpoints(self.folder)
+        losses = {path: _validation_loss(path) for path in there}
+        measured = [path for path in there if losses[path] is not None and math.isfinite(losses[path])]
+        best = min(measured, key=losses.get, default=None)
+        if best:
+            write_whole(self.folder / "best", best.name)
+        for old in there[: -self.kept]:
+            if old != best:
+                self._delete(old)
+
+    def _delete(self, old: Path) -> None:
+        """Under another name first: half a checkpoint must not look like one."""
+        doomed = old.with_name(f"{old.name}.incomplete")
+        try:
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            self.say(f"warning  {old} could not be deleted: {error}")
+
+    def newest(self, before: float = math.inf) -> Found | None:
+        """The newest whole checkpoint whose weights no step from `before` on has changed; damaged ones are reported."""
+        names = on_rank_0(lambda: [path.name for path in saved_checkpoints(self.folder)])
+        usable = 0
+        for path in (self.folder / name for name in reversed(names)):
+            facts, problem = _verified(path)
+            if problem:
+                self.say(f"warning  {path} is damaged, and is not used: {problem}")
+            usable += not problem
+            if not problem and facts["guard"]["last_applied"] < before:
+                return Found(path, facts)
+        if names and not usable:
+            raise ValueError(
+                f"none of the checkpoints in {self.folder} can be used, and going on would begin at step 1 again. Restore one of them; or "
+                "move the folder away, and the same command begins anew"
+            )
+        return None
+
+    def restore(self, found: Found, guard: StepGuard) -> int:
+        """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Returns the step it was taken after."""
+        shards.restore(self.engine, shards.Saved(found.path, found.facts["state"]))
+        guard.restore(found.facts["guard"])
+        if found.facts["world_size"] == dist.get_world_size():
+            _restore_random_states(found.path / f"random_rank_{dist.get_rank():05d}.pt")
+        return found.facts["step"]
+
+    def forget_after(self, step: int) -> None:
+        """Set aside what lies after the step that the run goes on from: it is damaged, or of a future that will not come."""
+
+        def set_aside():
+            if not self.folder.is_dir():
+                return
+            for path in self.folder.glob("step_*.incomplete"):
+                shutil.rmtree(path)
+            for path in saved_checkpoints(self.folder):
+                if step_of(path) > step:
+                    aside = path.with_name(f"{path.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+            if left := saved_checkpoints(self.folder):
+                write_whole(self.folder / "latest", left[-1].name)
+            if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text()).is_dir():
+                (self.folder / "best").unlink()
+
+        on_rank_0(set_aside)
+
+    def bytes_of_one(self) -> int:
+        """Size of a checkpoint, all ranks together: the weights, and float32 master weights with two moments."""
+        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_optimization_stage()
+        weights = 0 if stage == 3 else dtype.itemsize
+        alone = stage == 0 and dtype == torch.float32  # the weights are the master weights
+        return shards.count(self.engine.module) * (weights + (8 if alone else 12))
+
+    def check_space_for(self, saves: int, weights: int) -> None:
+        """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""
+
+        def check():
+            there = len(saved_checkpoints(self.folder)) if self.folder.is_dir() else 0
+            most = min(saves, self.kept + 2)  # the best one, and one being written
+            needed = max(0, most - there) * self.bytes_of_one() + weights
+            self._refuse_unless_free(needed, f"{most} checkpoints and the result need", self.folder.parent)
+
+        on_rank_0(check)
+
+    def lock(self) -> None:
+        """Refuse to work on a run that another start of it works on. Held until this process ends."""
+
+        def take():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.held = (self.folder.parent / ".lock").open("w")
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.folder.parent} is being worked on by another start of this run; wait for it, or stop it") from None
+
+        on_rank_0(take)
+
+    def check_shared(self) -> None:
+        """Refuse a run whose hosts do not see one folder: each would write checkpoints that only it can read."""
+        place = self.folder.parent
+        token = on_rank_0(lambda: _touch_token(place))
+        deadline = time.monotonic() + 10  # a network file system may show it late
+        while not (seen := (place / token).exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        everyones = gathered((socket.gethostname(), seen))
+        on_rank_0(lambda: (place / token).unlink())
+        if blind := sorted({host for host, seen in everyones if not seen}):
+            raise ValueError(
+                f"{place.resolve()} is not the same folder on all hosts: {', '.join(blind)} does not see what rank 0 on {everyones[0][0]} "
+                "writes there. Give an --out_dir on a file system that the hosts share"
+            )
+
+    def _make_room(self, staging: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        self._refuse_unless_free(self.bytes_of_one(), "a checkpoint needs", self.folder)
+        staging.mkdir()
+
+    def _refuse_unless_free(self, needed: int, what: str, place: Path) -> None:
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: {what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Nothing was deleted: make room, or "
+                "lower keep_checkpoints, and give the same command again"
+            )
+
+
+def _touch_token(place: Path) -> str:
+    place.mkdir(parents=True, exist_ok=True)
+    token = f".shared.{uuid.uuid4().hex}"
+    (place / token).touch()
+    return token
+
+
+def _validation_loss(path: Path) -> float | None:
+    """None also for a checkpoint that is damaged."""
+    try:
+        return read_manifest(path)["validation"]
+    except ValueError:
+        return None
+
+
+def _verified(path: Path) -> tuple[dict, str | None]:
+    """The manifest and what is wrong with the checkpoint, each rank having read its share of the files. All ranks."""
+    try:
+        facts, problem = read_manifest(path), None
+    except ValueError as error:
+        facts, problem = {}, str(error)
+    files = sorted(facts.get("files", {}).items())
+    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+        problem = problem or file_problem(path, name, expected)
+    return facts, next((one for one in gathered(problem) if one), None)
+
+
+def _random_states() -> dict:
+    """This rank's random states. Training draws from none that outlives a step; a model's own code, or a kernel's, might."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.copy()), *rest)}
+    return states | {"device": get_accelerator().get_rng_state(), "kind": get_accelerator().device_name()}
+
+
+def _restore_random_states(path: Path) -> None:
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if states["kind"] == get_accelerator().device_name():
+        get_accelerator().set_rng_state(states["device"])
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))

@@ -1,0 +1,166 @@
+"""DeepSpeed's configuration: a checked ds_configs/*.json and a recipe, merged in this one place."""
+
+import json
+from pathlib import Path
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from posttrain.common.errors import nearest
+from posttrain.common.files import REPOSITORY
+from posttrain.engine.start import launch_shape
+from posttrain.recipes.keys import Recipe
+
+# What a ds_config may say. DeepSpeed's top level is an unchecked dict: it takes a misspelt key in silence.
+JSON_KEYS = {
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "activation_checkpointing",
+    "communication_data_type",
+    "aio",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+}
+RECIPE_OWNS = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "max_tokens_per_gpu",
+    "gradient_accumulation_steps": "global_batch_size",
+    "optimizer": "learning_rate, weight_decay, beta1 and beta2",
+    "scheduler": "learning_rate, min_lr, warmup_iters and lr_decay_iters",
+    "gradient_clipping": "grad_clip",
+    "bf16": "dtype",
+    "bfloat16": "dtype",
+    "fp16": "dtype",
+    "amp": "dtype",
+    "data_types": "dtype",
+    "torch_autocast": "dtype",
+    "tensorboard": "out_dir",
+    "wandb": "wandb_log",
+    "csv_monitor": "out_dir",
+    "steps_per_print": "log_interval",
+}
+# The keys of sections that DeepSpeed does not check; zero_optimization it checks itself.
+SECTION_KEYS = {
+    "activation_checkpointing": {
+        "partition_activations",
+        "contiguous_memory_optimization",
+        "cpu_checkpointing",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    },
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "comms_logger": {"enabled", "verbose", "prof_all", "debug", "prof_ops"},
+    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
+}
+
+
+def read_ds_config(path: str) -> dict:
+    """A checked ds_configs/*.json. Raises ValueError for keys that the recipe owns, that DeepSpeed does not know, or left at "auto"."""
+    place = Path(path) if Path(path).is_file() else REPOSITORY / path
+    if not place.is_file():
+        shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json")))
+        raise FileNotFoundError(f"there is no ds_config at {path}. Shipped in ds_configs: {shipped}")
+    try:
+        config = json.loads(place.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} should hold a JSON object, saw {type(config).__name__}")
+    for name in config:
+        if name in RECIPE_OWNS:
+            raise ValueError(f"{path} sets {name}, which belongs to the recipe: remove it there and set {RECIPE_OWNS[name]} instead")
+        if name not in JSON_KEYS:
+            raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
+    if '"auto"' in json.dumps(config):
+        raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would take a default in silence')
+    for section in ("zero_optimization", *SECTION_KEYS):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"{path}: {section} should be an object of its settings, saw {config[section]!r}")
+    for section, known in SECTION_KEYS.items():
+        if unknown := set(config.get(section, {})) - known:
+            raise ValueError(f"{path}: {section} has no key {min(unknown)}.{nearest(min(unknown), known)}")
+    _check_zero(path, config.get("zero_optimization", {}))
+    return config
+
+
+def _check_zero(path: str, section: dict) -> None:
+    if old := [name for name in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory") if name in section]:
+        raise ValueError(f"{path}: {old[0]} is DeepSpeed's old spelling; use offload_optimizer or offload_param")
+    try:
+        zero = DeepSpeedZeroConfig(**section)
+    except ValueError as error:
+        raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
+    offload = section.get("offload_optimizer") or {}
+    if zero.zenflow is not None or offload.get("super_offload") or offload.get("ratio", 1) != 1:
+        # these step optimizers of their own, which neither the learning rate nor the check of a bad step would reach
+        raise ValueError(f"{path}: zenflow, super_offload and an offload ratio other than 1 are not supported; remove them")
+    if "nvme" in (offload.get("device"), (section.get("offload_param") or {}).get("device")):
+        raise ValueError(f"{path}: offload to nvme is not supported: its state would not be in the checkpoints. Offload to cpu")
+    if zero.round_robin_gradients or zero.elastic_checkpoint:
+        # DeepSpeed 0.19.8 maps parameters wrongly to their parts with the first, and writes checkpoints of another form with the second
+        raise ValueError(f"{path}: round_robin_gradients and elastic_checkpoint are not supported: checkpoints would be wrong. Remove them")
+    if not zero.compute_grad_norm:
+        raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
+    if not isinstance(section.get("stage", 0), int):
+        raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
+    if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
+        raise ValueError(f"{path}: stage {zero.stage} would not read its offload section: optimizer states from stage 1, parameters at 3")
+
+
+def merge_config(recipe: Recipe, json_config: dict) -> dict:
+    """DeepSpeed's whole configuration."""
+    if "activation_checkpointing" in json_config and recipe.activation_checkpointing != "full":
+        raise ValueError(
+            f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
+            f"{recipe.activation_checkpointing}. Set it to full, the only one that the section applies to, or remove the section"
+        )
+    node, world_size = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), launch_shape()[1]
+    if world_size % node:
+        raise ValueError(
+            f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {world_size} of this run. Set it "
+            "to what each node has; on one node use ds_configs/zero3.json"
+        )
+    config = {
+        **json_config,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the loop sets every boundary itself
+        "gradient_clipping": recipe.grad_clip,
+        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        "steps_per_print": None,
+    }
+    if accumulates_in_fp32(recipe, json_config):
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default accumulates in bf16
+    return config
+
+
+def accumulates_in_fp32(recipe: Recipe, json_config: dict) -> bool:
+    """Gradients of several micro-batches add up in float32, except at ZeRO-0 in bfloat16, where DeepSpeed 0.19.8 refuses to."""
+    return recipe.dtype == "float32" or json_config.get("zero_optimization", {}).get("stage", 0) > 0
+
+
+def checkpoint_function(recipe: Recipe, json_config: dict):
+    """DeepSpeed's activation checkpointing as its JSON section configures it, or with offload; None for torch's."""
+    config = merge_config(recipe, json_config)
+    if recipe.activation_checkpointing == "offload":
+        config["activation_checkpointing"] = {"cpu_checkpointing": True}
+    if "activation_checkpointing" not in config:
+        return None
+    if recipe.compile:
+        raise ValueError(
+            "compile does nothing within DeepSpeed's activation checkpointing (0.19.8), which offload and a section in JSON stand for. "
+            "Leave compile out, or take activation_checkpointing: full without a section"
+        )
+    if config["activation_checkpointing"].get("cpu_checkpointing") and get_accelerator().device_name() == "cpu":
+        # DeepSpeed 0.19.8 would take its "copy" of an activation, then empty the original, which is the same tensor here
+        raise ValueError(
+            "activation_checkpointing: offload (cpu_checkpointing in JSON) moves activations from a GPU to the CPU; here the model is on "
+            "the CPU. Use full"
+        )
+    # without this call the section would do nothing: the engine never reads it
+    deepspeed.checkpointing.configure(None, deepspeed_config=config)
+    return deepspeed.checkpointing.checkpoint

@@ -1,0 +1,103 @@
+"""Starts a rank: versions, devices, cores, the process group, and what libraries would print."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
+from torch import distributed as dist
+
+from posttrain.parallel import ranks
+
+# 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
+# Adam hides it; clipping and gradient norms do not.
+OLDEST_DEEPSPEED = "0.19.8"
+
+
+def check_versions() -> None:
+    """Refuse a DeepSpeed that computes wrong gradients."""
+    if Version(version("deepspeed")) < Version(OLDEST_DEEPSPEED):
+        raise ValueError(
+            f"deepspeed {version('deepspeed')} scales gradients wrongly under accumulation; "
+            f"{OLDEST_DEEPSPEED} or newer is needed: pip install -c constraints.txt deepspeed"
+        )
+
+
+def launch_shape() -> tuple[int, int]:
+    """Rank and world size from the launcher's environment; alone without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
+    """Meet the other ranks, watch them from then on, and take this rank's device. All ranks.
+
+    Raises ValueError where ranks do not come, or cannot connect to each other.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
+    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free one
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() == "cpu":
+        _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
+        _limit_kernel_caches()
+    _quiet_libraries()
+    device = torch.device(accelerator.current_device_name())
+    if not dist.is_initialized():
+        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
+        deepspeed.init_distributed(verbose=False)
+    if accelerator.device_name() == "cpu":
+        _unlink_shared_memory()
+    return device
+
+
+def _unlink_shared_memory() -> None:
+    """DeepSpeed 0.19.8's all-reduce on CPUs leaves its buffers in /dev/shm after the run: 66 MB of memory a rank and start, for good.
+
+    Once every rank has mapped them they need no name, and without one they go with the processes. All ranks.
+    """
+    dist.barrier()
+    buffer = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    for path in Path("/dev/shm").glob(buffer):
+        path.unlink(missing_ok=True)
+
+
+def _share_cores(local_size: int, rank: int) -> None:
+    """Without this every rank would start a thread on every core."""
+    cores = len(os.sched_getaffinity(0))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores // local_size))
+    if local_size > cores and rank == 0:
+        print(f"warning  {local_size} ranks share {cores} cores: right, but slow", flush=True)
+
+
+def _limit_kernel_caches() -> None:
+    """Before the first product. oneDNN, and torch (2.13) above it, keep 1,024 bfloat16 kernels, each for one number of rows.
+
+    Every micro-batch has another, so that came to gigabytes and to no speed: the layers of one micro-batch share some twenty.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
+def _quiet_libraries() -> None:
+    """Their progress is not the run's: warnings and errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # 0.8.5 warns of each kind of device whose kernels are not installed
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed 0.19.8 calls deprecated collectives
+
+
+def check_devices(wanted: int, visible: int) -> None:
+    if wanted > visible:
+        raise ValueError(f"--num_gpus asks for {wanted} GPUs on this machine, {visible} are visible; use --num_gpus {visible} or fewer")

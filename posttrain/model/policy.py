@@ -1,0 +1,159 @@
+"""The model: loaded from any accepted form, wrapped so that its forward pass gives log-probs of trained tokens.
+
+`Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import PreTrainedModel
+
+from posttrain.data import tokenization
+from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.model.loading import HOW_TO_MAKE, load_model
+from posttrain.model.weights import digest, hash_weights, scale_of_weights
+from posttrain.operators import attention, layers
+from posttrain.operators.logprob import LogProbHead
+from posttrain.operators.saved_form import widen_feed_forward
+from posttrain.parallel.ranks import same_on_all_ranks
+from posttrain.recipes.keys import Recipe
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
+
+
+class Policy(nn.Module):
+    """A causal language model that answers with log-probs. Its `model` stays an ordinary transformers model."""
+
+    def __init__(self, model: PreTrainedModel, attention_name: str):
+        super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
+        self.weights: dict[str, str] = {}  # hashes of the tensors as loaded
+        self.scale = math.nan  # of the matrices' weights, their root mean square
+        head.__class__ = LogProbHead
+        model.set_attn_implementation(attention_name)
+        model.config.use_cache = False
+        self.model = model
+
+    @property
+    def head(self) -> LogProbHead:
+        return self.model.get_output_embeddings()
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.weights)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Float32 log-probs (N,) of the micro-batch's targets; without targets the likeliest token after each of its rows."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
+        ).last_hidden_state
+        asked = hidden[0].index_select(0, batch.rows)
+        return self.head(asked).argmax(-1) if batch.targets is None else self.head(asked, batch.targets)
+
+
+def load_policy(
+    recipe: Recipe, tokenizer, device: torch.device, checkpoint_function=None, frozen: bool = False
+) -> tuple["Policy", list[str]]:
+    """The recipe's model as a Policy on the device, with its kernels chosen, and a line for each choice. All ranks."""
+    dtype = getattr(torch, recipe.dtype)
+    model = load_model(recipe.model_path, dtype, HOW_TO_MAKE[type(recipe)])
+    choices = []
+    if added := tokenization.grow_embeddings(model, tokenizer):
+        choices.append(f"embeddings: {added} rows added for tokens that the checkpoint lacks, at the mean of the others")
+    _set_dropout(model, recipe.dropout)
+    if recipe.dropout:
+        choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
+    weights = hash_weights(model)
+    same_on_all_ranks("model", weights)
+    if widened := widen_feed_forward(model):
+        choices.append(widened)
+    model.to(device)
+    name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
+    choices.append(f"attention: {name} ({reason})")
+    choices.append(f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}")
+    policy = build_policy(model, name, recipe.checks == "on")
+    choices.append(f"head: {policy.head.choose(recipe.kernels)}")
+    policy.weights, policy.scale = weights, scale_of_weights(model)
+    if not frozen:
+        checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
+    if recipe.compile:
+        for layer in model.base_model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    return policy, choices
+
+
+def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
+    """Attention dropout, the only one that the known architectures have, as the recipe says and not as the checkpoint was trained."""
+    if dropout and not hasattr(model.config, "attention_dropout"):
+        raise ValueError(f"{type(model).__name__} has no attention dropout; set dropout: 0")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
+    """Wrap the model. An architecture that is not in ARCHITECTURES must prove itself; with `checks` the known ones must, too."""
+    known = type(model).__name__ in layers.ARCHITECTURES
+    if sliding := _sliding_window(model.config):
+        raise ValueError(
+            f"{type(model).__name__} uses {sliding}, which packed attention does not do; known to work: {', '.join(layers.ARCHITECTURES)}"
+        )
+    if known and not checks:
+        return Policy(model, attention_name)
+    sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
+    with torch.no_grad():
+        plain = torch.cat([_plain_logps(model, ids) for ids in sample])
+        if not plain.isfinite().all():
+            raise ValueError(
+                f"the {type(model).__name__} gives log-probs that are not finite: its weights are damaged, or its training diverged"
+            )
+        policy = Policy(model, attention_name)
+        builder = RowBuilder()
+        for ids in sample:
+            builder.add_sequence(ids.tolist(), ids.tolist())
+        packed = policy(builder.build().to(plain.device)).cpu()
+    difference = (plain.cpu() - packed).abs().max().item()
+    if not difference <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats a token "
+            f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
+            f"known to work: {', '.join(layers.ARCHITECTURES)}"
+        )
+    return policy
+
+
+def _sliding_window(config) -> str | None:
+    """The kind of attention layer that looks back only so far, if the model has one."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return next((kind for kind in kinds if kind != "full_attention"), None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return f"a sliding window of {window} tokens" if window else None
+
+
+def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs of ids[1:] by transformers' own forward pass, without packing."""
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids[None]).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
+    """Recompute activations in backward: whole layers (full, offload), or the feed-forward blocks, which hold most of them (selective).
+
+    `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how. Recomputing only what is cheap, by torch's selective
+    contexts, is not possible under ZeRO-3: its gathering inside the recomputed region changes the sequence of operations (torch 2.13).
+    """
+    if mode in ("full", "offload"):
+        function = deepspeed_checkpoint or partial(recompute, use_reentrant=False)
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    elif mode == "selective":
+        for layer in model.base_model.layers:
+            layer.mlp.forward = partial(recompute, layer.mlp.forward, use_reentrant=False)

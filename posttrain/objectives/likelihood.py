@@ -1,0 +1,43 @@
+"""What is minimised: from a micro-batch's log-probs to its share of the step's loss, and the sums that become metrics.
+
+SFT divides by the step's trained tokens, DPO by its pairs, always the totals of the whole step over all ranks. Metrics travel as
+sums, are reduced over ranks once a step, and carry TRL's names where TRL has them.
+"""
+
+import torch
+
+from posttrain.data.packing import MicroBatch
+from posttrain.data.prepared import Split
+from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
+
+
+class SFT:
+    """Negative log-likelihood, averaged over the trained tokens of a step."""
+
+    sums = ("nll",)
+
+    def __init__(self, policy: LogProbs):
+        self.policy = policy
+
+    def totals(self, split: Split, indices) -> dict[str, int]:
+        return {"tokens": int(split.trained[indices].sum())}
+
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the step's loss, and the detached sums named in `sums`.
+
+        `examples` gets a tensor with a number of each example added to the list under each name of one.
+        """
+        logps = self.policy(batch)
+        if examples is not None:
+            lengths = answer_lengths(batch)
+            add_examples(examples, {"nll": -answer_sums(logps, batch).sum(1) / lengths.clamp(min=1), "answer_tokens": lengths})
+        nll = -logps.sum()
+        return nll / totals["tokens"], nll.detach()[None]
+
+    def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
+        return {"loss": sums["nll"] / totals["tokens"]}
+
+    def example_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """The mean token loss of each example of the micro-batch."""
+        lengths = answer_lengths(batch).clamp(min=1)
+        return -answer_sums(self.policy(batch), batch).sum(1) / lengths

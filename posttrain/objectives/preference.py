@@ -1,0 +1,96 @@
+"""DPO and its relatives: a preference loss over pairs of answers, with metrics named as TRL names them."""
+
+import torch
+
+from posttrain.data.packing import MicroBatch
+from posttrain.data.prepared import Split
+from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.losses import LOSSES, PairLogps, rewards
+from posttrain.recipes.keys import DPORecipe
+
+
+class DPO:
+    """A preference loss, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
+
+    sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "likelier")
+
+    def __init__(self, policy: LogProbs, reference: LogProbs | None, recipe: DPORecipe):
+        """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs."""
+        self.policy, self.reference = policy, reference
+        self.preference_loss, self.has_reference = LOSSES[recipe.loss], needs_reference(recipe)
+        self.beta, self.ld_alpha, self.nll_weight = recipe.beta, recipe.ld_alpha, recipe.chosen_nll_weight
+        self.options = {"beta": recipe.beta, "label_smoothing": recipe.label_smoothing, "simpo_gamma": recipe.simpo_gamma}
+
+    @property
+    def loss_at_start(self) -> float:
+        """The preference loss where policy and reference agree."""
+        return self.preference_loss.at_start(**{name: value for name, value in self.options.items() if name in self.preference_loss.reads})
+
+    def totals(self, split: Split, indices) -> dict[str, int]:
+        return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
+
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
+        sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
+        policy, reference = self.pairs(sums), self.reference_logps(batch)
+        losses = self.preference_losses(policy, reference, lengths)
+        nll = -sums[0::2].sum()
+        share = (losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]).float()
+        with torch.no_grad():
+            reward = rewards(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.beta)
+            accurate = (reward.chosen > reward.rejected).double()  # a tie counts as wrong, as in TRL
+            means = sums.sum(1) / lengths.clamp(min=1)
+            likelier = (means[0::2] > means[1::2]).double()
+            if examples is not None:
+                margins = reward.chosen - reward.rejected
+                add_examples(examples, {"rewards/chosen": reward.chosen, "rewards/rejected": reward.rejected, "rewards/margins": margins})
+                add_examples(examples, {"chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
+            columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected, likelier)
+            loss_sum, *others = (column.sum() for column in columns)
+            return share, torch.stack([loss_sum, nll, *others])
+
+    @torch.no_grad()
+    def reference_logps(self, batch: MicroBatch) -> PairLogps | None:
+        """The reference's log-probs; zeros where it is taken as uniform, None where the loss has none."""
+        if "reference" not in self.preference_loss.reads:
+            return None
+        if not self.has_reference:
+            zeros = torch.zeros(batch.num_answers // 2, dtype=torch.float64, device=batch.rows.device)
+            return PairLogps(zeros, zeros)
+        if self.reference is None:
+            return self.pairs(batch.reference_sums)
+        return self.pairs(answer_sums(self.reference(batch), batch))
+
+    def pairs(self, sums: torch.Tensor) -> PairLogps:
+        """(A, 2) answer_sums -> log-probs of pairs, the tail of the longer answer weighted by ld_alpha (LD-DPO, arXiv:2409.06411)."""
+        logps = sums[:, 0] + self.ld_alpha * sums[:, 1]
+        return PairLogps(logps[0::2], logps[1::2])
+
+    def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
+        mean = {name: value / totals["pairs"] for name, value in sums.items()}
+        nll = sums["nll"] / totals["tokens"]
+        return {
+            "loss": mean["loss"] + self.nll_weight * nll,
+            "rewards/chosen": mean["rewards_chosen"],
+            "rewards/rejected": mean["rewards_rejected"],
+            "rewards/margins": mean["rewards_chosen"] - mean["rewards_rejected"],
+            "rewards/accuracies": mean["accuracies"],
+            "logps/chosen": mean["logps_chosen"],
+            "logps/rejected": mean["logps_rejected"],
+            "logps/accuracies": mean["likelier"],  # share of pairs whose chosen answer the policy finds likelier, per token
+            "nll_loss": nll,
+            "preference_loss": mean["loss"],
+        }
+
+    def example_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """The preference loss of each pair of the micro-batch. As `loss`, a collective with a reference beside."""
+        policy = self.pairs(answer_sums(self.policy(batch), batch))
+        return self.preference_losses(policy, self.reference_logps(batch), answer_lengths(batch))
+
+    def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
+        """(P,) losses of P pairs; lengths (2 P,) as answer_lengths gives them."""
+        return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)
+
+
+def needs_reference(recipe: DPORecipe) -> bool:
+    return "reference" in LOSSES[recipe.loss].reads and not recipe.reference_free

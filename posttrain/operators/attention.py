@@ -1,0 +1,70 @@
+"""Which attention computes a packed micro-batch: chosen at start, with the reason, and proven before it is used."""
+
+import torch
+from torch.nn import attention as flash
+
+from posttrain.common.errors import first_line
+from posttrain.data.packing import Segment, pack, to_device
+from posttrain.operators.attention_segments import SEGMENTS, attend_segments
+from posttrain.operators.attention_varlen import VARLEN, attend_varlen
+from posttrain.operators.layers import distances
+
+FLASH_VERSIONS = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2")}  # by compute capability, the fastest first; others have the second
+SAME = 0.02  # largest relative difference of two bfloat16 implementations
+
+
+def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: float, config) -> tuple[str, str]:
+    """The attention implementation's registered name, and why it was chosen; `config` is the model's, for its heads."""
+    if kernels == "torch":
+        return SEGMENTS, "kernels=torch"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
+        return SEGMENTS, "variable-length flash attention needs an Ampere or newer GPU"
+    if dtype == torch.float32 or dropout:
+        return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
+    _activate("FA2")  # later ones also take the place of what the yardstick calls
+    expected, passed_over = trial(attend_segments, config, device, dtype), ""
+    for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
+        try:
+            _activate(version)
+            difference = distances(expected, trial(attend_varlen, config, device, dtype)).max().item()
+        except Exception as error:  # not installed, or not for this card or this torch: each says so in its own way
+            passed_over += f"; not {version}: {first_line(error)}"
+            continue
+        if difference <= SAME:
+            return VARLEN, f"{version}, one kernel for all examples of a micro-batch, {difference:.1e} from one call for each{passed_over}"
+        passed_over += f"; not {version}: it differs by {difference:.1e}"
+    _activate("FA2")
+    return SEGMENTS, f"no variable-length kernel works here{passed_over}"
+
+
+def _activate(version: str) -> None:
+    """The flash attention behind torch's operators: its own is the second, later ones are packages that it knows of."""
+    if version != "FA2":
+        flash.activate_flash_attention_impl(version)
+    elif hasattr(flash, "current_flash_attention_impl") and flash.current_flash_attention_impl():
+        flash.restore_flash_attention_impl()
+
+
+def trial(function, config, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output and gradients of an attention function with the heads of a model's `config`, on made-up numbers.
+
+    With what could go wrong: odd lengths, a single token, prompts shared by answers of one token, of other lengths and shorter ones.
+    """
+    segments = [Segment(0, 1), Segment(1, 18), Segment(18, 319)]
+    for prompt, chosen, rejected in ((129, 33, 45), (7, 64, 1), (1, 2, 3)):
+        start = segments[-1].end
+        middle = start + prompt + chosen
+        segments += [Segment(start, middle), Segment(middle, middle + rejected, start, start + prompt)]
+    packing, rows = to_device(pack(segments), device), segments[-1].end
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    draw = torch.Generator().manual_seed(0)
+    *inputs, grad = (
+        torch.randn(shape, generator=draw).to(device, dtype)
+        for shape in [(1, heads, rows, width), (1, kv_heads, rows, width), (1, kv_heads, rows, width), (1, rows, heads, width)]
+    )
+    for x in inputs:
+        x.requires_grad_()
+    output, _ = function(None, *inputs, None, width**-0.5, packing)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]

@@ -1,0 +1,45 @@
+"""Attention over a packed micro-batch by torch's variable-length flash kernels, for GPUs."""
+
+import inspect
+from functools import cache
+
+from transformers import AttentionInterface
+
+# its name in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
+VARLEN = "posttrain_varlen"
+
+
+def attend_varlen(module, query, key, value, attention_mask, scaling, packing, **_):
+    """torch's variable-length flash attention; its causal mask is aligned to the end of the keys, as shared prefixes need.
+
+    Shapes as in attend_segments.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    if packing.key_rows is not None:
+        key, value = key.index_select(0, packing.key_rows), value.index_select(0, packing.key_rows)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        packing.cu_seqlens_q,
+        packing.cu_seqlens_k,
+        packing.max_q,
+        packing.max_k,
+        scale=scaling,
+        window_size=(-1, 0),
+        **({"enable_gqa": True} if query.shape[1] != key.shape[1] and _asks_for_grouped_heads() else {}),
+    )
+    return output.unsqueeze(0), None
+
+
+@cache
+def _asks_for_grouped_heads() -> bool:
+    """Whether this torch wants to be told; earlier ones take them as they come."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+AttentionInterface.register(VARLEN, attend_varlen)

@@ -1,0 +1,166 @@
+"""What computes the layers of a model: decided once at start, with the reason, and proven before it is used.
+
+On GPUs liger-kernel's fused RMSNorm, rotary embedding and SwiGLU. On CPUs whose bfloat16 torch (2.13) does not hand to oneDNN, and which
+therefore multiply it ten to sixty times slower than float32, products in float32, rounded to bfloat16.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain.common.errors import first_line
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+WHOLE = 128  # widths that kernels work in
+FARTHER = 1.5  # times as far from the layer in float32 as transformers' own layer is, which rounding alone may be
+ROUNDING = 0.005  # of the norm, which is always allowed
+PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers, what liger-kernel replaces there for all models
+
+
+def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
+    """Put the fastest kernels into the model's layers, on its device; returns what was done, and why."""
+    if kernels == "torch":
+        return "transformers' own (kernels=torch)"
+    if type(model).__name__ not in ARCHITECTURES:
+        return f"transformers' own ({type(model).__name__} is not among {', '.join(ARCHITECTURES)})"
+    if multiplies_in_float32(model.device, model.dtype):
+        what, change = "products in float32, since torch has no fast ones in bfloat16 for this CPU", _multiply_in_float32
+    elif compiled:
+        return "each decoder layer compiled"
+    elif model.device.type != "cuda":
+        return "transformers' own (liger-kernel's need a GPU)"
+    elif find_spec("liger_kernel") is None:
+        return "transformers' own (liger-kernel is not installed; pip install liger-kernel)"
+    else:
+        what, change = f"liger-kernel {version('liger-kernel')}'s RMSNorm, rotary embedding and SwiGLU", _put_in_liger
+    try:
+        plain, changed = prove(model, change)
+    except Exception as error:  # whatever a kernel that is compiled here for the first time may raise
+        return f"transformers' own (not {what}: {first_line(error)})"
+    return f"{what} (off by {changed:.1e} of the exact layer, transformers' own by {plain:.1e}){'; compiled' if compiled else ''}"
+
+
+@cache
+def multiplies_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def workable(x: torch.Tensor) -> torch.Tensor:
+    """In a dtype that its device multiplies well."""
+    return x.float() if multiplies_in_float32(x.device, x.dtype) else x
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies in float32 and keeps bfloat16. It replaces the class of an existing one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Float32Product.apply(x, self.weight, self.bias)
+
+
+class _Float32Product(torch.autograd.Function):
+    """x (..., I), weight (O, I), bias (O,) or None -> (..., O); saves what it was given, not the float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x.float(), weight.float(), bias.float() if ctx.has_bias else None).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.float()
+        rows = grad.flatten(0, -2)
+        of_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (rows.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias else None
+
+
+def _multiply_in_float32(model: PreTrainedModel) -> None:
+    for module in model.base_model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Float32Linear
+
+
+def _put_in_liger(model: PreTrainedModel) -> None:
+    """In this model only, except for the rotary embedding, which transformers' attention calls by its module's name for it.
+
+    liger-kernel (0.8.5) also replaces the module's classes: a model built later would be made of them, without what they leave out.
+    """
+    from liger_kernel.transformers import monkey_patch
+
+    module = sys.modules[type(model).__module__]
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    which = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    try:
+        monkey_patch._apply_liger_kernel_to_instance(model, **which)
+    finally:
+        vars(module).update(classes)
+
+
+def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> tuple[float, float]:
+    """Change the model's layers; how far its first one was and is from itself in float32, in output or gradients, whichever is farthest.
+
+    Raises ValueError where that is farther than rounding, and whatever the change raises; the model is then as it was.
+    """
+    module = sys.modules[type(model).__module__]
+    if hasattr(module, "apply_rotary_pos_emb"):
+        module.apply_rotary_pos_emb = PLAIN_ROTARY.setdefault(module.__name__, module.apply_rotary_pos_emb)
+    as_it_was = {part: (part.__class__, dict(vars(part))) for part in model.modules()}
+    layer, width = model.base_model.layers[0], getattr(model.config, "num_key_value_heads", 1)
+    # kernels are others for few rows than for many (liger-kernel 0.8.5: from 131,072 rows of heads on); neither a multiple of anything
+    counts = (37, min(131_072 // width + 37, 20_011)) if model.device.type == "cuda" else (37,)
+    exact = [trial(model, copy.deepcopy(layer).float(), rows) for rows in counts]
+    plain = [trial(model, layer, rows) for rows in counts]
+    try:
+        change(model)
+        changed = [trial(model, layer, rows) for rows in counts]
+        before, after = (
+            torch.stack([distances(one.values(), other.values()) for one, other in zip(exact, seen, strict=True)])
+            for seen in (plain, changed)
+        )
+        too_far = ~(after <= FARTHER * before + ROUNDING)  # also where it is not a number
+        if too_far.any():
+            name = list(exact[0])[too_far.any(0).nonzero()[0].item()]
+            raise ValueError(f"{name} of a layer is off by {after.max().item():.2g} of its norm, without by {before.max().item():.2g}")
+    except Exception:
+        for part, (kind, attributes) in as_it_was.items():
+            part.__class__ = kind
+            for name in set(vars(part)) - set(attributes):
+                del vars(part)[name]
+            vars(part).update(attributes)
+        if module.__name__ in PLAIN_ROTARY:
+            module.apply_rotary_pos_emb = PLAIN_ROTARY[module.__name__]
+        raise
+    return before.max().item(), after.max().item()
+
+
+def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torch.Tensor]:
+    """Output of a decoder layer, and gradients by its input and weights, on made-up hidden states, in the layer's dtype."""
+    weights = dict(layer.named_parameters())
+    dtype, draw = next(iter(weights.values())).dtype, torch.Generator().manual_seed(0)
+    hidden, grad = (
+        torch.randn(1, rows, model.config.hidden_size, generator=draw).to(model.device, model.dtype).to(dtype) for _ in range(2)
+    )
+    hidden.requires_grad_()
+    positions = torch.arange(rows, device=model.device)[None]
+    embeddings = model.base_model.rotary_emb(hidden, positions)
+    output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
+    wanted = {"input": hidden, **weights}
+    return {"output": output.detach(), **dict(zip(wanted, torch.autograd.grad(output, wanted.values(), grad), strict=True))}
+
+
+def distances(expected: Iterable[torch.Tensor], seen: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of each pair, relative to the norm of what was expected; nan where there is one, which their max() keeps."""
+    pairs = [(a.float(), b.float()) for a, b in zip(expected, seen, strict=True)]
+    return torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in pairs])

@@ -1,0 +1,140 @@
+"""Log-probs of given tokens from hidden states, never holding more than CHUNK_ELEMENTS logits.
+
+One operator serves SFT, DPO and the reference. Forward makes the logits of some rows at a time; backward makes those of some columns, for
+all rows, so that the gradient of a vocabulary entry comes whole from one product, which adds up in float32, and no second copy of the
+weights in float32 is read and written for each piece. Where all logits are few enough, forward keeps them.
+Symbols: N rows (trained positions), D hidden size, V vocabulary.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from posttrain.common.errors import first_line
+from posttrain.operators.layers import WHOLE, distances, workable
+
+CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
+SAME = 0.02  # largest relative difference, in bfloat16, of the compiled pieces from the plain ones
+
+
+class LogProbHead(nn.Linear):
+    """A language-model head that can also answer "how likely is this token?".
+
+    It replaces the class of an existing head (`head.__class__ = LogProbHead`), so parameter names, tied weights and ZeRO-3's gather
+    hooks stay as they are.
+    """
+
+    compiled = False
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden (N, D), targets (N,) -> log-probs (N,) in float32; without targets the ordinary logits."""
+        if targets is None:
+            return super().forward(hidden)
+        return token_logps(hidden, self.weight, targets, self.compiled)
+
+    def choose(self, kernels: str) -> str:
+        """Compile what is not a matrix product where it pays; returns what was chosen, and why."""
+        if kernels == "torch":
+            return "in pieces, without all logits (kernels=torch)"
+        if self.weight.device.type != "cuda":
+            return "in pieces, without all logits (compiled on GPUs only)"
+        try:
+            difference = disagreement(self.weight.device, self.weight.dtype)
+        except Exception as error:  # no Triton, no C compiler for it, or whatever it meets
+            return f"in pieces, without all logits (not compiled: {first_line(error)})"
+        if not difference <= SAME:
+            return f"in pieces, without all logits (not compiled: that differs by {difference:.1e})"
+        self.compiled = True
+        return f"in pieces, without all logits, compiled ({difference:.1e} from plain ones)"
+
+
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool = False) -> torch.Tensor:
+    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,) in float32, and gradients for hidden and weight."""
+    return _TokenLogProbs.apply(hidden, weight, targets, compiled and len(targets) > 1)  # a single row would be compiled anew
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, compiled):
+        logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
+        normalizers, chunks = torch.empty_like(logps), _chunks(len(targets), weight.shape[0])
+        of_rows = _compiled()[0] if compiled else _logps_of_rows
+        all_weights = workable(weight)
+        for rows in chunks:
+            logits = workable(hidden[rows]) @ all_weights.t()
+            kept = logits if len(chunks) == 1 else None
+            logps[rows], normalizers[rows] = of_rows(logits, targets[rows])
+        ctx.save_for_backward(hidden, weight, targets, normalizers, kept)
+        ctx.of_columns = _compiled()[1] if compiled else _gradient_of_columns
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, normalizers, kept = ctx.saved_tensors
+        grad = grad.contiguous()  # a sum's comes as one number for all, and would be compiled apart
+        states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight)
+        for columns in _chunks(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
+            of_columns = workable(weight[columns])
+            logits = states @ of_columns.t() if kept is None else kept
+            grad_logits = ctx.of_columns(logits, normalizers, grad, targets - columns.start)
+            grad_hidden += grad_logits @ of_columns
+            if states.dtype == weight.dtype:
+                torch.mm(grad_logits.t(), states, out=grad_weight[columns])
+            else:
+                grad_weight[columns] = grad_logits.t() @ states
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _logps_of_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the targets, and the logarithms of the normalizers, in float32."""
+    logps = logits.log_softmax(-1, torch.float32).gather(1, targets[:, None]).squeeze(1)
+    return logps, logits.gather(1, targets[:, None]).squeeze(1) - logps
+
+
+def _gradient_of_columns(logits: torch.Tensor, normalizers: torch.Tensor, grad: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """d logp / d logits = onehot(target) - softmax(logits), times `grad`; `places`: the targets' columns, or outside, in another piece."""
+    grad_logits = (logits - normalizers[:, None]).exp_().mul_(-grad[:, None])  # in float32, as the normalizers are
+    is_here = (places >= 0) & (places < logits.shape[1])  # no row is picked out, which would wait for the device
+    grad_logits.scatter_add_(1, places.clamp(0, logits.shape[1] - 1)[:, None], torch.where(is_here, grad, 0.0)[:, None])
+    return grad_logits.to(logits.dtype)
+
+
+def _logps_in_one_pass(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _logps_of_rows, in operations of which a compiler makes one kernel that writes no logits in float32."""
+    normalizers = logits.float().logsumexp(-1)
+    return logits.gather(1, targets[:, None]).squeeze(1) - normalizers, normalizers
+
+
+def _gradient_in_one_pass(logits: torch.Tensor, normalizers: torch.Tensor, grad: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """As _gradient_of_columns."""
+    is_target = torch.arange(logits.shape[1], device=logits.device) == places[:, None]
+    return ((is_target.float() - (logits - normalizers[:, None]).exp()) * grad[:, None]).to(logits.dtype)
+
+
+@cache
+def _compiled() -> tuple:
+    """The two in one pass, compiled for any number of rows and columns."""
+    return tuple(torch.compile(function, dynamic=True) for function in (_logps_in_one_pass, _gradient_in_one_pass))
+
+
+def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width: int = 64, vocabulary: int = 1531) -> float:
+    """How far log-probs and gradients by the compiled pieces are from those by the plain ones, relative to their norm."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=draw).to(device, dtype).requires_grad_() for n in (rows, vocabulary))
+    targets = torch.randint(vocabulary, (rows,), generator=draw).to(device)
+    grad = torch.randn(rows, generator=draw).to(device)
+    outcomes = []
+    for compiled in (False, True):
+        logps = token_logps(hidden, weight, targets, compiled)
+        outcomes.append([logps.detach(), *torch.autograd.grad(logps, (hidden, weight), grad)])
+    return distances(*outcomes).max().item()
+
+
+def _chunks(count: int, other: int) -> list[slice]:
+    """Cuts `count` rows (or columns) of logits that have `other` columns (or rows)."""
+    size = max(1, CHUNK_ELEMENTS // max(1, other))
+    if size > WHOLE:
+        size -= size % WHOLE
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

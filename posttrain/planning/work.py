@@ -1,0 +1,120 @@
+"""What a run has to compute: its model's shape, and the lengths of its examples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from posttrain.data import chat
+from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.prepared import load_prepared
+from posttrain.engine import checkpoint_folder
+from posttrain.model import ckpt_pt
+from posttrain.model.loading import find_model
+from posttrain.recipes.keys import DPORecipe, Recipe
+
+QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
+
+
+def _shape(kind, hidden: int, feed_forward: int, depth: int, heads: int, **others):
+    sizes = {"hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": depth, "num_attention_heads": heads}
+    return kind(**sizes, **others)
+
+
+SHAPES = {
+    "1.8b": ("Qwen3-1.7B", _shape(Qwen3Config, 2048, 6144, 28, 16, **QWEN3, tie_word_embeddings=True)),
+    "8b": ("Qwen3-8B", _shape(Qwen3Config, 4096, 12288, 36, 32, **QWEN3, tie_word_embeddings=False)),
+    "32b": ("Qwen3-32B", _shape(Qwen3Config, 5120, 25600, 64, 64, **QWEN3, tie_word_embeddings=False)),
+    "70b": ("Llama-3.1-70B", _shape(LlamaConfig, 8192, 28672, 80, 64, vocab_size=128256, num_key_value_heads=8)),
+}
+ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """The examples that a run sees: arrays of one entry an example, or a single one that all are alike."""
+
+    count: int
+    prompt: np.ndarray  # tokens before the answers; for SFT none are apart
+    answers: np.ndarray  # (examples, 1 or 2)
+    trained: np.ndarray
+    shared: bool  # the prompt is computed once for both answers
+
+    @property
+    def lengths(self) -> np.ndarray:
+        copies = 1 if self.shared else self.answers.shape[1]
+        return self.prompt * copies + self.answers.sum(1)
+
+    def attended(self) -> np.ndarray:
+        """Pairs of query and key of each example, causal."""
+        whole = (self.prompt[:, None] + self.answers) ** 2 / 2
+        again = (self.answers.shape[1] - 1) * self.prompt**2 / 2 if self.shared else 0
+        return whole.sum(1) - again
+
+    def micro_batch(self, tokens: int) -> MicroBatch:
+        """As many of the longest examples as `tokens` hold, and a shorter one in what is left."""
+        chosen, left = [], tokens
+        order = np.argsort(self.lengths, kind="stable")
+        ascending = self.lengths[order]
+        while (fits := int(np.searchsorted(ascending, left, side="right"))) and (left == tokens or left > tokens / 64):
+            chosen.append(int(order[fits - 1]))
+            left -= int(ascending[fits - 1])
+        return self.batch_of(chosen)
+
+    def batch_of(self, examples) -> MicroBatch:
+        builder = RowBuilder()
+        for index in examples:
+            self._add(builder, int(index))
+        return builder.build()
+
+    def _add(self, builder: RowBuilder, index: int) -> None:
+        prompt, answers, trained = int(self.prompt[index]), self.answers[index].tolist(), int(self.trained[index])
+        if len(answers) == 2:
+            builder.add_pair([0] * prompt, [0] * answers[0], [0] * answers[1], self.shared)
+        else:
+            builder.add_sequence([0] * answers[0], [chat.IGNORE] * (answers[0] - trained) + [0] * trained)
+
+
+def the_model(recipe: Recipe, assumed: str | None):
+    """Its configuration, how many parameters, and what is said of it."""
+    try:
+        find_model(recipe.model_path, "")
+    except FileNotFoundError:
+        name, config = SHAPES[assumed or "1.8b"]
+        return config, count_parameters(config), f"there is none at {recipe.model_path} yet: assumed {name}'s shape"
+    if assumed:
+        raise ValueError(f"--model={assumed} would not be read: the recipe's model, {recipe.model_path}, is there. Remove it")
+    if ckpt_pt.is_ckpt_pt(recipe.model_path):
+        config = ckpt_pt.load_ckpt_pt(recipe.model_path, None).config
+    else:
+        place = Path(recipe.model_path)
+        config = AutoConfig.from_pretrained(
+            checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
+        )
+    return config, count_parameters(config), recipe.model_path
+
+
+def count_parameters(config) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def the_work(recipe: Recipe) -> tuple[Work, str]:
+    """The training examples, and what is said of them."""
+    kind, shared = ("dpo", recipe.share_prompt) if isinstance(recipe, DPORecipe) else ("sft", False)
+    if not Path(recipe.data_dir).is_dir():
+        one = np.ones(1, np.int64)
+        said = f"there is none at {recipe.data_dir} yet: assumed rows of {ASSUMED_ROW:,} tokens"
+        if kind == "sft":
+            return Work(ASSUMED_ROWS, 0 * one, ASSUMED_ROW * one[:, None], ASSUMED_ROW * one, False), said
+        half = ASSUMED_ROW // 2
+        pairs = Work(ASSUMED_ROWS, half * one, half * np.ones((1, 2), np.int64), half * one, shared)
+        return pairs, f"{said} ({half:,} of prompt, {half:,} an answer)"
+    split = load_prepared(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True)).train
+    said = f"{recipe.data_dir}: {len(split):,} examples of {split.lengths.mean():,.0f} tokens, the longest {split.lengths.max():,}"
+    if kind == "sft":
+        return Work(len(split), np.zeros(len(split), np.int64), split.lengths[:, None], split.trained, False), said
+    prompt, *answers = (split.token_counts(name) for name in ("prompt", "chosen", "rejected"))
+    return Work(len(split), prompt, np.stack(answers, 1), split.trained, shared), said

@@ -1,0 +1,240 @@
+"""A run is a directory: recipe, metrics, TensorBoard events, samples, logs, checkpoints and the final model.
+
+runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, every start and its machine, what the run was
+                            extended by, and what max_tokens_per_gpu: auto has found
+runs/NAME/data.json         the manifest of the data
+runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
+runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
+runs/NAME/samples.jsonl     answers to the fixed prompts, a line for each time they were asked: step, and prompt, answer, tokens of each
+runs/NAME/benchmarks/       task files of the benchmarks measured during training, and the log-probs of the last time
+runs/NAME/health.jsonl      what was said of the run's health, and at which step
+runs/NAME/logs/             what libraries printed, a file for each rank
+runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
+runs/NAME/checkpoints/      step_000200/ ... to go on from
+runs/NAME/final/            the result, a Hugging Face folder
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import distributed as dist
+
+from posttrain.common import files, terminal
+from posttrain.common.files import read_json_lines, read_lines
+from posttrain.data.batches import PLAN_VERSION
+from posttrain.engine.ds_config import read_ds_config
+from posttrain.planning.memory import Zero, predict
+from posttrain.recipes.keys import Recipe
+from posttrain.run.health import Facts, Finding, Health
+from posttrain.run.resume import CREATING, LOGS, MAY_CHANGE, extension_of, length_of
+from posttrain.run.trackers import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
+
+FROM_STEP_ON = ("metrics.jsonl", "samples.jsonl", "health.jsonl", "bad_batches.jsonl")  # records that a start from an earlier step cuts off
+RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
+
+
+class Run:
+    """The run's directory on rank 0; on other ranks every method does nothing."""
+
+    def __init__(self, recipe: Recipe, kind: str, rank: int, inputs: dict[str, str]):
+        """`inputs`: fingerprints of what the recipe names by path, and what may therefore have changed since the run began."""
+        self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
+        self.final = self.path / "final"
+        self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
+        packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
+        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
+        self.trackers: list[Tracker] = []
+        self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see fit.py
+        if rank == 0 and (self.path / "run.json").exists():
+            stored = json.loads((self.path / "run.json").read_text())["inputs"]
+            if stored.keys() != inputs.keys():
+                raise ValueError(
+                    f"{self.path} was begun by another version of this code, which identified its inputs in another way; finish it with "
+                    "that version, or give another --out_dir"
+                )
+            if changed := [name for name, value in inputs.items() if stored[name] != value]:
+                raise ValueError(
+                    f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: going on would mix two "
+                    "runs. Put back what it began with, or start a new run with another --out_dir"
+                )
+
+    def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CREATING).touch()
+        (self.path / "model").mkdir(exist_ok=True)
+        describe_model(self.path / "model")
+        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+        files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
+        form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
+        own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
+        files.sync_files(self.path / "model")
+        files.write_whole(
+            self.path / "run.json", json.dumps(self.facts | own, indent=2) + "\n"
+        )  # last: its presence makes the folder a run
+        (self.path / CREATING).unlink()
+
+    def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None], manifest: dict, facts: Facts) -> None:
+        """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
+
+        `describe_model` writes what belongs to the model besides weights into a folder, for a new run; `manifest` is the data's, `facts`
+        are for the run's health.
+        """
+        terminal.keep_noise_in(self.path / LOGS / f"rank_{self.rank}.log")
+        if self.rank:
+            return
+        if not (self.path / "run.json").exists():
+            self._create(total_steps, describe_model, manifest)
+        elif change := extension_of(self.recipe):
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+            self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
+        if self.fitted:
+            self._update(fitted=self.fitted)
+        if self.recipe.checks == "off":
+            self._update(unchecked_from_steps=[first_step])
+        for name in FROM_STEP_ON:
+            if (self.path / name).exists():
+                kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # at step 1 nothing
+                files.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
+        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
+        compared = {name: value for name, value in self.settled.items() if value is not None and name not in MAY_CHANGE}
+        self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
+        if self.recipe.wandb_log:
+            name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.settled))
+        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
+        for tracker in self.trackers:
+            tracker.texts(texts, first_step - 1)
+        self.steps = terminal.Steps(first_step, total_steps, self.recipe.log_interval)
+        self.steps.start()
+        self.health = Health(self.recipe, total_steps, facts)
+        for record in read_json_lines(self.path / "metrics.jsonl"):  # what it has seen before a restart
+            self.health.see(record["step"], record["split"], {name: value for name, value in record.items() if name not in RECORD})
+        self.health.told = {record["name"] for record in read_json_lines(self.path / "health.jsonl")}
+        self._tell(first_step - 1, self.health.before())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        start = {"from_step": first_step, "when": _now(), "ranks": dist.get_world_size() if dist.is_initialized() else 1, "device": device}
+        zero, dtype = Zero.of(read_ds_config(self.recipe.ds_config)), getattr(torch, self.recipe.dtype)
+        parts = predict((0, 0), (0, 0), facts.parameters, facts.parameters, zero, start["ranks"], dtype, False, device != "CPU")
+        states = {"weights": parts.weights, "gradients": parts.gradients, "optimizer": parts.optimizer}
+        start |= {"ds_config": Path(self.recipe.ds_config).stem, "states": states}
+        self._update(starts=[start], parameters=facts.parameters)
+
+    def _update(self, **changes) -> None:
+        """Write into the run how it went on otherwise than it began; lists grow."""
+        facts = json.loads((self.path / "run.json").read_text())
+        for name, value in changes.items():
+            facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
+        files.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+
+    def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """One record, under the same names in metrics.jsonl and in what tracks the run (split/name)."""
+        if self.rank:
+            return
+        self.metrics_file.write(json.dumps({"step": step, "split": split, **finite(metrics)}) + "\n")
+        for tracker in self.trackers:
+            tracker.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
+        self._tell(step, self.health.see(step, split, metrics))
+
+    def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Numbers of each validation example, as examples/NAME: TensorBoard mixes up a tag that is a scalar's, too."""
+        for tracker in self.trackers:
+            tracker.histograms({f"examples/{name}": array for name, array in values.items()}, step)
+
+    def log_samples(self, step: int, samples: list[dict]) -> None:
+        """Answers to the fixed prompts (prompt, answer, tokens); those of step 0 are shown beside later ones."""
+        if self.rank:
+            return
+        self._append("samples.jsonl", {"step": step, "samples": samples})
+        before: dict[str, str] = {}  # other prompts may have been asked before a restart
+        for record in read_json_lines(self.path / "samples.jsonl"):
+            before = {one["prompt"]: one["answer"] for one in record["samples"]} | before
+        begin = "before" if self.facts["kind"] == "sft" else "reference"
+        rows = [{"prompt": one["prompt"], begin: before[one["prompt"]], "now": one["answer"]} for one in samples]
+        for tracker in self.trackers:
+            tracker.answers(rows, step)
+
+    def _tell(self, step: int, findings: list[Finding]) -> None:
+        """Say, and keep, what is wrong with the run and what to do."""
+        for finding in findings:
+            self._append("health.jsonl", {"step": step, **finding._asdict()})
+            self.say(f"health   step {step}: {finding}")
+            for tracker in self.trackers:
+                tracker.texts({"health": f"**{finding.name}**: {finding}"}, step)
+
+    def _append(self, name: str, record: dict) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def has_looked(self, step: int) -> bool:
+        """Whether the log holds what is measured at a validation."""
+        records = read_json_lines(self.path / "metrics.jsonl")
+        return any(record["step"] == step and record["split"] == "eval" for record in records)
+
+    def step_line(self, step: int, metrics: dict[str, float]) -> None:
+        if self.rank:
+            return
+        parts = [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+        self.steps.step(step, metrics["step_ms"] / 1000, [*_first_of(metrics), *parts, f"{metrics['memory_gb']:.1f} GB"])
+
+    def eval_line(self, step: int, metrics: dict[str, float]) -> None:
+        self.say(" | ".join([f"eval at step {step}", *_first_of(metrics)]))
+
+    def bad_batch(self, step: int, reason: str, metrics: dict[str, float], examples: list[dict]) -> None:
+        """Record a step that was not applied."""
+        if self.rank:
+            return
+        numbers = finite({name: metrics[name] for name in ("loss", "grad_norm")})
+        self._append("bad_batches.jsonl", {"step": step, "reason": reason, **numbers, "examples": examples})
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            terminal.say(text)
+
+    def sync(self) -> None:
+        """Put the logs on the disk: what a checkpoint follows must not be lost where the checkpoint is not."""
+        if self.rank == 0:
+            os.fsync(self.metrics_file.fileno())
+            for tracker in self.trackers:
+                tracker.flush()
+
+    def finished(self) -> None:
+        """Note that final/ is there, and for how long a run."""
+        if self.rank == 0:
+            self._update(finished=length_of(self.recipe), ended=_now())
+
+    def close(self) -> None:
+        if not self.trackers:
+            return
+        terminal.stop_live()
+        self.metrics_file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _first_of(metrics: dict[str, float]) -> list[str]:
+    """What is told in the terminal; metrics.jsonl has the rest."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "rewards/margins" in metrics:
+        parts += [f"margin {metrics['rewards/margins']:.3f}", f"accuracy {metrics['rewards/accuracies']:.2f}"]
+    return parts
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line that a crash cut in half counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

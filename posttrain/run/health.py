@@ -1,0 +1,228 @@
+"""Is the run well? What its own numbers say, in plain words, with what to do. A finding is told once a run.
+
+The thresholds are meant to be silent on a run that goes as most do; each stands with its reason. docs/reading-a-run.md shows the curves.
+"""
+
+import math
+from collections import deque
+from statistics import mean, median, pstdev
+from typing import NamedTuple
+
+from posttrain.objectives.preference import needs_reference
+from posttrain.recipes.keys import DPORecipe, Recipe
+
+
+class Facts(NamedTuple):
+    """What is known before the first step."""
+
+    parameters: int
+    rows: int  # for training
+    copies: int  # of them exact copies of others
+    weight_scale: float  # root mean square of the weights of matrices
+    answer_tokens: float  # mean length of what is trained, of an example
+
+
+class Finding(NamedTuple):
+    name: str
+    what: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.todo}"
+
+
+WINDOW = 5, 20  # steps that are averaged: a fortieth of the run, within these
+STEP_OF_WEIGHTS = {"sft": (2e-6, 0.05), "dpo": (1e-7, 0.02)}  # learning rate by size of a usual weight, as Adam moves each by about that
+COPIES = 0.2  # of the rows
+RISES = 1.1  # times the loss at the start
+FEWEST = 20  # gradient norms, before which there is no usual one
+SPIKE, SPIKES = 5.0, 5  # times the usual gradient norm; of the last 50
+TOO_SMALL = 1e-4  # share of bfloat16 weights that a step changes; a learning rate of 5e-7 is above it, see tests/test_precision.py
+SATURATED = 0.98, 0.1  # accuracy; share of the loss at the start
+CHOSEN_FALLS = 0.5  # nats a token
+FAR = {"chosen": 1.5, "rejected": 6.0}  # nats a token from the reference; rejected answers are meant to go
+SWAPPED = 0.25  # share of pairs whose chosen answer the model to begin with finds likelier
+LEARNT = 0.6  # accuracy on training pairs, and on validation pairs of the opposite
+OVERFITS = {"sft": 1.02, "dpo": 1.1}  # times the lowest validation loss, twice in a row
+LONGER = 1.5  # times the length of answers before
+
+
+class Health:
+    """Looks at every step's and every validation's metrics, which are all ranks'."""
+
+    def __init__(self, recipe: Recipe, steps: int, facts: Facts):
+        self.recipe, self.steps, self.facts = recipe, steps, facts
+        self.told: set[str] = set()  # names of findings
+        self.kind = "dpo" if isinstance(recipe, DPORecipe) else "sft"
+        self.window = max(WINDOW[0], min(WINDOW[1], steps // 40))
+        self.first: dict[str, list[float]] = {}
+        self.last: dict[str, deque[float]] = {}
+        self.norms: deque[float] = deque(maxlen=50)
+        self.first_norms: list[float] = []
+        self.looks: list[dict[str, float]] = []
+
+    def before(self) -> list[Finding]:
+        """Of what is known before the first step."""
+        facts, (least, most) = self.facts, STEP_OF_WEIGHTS[self.kind]
+        share = self.recipe.learning_rate / facts.weight_scale
+        found = []
+        if not least <= share <= most:
+            how = "large" if share > most else "small"
+            found.append(
+                Finding(
+                    f"learning rate too {how}",
+                    f"learning_rate {self.recipe.learning_rate:g} is far too {how} for this model: a step moves a usual weight by "
+                    f"{share:.2g} of its size, where {least:g} to {most:g} is usual",
+                    f"{'Lower' if share > most else 'Raise'} learning_rate",
+                )
+            )
+        if facts.copies > COPIES * facts.rows:
+            found.append(
+                Finding(
+                    "duplicated data",
+                    f"{facts.copies:,} of {facts.rows:,} training rows ({facts.copies / facts.rows:.0%}) are exact copies of others, which "
+                    "are learnt by heart",
+                    "Prepare the data again with --duplicates drop",
+                )
+            )
+        return self._new(found)
+
+    def see(self, step: int, split: str, metrics: dict[str, float | None]) -> list[Finding]:
+        """What is new in a record of metrics.jsonl; None there is a value that was not finite."""
+        known = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return self._new(self._look(known) if split == "eval" else self._step(step, known))
+
+    def _step(self, step: int, metrics: dict[str, float]) -> list[Finding | None]:
+        for name in ("loss", "nll_loss", "preference_loss", "rewards/accuracies", "rewards/rejected", "rewards/chosen", "logps/accuracies"):
+            if name in metrics:
+                self.first.setdefault(name, [])
+                if len(self.first[name]) < self.window:
+                    self.first[name].append(metrics[name])
+                self.last.setdefault(name, deque(maxlen=self.window)).append(metrics[name])
+        self.norms.append(metrics["grad_norm"])
+        self.first_norms = [*self.first_norms, metrics["grad_norm"]][:FEWEST]
+        found = [self._update(step, metrics), self._spikes()]
+        if len(self.first["loss"]) == self.window:
+            found += [self._loss(step)] if self.kind == "sft" else [*self._preference(step)]
+        return found
+
+    def _look(self, metrics: dict[str, float]) -> list[Finding | None]:
+        self.looks.append(metrics)
+        return [self._validation(), self._opposite(metrics), self._lengths()]
+
+    def _new(self, found: list[Finding | None]) -> list[Finding]:
+        new = [finding for finding in found if finding and finding.name not in self.told]
+        self.told |= {finding.name for finding in new}
+        return new
+
+    def _now(self, name: str) -> float:
+        return mean(self.last[name])
+
+    def _start(self, name: str) -> float:
+        return mean(self.first[name])
+
+    def _update(self, step: int, metrics: dict[str, float]) -> Finding | None:
+        if metrics.get("bf16_changed", 1.0) >= TOO_SMALL or metrics["learning_rate"] <= self.recipe.learning_rate / 2:
+            return None
+        return Finding(
+            "update too small",
+            f"step {step} changed {metrics['bf16_changed']:.1e} of the bfloat16 weights: at learning rate {metrics['learning_rate']:.1e} "
+            "an update is too small to register. The float32 master weights keep it, but the model hardly moves",
+            "Raise learning_rate",
+        )
+
+    def _spikes(self) -> Finding | None:
+        # where most examples are learnt, few still have a gradient: norms far above a tiny median, and not above those of the start
+        typical = max(median(self.norms), median(self.first_norms))
+        if len(self.norms) < FEWEST or not typical:
+            return None
+        high = [norm for norm in self.norms if not norm <= SPIKE * typical]
+        if len(high) < SPIKES:
+            return None
+        return Finding(
+            "gradient spikes",
+            f"{len(high)} of the last {len(self.norms)} gradient norms are more than {SPIKE:g} times the usual one, {typical:.3g}",
+            "Lower learning_rate, lengthen warmup_iters, or look for broken examples: bad_batches.jsonl, --replay_step",
+        )
+
+    def _loss(self, step: int) -> Finding | None:
+        start, now, spread = self._start("loss"), self._now("loss"), pstdev(self.first["loss"])
+        noise = spread / self.window**0.5
+        if step >= 2 * self.window and not now <= max(RISES * start, start + 3 * noise):
+            return Finding(
+                "loss rises",
+                f"the loss rises: {start:.3g} at the start, {now:.3g} now",
+                "Lower learning_rate (ten times), or lengthen warmup_iters",
+            )
+        late = step >= max(self.steps / 10, 3 * self.window, self.recipe.warmup_iters + 2 * self.window)
+        if late and now >= start - noise / 2:
+            return Finding(
+                "loss does not fall",
+                f"the loss has not fallen: {start:.3g} at the start, {now:.3g} now",
+                "Raise learning_rate, or look whether the data is what you mean: data_prep/preview.py",
+            )
+        return None
+
+    def _preference(self, step: int):
+        recipe, start = self.recipe, self._start("preference_loss")
+        if step <= self.window and self._start("logps/accuracies") < SWAPPED:
+            yield Finding(
+                "swapped",
+                f"the model to begin with finds the chosen answer likelier, per token, in {self._start('logps/accuracies'):.0%} of pairs "
+                "only: are chosen and rejected swapped?",
+                "Look at some with data_prep/preview.py. Where rejected answers are the model's own, this is as it should be",
+            )
+        accuracy, loss = self._now("rewards/accuracies"), self._now("preference_loss")
+        if step <= self.steps / 10 and accuracy >= SATURATED[0] and loss <= SATURATED[1] * start:
+            yield Finding(
+                "saturated",
+                f"margins are saturated at once: accuracy {accuracy:.2f}, preference loss {loss:.2g} after {step} of {self.steps} steps",
+                "The pairs differ by something that is too easy to see (length, form, an empty answer), or learning_rate is too high",
+            )
+        if "nll_loss" in self.last and (fallen := self._now("nll_loss") - self._start("nll_loss")) > CHOSEN_FALLS:
+            yield Finding(
+                "chosen log-prob falls",
+                f"chosen answers become less likely: by {fallen:.2g} nats a token since the start",
+                "Add chosen_nll_weight (0.1 to 1), raise beta, or lower learning_rate",
+            )
+        if not needs_reference(recipe):  # its rewards are no distances
+            return
+        distances = {which: abs(self._now(f"rewards/{which}")) / recipe.beta / self.facts.answer_tokens for which in FAR}
+        if far := next((which for which, distance in distances.items() if distance > FAR[which]), None):
+            yield Finding(
+                "far from the reference",
+                f"the policy is far from the reference: {distances[far]:.2g} nats a token in {far} answers of the data",
+                "Raise beta, lower learning_rate, or stop earlier: samples will tell whether it still speaks",
+            )
+
+    def _validation(self) -> Finding | None:
+        losses = [look["loss"] for look in self.looks if "loss" in look]
+        if len(losses) < 3 or not min(losses[-2:]) > OVERFITS[self.kind] * min(losses):
+            return None
+        return Finding(
+            "validation rises",
+            f"the validation loss has risen since its lowest, {min(losses):.4g}, to {losses[-1]:.4g}",
+            "The model begins to learn rows by heart: take the checkpoint that checkpoints/best names, fewer epochs, or more data",
+        )
+
+    def _opposite(self, metrics: dict[str, float]) -> Finding | None:
+        if "rewards/margins" not in metrics or not self.last or self._now("rewards/accuracies") < LEARNT:
+            return None
+        if metrics["rewards/accuracies"] >= 1 - LEARNT or metrics["rewards/margins"] >= 0:
+            return None
+        return Finding(
+            "swapped",
+            f"what is learnt from training pairs (accuracy {self._now('rewards/accuracies'):.2f}) is wrong for validation pairs (accuracy "
+            f"{metrics['rewards/accuracies']:.2f}): are chosen and rejected swapped in one of them?",
+            "Look at both with data_prep/preview.py",
+        )
+
+    def _lengths(self) -> Finding | None:
+        lengths = [look["sample_tokens"] for look in self.looks if "sample_tokens" in look]
+        if len(lengths) < 2 or self.kind == "sft" or lengths[-1] < max(LONGER * lengths[0], lengths[0] + 10):
+            return None
+        return Finding(
+            "answers grow longer",
+            f"answers to the fixed prompts grow longer: {lengths[0]:.0f} tokens before, {lengths[-1]:.0f} now",
+            "Preference data often prefers length: ld_alpha below 1, loss sigmoid_norm or simpo, or pairs of like length",
+        )

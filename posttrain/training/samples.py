@@ -1,0 +1,106 @@
+"""Answers of the model in training to a few fixed prompts, before the first step and at every validation: what the curves do not show."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import distributed as dist
+
+from posttrain.common.files import read_prompts
+from posttrain.data.chat import IGNORE, ChatFormat, render_prompt
+from posttrain.data.packing import RowBuilder
+from posttrain.data.prepared import PreparedData
+from posttrain.parallel import watchdog
+from posttrain.parallel.ranks import gathered
+from posttrain.recipes.keys import Recipe
+from posttrain.training.step import Training
+
+
+class Asked(NamedTuple):
+    prompt: list[int]
+    most: int  # tokens of its answer, at least 1
+    is_complete: Callable[[list[int]], bool]  # whether an answer ends with its last token
+
+
+class Samples:
+    """Fixed prompts, as token ids, and how they are answered."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, chat: ChatFormat):
+        """Raises ValueError or FileNotFoundError for a file of prompts that is not one."""
+        self.most, self.chat = recipe.sample_tokens, chat
+        if recipe.sample_prompts:
+            system = data.manifest["options"].get("system_prompt")
+            begin = [{"role": "system", "content": system}] if system else []
+            self.texts = read_prompts(Path(recipe.sample_prompts), recipe.samples)
+            self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
+        else:
+            split = data.validation if len(data.validation) else data.train
+            self.prompts = [_prompt(split.table[index]) for index in range(min(recipe.samples, len(split)))]
+            self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
+
+    def ask(self, training: Training) -> list[dict]:
+        """The prompts with the greedy answers of the model as it is now. All ranks."""
+        stops = {self.chat.end_id, self.chat.tokenizer.eos_token_id}
+        training.engine.eval()
+        answers = generate(training, [Asked(prompt, self.most, lambda answer: answer[-1] in stops) for prompt in self.prompts])
+        training.engine.train()
+        found = []
+        for text, answer in zip(self.texts, answers, strict=True):
+            stopped = answer[-1] in stops
+            ids = answer[:-1] if stopped else answer
+            found.append({"prompt": text, "answer": self.chat.tokenizer.decode(ids), "tokens": len(ids), "stopped": stopped})
+        return found
+
+
+def _prompt(example: dict) -> list[int]:
+    """Of a prepared row: what comes before the first answer; of a document, which is trained from its beginning, the first half."""
+    if "prompt" in example:
+        return example["prompt"]
+    first = next(index for index, label in enumerate(example["labels"]) if label != IGNORE)
+    return example["input_ids"][: first if first > 1 else max(1, len(example["input_ids"]) // 2)]
+
+
+@torch.no_grad()
+def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
+    """The greedy answer to each, with the token that completes it. All ranks; the engine must be in eval mode.
+
+    By the forward pass of training: a rank's prompts are one packed row, as many as have room in it, read anew for every token. For a few
+    prompts that costs less than a cache would save, and does not care how weights are sharded.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = asked[rank::ranks]
+    answers: list[list[int]] = [[] for _ in mine]
+    waiting = list(range(len(mine)))
+    while True:
+        watchdog.enter("eval")
+        going = _that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.recipe.max_tokens_per_gpu)
+        left = torch.tensor([going], device=training.device)
+        dist.all_reduce(left)
+        if not left.item():
+            break
+        read = waiting[:going]
+        chosen = training.engine(_next_tokens([mine[index].prompt + answers[index] for index in read], training.device))
+        for index, token in zip(read, chosen.tolist(), strict=False):  # a rank that is done reads one token, as all must read
+            answers[index].append(token)
+            if len(answers[index]) == mine[index].most or mine[index].is_complete(answers[index]):
+                waiting.remove(index)
+    shares = gathered(answers)
+    return [shares[number % ranks][number // ranks] for number in range(len(asked))]
+
+
+def _that_fit(lengths: list[int], room: int) -> int:
+    """How many of the first have room together; one always has."""
+    return max(min(1, len(lengths)), bisect_right(list(accumulate(lengths)), room))
+
+
+def _next_tokens(sequences: list[list[int]], device: torch.device):
+    """A micro-batch that asks for the token after each sequence."""
+    builder = RowBuilder()
+    for ids in sequences or [[0]]:
+        builder.add_sequence(ids, [IGNORE] * len(ids))
+    batch = builder.build()
+    last = batch.packing.segments[:, 1] - 1
+    return batch._replace(rows=last, targets=None).to(device)

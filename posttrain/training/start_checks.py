@@ -1,0 +1,117 @@
+"""Checks before the first step: each stops a wrong run with its cause. All ranks call them; all ranks raise together."""
+
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from posttrain.data.packing import MicroBatch
+from posttrain.engine.build import forget_activations
+from posttrain.objectives.answers import answer_lengths, answer_sums
+from posttrain.objectives.preference import DPO
+from posttrain.training.step import Training, step_share
+
+# The same weights, kernels and batch give the same log-probs: relative difference of an answer's. On CPUs there is none, as `start` in
+# benchmarks/results/invariance.json says
+SAME_LOGPS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
+# Precomputed in other micro-batches, so rounded elsewhere: nats an answer, by the square root of its tokens. Measured: at most 2e-6
+# and 0.012 (benchmarks/results/reference_band.json, by benchmarks/reference_band.py)
+SAME_PRECOMPUTED = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative; a pair's loss and its closed-form value
+TELL = "checks=off goes on regardless, and is written into the run"
+
+
+@torch.no_grad()
+def forward_is_repeatable(policy, batch: MicroBatch, dtype: torch.dtype) -> float:
+    """The same batch twice gives the same log-probs, as it must without dropout. Returns their largest relative difference."""
+    first, second = (_sums(policy, batch).sum(1) for _ in range(2))
+    if _largest(first.isfinite().logical_not().double()):
+        raise ValueError(
+            "before the first step log-probs of its first micro-batch are not finite: the weights are damaged or overflow in this dtype. "
+            f"--replay_step=1 --checks=off shows which examples. {TELL}"
+        )
+    difference = _largest((first - second).abs() / first.abs().clamp(min=1))
+    if not difference <= SAME_LOGPS[dtype]:
+        names = [name for name, module in policy.module.model.named_modules() if _drops(module)]
+        where = f"it is on in {len(names)} modules, first {names[0]}" if names else "the model draws it elsewhere, or a kernel is not exact"
+        raise ValueError(
+            f"before the first step the same batch gives log-probs that differ by {difference:.2g} (relative) from one forward pass to the "
+            f"next, although the recipe says dropout 0: {where}. {TELL}"
+        )
+    return difference
+
+
+@torch.no_grad()
+def policy_equals_reference(objective: DPO, batch: MicroBatch, dtype: torch.dtype, precomputed_in: Path | None) -> float:
+    """Before step 1 policy and reference are the same model: equal weights, equal log-probs, and the loss at its closed-form value.
+
+    `precomputed_in`: the folder of the reference's log-probs, where there is one. Returns the largest difference of log-probs, in the unit
+    of SAME_LOGPS or, for precomputed ones, SAME_PRECOMPUTED.
+    """
+    if objective.reference is not None:
+        _same_weights(objective.policy.module, objective.reference.module)
+    policy, reference = objective.pairs(_sums(objective.policy, batch)), objective.reference_logps(batch)
+    lengths = answer_lengths(batch)
+    differences = torch.stack([(mine - other).abs() for mine, other in zip(policy, reference, strict=True)], dim=1).flatten()
+    if objective.reference is not None:
+        difference, limit = _largest(differences / torch.stack(reference, dim=1).flatten().abs().clamp(min=1)), SAME_LOGPS[dtype]
+        unit, cause = "relative", "the weights are the same, so its engine computes with other kernels"
+    else:
+        difference, limit = _largest(differences / lengths.sqrt()), SAME_PRECOMPUTED[dtype]
+        unit, cause = "nats by the square root of an answer's tokens", f"delete {precomputed_in}, and they are computed anew"
+    if not difference <= limit:
+        raise ValueError(
+            f"before the first step the log-probs of policy and reference differ by {difference:.3g} ({unit}; limit {limit:g}): "
+            f"{cause}. {TELL}"
+        )
+    if objective.reference is not None:
+        losses, expected = objective.example_losses(batch), objective.loss_at_start
+        forget_activations()
+        off = _largest((losses - expected).abs() / max(1.0, abs(expected)))
+        if not off <= SAME_LOSS[dtype]:
+            raise ValueError(
+                f"before the first step a pair's loss differs by {off:.3g} from {expected:.6f}, its value where policy and reference "
+                f"agree: the loss function is wrong. {TELL}"
+            )
+    return difference
+
+
+def _same_weights(policy, reference) -> None:
+    names = [name for name, value in policy.weights.items() if reference.weights.get(name) != value]
+    if names:
+        raise ValueError(
+            f"the reference is another model than the policy starts from: {len(names)} of {len(policy.weights)} tensors differ, first "
+            f"{names[0]}. Both are read from sft_checkpoint_path: was it written to while the run started? {TELL}"
+        )
+
+
+def _sums(policy, batch: MicroBatch) -> torch.Tensor:
+    sums = answer_sums(policy(batch), batch)
+    forget_activations()
+    return sums
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "attention_dropout", 0.0)) or (isinstance(module, torch.nn.Dropout) and module.p > 0)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest value over all ranks; infinite where one is not a number. All ranks."""
+    largest = torch.zeros((), device=values.device) if not len(values) else values.float().nan_to_num(torch.inf, torch.inf).max()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def check_start(training: Training) -> dict[str, float]:
+    """Stop a run that would be wrong from its first step on; returns what was measured. All ranks."""
+    recipe, objective, train = training.recipe, training.objective, training.data.train
+    if recipe.checks == "off":
+        return {}
+    _, mine = step_share(training, 1)
+    batch, dtype = train.micro_batch(mine[0]).to(training.device), getattr(torch, recipe.dtype)
+    measured = {}
+    if not recipe.dropout:
+        measured["repeated forward"] = forward_is_repeatable(objective.policy, batch, dtype)
+    if isinstance(objective, DPO) and objective.has_reference:
+        measured["policy and reference"] = policy_equals_reference(objective, batch, dtype, train.reference_folder)
+    return measured

@@ -1,0 +1,172 @@
+"""The rules of the house, read from the source: python tests/layout.py prints the arrows between folders, and every broken rule with its line.
+
+Imports only go down: a folder of posttrain/ imports folders below it, the commands at the top of posttrain/ import any and are imported by
+none, and data_prep/ imports what lies at or below posttrain/data.
+"""
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDERS = (  # of posttrain/, lowest first; engine and run share a floor: neither imports the other
+    *("common", "parallel", "data", "objectives", "operators", "recipes"),
+    *(("engine", "run"), "model", "planning", "serving", "evaluation", "training", "commands"),
+)
+FLOOR = {name: floor for floor, names in enumerate(FOLDERS) for name in ([names] if isinstance(names, str) else names)}
+COMMANDS = {"sft", "dpo", "serve", "eval_benchmarks", "eval_preferences", "convert", "plan", "report"}
+USERS_OF_DEEPSPEED = {"engine"}  # folders
+LONGEST, MOST_PARAMETERS = 60, 7  # a function has fewer lines, and no more parameters that a call may leave unnamed
+SCRIPT_FOLDERS = ("posttrain", "data_prep", "launch/quickstart", "launch/doctor")  # a script there puts its folder first on sys.path
+
+
+class Import(NamedTuple):
+    module: str  # posttrain.FOLDER.MODULE, posttrain.COMMAND or posttrain.FOLDER
+    name: str | None  # what is taken out of the module; None for the module itself
+    bound: str  # the name that it has in the importing file
+    line: int
+
+
+def module_name(root: Path, path: Path) -> str:
+    """The dotted name of a file of the repository."""
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def folder_of(module: str) -> str:
+    """The folder of posttrain/ that a module lies in, `commands` for those at its top, or the first folder of another module."""
+    top, *below = module.split(".")
+    if top != "posttrain":
+        return top
+    return below[0] if below and below[0] in FLOOR else "commands"
+
+
+def imports(root: Path, path: Path) -> Iterator[Import]:
+    """What a file imports of posttrain/, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for one in node.names:
+                if one.name.split(".")[0] == "posttrain":
+                    yield Import(one.name, None, one.asname or one.name, node.lineno)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
+            for one in node.names:
+                inner = root / f"{node.module}.{one.name}".replace(".", "/")
+                if inner.with_suffix(".py").is_file() or inner.is_dir():
+                    yield Import(f"{node.module}.{one.name}", None, one.asname or one.name, node.lineno)
+                else:
+                    yield Import(node.module, one.name, one.asname or one.name, node.lineno)
+
+
+def sources(root: Path, *folders: str) -> list[Path]:
+    """The Python files of some folders of the repository, at any depth."""
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def climbing_imports(root: Path) -> Iterator[str]:
+    """Imports that do not go down, and modules of a folder that import each other in a circle."""
+    inside: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for path in sources(root, "posttrain", "data_prep"):
+        here = module_name(root, path)
+        own = folder_of(here)
+        if own == "commands" and here.count(".") > 1:
+            yield f"{path.relative_to(root)}:1: its folder is not in FOLDERS of tests/layout.py"
+        if own == "commands" and here.count(".") == 1 and here.split(".")[1] not in COMMANDS:
+            yield f"{path.relative_to(root)}:1: is not one of the commands, which alone lie at the top of posttrain/"
+        for found in imports(root, path):
+            other = folder_of(found.module)
+            if own == "data_prep":
+                allowed = FLOOR[other] <= FLOOR["data"]
+            elif own == other and own != "commands":
+                inside[own][here].add(found.module)
+                allowed = True
+            else:
+                allowed = FLOOR[other] < FLOOR[own] and other != "commands"
+            if not allowed:
+                yield f"{path.relative_to(root)}:{found.line}: {own} imports {found.module}, which is not below it"
+    for folder, arrows in inside.items():
+        try:
+            TopologicalSorter(arrows).prepare()
+        except CycleError as error:
+            yield f"posttrain/{folder}: imports in a circle: {' -> '.join(error.args[1])}"
+
+
+def private_names(root: Path) -> Iterator[str]:
+    """Private names that a file takes out of another module of posttrain/."""
+    for path in sources(root, "posttrain", "data_prep", "launch"):
+        modules = {}
+        for found in imports(root, path):
+            if found.name is None:
+                modules[found.bound] = found.module
+            elif found.name.startswith("_"):
+                yield f"{path.relative_to(root)}:{found.line}: {found.name} is private to {found.module}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr.startswith("_"):
+                if node.value.id in modules and not node.attr.startswith("__"):
+                    yield f"{path.relative_to(root)}:{node.lineno}: {node.attr} is private to {modules[node.value.id]}"
+
+
+def shadowing_names(root: Path) -> Iterator[str]:
+    """Modules and folders beside a script that would be taken for a library of that name."""
+    libraries = set(packages_distributions()) | set(sys.stdlib_module_names) | {"kernels"}  # transformers imports the last where it is there
+    own = {"posttrain", "data_prep"}
+    for folder in SCRIPT_FOLDERS:
+        for path in sorted((root / folder).glob("*")):
+            if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.stem in libraries - own:
+                yield f"{path.relative_to(root)}:1: shadows the library {path.stem}"
+
+
+def strangers_of_deepspeed(root: Path) -> Iterator[str]:
+    """Files outside engine/ that import DeepSpeed."""
+    for path in sources(root, "posttrain"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            is_import = isinstance(node, ast.Import | ast.ImportFrom)
+            if is_import and any(name.split(".")[0] == "deepspeed" for name in names):
+                if folder_of(module_name(root, path)) not in USERS_OF_DEEPSPEED:
+                    yield f"{path.relative_to(root)}:{node.lineno}: imports deepspeed, which engine/ alone knows"
+
+
+def sprawling_functions(root: Path) -> Iterator[str]:
+    """Functions of LONGEST lines and more, or with more parameters than anybody can keep apart unless calls name them."""
+    for path in sources(root, "posttrain", "data_prep"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (lines := node.end_lineno - node.lineno + 1) >= LONGEST:
+                yield f"{path.relative_to(root)}:{node.lineno}: {node.name} has {lines} lines"
+            unnamed = [one for one in (*node.args.posonlyargs, *node.args.args) if one.arg not in ("self", "cls")]
+            if len(unnamed) > MOST_PARAMETERS:
+                yield f"{path.relative_to(root)}:{node.lineno}: {node.name} has {len(unnamed)} parameters that a call may leave unnamed"
+
+
+RULES = (climbing_imports, private_names, shadowing_names, strangers_of_deepspeed, sprawling_functions)
+
+
+def broken_rules(root: Path) -> list[str]:
+    """A line for each broken rule, FILE:LINE: what is wrong."""
+    return [line for rule in RULES for line in rule(root)]
+
+
+def arrows(root: Path) -> dict[tuple[str, str], int]:
+    """How many imports go from one folder of posttrain/ to another."""
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for path in sources(root, "posttrain"):
+        own = folder_of(module_name(root, path))
+        for one in imports(root, path):
+            if folder_of(one.module) != own:
+                found[own, folder_of(one.module)] += 1
+    return found
+
+
+if __name__ == "__main__":
+    repository = Path(__file__).resolve().parents[1]
+    every = arrows(repository)
+    for name in reversed(FLOOR):
+        print(f"{name:12}-> {', '.join(f'{below} {count}' for (above, below), count in sorted(every.items()) if above == name)}")
+    print(f"{len(every)} arrows between {len(FLOOR)} folders on {len(FOLDERS)} floors")
+    problems = broken_rules(repository)
+    print("\n".join(problems))
+    sys.exit(bool(problems))
