@@ -1,9 +1,9 @@
 """Package metadata. Set up a working environment with `source launch/env.sh`, which installs this in editable mode.
 
-Packages are named one by one: the scripts read ds_configs/ and recipes/ from the checkout, so only an editable install is supported.
+The scripts read ds_configs/ and recipes/ from the checkout, so only an editable install is supported.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="posttrain",
@@ -11,8 +11,8 @@ setup(
     description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
     license="MIT",
     python_requires=">=3.11",
-    packages=["posttrain", "posttrain.serving", "posttrain.evaluation", "data_prep"],
-    package_data={"posttrain": ["recipes/*.yaml", "report.html"], "posttrain.serving": ["page/*"]},
+    packages=[*find_packages(include=["posttrain", "posttrain.*"]), "data_prep"],
+    package_data={"posttrain": ["report.html"], "posttrain.recipes": ["*.yaml"], "posttrain.serving": ["page/*"]},
     install_requires=[
         "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine/start.py
         "torch>=2.11",

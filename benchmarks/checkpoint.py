@@ -54,12 +54,12 @@ def worker(folder: Path) -> None:
     for save in range(SAVES):
         copies.append(_copy_seconds(engine))
         started = time.perf_counter()
-        blocked.append(_timed(lambda save=save: checkpoints.save(save + 2, training.guard)))
+        blocked.append(_timed(lambda save=save: checkpoints.save(save + 2, training.guard.state())))
         checkpoints.finish()
         whole.append(time.perf_counter() - started)
     for _ in range(SAVES):
         dist.barrier()
-        restored.append(_timed(lambda: checkpoints.restore(checkpoints.newest(), training.guard)))
+        restored.append(_timed(lambda: checkpoints.restore(checkpoints.newest())))
     if dist.get_rank() == 0:
         seconds = {"copy_to_host": copies, "blocked": blocked, "until_on_disk": whole, "deepspeed_blocked": theirs}
         seconds["verify_and_restore"] = restored

@@ -60,7 +60,8 @@ def measure(race, folder: Path) -> dict:
     on_gpu = torch.cuda.is_available()
     training = build_training(str(folder), "sft", recipe | {"ds_config": race.ds_config} | (WITH_ROOM if on_gpu else {}))
     run = Run(training.recipe, "sft", 0, {})
-    run.start(1, 99, lambda folder: None, training.data.manifest, Facts(1, 1, 0, 1.0, 1.0))
+    manifest, facts = training.data.manifest, Facts(1, 1, 0, 1.0, 1.0)
+    run.start(1, 99, describe_model=lambda folder: None, manifest=manifest, facts=facts, states={})
     run.step_line = lambda *_: None
 
     def one(step: int) -> None:

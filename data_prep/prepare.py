@@ -1,4 +1,4 @@
-"""From rows to a prepared folder: what prepare_sft.py and prepare_dpo.py share. The folder's format is described in posttrain/data/prepared.py.
+"""From rows to a prepared folder: what prepare_sft.py and prepare_dpo.py share. posttrain/data/prepared.py describes the folder's format.
 
     sources -> rows -> conversations -> examples (parts in DIR.incomplete) -> choose (duplicates, validation, weights) -> DIR
 

@@ -34,7 +34,9 @@ class Supervisor:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._pass_on)
-        self.well = Path(tempfile.mkdtemp(prefix="posttrain_supervise_")) / "all_is_well"  # made by a rank, see posttrain/parallel/stopping.py
+        self.well = (
+            Path(tempfile.mkdtemp(prefix="posttrain_supervise_")) / "all_is_well"
+        )  # made by a rank, see posttrain/parallel/stopping.py
         # a job's time limit counts from here
         environment = {"POSTTRAIN_STARTED": str(time.time())} | os.environ | {"POSTTRAIN_ALL_IS_WELL": str(self.well)}
         try:

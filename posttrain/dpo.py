@@ -12,7 +12,7 @@ from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.ds_config import checkpoint_function, read_ds_config
 from posttrain.engine.start import check_versions, launch_shape, start_distributed
 from posttrain.model.policy import load_policy
-from posttrain.objectives.preference import DPO, needs_reference
+from posttrain.objectives.preference import DPO
 from posttrain.parallel.script import run_script
 from posttrain.recipes.keys import DPORecipe
 from posttrain.recipes.reading import load_recipe
@@ -45,13 +45,13 @@ def dpo() -> None:
         return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
 
     precompute = recipe.reference == "precompute" and not recipe.only_looks  # looking writes nothing, beside the data neither
-    beside = frozen() if needs_reference(recipe) and not precompute else None
+    beside = frozen() if recipe.needs_reference and not precompute else None
     policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
-    if needs_reference(recipe) and precompute:
+    if recipe.needs_reference and precompute:
         choices.append(reference.attach(settled, prepared, policy.fingerprint, device, frozen))
     engine = build_engine(policy, recipe, ds_config)
     run = Run(recipe, "dpo", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(Training(settled, engine, prepared, DPO(engine, beside, recipe)), chat, run, choices)
+    train(Training(settled, engine, prepared, DPO(engine, beside, **recipe.objective)), chat, run, choices)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def start_run(run, first_step: int, total_steps: int) -> None:
         "changes": {},
         "notes": [],
     }
-    run.start(first_step, total_steps, lambda folder: None, manifest, Facts(1, 1, 0, 1.0, 1.0))
+    facts = Facts(1, 1, 0, 1.0, 1.0)
+    run.start(first_step, total_steps, describe_model=lambda folder: None, manifest=manifest, facts=facts, states={})
 
 
 def metrics(run: Path, split: str = "train") -> list[dict]:

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: python tests/layout.py prints the arrows between folders, and every broken rule with its line.
+"""The rules of the house, read from the source: python tests/layout.py prints the arrows between folders and broken rules.
 
 Imports only go down: a folder of posttrain/ imports folders below it, the commands at the top of posttrain/ import any and are imported by
 none, and data_prep/ imports what lies at or below posttrain/data.
@@ -103,30 +103,36 @@ def private_names(root: Path) -> Iterator[str]:
             elif found.name.startswith("_"):
                 yield f"{path.relative_to(root)}:{found.line}: {found.name} is private to {found.module}"
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr.startswith("_"):
-                if node.value.id in modules and not node.attr.startswith("__"):
-                    yield f"{path.relative_to(root)}:{node.lineno}: {node.attr} is private to {modules[node.value.id]}"
+            if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name) or node.value.id not in modules:
+                continue
+            if node.attr.startswith("_") and not node.attr.startswith("__"):
+                yield f"{path.relative_to(root)}:{node.lineno}: {node.attr} is private to {modules[node.value.id]}"
 
 
 def shadowing_names(root: Path) -> Iterator[str]:
     """Modules and folders beside a script that would be taken for a library of that name."""
-    libraries = set(packages_distributions()) | set(sys.stdlib_module_names) | {"kernels"}  # transformers imports the last where it is there
+    libraries = (
+        set(packages_distributions()) | set(sys.stdlib_module_names) | {"kernels"}
+    )  # transformers imports the last where it is there
     own = {"posttrain", "data_prep"}
     for folder in SCRIPT_FOLDERS:
         for path in sorted((root / folder).glob("*")):
-            if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.stem in libraries - own:
-                yield f"{path.relative_to(root)}:1: shadows the library {path.stem}"
+            file = path / "__init__.py" if path.is_dir() else path
+            if file.suffix == ".py" and file.is_file() and path.stem in libraries - own - {"__init__"}:
+                yield f"{file.relative_to(root)}:1: shadows the library {path.stem}"
 
 
 def strangers_of_deepspeed(root: Path) -> Iterator[str]:
     """Files outside engine/ that import DeepSpeed."""
     for path in sources(root, "posttrain"):
+        if folder_of(module_name(root, path)) in USERS_OF_DEEPSPEED:
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [one.name for one in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
-            is_import = isinstance(node, ast.Import | ast.ImportFrom)
-            if is_import and any(name.split(".")[0] == "deepspeed" for name in names):
-                if folder_of(module_name(root, path)) not in USERS_OF_DEEPSPEED:
-                    yield f"{path.relative_to(root)}:{node.lineno}: imports deepspeed, which engine/ alone knows"
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            if any(name.split(".")[0] == "deepspeed" for name in names):
+                yield f"{path.relative_to(root)}:{node.lineno}: imports deepspeed, which engine/ alone knows"
 
 
 def sprawling_functions(root: Path) -> Iterator[str]:

@@ -57,8 +57,12 @@ MUTATIONS = {
         "if False:",
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
     ),
-    "sft_shifted_by_one": Mutation("posttrain/data/packing.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY),
-    "dpo_shifted_by_one": Mutation("posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY),
+    "sft_shifted_by_one": Mutation(
+        "posttrain/data/packing.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY
+    ),
+    "dpo_shifted_by_one": Mutation(
+        "posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY
+    ),
     "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives/likelihood.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
@@ -78,7 +82,9 @@ MUTATIONS = {
     "world_size_factor_missing_sft": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
     "world_size_factor_missing_dpo": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
     "step_after_every_micro_batch": Mutation("posttrain/training/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
-    "clipping_off": Mutation("posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS),
+    "clipping_off": Mutation(
+        "posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS
+    ),
     "metrics_of_one_rank": Mutation("posttrain/training/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
     "prompt_tokens_trained_sft": Mutation(
         "posttrain/data/packing.py",
@@ -102,7 +108,10 @@ MUTATIONS = {
         "posttrain/objectives/preference.py", "PairLogps(logps[0::2], logps[1::2])", "PairLogps(logps[1::2], logps[0::2])", DPO_PARITY
     ),
     "reference_is_the_policy": Mutation(
-        "posttrain/objectives/preference.py", "answer_sums(self.reference(batch), batch)", "answer_sums(self.policy(batch), batch)", DPO_PARITY
+        "posttrain/objectives/preference.py",
+        "answer_sums(self.reference(batch), batch)",
+        "answer_sums(self.policy(batch), batch)",
+        DPO_PARITY,
     ),
     "dropout_left_on": Mutation(
         "posttrain/model/policy.py",
@@ -132,7 +141,10 @@ MUTATIONS = {
         LD_PARITY,
     ),
     "smoothing_ignored": Mutation(
-        "posttrain/objectives/losses.py", "return -F.logsigmoid(logits) * (1 - label_smoothing) - F", "return -F.logsigmoid(logits) - 0 * F", LITERAL
+        "posttrain/objectives/losses.py",
+        "return -F.logsigmoid(logits) * (1 - label_smoothing) - F",
+        "return -F.logsigmoid(logits) - 0 * F",
+        LITERAL,
     ),
     "ipo_sum_averaged": Mutation(
         "posttrain/objectives/losses.py", "(delta(policy, reference) - 1 / (2", "(delta(policy, reference) / 4 - 1 / (2", LITERAL
@@ -193,7 +205,10 @@ MUTATIONS = {
         STOPPED + "[data_of_another_template]",
     ),
     "refused_before_the_body_is_read": Mutation(
-        "posttrain/serving/access.py", "LINGER_SECONDS = 5", "LINGER_SECONDS = 0", SERVE + "test_a_refusal_reaches_a_client_that_sends_first"
+        "posttrain/serving/access.py",
+        "LINGER_SECONDS = 5",
+        "LINGER_SECONDS = 0",
+        SERVE + "test_a_refusal_reaches_a_client_that_sends_first",
     ),
     "any_host_may_ask": Mutation(
         "posttrain/serving/access.py",

@@ -52,7 +52,7 @@ def save(folder: Path) -> None:
         for zero in LAYOUTS:
             training, checkpoints = build(folder, dtype, zero, zero)
             steps(training, 1, 2)
-            checkpoints.save(2, training.guard)
+            checkpoints.save(2, training.guard.state())
             checkpoints.finish()
             result = steps(training, 3, 4)
             if dist.get_rank() == 0:
@@ -75,7 +75,7 @@ def load(folder: Path) -> None:
             for zero in targets(dtype, source):
                 training, checkpoints = build(folder, dtype, zero, source)
                 check_start(training)  # as a run does: its forward passes leave parameters gathered at ZeRO-3
-                assert checkpoints.restore(checkpoints.newest(), training.guard) == 2
+                assert checkpoints.restore(checkpoints.newest()) == 2
                 results.append({"dtype": dtype, "from": source, "to": zero, **steps(training, 3, 4)})
     if dist.get_rank() == 0:
         (folder / f"loaded_{dist.get_world_size()}.json").write_text(json.dumps(results))

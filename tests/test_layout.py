@@ -1,81 +1,67 @@
-"""The shape of the repository: imports go down, no module shadows a library, the README's tree is the tree on disk."""
+"""The shape of the repository: the rules of tests/layout.py hold, and can be broken; the README's tree is the tree on disk."""
 
-import ast
 import re
 import shutil
-import sys
 from pathlib import Path
 
+import layout
 import mutations
+import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [  # lowest first; a module imports only from floors below its own, or earlier names of its own floor
-    *(
-        "losses",
-        "config",
-        "schedule",
-        "batches",
-        "chat",
-        "hub",
-        "errors",
-        "records",
-        "terminal",
-        "rendezvous",
-        "watchdog",
-        "ranks",
-        "storage",
-    ),
-    *("stopping", "entry", "card", "charts", "tracking"),
-    *("layers", "attention", "logprob", "data", "ckpt_pt", "parity", "tokenization"),
-    *(
-        "guard",
-        "objectives",
-        "health",
-        "engine",
-        "checks",
-        "shards",
-        "checkpoint",
-        "policy",
-        "memory",
-        "planner",
-        "timing",
-        "export",
-        "run",
-        "reference",
-        "assistant",
-    ),
-    *("step", "samples", "exams", "fit", "keeper", "loop"),
+
+
+def test_the_rules_of_the_house_hold():
+    assert layout.broken_rules(ROOT) == []
+
+
+BELOW = "which is not below it"
+BROKEN = [
+    ("posttrain/data/packing.py", "from posttrain.recipes.keys import Recipe", f"data imports posttrain.recipes.keys, {BELOW}"),
+    ("posttrain/engine/start.py", "def f():\n    from posttrain.run import health", f"engine imports posttrain.run.health, {BELOW}"),
+    ("posttrain/training/loop.py", "import posttrain.sft", f"training imports posttrain.sft, {BELOW}"),
+    ("data_prep/files.py", "from posttrain.model import loading", f"data_prep imports posttrain.model.loading, {BELOW}"),
+    ("posttrain/common/hub.py", "from posttrain.common.files import read_lines", None),
+    ("posttrain/run/health.py", "from posttrain.run.card import _number", "_number is private to posttrain.run.card"),
+    ("data_prep/choose.py", "from posttrain.data import chat\n\nchat._settings_lock", "_settings_lock is private to posttrain.data.chat"),
+    ("posttrain/logging.py", "", "shadows the library logging"),
+    ("posttrain/datasets/__init__.py", "", "shadows the library datasets"),
+    ("posttrain/kernels/__init__.py", "", "shadows the library kernels"),
+    ("data_prep/types.py", "", "shadows the library types"),
+    ("posttrain/run/logging.py", "", None),  # no script lies beside it
+    ("posttrain/helpers.py", "", "is not one of the commands, which alone lie at the top of posttrain/"),
+    ("posttrain/model/loading.py", "def f():\n    import deepspeed.comm", "imports deepspeed, which engine/ alone knows"),
+    ("posttrain/common/hub.py", "def f(a, b, c, d, e, f, g, h): ...", "f has 8 parameters that a call may leave unnamed"),
+    ("posttrain/common/hub.py", "def f(a, *, b, c, d, e, f, g, h): ...", None),
+    ("data_prep/files.py", "def long():\n" + "    print()\n" * 59, "long has 60 lines"),
 ]
-SCRIPTS = {"sft", "dpo", "convert", "plan", "report", "serve", "eval_benchmarks", "eval_preferences"}
-PACKAGES = {  # of scripts; lowest first, above all floors
-    "serving": ["sampling", "text", "schema", "votes", "walls", "batching", "vllm_batching", "app"],
-    "evaluation": ["tasks", "measure", "compare", "judge", "pairs"],
-}
 
 
-def imported(path: Path) -> set[str]:
-    """Names of posttrain modules that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "posttrain":
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posttrain."):
-            name, *below = node.module.split(".")[1:]
-            found |= {f"{name}/{module}" for module in below or [one.name for one in node.names]} if name in PACKAGES else {name}
-    return found
+@pytest.mark.parametrize("file, text, problem", BROKEN)
+def test_a_broken_rule_is_named_with_its_line(tmp_path, file, text, problem):
+    for folder in ("posttrain", "data_prep", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    begin = len(path.read_text().splitlines()) if path.exists() else 0
+    with path.open("a") as opened:
+        opened.write(text + "\n")
+    found = layout.broken_rules(tmp_path)
+    if problem is None:
+        assert found == []
+        return
+    assert any(line.startswith(f"{file}:") and line.endswith(problem) for line in found), found
+    place = int(next(line for line in found if line.endswith(problem)).split(":")[1])
+    assert place == 1 if not begin else begin < place <= begin + len(text.splitlines())
 
 
-def test_imports_only_go_down():
-    modules = {path.stem: path for path in (ROOT / "posttrain").glob("*.py") if path.stem != "__init__"}
-    assert set(modules) == set(FLOORS) | SCRIPTS
-    for index, name in enumerate(FLOORS):
-        # what of evaluation/ is for training, too, imports nothing from above assistant
-        assert imported(modules[name]) - {"evaluation/tasks", "evaluation/measure"} <= set(FLOORS[:index]), name
-    for package, names in PACKAGES.items():
-        files = {path.stem: path for path in (ROOT / "posttrain" / package).glob("*.py") if path.stem != "__init__"}
-        assert set(files) == set(names)
-        for index, name in enumerate(names):
-            assert imported(files[name]) <= {*FLOORS, *(f"{package}/{below}" for below in names[:index])}, name
+def test_a_circle_within_a_folder_is_found(tmp_path):
+    for name, other in (("files", "hub"), ("hub", "errors"), ("errors", "files")):
+        path = tmp_path / "posttrain" / "common" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"from posttrain.common import {other}\n")
+    (found,) = layout.broken_rules(tmp_path)
+    assert found.startswith("posttrain/common: imports in a circle: ")
 
 
 def test_every_mutation_still_has_its_place(tmp_path):
@@ -90,27 +76,15 @@ def test_every_mutation_still_has_its_place(tmp_path):
     assert f"breaks the code in {len(mutations.MUTATIONS)} ways" in (ROOT / "README.md").read_text()
 
 
-def test_deepspeed_is_touched_only_where_engines_and_checkpoints_are():
-    users = {path.stem for path in (ROOT / "posttrain").glob("*.py") if re.search(r"^(import|from) deepspeed", path.read_text(), re.M)}
-    assert users <= {"engine", "checkpoint", "shards", "storage"}
-
-
-def test_no_module_shadows_a_library():
-    """Running posttrain/sft.py puts posttrain/ first on sys.path, so a module there named like a library would be taken for it."""
-    from importlib.metadata import packages_distributions
-
-    libraries = set(packages_distributions()) | set(sys.stdlib_module_names)
-    for folder in ("posttrain", "data_prep", "launch/quickstart"):
-        names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
-        assert not names & libraries, folder
-
-
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     tree = (ROOT / "README.md").read_text().split("## Layout")[1]
     for folder in ("data_prep", "posttrain"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem == "__init__" or path.name in tree, path
+    for folder in (ROOT / "posttrain").glob("*/__init__.py"):
+        described = re.search(rf"^  {folder.parent.name}/ .*$", tree, re.M)
+        assert described, folder.parent
     for name in re.findall(r"\b\w+\.(?:py|sh)\b", tree):
-        assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch", "benchmarks")), name
+        assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch", "benchmarks", "tests")), name
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert path.stem in tree, path

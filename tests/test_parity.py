@@ -164,7 +164,7 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
     value.backward()
     recipe = dpo_recipe(loss=loss, beta=beta, **options)
     split = load_prepared(tiny.dpo, "dpo", "", recipe.share_prompt).train
-    objective = DPO(*policy_and_reference(tiny), recipe)
+    objective = DPO(*policy_and_reference(tiny), **recipe.objective)
     mine = ours(objective, split)
     assert_same(mine, (value.item(), gradients(model)))
 
@@ -183,7 +183,7 @@ def test_trl_1_16_ignores_label_smoothing_in_its_sigmoid_loss(tiny, tmp_path):
     values = {}
     for smoothing in (0.0, 0.2):
         trainer = dpo_trainer(tiny, tmp_path, model, load(tiny.base), beta=0.3, label_smoothing=smoothing)
-        objective = DPO(*policy_and_reference(tiny), dpo_recipe(beta=0.3, label_smoothing=smoothing))
+        objective = DPO(*policy_and_reference(tiny), **dpo_recipe(beta=0.3, label_smoothing=smoothing).objective)
         mine, _ = ours(objective, load_prepared(tiny.dpo, "dpo", "").train)
         values[smoothing] = trainer.compute_loss(model, first_batch(trainer)).item(), mine
     assert values[0.2][0] == values[0.0][0] == pytest.approx(values[0.0][1], rel=1e-5)
@@ -197,7 +197,7 @@ def test_trl_1_16_averages_ipo_over_tokens(tiny, tmp_path):
     theirs = trainer.compute_loss(model, first_batch(trainer)).item()
     split = load_prepared(tiny.dpo, "dpo", "").train
     for name in ("ipo_sum", "ipo_mean"):
-        mine, _ = ours(DPO(*policy_and_reference(tiny), dpo_recipe(loss=name, beta=0.3)), split)
+        mine, _ = ours(DPO(*policy_and_reference(tiny), **dpo_recipe(loss=name, beta=0.3).objective), split)
         assert (mine == pytest.approx(theirs, rel=1e-5)) == (name == "ipo_mean")
     with pytest.raises(ValueError, match=r"ipo_sum .* ipo_mean"):
         dpo_recipe(loss="ipo")

@@ -15,7 +15,7 @@ from benchmarks.sft import QWEN3_1_7B
 from posttrain.data.chat import IGNORE
 from posttrain.data.packing import RowBuilder
 from posttrain.planning.activations import count_working
-from posttrain.planning.memory import Zero, predict
+from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
 
 RESULTS = ROOT / "benchmarks" / "results"
 BF16 = torch.bfloat16
@@ -35,8 +35,8 @@ def test_memory_is_what_an_h200_was_seen_to_take():
     config = Qwen3Config(**QWEN3_1_7B, tie_word_embeddings=True)
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(config).num_parameters()
-    working, head = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
-    seen = predict((working, head), (working, head), count, count, Zero(1), 1, BF16, reference=False, on_gpu=True).total / 2**20
+    working = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
+    seen = peak(count, count, Layout(Zero(1), 1, BF16, on_gpu=True), working, working, has_reference=False).total / 2**20
     assert seen == pytest.approx(measured, rel=0.035)
 
 
@@ -84,20 +84,24 @@ def test_activations_grow_with_layers_and_tokens(small):
     assert 1.9 < longer / one < 2.1
 
 
+def on_8_gpus(zero: Zero, count: int, has_reference: bool = False) -> Parts:
+    """Memory without activations."""
+    none = Working(0, 0)
+    return peak(count, count // 20, Layout(zero, 8, BF16, on_gpu=True), none, none, has_reference)
+
+
 def test_what_is_sharded_shrinks_with_ranks():
     count = 8_000_000_000
-    totals = {stage: predict((0, 0), (0, 0), count, count // 20, Zero(stage), 8, BF16, reference=False, on_gpu=True) for stage in range(4)}
+    totals = {stage: on_8_gpus(Zero(stage), count) for stage in range(4)}
     assert totals[0].total > totals[1].total > totals[2].total > totals[3].total
     assert totals[0].weights + totals[0].optimizer == 14 * count
     assert totals[1].optimizer == 12 * count / 8
     assert totals[2].gradients == 4 * count / 8
     assert totals[3].weights == 2 * count / 8
     # ZeRO-1 in bfloat16 sends the sums of all gradients at once, whatever the bucket
-    assert predict((0, 0), (0, 0), count, count // 20, Zero(1), 8, BF16, reference=False, on_gpu=True).activations == 2 * count
-    offloaded = predict((0, 0), (0, 0), count, count // 20, Zero(1, offload_optimizer=True), 8, BF16, reference=False, on_gpu=True)
-    assert offloaded.gradients == 4 * count  # by another optimizer, which keeps none in bfloat16
-    beside = predict((0, 0), (0, 0), count, count // 20, Zero(3), 8, BF16, reference=True, on_gpu=True)
-    assert beside.reference > 2 * count / 8
+    assert totals[1].activations == 2 * count
+    assert on_8_gpus(Zero(1, offload_optimizer=True), count).gradients == 4 * count  # by another optimizer, which keeps none in bfloat16
+    assert on_8_gpus(Zero(3), count, has_reference=True).reference > 2 * count / 8
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
     text = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from posttrain.stopping import StopRequest, tell_that_all_is_well
+from posttrain.parallel.stopping import StopRequest, tell_that_all_is_well
 stop = StopRequest(0, is_launched=False)
 print("ready", flush=True)
 while stop.reason is None: time.sleep(0.01)

@@ -137,7 +137,7 @@ def test_the_end_of_the_noise_is_shown_with_an_error(tmp_path):
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from posttrain import terminal\n"
+        "from posttrain.common import terminal\n"
         "terminal.keep_noise()\n"
         "print('a library speaks')\n"
         f"terminal.keep_noise_in(Path({str(tmp_path)!r}) / 'logs' / 'rank_0.log')\n"

@@ -110,7 +110,7 @@ def test_overlapping_joins_go_as_in_sentencepiece(tmp_path):
 
 
 def test_the_proof_at_load_names_the_text_that_differs(model_file, monkeypatch):
-    monkeypatch.setattr("posttrain.tokenization._merges", lambda proto: [])
+    monkeypatch.setattr("posttrain.data.tokenization._merges", lambda proto: [])
     with pytest.raises(ValueError, match=r"for the text 'a' SentencePiece gives \[.*\], transformers"):
         load_tokenizer(model_file)
 

@@ -104,4 +104,4 @@ def build_training(tiny: str, kind: str, settings: dict):
     if how == "precompute":
         reference.attach(recipe, prepared, policy.fingerprint, device, frozen)
     engine = build_engine(policy, recipe, ds_config)
-    return Training(recipe, engine, prepared, SFT(engine) if kind == "sft" else DPO(engine, beside, recipe))
+    return Training(recipe, engine, prepared, SFT(engine) if kind == "sft" else DPO(engine, beside, **recipe.objective))

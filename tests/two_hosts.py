@@ -282,7 +282,10 @@ def the_doctor_finds_nothing_and_changes_nothing(world: World) -> None:
 def the_doctor_names_what_is_wrong(world: World) -> None:
     """Many at once, on two hosts and a third that does not exist; then a wrong interface, which the ranks run into."""
     a, b = world.hosts.hosts
-    (code,), (package,) = (ROOT / "posttrain" / "data").glob("batches.py"), Path(sys.prefix).glob("lib/python*/site-packages/numpy-*/METADATA")
+    (code,), (package,) = (
+        (ROOT / "posttrain" / "data").glob("batches.py"),
+        Path(sys.prefix).glob("lib/python*/site-packages/numpy-*/METADATA"),
+    )
     data = next(path for path in sorted(Path(world.tiny.sft).rglob("*")) if path.is_file())
     for path in (code, package, data):
         changed = world.folder / f"changed_{path.name}"

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenizers", "liger-kernel", "triton", "nvidia-nccl-cu13")
-CODE = ("posttrain/*.py", "launch/*.py", "ds_configs/*.json")
+CODE = ("posttrain/**/*.py", "launch/*.py", "ds_configs/*.json")
 WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes: a larger file is hashed by its beginning, middle and end
 GPU = (
     *("index", "uuid", "name", "driver_version", "memory.used", "temperature.gpu", "mig.mode.current"),
@@ -65,7 +65,7 @@ def _hash(file: Path) -> str:
 
 
 def _listing(path: Path) -> dict[str, str] | None:
-    """Its files but what rank 0 alone writes and reads there (posttrain/training/reference.py); of a file itself; None where there is none."""
+    """Its files but what rank 0 alone writes and reads there (training/reference.py); of a file itself; None where there is none."""
     if not path.is_absolute():
         from huggingface_hub import try_to_load_from_cache
 

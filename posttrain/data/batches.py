@@ -10,8 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from posttrain.recipes.keys import Recipe
-
 PLAN_VERSION = 1  # stored in checkpoints; a plan that would deal other examples gets another number
 
 
@@ -35,9 +33,11 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def my_share(indices: np.ndarray, lengths: np.ndarray, recipe: Recipe, rank: int, world_size: int) -> list[np.ndarray]:
-    """A rank's micro-batches of the examples `indices`; `lengths` are those of all examples."""
-    ranks = micro_batches(lengths[indices], recipe.max_tokens_per_gpu, world_size, recipe.packing)
+def share_of_rank(
+    indices: np.ndarray, lengths: np.ndarray, *, max_tokens: int, packing: bool, rank: int, world_size: int
+) -> list[np.ndarray]:
+    """Deal the examples `indices` to all ranks, and return the micro-batches of one; `lengths` are those of all examples, in tokens."""
+    ranks = micro_batches(lengths[indices], max_tokens, world_size, packing)
     return [indices[part] for part in ranks[rank]]
 
 

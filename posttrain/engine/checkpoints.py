@@ -28,7 +28,6 @@ from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_ch
 from posttrain.engine.writer import BackgroundWriter
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
-from posttrain.training.spikes import StepGuard
 
 
 class Found(NamedTuple):
@@ -47,7 +46,7 @@ class Checkpoints:
         self.writer = engine.checkpoint_engine = BackgroundWriter()
         self.pending: dict | None = None  # of the save that is being written
 
-    def save(self, step: int, guard: StepGuard, validation: float | None = None) -> None:
+    def save(self, step: int, guard: dict, validation: float | None = None) -> None:
         """Copy the state after optimizer step `step` and begin to write it; `finish`, before the next one, makes it count."""
         assert self.pending is None, self.pending
         watchdog.enter("save")
@@ -62,7 +61,7 @@ class Checkpoints:
             "name": name,
             "fragments": shards.fragments(engine) if zero or rank == 0 else [],
             "file": Path(engine._get_zero_ckpt_name("", "") if zero else engine._get_ckpt_name("", "")).name,
-            "facts": {"step": step, "validation": validation, "guard": guard.state(), "optimizer_step": shards.optimizer_step(engine)},
+            "facts": {"step": step, "validation": validation, "guard": guard, "optimizer_step": shards.optimizer_step(engine)},
         }
 
     @property
@@ -162,10 +161,9 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, found: Found, guard: StepGuard) -> int:
+    def restore(self, found: Found) -> int:
         """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Returns the step it was taken after."""
         shards.restore(self.engine, shards.Saved(found.path, found.facts["state"]))
-        guard.restore(found.facts["guard"])
         if found.facts["world_size"] == dist.get_world_size():
             _restore_random_states(found.path / f"random_rank_{dist.get_rank():05d}.pt")
         return found.facts["step"]

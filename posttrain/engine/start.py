@@ -51,7 +51,7 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
         _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
         _limit_kernel_caches()
     _quiet_libraries()
-    device = torch.device(accelerator.current_device_name())
+    device = current_device()
     if not dist.is_initialized():
         ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
@@ -96,6 +96,11 @@ def _quiet_libraries() -> None:
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # 0.8.5 warns of each kind of device whose kernels are not installed
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed 0.19.8 calls deprecated collectives
+
+
+def current_device() -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def check_devices(wanted: int, visible: int) -> None:

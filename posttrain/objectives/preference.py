@@ -6,7 +6,6 @@ from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
 from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
 from posttrain.objectives.losses import LOSSES, PairLogps, rewards
-from posttrain.recipes.keys import DPORecipe
 
 
 class DPO:
@@ -14,12 +13,28 @@ class DPO:
 
     sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "likelier")
 
-    def __init__(self, policy: LogProbs, reference: LogProbs | None, recipe: DPORecipe):
-        """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs."""
+    def __init__(
+        self,
+        policy: LogProbs,
+        reference: LogProbs | None,
+        *,
+        loss: str,
+        beta: float,
+        label_smoothing: float = 0.0,
+        simpo_gamma: float = 0.0,
+        ld_alpha: float = 1.0,
+        chosen_nll_weight: float = 0.0,
+        reference_free: bool = False,
+    ):
+        """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs.
+
+        `loss` is one of LOSSES; the others are the recipe's keys of the same names.
+        """
         self.policy, self.reference = policy, reference
-        self.preference_loss, self.has_reference = LOSSES[recipe.loss], needs_reference(recipe)
-        self.beta, self.ld_alpha, self.nll_weight = recipe.beta, recipe.ld_alpha, recipe.chosen_nll_weight
-        self.options = {"beta": recipe.beta, "label_smoothing": recipe.label_smoothing, "simpo_gamma": recipe.simpo_gamma}
+        self.preference_loss = LOSSES[loss]
+        self.has_reference = "reference" in self.preference_loss.reads and not reference_free
+        self.beta, self.ld_alpha, self.nll_weight = beta, ld_alpha, chosen_nll_weight
+        self.options = {"beta": beta, "label_smoothing": label_smoothing, "simpo_gamma": simpo_gamma}
 
     @property
     def loss_at_start(self) -> float:
@@ -90,7 +105,3 @@ class DPO:
     def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
         """(P,) losses of P pairs; lengths (2 P,) as answer_lengths gives them."""
         return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)
-
-
-def needs_reference(recipe: DPORecipe) -> bool:
-    return "reference" in LOSSES[recipe.loss].reads and not recipe.reference_free

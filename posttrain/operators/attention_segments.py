@@ -61,7 +61,7 @@ def _groups_of(segments: bytes, dtype: torch.dtype, device: torch.device) -> tup
     return groups, order.to(device)
 
 
-def attend_segments(module, query, key, value, attention_mask, scaling, packing, dropout=0.0, **_):
+def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **_):
     """Scaled-dot-product attention, one call for the segments of about one length: the path for CPUs and the yardstick for the fast one.
 
     query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), None.
@@ -118,6 +118,7 @@ def _attend_on_cpu_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
+    *,
     normalizers: torch.Tensor,
     segments: torch.Tensor,
     scaling: float,
@@ -177,7 +178,7 @@ def _(query, key, value, segments, scaling):
 
 
 @_attend_on_cpu_backward.register_fake
-def _(grad, query, key, value, output, normalizers, segments, scaling):
+def _(grad, query, key, value, output, *, normalizers, segments, scaling):
     return tuple(x.new_empty(x.shape[2], x.shape[1], x.shape[3]).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
 
 
@@ -188,7 +189,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, grad_normalizers):
-    return *_attend_on_cpu_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
+    query, key, value, output, normalizers, segments = ctx.saved_tensors
+    others = {"normalizers": normalizers, "segments": segments, "scaling": ctx.scaling}
+    return *_attend_on_cpu_backward(grad, query, key, value, output, **others), None, None
 
 
 attend_on_cpu.register_autograd(_differentiate, setup_context=_keep)

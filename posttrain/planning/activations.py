@@ -1,4 +1,8 @@
-"""Bytes that forward and backward of a micro-batch take: counted while the model's own code runs on tensors without values."""
+"""Bytes that forward and backward of a micro-batch take.
+
+The model's own code runs, forward and backward, on tensors that have shapes and no values, with one decoder layer and with two, and every
+storage is counted while it lives. The difference is a layer's.
+"""
 
 import contextlib
 import copy
@@ -16,6 +20,7 @@ from posttrain.data.packing import MicroBatch
 from posttrain.model.policy import Policy, checkpoint_activations
 from posttrain.operators import logprob
 from posttrain.operators.attention_segments import SEGMENTS
+from posttrain.planning.memory import Working
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -132,11 +137,11 @@ def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpoi
     return living.most
 
 
-def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> tuple[int, int]:
-    """Bytes that forward and backward of such a micro-batch take at most, and those of them that the log-probs do."""
+def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> Working:
+    """What forward and backward of a micro-batch take, by its shapes; `fused`: with liger-kernel's layers, as on a GPU."""
     with _products_in_place() if fused else contextlib.nullcontext():
         one, two = (peak_of(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
-        return one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype)
+        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype))
 
 
 def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:

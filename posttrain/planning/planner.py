@@ -10,10 +10,9 @@ import torch
 
 from posttrain.data import batches
 from posttrain.engine.ds_config import read_ds_config
-from posttrain.objectives.preference import needs_reference
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
-from posttrain.planning.memory import Parts, Zero, predict
+from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
 from posttrain.planning.work import the_model, the_work
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
 
@@ -60,7 +59,7 @@ class Planner:
         self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
         self.work, self.work_said = the_work(recipe)
-        self.reference = isinstance(recipe, DPORecipe) and needs_reference(recipe) and recipe.reference == "beside"
+        self.reference = isinstance(recipe, DPORecipe) and recipe.needs_reference and recipe.reference == "beside"
         self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
         self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * self.work.count / self.batch)
         if self.work.lengths.max() > recipe.max_tokens_per_gpu:
@@ -72,22 +71,21 @@ class Planner:
         self.seconds: Seconds | None = None
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
-        """`ds_config`: a path."""
-        usual = self.working(min(tokens, self.usual_tokens), checkpointing)
-        zero = Zero.of(read_ds_config(ds_config))
-        largest = self.working(tokens, checkpointing)
-        return predict(largest, usual, self.count, self.piece, zero, self.ranks, self.dtype, self.reference, self.on_gpu)
+        """A rank's memory with micro-batches of at most `tokens`. `ds_config`: a path."""
+        layout = Layout(Zero.of(read_ds_config(ds_config)), self.ranks, self.dtype, self.on_gpu)
+        largest, usual = (self.working(most, checkpointing) for most in (tokens, min(tokens, self.usual_tokens)))
+        return peak(self.count, self.piece, layout, largest, usual, self.reference)
 
-    def working(self, tokens: int, checkpointing: str) -> tuple[float, float]:
+    def working(self, tokens: int, checkpointing: str) -> Working:
         """As count_working, which beyond MANY grows by as much with each token."""
         counted = [self._counted(min(tokens, MANY), checkpointing)]
         if tokens > MANY:
             counted.append(self._counted(2 * MANY, checkpointing))
-            return tuple(few + (many - few) * (tokens - MANY) / MANY for few, many in zip(*counted, strict=True))
+            return Working(*(few + (many - few) * (tokens - MANY) / MANY for few, many in zip(*counted, strict=True)))
         return counted[0]
 
     @cache  # noqa: B019 - there is one planner
-    def _counted(self, tokens: int, checkpointing: str) -> tuple[int, int]:
+    def _counted(self, tokens: int, checkpointing: str) -> Working:
         return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
 
     def most_tokens(self, ds_config: str, checkpointing: str) -> int:

@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +18,7 @@ from posttrain.common import terminal
 from posttrain.data.packing import MicroBatch
 from posttrain.engine.build import build_engine, build_reference, free_engine
 from posttrain.engine.ds_config import read_ds_config
-from posttrain.engine.start import start_distributed
+from posttrain.engine.start import current_device, start_distributed
 from posttrain.engine.update import apply_update, backward
 from posttrain.model.policy import Policy, checkpoint_activations
 from posttrain.operators import attention, layers
@@ -179,6 +178,6 @@ def _median(action) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    longest = torch.tensor(float(np.median(times[1:])), device=get_accelerator().current_device_name())
+    longest = torch.tensor(float(np.median(times[1:])), device=current_device())
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.item()

@@ -174,6 +174,17 @@ class DPORecipe(Recipe):
         return value
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference model."""
+        return "reference" in LOSSES[self.loss].reads and not self.reference_free
+
+    @property
+    def objective(self) -> dict:
+        """What objectives.preference.DPO is made with, by name."""
+        names = ("loss", "beta", "label_smoothing", "simpo_gamma", "ld_alpha", "chosen_nll_weight", "reference_free")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def model_path(self) -> str:
         return self.sft_checkpoint_path
 

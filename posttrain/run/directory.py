@@ -31,8 +31,6 @@ from torch import distributed as dist
 from posttrain.common import files, terminal
 from posttrain.common.files import read_json_lines, read_lines
 from posttrain.data.batches import PLAN_VERSION
-from posttrain.engine.ds_config import read_ds_config
-from posttrain.planning.memory import Zero, predict
 from posttrain.recipes.keys import Recipe
 from posttrain.run.health import Facts, Finding, Health
 from posttrain.run.resume import CREATING, LOGS, MAY_CHANGE, extension_of, length_of
@@ -82,11 +80,20 @@ class Run:
         )  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
 
-    def start(self, first_step: int, total_steps: int, describe_model: Callable[[Path], None], manifest: dict, facts: Facts) -> None:
+    def start(
+        self,
+        first_step: int,
+        total_steps: int,
+        *,
+        describe_model: Callable[[Path], None],
+        manifest: dict,
+        facts: Facts,
+        states: dict[str, float],
+    ) -> None:
         """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
 
         `describe_model` writes what belongs to the model besides weights into a folder, for a new run; `manifest` is the data's, `facts`
-        are for the run's health.
+        are for the run's health, `states` are the bytes that a rank keeps, by kind, for the report.
         """
         terminal.keep_noise_in(self.path / LOGS / f"rank_{self.rank}.log")
         if self.rank:
@@ -122,9 +129,6 @@ class Run:
         self._tell(first_step - 1, self.health.before())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         start = {"from_step": first_step, "when": _now(), "ranks": dist.get_world_size() if dist.is_initialized() else 1, "device": device}
-        zero, dtype = Zero.of(read_ds_config(self.recipe.ds_config)), getattr(torch, self.recipe.dtype)
-        parts = predict((0, 0), (0, 0), facts.parameters, facts.parameters, zero, start["ranks"], dtype, False, device != "CPU")
-        states = {"weights": parts.weights, "gradients": parts.gradients, "optimizer": parts.optimizer}
         start |= {"ds_config": Path(self.recipe.ds_config).stem, "states": states}
         self._update(starts=[start], parameters=facts.parameters)
 

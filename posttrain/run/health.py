@@ -8,7 +8,6 @@ from collections import deque
 from statistics import mean, median, pstdev
 from typing import NamedTuple
 
-from posttrain.objectives.preference import needs_reference
 from posttrain.recipes.keys import DPORecipe, Recipe
 
 
@@ -185,7 +184,7 @@ class Health:
                 f"chosen answers become less likely: by {fallen:.2g} nats a token since the start",
                 "Add chosen_nll_weight (0.1 to 1), raise beta, or lower learning_rate",
             )
-        if not needs_reference(recipe):  # its rewards are no distances
+        if not recipe.needs_reference:  # its rewards are no distances
             return
         distances = {which: abs(self._now(f"rewards/{which}")) / recipe.beta / self.facts.answer_tokens for which in FAR}
         if far := next((which for which, distance in distances.items() if distance > FAR[which]), None):

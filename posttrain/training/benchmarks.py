@@ -14,7 +14,6 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import distributed as dist
 
 from posttrain.common import files
-from posttrain.data import batches
 from posttrain.data.chat import TODAY, ChatFormat
 from posttrain.data.packing import RowBuilder
 from posttrain.evaluation.measure import items_of
@@ -24,7 +23,7 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.training.samples import Asked, generate
-from posttrain.training.step import Training
+from posttrain.training.step import Training, my_micro_batches
 
 
 class TrainingBenchmarks:
@@ -109,7 +108,7 @@ class _Packed(TemplateLM):
         rows = [((before + choice)[-most:], len(choice)) for _, before, choice in requests]
         lengths = np.array([len(ids) for ids, _ in rows])
         found: dict[int, float] = {}
-        for part in batches.my_share(np.arange(len(rows)), lengths, recipe, dist.get_rank(), dist.get_world_size()):
+        for part in my_micro_batches(np.arange(len(rows)), lengths, recipe):
             watchdog.enter("eval")
             builder = RowBuilder()
             for number in part:

@@ -5,18 +5,22 @@ import time
 
 import psutil
 import torch
+from torch import distributed as dist
 
 from posttrain.common.terminal import duration
 from posttrain.data import batches
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import Split
 from posttrain.engine import shards
+from posttrain.engine.ds_config import read_ds_config
 from posttrain.engine.optimizer import describe_optimizer, set_learning_rate
 from posttrain.engine.weights import WeightSample, gathered_state_dict
 from posttrain.model import export
 from posttrain.operators.saved_form import count_as_saved
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import on_rank_0
+from posttrain.planning.memory import Layout, Zero
+from posttrain.planning.memory import states as kept_states
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.card import model_card
 from posttrain.run.directory import Run
@@ -66,7 +70,15 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) ->
     samples = Samples(recipe, data, chat)
     system_prompt = data.manifest["options"].get("system_prompt")
     exams = _exams(recipe, chat, system_prompt, model.config.max_position_embeddings)
-    run.start(done + 1, steps, lambda folder: export.write_description(model, chat, folder, system_prompt), data.manifest, facts)
+    layout = Layout(Zero.of(read_ds_config(recipe.ds_config)), dist.get_world_size(), model.dtype, training.device.type == "cuda")
+    run.start(
+        done + 1,
+        steps,
+        describe_model=lambda folder: export.write_description(model, chat, folder, system_prompt),
+        manifest=data.manifest,
+        facts=facts,
+        states=vars(kept_states(facts.parameters, layout)),
+    )
     if not on_rank_0(lambda: run.has_looked(done)):
         _look(training, samples, exams, run, done, steps)  # before the first step, or where a stop left it out
     sample = WeightSample(engine) if recipe.dtype == "bfloat16" else None

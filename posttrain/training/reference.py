@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from posttrain.data.batches import my_share
 from posttrain.data.prepared import PreparedData, Split
 from posttrain.engine.build import free_engine
 from posttrain.objectives.answers import answer_sums
 from posttrain.parallel.ranks import on_rank_0
 from posttrain.recipes.keys import DPORecipe
+from posttrain.training.step import my_micro_batches
 
 CHUNK = 4096  # pairs in a file
 
@@ -61,7 +61,7 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
 def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, device: torch.device) -> np.ndarray:
     """(n, 2, 2) sums of the n given pairs, which follow each other, on all ranks. All ranks."""
     sums = torch.zeros(len(indices), 2, 2, dtype=torch.float64, device=device)
-    for part in my_share(indices, split.lengths, recipe, dist.get_rank(), dist.get_world_size()):
+    for part in my_micro_batches(indices, split.lengths, recipe):
         batch = split.micro_batch(part).to(device)
         sums[torch.from_numpy(part - indices[0]).to(device)] = answer_sums(engine(batch), batch).view(-1, 2, 2)
     dist.all_reduce(sums)  # every pair is on one rank, zero on the others

@@ -34,7 +34,8 @@ class Saving:
         found = self.checkpoints.newest(before=recipe.replay_step or math.inf)
         if found is None:
             return 0
-        done = self.checkpoints.restore(found, self.training.guard)
+        done = self.checkpoints.restore(found)
+        self.training.guard.restore(found.facts["guard"])
         was = found.facts["world_size"], found.facts["state"]["zero_stage"]
         now = dist.get_world_size(), self.training.engine.zero_optimization_stage()
         change = "" if was == now else f", from {was[0]} ranks at ZeRO-{was[1]} to {now[0]} at ZeRO-{now[1]}"
@@ -67,7 +68,7 @@ class Saving:
             self._finish()
         if is_due:
             self.last_save = time.monotonic()
-            self.checkpoints.save(step, self.training.guard, validation)
+            self.checkpoints.save(step, self.training.guard.state(), validation)
         if is_last or counted["stop"]:
             self._finish()
         return bool(counted["stop"]) and not is_last
@@ -81,7 +82,7 @@ class Saving:
     def save_now(self, step: int) -> None:
         """Save and wait for it."""
         self._finish()
-        self.checkpoints.save(step, self.training.guard)
+        self.checkpoints.save(step, self.training.guard.state())
         self._finish()
 
     def _finish(self) -> None:

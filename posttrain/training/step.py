@@ -74,11 +74,17 @@ class Training:
         return self.engine.device
 
 
+def my_micro_batches(indices: np.ndarray, lengths: np.ndarray, recipe: Recipe) -> list[np.ndarray]:
+    """This rank's micro-batches of the examples `indices`; `lengths` are those of all examples, in tokens."""
+    limits = {"max_tokens": recipe.max_tokens_per_gpu, "packing": recipe.packing}
+    return batches.share_of_rank(indices, lengths, **limits, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
 def step_share(training: Training, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The examples of a step, and this rank's micro-batches of them."""
     recipe, train = training.recipe, training.data.train
     indices = batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, step)
-    return indices, batches.my_share(indices, train.lengths, recipe, dist.get_rank(), dist.get_world_size())
+    return indices, my_micro_batches(indices, train.lengths, recipe)
 
 
 def train_step(training: Training, step: int, apply: bool = True) -> tuple[dict[str, float], str | None]:
@@ -133,7 +139,7 @@ def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray
     sums = torch.zeros(len(objective.sums), dtype=torch.float64, device=training.device)
     totals, examples = objective.totals(validation, indices), {}
     training.engine.eval()
-    for part in batches.my_share(indices, validation.lengths, recipe, dist.get_rank(), dist.get_world_size()):
+    for part in my_micro_batches(indices, validation.lengths, recipe):
         watchdog.enter("eval")
         sums += objective.loss(validation.micro_batch(part).to(training.device), totals, examples)[1]
     training.engine.train()
