@@ -118,9 +118,9 @@ def _attend_on_cpu_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    *,
     normalizers: torch.Tensor,
     segments: torch.Tensor,
+    *,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = query.dtype
@@ -178,7 +178,7 @@ def _(query, key, value, segments, scaling):
 
 
 @_attend_on_cpu_backward.register_fake
-def _(grad, query, key, value, output, *, normalizers, segments, scaling):
+def _(grad, query, key, value, output, normalizers, segments, *, scaling):
     return tuple(x.new_empty(x.shape[2], x.shape[1], x.shape[3]).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
 
 
@@ -189,9 +189,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, grad_normalizers):
-    query, key, value, output, normalizers, segments = ctx.saved_tensors
-    others = {"normalizers": normalizers, "segments": segments, "scaling": ctx.scaling}
-    return *_attend_on_cpu_backward(grad, query, key, value, output, **others), None, None
+    return *_attend_on_cpu_backward(grad, *ctx.saved_tensors, scaling=ctx.scaling), None, None
 
 
 attend_on_cpu.register_autograd(_differentiate, setup_context=_keep)
