@@ -63,7 +63,7 @@ MUTATIONS = {
     "dpo_shifted_by_one": Mutation(
         "posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY
     ),
-    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
+    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "add_sums(sums, part_sums)", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives/likelihood.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
@@ -81,7 +81,9 @@ MUTATIONS = {
     ),
     "world_size_factor_missing_sft": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
     "world_size_factor_missing_dpo": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
-    "step_after_every_micro_batch": Mutation("posttrain/training/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
+    "step_after_every_micro_batch": Mutation(
+        "posttrain/training/step.py", "is_last=number == len(share.micro_batches)", "is_last=True", SFT_STEPS
+    ),
     "clipping_off": Mutation(
         "posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS
     ),
@@ -176,13 +178,13 @@ MUTATIONS = {
     "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/training/step.py",
-        "indices = np.arange(count)",
-        "indices = np.arange(count - 1)",
+        "indices = np.arange(min(",
+        "indices = np.arange(-1 + min(",
         "tests/test_runs.py::test_the_result_loads_in_plain_transformers_with_its_last_validation_loss",
     ),
     "bad_step_applied": Mutation(
         "posttrain/engine/update.py",
-        "if gate.is_open() else None",
+        "if self.is_open() else None",
         "if True else None",
         PLANTED + "test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run",
     ),
@@ -293,7 +295,7 @@ MUTATIONS = {
     ),
     "examples_in_one_turn": Mutation("posttrain/training/benchmarks.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
     "benchmarks_at_validations_only": Mutation(
-        "posttrain/training/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
+        "posttrain/training/validation.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
     ),
     "one_order_only": Mutation(
         "posttrain/evaluation/judge.py",

@@ -80,6 +80,11 @@ class PreparedData(NamedTuple):
     manifest: dict
 
     @property
+    def system_prompt(self) -> str | None:
+        """What conversations without a system message were given."""
+        return self.manifest["options"].get("system_prompt")
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(int(split.lengths.max()) for split in (self.train, self.validation) if len(split))
