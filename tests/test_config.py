@@ -80,7 +80,7 @@ def test_a_resolved_recipe_is_a_recipe():
         (
             SFTRecipe,
             {"eval_interval": "0", "benchmarks": "arc_easy"},
-            "with eval_interval=0 and benchmark_interval=None; remove it, or set eval_",
+            "eval_interval=0 and benchmark_interval=None; remove it",
         ),
         (SFTRecipe, {"benchmark_samples": "9"}, "benchmark_samples would not be read with benchmarks=None"),
         (SFTRecipe, {"min_lr": "1"}, "min_lr 1 is above learning_rate"),
