@@ -24,7 +24,8 @@ from posttrain.common import terminal
 from posttrain.model import assistant
 from posttrain.parallel.script import run_script
 from posttrain.serving.access import LOOPBACK
-from posttrain.serving.app import LAST_WORDS, Limits, Model, build
+from posttrain.serving.answers import Model
+from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
