@@ -117,9 +117,16 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
     elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
         terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
-    tasks = str(options.output / "tasks")
     share = measure(
-        loaded, benchmarks, options.mode, tasks, options.max_samples, options.batch_size, chat, dist.get_rank(), dist.get_world_size()
+        loaded,
+        benchmarks,
+        mode=options.mode,
+        tasks=options.output / "tasks",
+        max_samples=options.max_samples,
+        batch_size=options.batch_size,
+        chat=chat,
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
     )
     shares = gathered(share)
     return {benchmark: sorted(itertools.chain.from_iterable(one[benchmark] for one in shares)) for benchmark in benchmarks}
