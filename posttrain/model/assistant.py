@@ -5,8 +5,6 @@ end token of its template.
 """
 
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,26 +142,3 @@ def _stops(description: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatForm
         own = GenerationConfig.from_pretrained(description).eos_token_id
         stops.update(own if isinstance(own, list) else [own])
     return frozenset(stops - {None})
-
-
-def named(given: list[str]) -> dict[str, str]:
-    """Places by name, of [NAME=]DIR each. Raises ValueError where two have the same name."""
-    pairs = []
-    for one in given:
-        found = re.fullmatch(r"([\w.@-]+)=(.+)", one)
-        pairs.append((found[1], found[2]) if found and not Path(one).exists() else (name_of(one), one))
-    if len(dict(pairs)) < len(pairs):
-        names = ", ".join(name for name, _ in pairs)
-        raise ValueError(f"two checkpoints have the same name ({names}); give each its own: --checkpoint NAME=DIR")
-    return dict(pairs)
-
-
-def check_tokenizer(tokenizer: str | None, places: Iterable[str]) -> None:
-    """Raises ValueError for a --tokenizer that no checkpoint needs."""
-    if tokenizer and all(tokenizer_beside(newest(place)) for place in places):
-        raise ValueError("--tokenizer would not be read: every checkpoint has its own beside it; leave it out")
-
-
-def dtype_on(device: str, given: str | None) -> torch.dtype | None:
-    """What --dtype means: where it is not given float32 on a CPU, else the checkpoint's own."""
-    return getattr(torch, given) if given else torch.float32 if device == "cpu" else None
