@@ -226,15 +226,15 @@ MUTATIONS = {
     ),
     "the_queue_has_no_end": Mutation(
         "posttrain/serving/app.py",
-        "if active[name] >= limits.batch + limits.queue:",
+        "if self.active[name] >= self.limits.batch + self.limits.queue:",
         "if False:",
         SERVE + "test_beyond_the_queue_and_beyond_the_time",
     ),
     "a_burst_overtakes_the_count": Mutation(
-        "posttrain/serving/app.py", "active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
+        "posttrain/serving/app.py", "self.active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
     ),
     "a_stalled_reader_keeps_its_place": Mutation(
-        "posttrain/serving/app.py",
+        "posttrain/serving/answers.py",
         "asyncio.timeout(self.seconds)",
         "asyncio.timeout(None)",
         PARTS + "test_a_client_that_stops_reading_loses_its_place",
