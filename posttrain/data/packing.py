@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from posttrain.data.chat import IGNORE
 
@@ -14,17 +13,19 @@ Ids = Sequence[int] | np.ndarray
 
 
 class Segment(NamedTuple):
-    start: int  # first row of its queries
+    """Rows [start, end) of a micro-batch, each of which sees the rows of its segment up to itself, and those of a shared prefix."""
+
+    start: int
     end: int
-    prefix_start: int = 0  # rows of the prefix that its queries also see
-    prefix_end: int = 0
+    prefix_start: int = 0
+    prefix_end: int = 0  # equal to prefix_start where there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
     """How a row of T tokens falls into segments. Built once per micro-batch and handed to every layer."""
 
-    segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment a line, in row order, covering all rows
+    segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment in each line, in row order, covering all rows
     cu_seqlens_q: torch.Tensor  # (segments + 1,) int32: where each segment's queries start
     cu_seqlens_k: torch.Tensor  # (segments + 1,) int32: the same for its keys, prefix included
     max_q: int
@@ -33,15 +34,18 @@ class Packing:
 
 
 def pack(segments: list[Segment]) -> Packing:
-    queries = [s.end - s.start for s in segments]
-    keys = [s.end - s.start + s.prefix_end - s.prefix_start for s in segments]
-    key_rows = None
-    if queries != keys:
-        key_rows = torch.cat([torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]) for s in segments])
-    return Packing(torch.tensor(segments), _offsets(queries), _offsets(keys), max(queries), max(keys), key_rows)
+    """The Packing of a row of tokens that falls into `segments`, in row order."""
+    table = np.array(segments, np.int64)
+    start, end, prefix_start, prefix_end = table.T
+    queries, prefixes = end - start, prefix_end - prefix_start
+    keys, key_rows = prefixes + queries, None
+    if prefixes.any():
+        key_rows = torch.from_numpy(_ranges(table[:, [2, 0]].ravel(), table[:, [3, 1]].ravel()))
+    return Packing(torch.from_numpy(table), _offsets(queries), _offsets(keys), int(queries.max()), int(keys.max()), key_rows)
 
 
 def to_device(packing: Packing, device: torch.device) -> Packing:
+    """The Packing with its tensors on the device, except the segments, which are read on the CPU."""
     values = {field.name: getattr(packing, field.name) for field in fields(packing) if field.name != "segments"}
     return replace(packing, **{n: copied(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)})
 
@@ -51,8 +55,15 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _offsets(lengths: list[int]) -> torch.Tensor:
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+def _offsets(lengths: np.ndarray) -> torch.Tensor:
+    """Where each of some stretches of these lengths starts, and where the last one ends: (lengths + 1,) int32."""
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges [starts[i], ends[i]), one range after the other."""
+    lengths = ends - starts
+    return np.repeat(starts - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
 
 
 class MicroBatch(NamedTuple):
