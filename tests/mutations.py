@@ -58,7 +58,7 @@ MUTATIONS = {
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
     ),
     "sft_shifted_by_one": Mutation(
-        "posttrain/data/packing.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY
+        "posttrain/data/packing.py", "self._train(start + before,", "self._train(start + before + 1,", SFT_PARITY
     ),
     "dpo_shifted_by_one": Mutation(
         "posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY
@@ -90,14 +90,14 @@ MUTATIONS = {
     "metrics_of_one_rank": Mutation("posttrain/training/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
     "prompt_tokens_trained_sft": Mutation(
         "posttrain/data/packing.py",
-        "trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]",
-        "labels, trained = ids, range(1, len(ids))",
+        "before = np.flatnonzero(labels[1:] != IGNORE)",
+        "labels, before = ids, np.arange(len(ids) - 1)",
         SFT_PARITY,
     ),
     "prompt_tokens_trained_dpo": Mutation(
         "posttrain/data/packing.py",
-        "self._train(range(last, last + len(chosen)), chosen, shorter)",
-        "self._train(range(start, last + len(chosen)), prompt[1:] + chosen, shorter)",
+        "self._train(np.arange(last, last + len(chosen)), chosen, shorter)",
+        "self._train(np.arange(start, last + len(chosen)), np.concatenate([prompt[1:], chosen]), shorter)",
         DPO_PARITY,
     ),
     "end_token_not_trained": Mutation(
@@ -128,10 +128,10 @@ MUTATIONS = {
         STOPPED + "[dropout_left_on]",
     ),
     "positions_not_restarted": Mutation(  # seen by DPO's second answer; between examples RoPE is relative, so no value would change
-        "posttrain/data/packing.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
+        "posttrain/data/packing.py", "np.arange(seen, seen + len(ids))", "np.arange(start, start + len(ids))", DPO_PARITY
     ),
     "attention_across_examples": Mutation(
-        "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, len(self.input_ids))])", SFT_PARITY
+        "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, self.length)])", SFT_PARITY
     ),
     "rejected_answer_sees_the_chosen_one": Mutation(
         "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
