@@ -40,12 +40,12 @@ def worker(folder: Path) -> None:
 
     settings = {"out_dir": "unused", "max_iters": 9, "global_batch_size": 4, "learning_rate": 1e-4, "dtype": "float32"}
     training = build_training(str(folder / "world"), "sft", settings | {"ds_config": "ds_configs/zero2.json"})
-    engine = training.engine
+    engine, wrapped = training.engine, training.engine.wrapped
     train_step(training, 1)
     theirs = []
-    engine.checkpoint_engine = TorchCheckpointEngine()
+    wrapped.checkpoint_engine = TorchCheckpointEngine()
     for save in range(SAVES):
-        theirs.append(_timed(lambda save=save: engine.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
+        theirs.append(_timed(lambda save=save: wrapped.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "theirs")

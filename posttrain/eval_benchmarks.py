@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
@@ -25,6 +24,7 @@ from posttrain.evaluation.compare import holm, majority_baseline, p_value, rando
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, load_tasks, task_name, write_tasks
 from posttrain.model import assistant
+from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.parallel.script import run_script
 from posttrain.run import charts
@@ -36,27 +36,19 @@ SURE = 0.05  # p-values below this count as a difference
 
 def evaluate() -> None:
     parser = argparse.ArgumentParser(prog="eval_benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
+    add_checkpoint_options(parser, "give it several times to compare")
     parser.add_argument("--benchmark", action="append", required=True, metavar="B[,B]", help=f"of {', '.join(('all', *BENCHMARKS))}")
     parser.add_argument("--mode", choices=MODES, default="logprob", help="(logprob)")
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N items of each benchmark only")
     parser.add_argument("--data", type=Path, metavar="DIR", help="not from the hub: DIR/arc_easy.jsonl ..., with the hub's columns")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
     parser.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help="ask in the chat template; auto: where there is one")
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a forward pass (16)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    options = parser.parse_args()
-    for name in ("max_samples", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+    options = parse(parser, max_samples=1, batch_size=1)
     names, left_out = _benchmarks(options)
     files.refuse_existing(options.output, "results.json")
-    places = assistant.named(options.checkpoint)
-    assistant.check_tokenizer(options.tokenizer, places.values())
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    places = places_by_name(options.checkpoint, options.tokenizer)
     device = _connect()
     notes = left_out + on_rank_0(lambda: _prepare(names, options))
     items = {name: _measure(name, place, names, device, options) for name, place in places.items()}
@@ -107,7 +99,7 @@ def _connect() -> torch.device:
 
 def _measure(name: str, place: str, benchmarks: list[str], device: torch.device, options: argparse.Namespace) -> dict[str, list[Item]]:
     """Every item of every benchmark for one checkpoint, in order. All ranks."""
-    loaded = assistant.load(place, name, options.tokenizer, assistant.dtype_on(device.type, options.dtype), device)
+    loaded = assistant.load(place, name, options.tokenizer, dtype_on(device.type, options.dtype), device)
     if options.chat == "on" and loaded.chat is None:
         raise ValueError(f"{name} cannot be asked in a chat template: {loaded.why_no_chat}")
     if dist.get_rank() == 0:
@@ -117,9 +109,16 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
     elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
         terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
-    tasks = str(options.output / "tasks")
     share = measure(
-        loaded, benchmarks, options.mode, tasks, options.max_samples, options.batch_size, chat, dist.get_rank(), dist.get_world_size()
+        loaded,
+        benchmarks,
+        mode=options.mode,
+        tasks=options.output / "tasks",
+        max_samples=options.max_samples,
+        batch_size=options.batch_size,
+        chat=chat,
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
     )
     shares = gathered(share)
     return {benchmark: sorted(itertools.chain.from_iterable(one[benchmark] for one in shares)) for benchmark in benchmarks}

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 
 from posttrain.common import files, terminal
 from posttrain.common.files import read_prompts
@@ -29,6 +28,7 @@ from posttrain.evaluation.judge import judge
 from posttrain.evaluation.pairs import margins
 from posttrain.model import assistant
 from posttrain.model.assistant import Assistant
+from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
 from posttrain.parallel.script import run_script
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
@@ -38,7 +38,7 @@ LONGEST = 512  # tokens of an answer
 
 def evaluate() -> None:
     parser = argparse.ArgumentParser(prog="eval_preferences.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR")
+    add_checkpoint_options(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
     parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible endpoint, with /v1")
     parser.add_argument("--judge_model", metavar="M")
@@ -48,15 +48,8 @@ def evaluate() -> None:
     )
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N prompts or pairs only")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="longest answer to a prompt (512)")
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--output", type=Path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
-    options = parser.parse_args()
-    for name in ("max_samples", "max_tokens"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    options = parse(parser, max_samples=1, max_tokens=1)
     by_judge = (options.prompts, options.judge, options.judge_model)
     by_pairs = (options.reference, options.pairs)
     if all(by_judge) and not any(by_pairs) and len(options.checkpoint) == 2:
@@ -71,9 +64,8 @@ def evaluate() -> None:
 
 def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    places = assistant.named(given)
-    assistant.check_tokenizer(options.tokenizer, places.values())
-    dtype = assistant.dtype_on(device, options.dtype)
+    places = places_by_name(given, options.tokenizer)
+    dtype = dtype_on(device, options.dtype)
     return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
 
 

@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 import uvicorn
 
 from posttrain.common import terminal
 from posttrain.model import assistant
+from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
 from posttrain.parallel.script import run_script
 from posttrain.serving.access import LOOPBACK
-from posttrain.serving.app import LAST_WORDS, Limits, Model, build
+from posttrain.serving.answers import Model
+from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
@@ -35,13 +36,11 @@ Engine = type[Batcher] | type[VLLMBatcher]
 
 def serve() -> None:
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    add_checkpoint_options(parser, "give it several times to compare")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto", help="default: vLLM where it is installed")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="answers of a model that are generated at once (32)")
     parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds that an answer may take, waiting included (300)")
@@ -49,14 +48,9 @@ def serve() -> None:
     parser.add_argument(
         "--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go (preferences.jsonl)"
     )
-    options = parser.parse_args()
-    for name, least in (("max_batch", 1), ("max_queue", 0), ("timeout", 1), ("max_body", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    options = parse(parser, max_batch=1, max_queue=0, timeout=1, max_body=1)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     folder = options.preferences.parent
     if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
@@ -112,11 +106,10 @@ def _engine(asked: str, device: str) -> Engine:
 
 
 def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assistant]:
-    places = assistant.named(options.checkpoint)
+    places = places_by_name(options.checkpoint, options.tokenizer)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    assistant.check_tokenizer(options.tokenizer, places.values())
-    dtype = assistant.dtype_on(options.device, options.dtype)
+    dtype = dtype_on(options.device, options.dtype)
     device = options.device if engine is Batcher else "cpu"  # vLLM's own process puts it where it generates
     return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
 

@@ -216,7 +216,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, alone, monkeypatch):
-    engine = SimpleNamespace(module=torch.nn.Linear(10, 10, bias=False), zero_optimization_stage=lambda: 2)
+    engine = SimpleNamespace(module=torch.nn.Linear(10, 10, bias=False), zero_stage=2)
     checkpoints = Checkpoints(engine, tmp_path / "run" / "checkpoints", 2, print, {})
     assert checkpoints.bytes_of_one() == 100 * (4 + 12)
     usage = shutil.disk_usage(tmp_path)

@@ -91,10 +91,10 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
 def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypatch):
     """As a wrong permutation of the rotary pairs would."""
     from posttrain import convert
-    from posttrain.model import ckpt_pt
+    from posttrain.model import ckpt_pt, ckpt_pt_tensors
 
     llama(40).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(ckpt_pt, "_halves_to_pairs", lambda rows, heads: rows)
+    monkeypatch.setattr(ckpt_pt_tensors, "_halves_to_pairs", lambda rows, heads: rows)
     monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "model"), str(tmp_path / "ckpt.pt")])
     with pytest.raises(ValueError, match=r"gives other logits"):
         convert.convert()

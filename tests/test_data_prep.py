@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep import prepare as prepare_module
 from data_prep.prepare import prepare
@@ -336,6 +337,9 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
     assert hashes[0] == hashes[1]
     tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
+    batches = [load_prepared(f"{tmp_path}/{n}/out", "sft", "").train.micro_batch(range(0, 100, 9)) for n in (0, 1)]
+    assert torch.equal(batches[0].input_ids, batches[1].input_ids)
+    assert torch.equal(batches[0].targets, batches[1].targets)
 
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):

@@ -249,7 +249,8 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
     for mode in ("logprob", "generate"):
         names = [name for name in counts if mode in BENCHMARKS[name].metric]
         notes = write_tasks(names, mode, data, tmp_path / mode)
-        found = measure(loaded, names, mode, str(tmp_path / mode), None, 8, False, 0, 1)
+        settings = {"mode": mode, "tasks": tmp_path / mode, "max_samples": None, "batch_size": 8, "chat": False}
+        found = measure(loaded, names, **settings, rank=0, ranks=1)
         left = sum("left out" in note for note in notes)
         for name in names:
             assert [item.number for item in found[name]] == list(range(counts[name] - (left if name == "ifeval" else 0)))
@@ -263,7 +264,7 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
                 assert item.scores["acc"] == float(best == item.target)
         else:
             assert found["gsm8k"][0].prompt.count("Question:") == 6  # five examples, the same however items are dealt
-            shares = [measure(loaded, ["gsm8k"], mode, str(tmp_path / mode), None, 8, False, rank, 3)["gsm8k"] for rank in range(3)]
+            shares = [measure(loaded, ["gsm8k"], **settings, rank=rank, ranks=3)["gsm8k"] for rank in range(3)]
             assert sorted(itertools.chain.from_iterable(shares)) == found["gsm8k"]
             assert found["gsm8k"][0].prompt.split("Question:")[1] != found["gsm8k"][1].prompt.split("Question:")[1]
             said = [len(loaded.tokenizer(item.answer[0], add_special_tokens=False)["input_ids"]) for item in found["arc_easy"]]

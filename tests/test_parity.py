@@ -170,8 +170,8 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
 
     indices = batches.step_examples(len(split), BATCH, SEED, 1)
     totals = objective.totals(split, indices)
-    sums = objective.loss(split.micro_batch(indices), totals)[1].tolist()
-    measured = objective.metrics(dict(zip(objective.sums, sums, strict=True)), totals)
+    sums = objective.loss(split.micro_batch(indices), totals)[1]
+    measured = objective.metrics({name: value.item() for name, value in sums.items()}, totals)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         assert measured[name] == pytest.approx(trainer._metrics["eval"][name][-1], rel=1e-4, abs=1e-5), name
 

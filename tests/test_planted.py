@@ -112,7 +112,7 @@ def stopped(tiny, world):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_before_the_first_step(stopped, world, fault):
-    parts = len(list(CODE.glob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 3  # plan version, manifest, tokens
+    parts = len(list(CODE.rglob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 3  # plan version, manifest, tokens
     assert FAULTS[fault].replace("{parts}", str(parts)) in stopped[fault]
     assert not (world / "run").exists()  # no step was made
     if fault == "one_rank_with_other_pairs_precomputed":

@@ -59,7 +59,7 @@ def test_an_sft_run_leaves_everything_behind(sft_run, tiny):
     assert train[-1]["loss"] < train[0]["loss"]
     assert [record["step"] for record in metrics(out_dir, "eval")] == [0, 3, 6]
     assert [path.name for path in sorted((out_dir / "checkpoints").glob("step_*"))] == ["step_000004", "step_000006"]
-    for text in ("step     8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
+    for text in ("step       8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
         assert text in output
     assert output.count("step 6/6") == 1  # rank 0 alone speaks
     assert yaml.safe_load((out_dir / "recipe.yaml").read_text())["global_batch_size"] == 8

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from posttrain import serve
 from posttrain.model import assistant
-from posttrain.serving.app import Events
+from posttrain.serving.answers import EventStream
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
@@ -110,7 +110,7 @@ def test_a_client_that_stops_reading_loses_its_place():
             await asyncio.Event().wait()  # as on a full socket
 
     async def go() -> None:
-        events = Events(endless(), 0.2, lambda: done.append("left"))
+        events = EventStream(endless(), 0.2, lambda: done.append("left"))
         sending = asyncio.ensure_future(events({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send))
         await asyncio.wait({sending}, timeout=10)
         assert done == ["closed", "left"]

@@ -23,7 +23,8 @@ from posttrain.data.chat import IGNORE
 from posttrain.data.packing import MicroBatch, RowBuilder
 
 FORMAT = 2
-COLUMNS = {"sft": ("input_ids", "labels", "num_trained", "source"), "dpo": ("prompt", "chosen", "rejected", "source")}
+TOKENS = {"sft": ("input_ids", "labels"), "dpo": ("prompt", "chosen", "rejected")}  # columns of int32 lists
+COLUMNS = {"sft": (*TOKENS["sft"], "num_trained", "source"), "dpo": (*TOKENS["dpo"], "source")}
 
 
 class Split:
@@ -49,13 +50,14 @@ class Split:
     def micro_batch(self, indices) -> MicroBatch:
         """The examples packed into one row, in the given order; without any, one token that nothing is trained on."""
         builder = RowBuilder()
+        columns = [self.table.data.column(name) for name in TOKENS[self.kind]]
         for index in indices:
-            example = self.table[int(index)]
+            row = (column[int(index)].values.to_numpy() for column in columns)  # views of the memory-mapped file
             if self.kind == "sft":
-                builder.add_sequence(example["input_ids"], example["labels"])
+                builder.add_sequence(*row)
             else:
-                builder.add_pair(example["prompt"], example["chosen"], example["rejected"], self.share_prompt)
-        if not builder.input_ids:
+                builder.add_pair(*row, self.share_prompt)
+        if not builder.segments:
             builder.add_sequence([0], [IGNORE])
             builder.num_answers = 0
         batch = builder.build()
@@ -78,6 +80,11 @@ class PreparedData(NamedTuple):
     train: Split
     validation: Split
     manifest: dict
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What conversations without a system message were given."""
+        return self.manifest["options"].get("system_prompt")
 
     @property
     def longest(self) -> int:

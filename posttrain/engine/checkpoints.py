@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from posttrain.common.files import sync_folder, write_whole
 from posttrain.engine import shards
+from posttrain.engine.adam import FLOAT32, STATE_BYTES
 from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
 from posttrain.engine.writer import BackgroundWriter
 from posttrain.parallel import watchdog
@@ -43,7 +44,7 @@ class Checkpoints:
     def __init__(self, engine, folder: Path, kept: int, say: Callable[[str], None], facts: dict):
         """`facts`: what every manifest repeats, so that a checkpoint can be understood alone."""
         self.engine, self.folder, self.kept, self.say, self.facts = engine, folder, kept, say, facts
-        self.writer = engine.checkpoint_engine = BackgroundWriter()
+        self.writer = BackgroundWriter()
         self.pending: dict | None = None  # of the save that is being written
 
     def save(self, step: int, guard: dict, validation: float | None = None) -> None:
@@ -55,12 +56,11 @@ class Checkpoints:
         on_rank_0(lambda: self._make_room(staging))
         engine, rank = self.engine, dist.get_rank()
         self.writer.beside = {f"random_rank_{rank:05d}.pt": _random_states()}
-        engine.save_checkpoint(str(self.folder), tag=staging.name, save_latest=False)
-        zero = engine.zero_optimization_stage() > 0
+        file = engine.save(self.folder, staging.name, self.writer)
         self.pending = {
             "name": name,
-            "fragments": shards.fragments(engine) if zero or rank == 0 else [],
-            "file": Path(engine._get_zero_ckpt_name("", "") if zero else engine._get_ckpt_name("", "")).name,
+            "fragments": shards.fragments(engine) if engine.zero_stage or rank == 0 else [],
+            "file": file,
             "facts": {"step": step, "validation": validation, "guard": guard, "optimizer_step": shards.optimizer_step(engine)},
         }
 
@@ -106,7 +106,7 @@ class Checkpoints:
     def _seal(self, final: Path, facts: dict, everyones: list[dict]) -> None:
         staging = final.with_name(f"{final.name}.incomplete")
         files = {name: value for one in everyones for name, value in one["files"].items()}
-        zero = self.engine.zero_optimization_stage()
+        zero = self.engine.zero_stage
         parts = everyones if zero else everyones[:1]
         state = {
             "zero_stage": zero,
@@ -190,10 +190,10 @@ class Checkpoints:
 
     def bytes_of_one(self) -> int:
         """Size of a checkpoint, all ranks together: the weights, and float32 master weights with two moments."""
-        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_optimization_stage()
+        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_stage
         weights = 0 if stage == 3 else dtype.itemsize
         alone = stage == 0 and dtype == torch.float32  # the weights are the master weights
-        return shards.count(self.engine.module) * (weights + (8 if alone else 12))
+        return shards.count(self.engine.module) * (weights + STATE_BYTES - (FLOAT32 if alone else 0))
 
     def check_space_for(self, saves: int, weights: int) -> None:
         """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""

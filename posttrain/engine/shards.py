@@ -18,7 +18,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
-KINDS = ("weights", "exp_avg", "exp_avg_sq")  # float32 all
+from posttrain.engine.adam import CLOCK, MOMENTS
+
+KINDS = ("weights", *MOMENTS)  # float32 all
 # What DeepSpeed's files hold besides tensors and plain values. Nothing else is unpickled, so a file cannot bring code.
 ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -35,7 +37,7 @@ class Fragment(NamedTuple):
 
 def fragments(engine) -> list[Fragment]:
     """What this rank's optimizer holds."""
-    stage, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, []
+    stage, optimizer, found = engine.zero_stage, engine.optimizer, []
     parameters = dict(engine.module.named_parameters())
     if stage == 0:
         groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
@@ -64,9 +66,9 @@ def shapes(engine) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+def master_weights(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     """The flat tensors of float32 weights, by group, and the torch optimizer whose state is keyed by them."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer, stage = engine.optimizer, engine.zero_stage
     if stage == 3:
         return optimizer.fp32_partitioned_groups_flat, optimizer.optimizer
     if stage > 0:  # bfloat16 at ZeRO-1 has an optimizer of its own, BF16_Optimizer
@@ -79,8 +81,8 @@ def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
 
 def optimizer_step(engine) -> int:
     """Adam's clock: how many steps the optimizer has made."""
-    masters, optimizer = _masters(engine)
-    clocks = {int(optimizer.state[master]["step"]) for master in masters if optimizer.state.get(master)}
+    masters, optimizer = master_weights(engine)
+    clocks = {int(optimizer.state[master][CLOCK]) for master in masters if optimizer.state.get(master)}
     assert len(clocks) <= 1, clocks
     return clocks.pop() if clocks else 0
 
@@ -91,12 +93,12 @@ def make_optimizer_states(engine, step: int = 0) -> None:
     torch and DeepSpeed 0.19.8 make them in the first optimizer step. By then the run's largest micro-batch has been tried for memory, with
     8 bytes a parameter more to spare than any later one has.
     """
-    masters, optimizer = _masters(engine)
+    masters, optimizer = master_weights(engine)
     fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its clock as an int
     for master in masters:
         state = optimizer.state[master]
-        state["step"] = torch.tensor(float(step), device=master.device) if fused else step
-        for kind in KINDS[1:]:
+        state[CLOCK] = torch.tensor(float(step), device=master.device) if fused else step
+        for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(master)
 
@@ -107,13 +109,13 @@ def restore(engine, saved: "Saved") -> None:
 
     Raises ValueError where the checkpoint holds another model.
     """
-    here, stage = shapes(engine), engine.zero_optimization_stage()
+    here, stage = shapes(engine), engine.zero_stage
     if here != saved.shapes:
         names = [name for name in {**here, **saved.shapes} if here.get(name) != saved.shapes.get(name)]
         raise ValueError(f"{saved.folder} holds another model: {len(names)} parameters differ, first {names[0]}")
     if stage == 3:  # a forward pass has left small parameters gathered: partitioned, they are gathered anew from what is restored
         engine.optimizer.checkpoint_event_prologue()
-    masters, optimizer = _masters(engine)
+    masters, optimizer = master_weights(engine)
     if saved.optimizer_step:
         make_optimizer_states(engine, saved.optimizer_step)
     for part in fragments(engine):
@@ -196,4 +198,4 @@ class Saved:
             names = {parts[0][1].group: name for name, parts in self.parts.items()}
             weights, state = [content["module"][names[group]] for group in sorted(names)], content["optimizer"]["state"]
         flat = {"weights": [tensor.detach().view(-1) for tensor in weights]}
-        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in KINDS[1:]}
+        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in MOMENTS}

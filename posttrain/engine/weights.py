@@ -41,7 +41,7 @@ def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
     """The wrapped model's weights by name, on the CPU of rank 0 (None elsewhere), one tensor gathered at a time. All ranks."""
     state = {}
     for name, parameter in engine.module.model.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):
             if dist.get_rank() == 0:
                 state[name] = as_saved(name, parameter.detach(), engine.module.model.config).to("cpu", copy=True)
     return state if dist.get_rank() == 0 else None

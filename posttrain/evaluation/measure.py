@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from lm_eval.evaluator import evaluate
@@ -34,33 +35,52 @@ class Model(HFLM):
 
 
 def measure(
-    assistant: Assistant, names: list[str], mode: str, tasks: str, most: int | None, batch: int, chat: bool, rank: int, ranks: int
+    assistant: Assistant,
+    names: list[str],
+    *,
+    mode: str,
+    tasks: Path,
+    max_samples: int | None,
+    batch_size: int,
+    chat: bool,
+    rank: int,
+    ranks: int,
 ) -> dict[str, list[Item]]:
-    """This rank's share of each benchmark's items (`most`: of its first ones)."""
+    """Return the items of each benchmark that this rank of `ranks` measures: every `ranks`-th of the first `max_samples` (None: of all).
+
+    `tasks` is a folder that write_tasks has filled; `chat` asks in the tokenizer's chat template.
+    """
     for noisy in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    loaded = load_tasks(str(tasks), [task_name(name, mode) for name in names], assistant.context)
+    shares = {}
+    for name, task in loaded["tasks"].items():
+        if task.get_config("num_fewshot"):
+            _deal(task.sampler, rank, ranks)
+        if share := list(range(len(task.eval_docs))[:max_samples])[rank::ranks]:
+            shares[name] = share
+    found = {}
+    if shares:
+        loaded["tasks"] = {name: task for name, task in loaded["tasks"].items() if name in shares}
+        found = evaluate(
+            _as_harness_model(assistant, batch_size),
+            loaded,
+            samples=shares,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=assistant.system_prompt if chat else None,
+        )["samples"]
+    return {name: items_of(found.get(task_name(name, mode), []), name, mode) for name in names}
+
+
+def _as_harness_model(assistant: Assistant, batch_size: int) -> Model:
     # HFLM asks the model itself where to stop; a base model's own end is not its template's. And it gives the task's limit as max_length,
     # which a folder's own max_new_tokens would silently overrule (lm_eval 0.4.13 with transformers 5.23).
     settings = assistant.model.generation_config
     settings.eos_token_id, settings.max_new_tokens = sorted(assistant.stops), None
-    lm = Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=batch, max_length=assistant.context, backend="causal")
-    loaded = load_tasks(tasks, [task_name(name, mode) for name in names], assistant.context)
-    shares = {}
-    for name in names:
-        task = loaded["tasks"][task_name(name, mode)]
-        if task.get_config("num_fewshot"):
-            _deal(task.sampler, rank, ranks)
-        count = len(task.eval_docs)
-        shares[task_name(name, mode)] = list(range(count if most is None else min(most, count)))[rank::ranks]
-    system = assistant.system_prompt if chat else None
-    found = {}
-    asked = {name: share for name, share in shares.items() if share}
-    if asked:
-        loaded["tasks"] = {name: task for name, task in loaded["tasks"].items() if name in asked}
-        found = evaluate(
-            lm, loaded, samples=asked, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat, system_instruction=system
-        )["samples"]
-    return {name: items_of(found.get(task_name(name, mode), []), name, mode) for name in names}
+    about = {"batch_size": batch_size, "max_length": assistant.context, "backend": "causal"}
+    return Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, **about)
 
 
 def items_of(samples: list[dict], benchmark: str, mode: str) -> list[Item]:

@@ -4,14 +4,12 @@ import torch
 
 from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
-from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_lengths, answer_sums
 from posttrain.objectives.losses import LOSSES, PairLogps, rewards
 
 
 class DPO:
     """A preference loss, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
-
-    sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "likelier")
 
     def __init__(
         self,
@@ -44,8 +42,11 @@ class DPO:
     def totals(self, split: Split, indices) -> dict[str, int]:
         return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
 
-    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: Examples | None = None) -> tuple[torch.Tensor, Sums]:
+        """Return this micro-batch's share of the step's loss, and the sums that `metrics` takes; see SFT.loss.
+
+        With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective.
+        """
         sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
         policy, reference = self.pairs(sums), self.reference_logps(batch)
         losses = self.preference_losses(policy, reference, lengths)
@@ -53,16 +54,21 @@ class DPO:
         share = (losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]).float()
         with torch.no_grad():
             reward = rewards(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.beta)
-            accurate = (reward.chosen > reward.rejected).double()  # a tie counts as wrong, as in TRL
             means = sums.sum(1) / lengths.clamp(min=1)
-            likelier = (means[0::2] > means[1::2]).double()
             if examples is not None:
                 margins = reward.chosen - reward.rejected
                 add_examples(examples, {"rewards/chosen": reward.chosen, "rewards/rejected": reward.rejected, "rewards/margins": margins})
                 add_examples(examples, {"chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
-            columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected, likelier)
-            loss_sum, *others = (column.sum() for column in columns)
-            return share, torch.stack([loss_sum, nll, *others])
+            of_pairs = {
+                "preference_loss": losses,
+                "rewards/chosen": reward.chosen,
+                "rewards/rejected": reward.rejected,
+                "rewards/accuracies": (reward.chosen > reward.rejected).double(),  # a tie counts as wrong, as in TRL
+                "logps/chosen": policy.chosen,
+                "logps/rejected": policy.rejected,
+                "logps/accuracies": (means[0::2] > means[1::2]).double(),  # whether the policy finds the chosen answer likelier, per token
+            }
+            return share, {"nll": nll.detach(), **{name: values.detach().sum() for name, values in of_pairs.items()}}
 
     @torch.no_grad()
     def reference_logps(self, batch: MicroBatch) -> PairLogps | None:
@@ -82,20 +88,11 @@ class DPO:
         return PairLogps(logps[0::2], logps[1::2])
 
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
-        mean = {name: value / totals["pairs"] for name, value in sums.items()}
+        """A step's metrics, from the sums of all its micro-batches."""
         nll = sums["nll"] / totals["tokens"]
-        return {
-            "loss": mean["loss"] + self.nll_weight * nll,
-            "rewards/chosen": mean["rewards_chosen"],
-            "rewards/rejected": mean["rewards_rejected"],
-            "rewards/margins": mean["rewards_chosen"] - mean["rewards_rejected"],
-            "rewards/accuracies": mean["accuracies"],
-            "logps/chosen": mean["logps_chosen"],
-            "logps/rejected": mean["logps_rejected"],
-            "logps/accuracies": mean["likelier"],  # share of pairs whose chosen answer the policy finds likelier, per token
-            "nll_loss": nll,
-            "preference_loss": mean["loss"],
-        }
+        mean = {name: value / totals["pairs"] for name, value in sums.items() if name != "nll"}
+        margins = mean["rewards/chosen"] - mean["rewards/rejected"]
+        return {"loss": mean["preference_loss"] + self.nll_weight * nll, **mean, "rewards/margins": margins, "nll_loss": nll}
 
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
         """The preference loss of each pair of the micro-batch. As `loss`, a collective with a reference beside."""

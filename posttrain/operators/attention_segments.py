@@ -7,16 +7,12 @@ the end. With no prefix that is plain causal attention within the example.
 
 from collections import defaultdict
 from functools import lru_cache
-from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
-
-from posttrain.data.packing import Segment
 
 aten = torch.ops.aten
 # its name in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
@@ -32,33 +28,39 @@ class Group(NamedTuple):
 
 
 def groups_of(segments: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
-    """The segments by length, and for each of the T rows its place in the groups' queries laid end to end."""
-    return _groups_of(segments.numpy().tobytes(), dtype, device)
+    """Group a Packing's segments by length; also returns, for each of the T rows, its place in the groups' queries laid end to end."""
+    return _groups_of(segments.numpy().tobytes(), dtype, device)  # by content, whichever tensor holds it
 
 
 @lru_cache(maxsize=1)  # every layer of policy and reference asks, in forward and in backward, before the next micro-batch comes
 def _groups_of(segments: bytes, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
-    every = list(starmap(Segment, np.frombuffer(segments, np.int64).reshape(-1, 4).tolist()))
+    table = np.frombuffer(segments, np.int64).reshape(-1, 4)
+    own, prefix = table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]
     members = defaultdict(list)
-    for segment in every:
-        prefix, own = segment.prefix_end - segment.prefix_start, segment.end - segment.start
-        members[bool(prefix), _size_class(own), _size_class(prefix + own)].append(segment)
-    groups, order, before = [], torch.empty(every[-1].end, dtype=torch.int64), 0
+    for number, kind in enumerate(zip(prefix > 0, _size_classes(own), _size_classes(prefix + own), strict=True)):
+        members[kind].append(number)
+    groups, order, before = [], np.empty(table[-1, 1], np.int64), 0
     for alike in members.values():
-        queries = [torch.arange(s.start, s.end) for s in alike]
-        keys = [torch.cat([torch.arange(s.prefix_start, s.prefix_end), own]) for s, own in zip(alike, queries, strict=True)]
-        query_rows, key_rows = pad_sequence(queries, batch_first=True), pad_sequence(keys, batch_first=True)
-        mask = None
-        if alike[0].prefix_end > alike[0].prefix_start:
-            last_seen = torch.tensor([s.prefix_end - s.prefix_start for s in alike])[:, None] + torch.arange(query_rows.shape[1])
-            unseen = (torch.arange(key_rows.shape[1]) > last_seen[:, :, None])[:, None]
-            mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill(unseen, -torch.inf).to(device)
-        groups.append(Group(query_rows.to(device), key_rows.to(device), mask))
-        for line, rows in enumerate(queries):
-            start = before + line * query_rows.shape[1]
-            order[rows] = torch.arange(start, start + len(rows))
-        before += query_rows.numel()
-    return groups, order.to(device)
+        group, is_query = _group(table[alike], dtype)
+        order[group.query_rows.numpy()[is_query]] = before + np.flatnonzero(is_query)
+        before += is_query.size
+        groups.append(Group(*(x if x is None else x.to(device) for x in group)))
+    return groups, torch.from_numpy(order).to(device)
+
+
+def _group(segments: np.ndarray, dtype: torch.dtype) -> tuple[Group, np.ndarray]:
+    """The Group of (S, 4) segments, all with a prefix or all without, on the CPU; and (S, Lq) bool, false where a query is padding."""
+    start, end, prefix_start, prefix_end = segments.T[:, :, None]  # (S, 1) each
+    own, prefix = end - start, prefix_end - prefix_start
+    query, key = np.arange(own.max()), np.arange((prefix + own).max())
+    is_query = query < own
+    query_rows = np.where(is_query, start + query, 0)
+    key_rows = np.where(key < prefix, prefix_start + key, np.where(key < prefix + own, start + key - prefix, 0))
+    mask = None
+    if prefix.any():
+        unseen = torch.from_numpy(key > (prefix + query)[:, :, None])[:, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+    return Group(torch.from_numpy(query_rows), torch.from_numpy(key_rows), mask), is_query
 
 
 def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **_):
@@ -195,11 +197,11 @@ def _differentiate(ctx, grad, grad_normalizers):
 attend_on_cpu.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _size_class(length: int) -> tuple[int, int]:
-    """Equal for lengths that may be padded to each other: up to 32, then in steps of a quarter."""
-    length = max(length, 32)
-    shift = length.bit_length() - 3
-    return shift, length >> shift
+def _size_classes(lengths: np.ndarray) -> list[int]:
+    """Numbers that are equal for lengths that may be padded to each other: up to 32, then in steps of a quarter."""
+    lengths = np.maximum(lengths, 32)
+    bits = np.frexp(lengths)[1]  # of the number: 6 for 32 to 63
+    return (8 * bits + (lengths >> (bits - 3))).tolist()
 
 
 AttentionInterface.register(SEGMENTS, attend_segments)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from posttrain.engine.adam import FLOAT32, STATE_BYTES
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -90,11 +92,11 @@ class States:
 def states(count: int, layout: Layout) -> States:
     """What a rank keeps of a model of `count` parameters."""
     size, share, stage = layout.dtype.itemsize, count / layout.ranks, layout.zero.stage
-    gradients = (size * count, 4 * count, 4 * share, 4 * share)[stage]
+    gradients = (size * count, FLOAT32 * count, FLOAT32 * share, FLOAT32 * share)[stage]
     return States(
         weights=0.0 if layout.zero.offload_parameters else size * (share if stage == 3 else count),
         gradients=gradients + (size * count if layout.has_own_optimizer else 0.0),
-        optimizer=0.0 if layout.zero.offload_optimizer else 12 * (share if stage else count),
+        optimizer=0.0 if layout.zero.offload_optimizer else STATE_BYTES * (share if stage else count),
     )
 
 

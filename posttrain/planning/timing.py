@@ -1,6 +1,5 @@
 """What forward, backward and the engines of a recipe take on this machine: for plan.py --gpu=here."""
 
-import math
 import multiprocessing
 import os
 import socket
@@ -16,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.common import terminal
 from posttrain.data.packing import MicroBatch
-from posttrain.engine.build import build_engine, build_reference, free_engine
+from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.ds_config import read_ds_config
 from posttrain.engine.start import current_device, start_distributed
-from posttrain.engine.update import apply_update, backward
+from posttrain.engine.update import free_engine
 from posttrain.model.policy import Policy, checkpoint_activations
 from posttrain.operators import attention, layers
 from posttrain.parallel import watchdog
@@ -143,11 +142,11 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
 
     def step(micro_batches: int) -> None:
         for left in reversed(range(micro_batches)):
-            backward(engine, engine(little).sum(), is_last=not left)
-        apply_update(engine, math.inf)
+            engine.backward(engine(little).sum(), is_last=not left)
+        engine.update()
 
     one, two = _median(lambda: step(1)), _median(lambda: step(2))
-    free_engine(engine)
+    engine.free()
     return times * max(0.0, two - one - alone), times * max(0.0, 2 * one - two)
 
 

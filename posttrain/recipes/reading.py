@@ -56,33 +56,23 @@ def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
 
 
 def _refuse_unread(recipe: Recipe) -> None:
-    """An option that this run would not read is an error, never accepted and ignored."""
+    """Refuse an option that this run would not read, and values that contradict each other."""
     fields = type(recipe).model_fields
     given = {name for name in recipe.model_fields_set if getattr(recipe, name) != fields[name].default}
     if recipe.epochs is None and recipe.max_iters is None:
         raise ValueError("how long to train is missing: give max_iters (optimizer steps) or epochs (passes over the data)")
     if recipe.global_batch_size is None and recipe.batch_size is None and recipe.gradient_accumulation_steps is None:
         raise ValueError("examples per step are missing: give global_batch_size, or batch_size and gradient_accumulation_steps")
-    if not recipe.decay_lr and (unread := given & {"min_lr", "lr_decay_iters"}):
-        raise ValueError(f"decay_lr=False holds the learning rate, so {_names(unread)} would not be read; remove it")
+    for name in (name for name in fields if name in given):
+        for need in fields[name].json_schema_extra["needs"]:
+            others = need.split("|")
+            if not any(getattr(recipe, other) for other in others):
+                off = " and ".join(f"{other}={getattr(recipe, other)}" for other in others)
+                raise ValueError(f"{name} would not be read with {off}; remove it, or set {' or '.join(others)}")
     if recipe.min_lr > recipe.learning_rate:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
     if recipe.lr_decay_iters and recipe.lr_decay_iters <= recipe.warmup_iters:
         raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
-    if not recipe.eval_interval and not recipe.eval_only and recipe.eval_iters:
-        raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
-    if not recipe.eval_interval and (unread := given & {"samples", "sample_prompts", "sample_tokens"}):
-        raise ValueError(f"{_names(unread)} would not be read with eval_interval=0, as samples are taken at validations; remove it")
-    if not recipe.eval_interval and not recipe.benchmark_interval and recipe.benchmarks:
-        raise ValueError(
-            "benchmarks would not be read with eval_interval=0, as they are measured at validations; give benchmark_interval, or remove it"
-        )
-    if not recipe.benchmarks and (unread := given & {"benchmark_samples", "benchmark_data", "benchmark_interval"}):
-        raise ValueError(f"{_names(unread)} would not be read without benchmarks; remove it")
-    if not recipe.samples and (unread := given & {"sample_prompts", "sample_tokens"}):
-        raise ValueError(f"{_names(unread)} would not be read with samples=0; remove it")
-    if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
-        raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
     if 0 < recipe.skip_spikes <= 1:
         raise ValueError(f"skip_spikes={recipe.skip_spikes:g} would refuse every other step: give a factor well above 1, or 0 for off")
     if recipe.eval_only and recipe.replay_step:

@@ -31,9 +31,9 @@ from torch import distributed as dist
 from posttrain.common import files, terminal
 from posttrain.common.files import read_json_lines, read_lines
 from posttrain.data.batches import PLAN_VERSION
-from posttrain.recipes.keys import Recipe
+from posttrain.recipes.keys import ANY_TIME, Recipe
 from posttrain.run.health import Facts, Finding, Health
-from posttrain.run.resume import CREATING, LOGS, MAY_CHANGE, extension_of, length_of
+from posttrain.run.resume import CREATING, LOGS, extension_of, length_of
 from posttrain.run.trackers import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
 FROM_STEP_ON = ("metrics.jsonl", "samples.jsonl", "health.jsonl", "bad_batches.jsonl")  # records that a start from an earlier step cuts off
@@ -43,13 +43,13 @@ RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
 class Run:
     """The run's directory on rank 0; on other ranks every method does nothing."""
 
-    def __init__(self, recipe: Recipe, kind: str, rank: int, inputs: dict[str, str]):
+    def __init__(self, recipe: Recipe, rank: int, inputs: dict[str, str]):
         """`inputs`: fingerprints of what the recipe names by path, and what may therefore have changed since the run began."""
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final = self.path / "final"
-        self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
+        self.as_resolved = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
+        self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see fit.py
         if rank == 0 and (self.path / "run.json").exists():
@@ -70,7 +70,7 @@ class Run:
         (self.path / CREATING).touch()
         (self.path / "model").mkdir(exist_ok=True)
         describe_model(self.path / "model")
-        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
         files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
@@ -101,7 +101,7 @@ class Run:
         if not (self.path / "run.json").exists():
             self._create(total_steps, describe_model, manifest)
         elif change := extension_of(self.recipe):
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
             self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.fitted:
             self._update(fitted=self.fitted)
@@ -112,11 +112,12 @@ class Run:
                 kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # at step 1 nothing
                 files.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
         self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
-        compared = {name: value for name, value in self.settled.items() if value is not None and name not in MAY_CHANGE}
+        free = self.recipe.keys_that_change(ANY_TIME)
+        compared = {name: value for name, value in self.as_resolved.items() if value is not None and name not in free}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
             name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
-            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.settled))
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
         texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)

@@ -8,7 +8,7 @@ from collections import deque
 from statistics import mean, median, pstdev
 from typing import NamedTuple
 
-from posttrain.recipes.keys import DPORecipe, Recipe
+from posttrain.recipes.keys import Recipe
 
 
 class Facts(NamedTuple):
@@ -52,7 +52,7 @@ class Health:
     def __init__(self, recipe: Recipe, steps: int, facts: Facts):
         self.recipe, self.steps, self.facts = recipe, steps, facts
         self.told: set[str] = set()  # names of findings
-        self.kind = "dpo" if isinstance(recipe, DPORecipe) else "sft"
+        self.kind = recipe.kind
         self.window = max(WINDOW[0], min(WINDOW[1], steps // 40))
         self.first: dict[str, list[float]] = {}
         self.last: dict[str, deque[float]] = {}
