@@ -135,7 +135,7 @@ def _reward_accuracy(options: argparse.Namespace) -> None:
     for one in (policy, reference):
         if fingerprint(one.tokenizer) != prepared.manifest["tokenizer"]:
             raise ValueError(f"{options.pairs} was prepared with another tokenizer than {one.name}'s; prepare it again with --tokenizer")
-    table = prepared.validation.table
+    table = prepared.validation
     rows = [table[index] for index in range(min(len(table), options.max_samples or len(table)))]
     if not rows:
         raise ValueError(f"{options.pairs} has no validation rows: prepare it with --val_size")

@@ -50,3 +50,14 @@ def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
     assert "sweep.sh: failed: -1" in done.stdout
     rates = {run.name: metrics(run)[0]["learning_rate"] for run in out.iterdir()}
     assert rates == {"learning_rate_1e-4": 1e-4, "learning_rate_1e-5": 1e-5}
+
+
+@pytest.mark.slow
+def test_a_rank_waits_for_no_import_that_it_does_not_use():
+    """Each of these costs every rank of every start between half a second and several."""
+    heavy = {"datasets", "pandas", "tensorboard", "matplotlib", "lm_eval", "wandb", "fastapi", "vllm", "trl"}
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import posttrain.sft, posttrain.dpo; print(sorted({heavy!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=rank_environment())
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

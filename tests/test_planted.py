@@ -162,7 +162,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     """planted.py compares weights and optimizer before and after a refused step, bit for bit."""
     train = load_prepared(tiny.sft, "sft", "").train
     culprit = int(batches.step_examples(len(train), 8, 1337, 3)[5])
-    ids = ",".join(map(str, train.table[culprit]["input_ids"]))
+    ids = ",".join(map(str, train[culprit]["input_ids"]))
     (tmp_path / "zero2_offloaded.json").write_text(json.dumps(OFFLOADED))
     folder = tmp_path if "offloaded" in ds_config else "ds_configs"
     layout = [f"--ds_config={folder}/{ds_config}.json", f"--dtype={dtype}", "--max_tokens_per_gpu=160"]
@@ -178,7 +178,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     (record,) = map(json.loads, (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines())
     assert (record["step"], record["reason"], record["loss"], len(record["examples"])) == (3, "the loss is nan", None, 8)
     assert [(example["index"], example["loss"]) for example in record["examples"] if example["loss"] is None] == [(culprit, None)]
-    assert record["examples"][0]["source"] == train.table[culprit]["source"]
+    assert record["examples"][0]["source"] == train[culprit]["source"]
 
     if ds_config == "zero3":
         ended_well, output = run("one_example_is_nan", "sft", *arguments, "--replay_step=3", plant=ids)
@@ -192,7 +192,7 @@ def test_a_pair_with_a_nan_is_not_applied(tiny, tmp_path):
     """With the reference beside: looking for the culprit, too, gathers its weights on all ranks."""
     train = load_prepared(tiny.dpo, "dpo", "").train
     culprit = int(min(batches.step_examples(len(train), 8, 1337, 2), key=lambda index: train.lengths[index]))  # not in the largest batch
-    ids = ",".join(map(str, train.table[culprit]["prompt"] + train.table[culprit]["chosen"]))
+    ids = ",".join(map(str, train[culprit]["prompt"] + train[culprit]["chosen"]))
     settings = ["--max_iters=3", "--eval_interval=1", "--ds_config=ds_configs/zero1.json", "--max_tokens_per_gpu=120"]
     arguments = dpo_arguments(tiny, tmp_path / "run", *settings, "--learning_rate=1e-2", "--dtype=bfloat16")
     ended_well, output = run("one_example_is_nan", "dpo", *arguments, plant=ids)

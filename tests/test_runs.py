@@ -92,7 +92,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
 
     model = AutoModelForCausalLM.from_pretrained(sft_run[0] / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sft_run[0] / "final")
-    rows = load_prepared(tiny.sft, "sft", "").validation.table
+    rows = load_prepared(tiny.sft, "sft", "").validation
     nll = tokens = 0
     for row in rows:
         loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 Charts = dict[str, dict[str, list[str]]]  # group -> chart -> tags that it shows
 LEARNING = {"loss": ["train/loss", "eval/loss"], "learning rate": ["train/learning_rate"], "gradient norm": ["train/grad_norm"]}
@@ -46,6 +44,9 @@ class Tracker(Protocol):
 class TensorBoard:
     def __init__(self, folder: Path, kind: str, settings: dict, first_step: int):
         """What an earlier start has told from `first_step` on is hidden. `settings`: what the hparams page compares."""
+        from torch.utils.tensorboard import SummaryWriter  # half a second that only the rank which writes needs
+        from torch.utils.tensorboard.summary import hparams
+
         self.writer = SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else 0)
         charts = {group: {name: ["Multiline", tags] for name, tags in charts.items()} for group, charts in LAYOUT[kind].items()}
         self.writer.add_custom_scalars(charts)

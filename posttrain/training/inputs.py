@@ -84,7 +84,7 @@ def check_positions(data: PreparedData, config) -> None:
         if most and len(split) and split.positions.max() > most:
             index = int(split.positions.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.positions[index]} positions, the model was made for "
+                f"{name} example {index} ({split[index]['source']}) has {split.positions[index]} positions, the model was made for "
                 f"at most {most}; prepare the data with --max_length {most}"
             )
 
@@ -95,6 +95,6 @@ def check_lengths(data: PreparedData, max_tokens: int) -> None:
         if len(split) and split.lengths.max() > max_tokens:
             index = int(split.lengths.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.lengths[index]} tokens, more than "
+                f"{name} example {index} ({split[index]['source']}) has {split.lengths[index]} tokens, more than "
                 f"max_tokens_per_gpu={max_tokens}; raise it, or prepare the data with a smaller --max_length"
             )
