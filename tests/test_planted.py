@@ -16,7 +16,7 @@ from data_prep.prepare import prepare
 from posttrain.data import batches
 from posttrain.data.prepared import load_prepared
 from posttrain.recipes.keys import SFTRecipe
-from posttrain.training.inputs import CODE, PACKAGES
+from posttrain.training.inputs import CODE, PACKAGES, hashes_of_code
 
 pytestmark = pytest.mark.slow
 
@@ -110,9 +110,23 @@ def stopped(tiny, world):
     return dict(zip(jobs, json.loads((world / "jobs.json.out").read_text()), strict=True))
 
 
+def test_code_that_differs_in_any_folder_is_another(tmp_path):
+    shutil.copytree(CODE, tmp_path / "posttrain", ignore=shutil.ignore_patterns("__pycache__"))
+    before = hashes_of_code(tmp_path / "posttrain")
+    assert before == hashes_of_code(CODE)
+    folders = {path.parent for path in (tmp_path / "posttrain").rglob("*.py")}
+    assert len(folders) == 14
+    for folder in folders:
+        changed = max(folder.glob("*.py"))
+        changed.write_text(changed.read_text() + "\n")
+        now = hashes_of_code(tmp_path / "posttrain")
+        assert {name for name in now if now[name] != before[name]} == {str(changed.relative_to(tmp_path / "posttrain"))}
+        before = now
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_before_the_first_step(stopped, world, fault):
-    parts = len(list(CODE.rglob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 3  # plan version, manifest, tokens
+    parts = len(list(CODE.rglob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 4  # plan version, ds_config, manifest, tokens
     assert FAULTS[fault].replace("{parts}", str(parts)) in stopped[fault]
     assert not (world / "run").exists()  # no step was made
     if fault == "one_rank_with_other_pairs_precomputed":
