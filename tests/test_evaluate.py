@@ -1,4 +1,4 @@
-"""Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
+"""Benchmarks: how answers are read, what scores show, and that the numbers are lm-evaluation-harness's own."""
 
 import argparse
 import asyncio
@@ -101,7 +101,7 @@ def test_intervals_of_shares():
 
 @pytest.mark.parametrize("scores", [[0.5] * 3, [0.5] * 30, [0.2, 0.2], [0.3] * 12, [1.0, 0.5, 0.5, 0.0, 1.0]])
 def test_few_scores_are_never_sure(scores):
-    """Nor those that are all alike: three judgements that the order decided say little."""
+    """Scores that are all alike are not, either: three judgements that the order decided say little."""
     found = rate(scores)
     assert found.low < found.value - 0.15 and found.high > found.value + 0.15
 
@@ -135,7 +135,7 @@ def test_paired_tests_of_shares():
 
 
 def test_paired_tests_are_right_as_often_as_they_say():
-    """Of two models equally good, one in twenty comparisons may say otherwise, or fewer."""
+    """At most one in twenty comparisons of two equally good models may call them different."""
     draw, wrong = random.Random(2), 0
     for _ in range(400):
         pairs = [(float(draw.random() < 0.6), float(draw.random() < 0.6)) for _ in range(120)]
@@ -166,7 +166,7 @@ def test_baselines():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small files in the shapes of llm-foundry's gauntlet and of the hub's datasets, with invented rows."""
+    """A folder of small files in the forms of llm-foundry's gauntlet and of the hub's datasets, with invented rows."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
     words = ["pa", "ke", "ti", "mo", "lu", "na", "re", "so"]
 
@@ -207,8 +207,8 @@ def run(*arguments) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ('{"query": "x"}', "arc_easy.jsonl:1 is no row of arc_easy: KeyError 'choices'"),
-        ("{", "arc_easy.jsonl:1 is no row"),
+        ('{"query": "x"}', "arc_easy.jsonl:1 is not a row of arc_easy: KeyError 'choices'"),
+        ("{", "arc_easy.jsonl:1 is not a row"),
         ("", "is empty"),
     ],
 )
@@ -240,7 +240,7 @@ def test_mistakes_end_with_one_line(tiny, data, tmp_path, arguments, says):
 
 @pytest.mark.slow
 def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
-    """In this process, on real files: each item is there once, with its prompt, and the score is the harness's."""
+    """Each item is there once, with its prompt, and its score is the harness's."""
     loaded = assistant.load(tiny.base, dtype=torch.float32)
     loaded.model.config.max_position_embeddings = 4096
     loaded = loaded._replace(context=4096)
@@ -420,7 +420,7 @@ def test_win_rate(tiny, judging, tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_during_training_are_those_of_its_result(tiny, data, tmp_path):
-    """On two ranks at ZeRO-3, by packed rows: what was measured last is what eval_benchmarks.py says of final/."""
+    """What two ranks measured last, at ZeRO-3 and in packed rows, is what eval_benchmarks.py measures of final/."""
     long = shutil.copytree(tiny.base, tmp_path / "long")  # it has room for five examples and an answer
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
