@@ -6,17 +6,18 @@ import http.server
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, metrics, rank_environment
+from conftest import ROOT, launch, metrics, python, rank_environment
 from scipy import stats
 
 from posttrain import report
@@ -200,8 +201,7 @@ def data(tmp_path_factory):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=rank_environment(), timeout=300)
+    return python(SCRIPT, *arguments, separate=True)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
 
     ours = items(tmp_path / "one")
     assert [item["number"] for item in items(tmp_path / "two")] == [item["number"] for item in ours] == list(range(17))
-    hand = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--output_path", tmp_path / "hand", "--log_samples"]
+    hand = [Path(find_spec("lm_eval").origin).with_name("__main__.py"), "run", "--model", "hf", "--device", "cpu"]
+    hand += ["--output_path", tmp_path / "hand", "--log_samples"]
     hand += ["--model_args", f"pretrained={tiny.base},dtype=float32", "--limit", "17"]
     hand += ["--tasks", task_name("arc_easy", "logprob"), "--include_path", tmp_path / "one" / "tasks"]
-    hand = [str(part) for part in hand]
-    done = subprocess.run(hand, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = python(*hand, separate=True)
     assert done.returncode == 0, done.stderr
     theirs = sorted(map(json.loads, next((tmp_path / "hand").rglob("samples*.jsonl")).open()), key=lambda row: row["doc_id"])
     for item, row in zip(ours, theirs, strict=True):
@@ -399,10 +399,10 @@ def test_win_rate(tiny, judging, tmp_path):
     (tmp_path / "prompts").write_text("say 1 pa\n\nrepeat 2 ke\nsay 3\n")
     script = ROOT / "posttrain" / "eval_preferences.py"
     options = ["--checkpoint", f"a={tiny.base}", "--checkpoint", f"b={tiny.base}", "--prompts", tmp_path / "prompts", "--max_tokens", "12"]
-    command = [sys.executable, script, *options, "--judge", judging, "--output", tmp_path / "out", "--judge_model"]
+    command = [script, *options, "--judge", judging, "--output", tmp_path / "out", "--judge_model"]
 
     def win_rate(rule: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*map(str, command), rule], capture_output=True, text=True, env=rank_environment(), timeout=120)
+        return python(*command, rule, separate=True)
 
     done = win_rate("longer")
     assert done.returncode == 0, done.stderr

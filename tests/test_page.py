@@ -3,13 +3,11 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, launch, metrics
+from conftest import launch, metrics, python
 from served import served
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -312,9 +310,8 @@ def test_talk_vote_train_again(tab, server, tiny, tmp_path):
     assert tab.locator(".answers").count() == 4 and len(votes.read_text().splitlines()) == 3
 
     options = ("--dataset", votes, "--tokenizer", tiny.base, "--output_dir", tmp_path / "votes", "--val_size", "0")
-    command = [sys.executable, ROOT / "data_prep" / "prepare_dpo.py", *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python("data_prep/prepare_dpo.py", *options)
+    assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / "votes" / "manifest.json").read_text())["counts"]["train"] == 3
     options = ("--max_iters=3", "--global_batch_size=2", "--warmup_iters=0", "--dtype=float32", "--max_tokens_per_gpu=1024")
     done = launch(

@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import python
 
 from posttrain.run import charts
 
@@ -61,8 +60,7 @@ def page(tmp_path_factory):
 
 
 def write(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "posttrain" / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+    return python("posttrain/report.py", *arguments, separate=True, cwd="/")
 
 
 def test_it_holds_everything_and_needs_nothing(page):

@@ -366,7 +366,7 @@ def test_a_thousand_connections(server, client):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_requests(server):
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(*server.process.pids)
     bodies = [
         json.dumps({"model": "first", "messages": [{"role": "user", "content": f"say {i} pa"}], "max_tokens": 3, "stream": bool(i % 2)})
         for i in range(1200)
