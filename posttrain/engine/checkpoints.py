@@ -48,10 +48,7 @@ class Checkpoints:
         self.pending: dict | None = None  # the save that is being written
 
     def save(self, step: int, guard: dict, validation: float | None = None) -> None:
-        """Copy the state after step `step` to host memory and begin to write it; call `finish` before the next save.
-
-        `guard`: the state of the spike guard; `validation`: the validation loss at this step.
-        """
+        """Copy the state after `step`, with StepGuard's (`guard`), to host memory and begin to write it; `finish` before the next save."""
         assert self.pending is None, self.pending
         watchdog.enter("save")
         name = f"step_{step:06d}"
@@ -102,11 +99,7 @@ class Checkpoints:
         self.say(f"saved {final}")
 
     def _failed(self, final: Path, why: str) -> NoReturn:
-        """Raises the OSError of a failed save."""
-        raise OSError(
-            f"{final} could not be written: {why}. Earlier checkpoints are intact: make room, and the same command continues from the "
-            "newest"
-        )
+        raise OSError(f"{final} could not be written: {why}. Earlier checkpoints are intact: make room, and the same command continues")
 
     def _complete(self, final: Path, facts: dict, everyones: list[dict]) -> None:
         """Write the manifest and rename the staging folder to `final`. `everyones`: each rank's files and fragments."""
@@ -151,10 +144,7 @@ class Checkpoints:
             self.say(f"warning  {old} could not be deleted: {error}")
 
     def newest(self, before: float = math.inf) -> Found | None:
-        """Returns the newest undamaged checkpoint whose weights no step from `before` on has changed; None if there is none.
-
-        Warns of damaged ones, and raises ValueError if all are.
-        """
+        """Returns the newest undamaged checkpoint with no applied step from `before` on, or None. Raises ValueError if all are damaged."""
         names = on_rank_0(lambda: [path.name for path in saved_checkpoints(self.folder)])
         usable = 0
         for path in (self.folder / name for name in reversed(names)):
@@ -179,10 +169,7 @@ class Checkpoints:
         return found.facts["step"]
 
     def forget_after(self, step: int) -> None:
-        """Rename checkpoints after `step`, from which the run continues, to *.damaged; delete unfinished ones.
-
-        The former are damaged, or would not be what the continued run comes to.
-        """
+        """Delete unfinished checkpoints; rename those after `step`, where the run continues, to *.damaged: unusable or outdated."""
 
         def set_aside():
             if not self.folder.is_dir():
@@ -267,7 +254,6 @@ class Checkpoints:
 
 
 def _touch_token(place: Path) -> str:
-    """Create an empty file with a unique name, and return the name."""
     place.mkdir(parents=True, exist_ok=True)
     token = f".shared.{uuid.uuid4().hex}"
     (place / token).touch()
