@@ -283,7 +283,7 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr  # no bars in a file
     again = run("--checkpoint", tiny.base, *options, "--output", tmp_path / "one")
-    assert again.returncode == 2 and "one holds what an earlier command has measured (results.json)" in again.stderr
+    assert again.returncode == 2 and "one holds an earlier command's results (results.json)" in again.stderr
     assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
     written = {"results.json", "results.md", "results.png", "details.json", "items", "tasks"}
     assert {path.name for path in (tmp_path / "one").iterdir()} == written
@@ -410,7 +410,7 @@ def test_win_rate(tiny, judging, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "win_rate.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["say 1 pa", "repeat 2 ke", "say 3"] and all(row["a"] == row["b"] for row in rows)
     done = win_rate("longer")
-    assert done.returncode == 2 and "holds what an earlier command has measured (win_rate.json)" in done.stderr
+    assert done.returncode == 2 and "holds an earlier command's results (win_rate.json)" in done.stderr
     (tmp_path / "out" / "win_rate.json").unlink()
     done = win_rate("silent")
     assert done.returncode == 2 and "silent gave no verdict that could be read" in done.stderr

@@ -77,11 +77,11 @@ def test_a_planted_fault_ends_all_ranks_with_one_message(tiny, world, tmp_path):
 
 FAULTS = {
     "reference_of_another_checkpoint": "the reference is another model than the policy starts from: 1 of",
-    "one_rank_with_a_changed_weight": "ranks [1] hold another model than rank 0: 1 of 24 parts differ, first model.layers.1.mlp.up_proj",
+    "one_rank_with_a_changed_weight": "ranks [1] differ from rank 0 in their model: 1 of 24 parts differ, first model.layers.1.mlp.up_proj",
     "one_rank_with_other_data": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: manifest and lengths",
     "one_rank_with_another_token": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: tokens",
     "one_rank_with_another_recipe": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first recipe: learning_rate",
-    "one_rank_with_other_pairs_precomputed": "ranks [1] hold another code, recipe or prepared data than rank 0",
+    "one_rank_with_other_pairs_precomputed": "ranks [1] differ from rank 0 in their code, recipe or prepared data",
     "dropout_left_on": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "dropout_left_on_in_dpo": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "a_loss_that_is_off": "a pair's loss differs by 0.05 from 0.693147, its value where policy and reference agree",
