@@ -103,7 +103,7 @@ def sigmoid_norm(policy, reference, lengths, beta):
     is_of_the_margin=True,
 )
 def exo_pair(policy, reference, beta, label_smoothing):
-    """EXO, Eq. 16 of arXiv:2402.00856: reverse KL from the policy's preference to the labels'; label_smoothing is its epsilon, 1e-3 there."""
+    """EXO, Eq. 16 of arXiv:2402.00856: reverse KL from the policy's preference to the labels'; label_smoothing is epsilon, 1e-3 there."""
     logits = beta * delta(policy, reference)
     wins, loses = F.logsigmoid(logits), F.logsigmoid(-logits)
     return wins.exp() * (wins - math.log1p(-label_smoothing)) + loses.exp() * (loses - math.log(label_smoothing))
