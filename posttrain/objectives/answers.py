@@ -1,4 +1,4 @@
-"""Log-probs of tokens, added up by the answer that they belong to; and the sums that travel from micro-batches to a step's metrics."""
+"""Adds up token log-probs by answer, and the sums of micro-batches that become a step's metrics."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,18 @@ import torch
 
 from posttrain.data.packing import MicroBatch
 
-LogProbs = Callable[[MicroBatch], torch.Tensor]  # an engine: micro-batch -> (N,) float32 log-probs
+LogProbs = Callable[[MicroBatch], torch.Tensor]  # an engine or a policy: micro-batch -> (N,) float32 log-probs of its targets
 Sums = dict[str, torch.Tensor]  # detached scalars by name, of one micro-batch or of several
-Examples = dict[str, list[np.ndarray]]  # numbers of each example by name, an array for each micro-batch
+Examples = dict[str, list[np.ndarray]]  # by name: an array a micro-batch, with one number an example
 
 
 def answer_lengths(batch: MicroBatch) -> torch.Tensor:
-    """How many trained tokens each answer has, (A,)."""
+    """Return how many trained tokens each answer has, (A,)."""
     return torch.bincount(batch.answers, minlength=batch.num_answers)
 
 
 def answer_sums(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Add up token log-probs (N,) by answer -> (A, 2): up to the length of the pair's shorter answer, and beyond it.
+    """Add up token log-probs (N,) by answer -> (A, 2): the tokens up to the length of the pair's shorter answer, and those beyond it.
 
     SFT has no pairs, so nothing lies beyond. Sums are float64, since a GPU adds in no fixed order: a float32 sum of a thousand tokens would
     differ from one call to the next.
@@ -28,12 +28,12 @@ def answer_sums(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 
 
 def add_sums(sums: Sums, more: Sums) -> None:
-    """Add the sums of one micro-batch to those of a step, in float64."""
+    """Add the sums of one micro-batch to those of a step, in place, in float64."""
     for name, value in more.items():
         sums[name] = sums[name] + value.double() if name in sums else value.double()
 
 
 def add_examples(examples: Examples, values: dict[str, torch.Tensor]) -> None:
-    """Append numbers of a micro-batch's examples, one tensor under each name, as arrays on the CPU."""
+    """Append each named tensor, which has one number per example of a micro-batch, to `examples` as an array on the CPU."""
     for name, tensor in values.items():
         examples.setdefault(name, []).append(tensor.detach().cpu().numpy())
