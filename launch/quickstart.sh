@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A base model through SFT and DPO, then a table of what each did and a page about it; everything it needs is here or installed by it.
-#   bash launch/quickstart.sh            uses what an earlier call left in runs/quickstart
+# Takes a base model through SFT and DPO, then shows what each did in a table and on a page. It installs what it needs.
+#   bash launch/quickstart.sh            continues what an earlier call left in runs/quickstart
 #   bash launch/quickstart.sh --fresh    starts over
 # It runs two ranks: on GPUs where there are two, else on the CPU.
 set -euo pipefail

@@ -118,7 +118,9 @@ def _gpus(host: Host) -> list[Problem]:
     elif gpus and not torch["cuda"]:
         say("torch is a build without CUDA, and there are GPUs", f"rm -r .venv, and without an index of CPU builds {MAKE_ENVIRONMENT}")
     elif (gpus or torch["gpus"]) and torch["gpus"] < host.slots:
-        say(f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or repair the GPU (nvidia-smi)")
+        say(
+            f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or repair the GPU (nvidia-smi)"
+        )
     for gpu in gpus[: host.slots]:
         name = f"GPU {gpu['index']}"
         if _number(gpu["ecc.errors.uncorrected.volatile.total"]):
