@@ -25,8 +25,10 @@ out=runs/quickstart
 base=launch/quickstart/base
 mkdir -p "$out"
 [ -f "$out/world/prompts.txt" ] || python launch/quickstart/world.py "$out/world"
-[ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/sft"
-[ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/dpo"
+for stage in sft dpo; do
+    [ -d "$out/data/$stage" ] || python "data_prep/prepare_$stage.py" --source "$out/world/$stage.jsonl" --tokenizer "$base" \
+        --duplicates keep --output_dir "$out/data/$stage"
+done
 
 launcher=(deepspeed --quiet --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}")
 for stage in sft dpo; do
