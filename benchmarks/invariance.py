@@ -90,7 +90,6 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     """The cell's numbers; on rank 0 also its final weights. All ranks."""
     from tiny import build_training
 
-    from posttrain.engine.optimizer import set_learning_rate
     from posttrain.engine.weights import gathered_state_dict
     from posttrain.training.start_checks import check_start
     from posttrain.training.step import evaluate, train_step
@@ -103,8 +102,8 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     recipe, engine = training.recipe, training.engine
     start = check_start(training)
     for step in range(1, steps + 1):
-        set_learning_rate(engine, recipe.learning_rate)
-        metrics, reason = train_step(training, step)
+        engine.set_learning_rate(recipe.learning_rate)
+        metrics, reason, *_ = train_step(training, step)
         assert reason is None, reason
         curve.append(metrics)
     return {"curve": curve, "validation": evaluate(training)[0], "start": start, "weights": gathered_state_dict(engine)}

@@ -72,7 +72,7 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
     ds_config, checkpointing = Path(recipe.ds_config).stem, recipe.activation_checkpointing
     time_here(planner, [checkpointing], [ds_config])
-    one = planner.plan(ds_config, checkpointing)
+    one = planner.estimate(ds_config, checkpointing)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 

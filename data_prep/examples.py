@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from data_prep.sources import Chat, Document, Pair
 from posttrain.data.chat import (
@@ -16,9 +17,11 @@ from posttrain.data.chat import (
     ChatFormat,
     Encoded,
     Refused,
+    Rendered,
     decode_after,
     document_parts,
     encode_parts,
+    joined,
     last_answer,
     prove,
     trained_spans,
@@ -36,8 +39,7 @@ class Settings(NamedTuple):
 
 
 class Example(NamedTuple):
-    columns: dict[str, list[int]]  # ids
-    runs: list[int]  # lengths of the runs of input_ids that are not trained, trained, not trained, ...; SFT only
+    columns: dict[str, list[int]]  # what is stored of it: token ids, or labels
     length: int  # tokens that the example takes
     trained: int  # tokens with a loss
     prompt: str  # examples that share it are on the same side of the split
@@ -50,10 +52,10 @@ class Changes(Counter):
 
 
 class SFT:
-    """input_ids and what of them is trained."""
+    """input_ids and labels, which are IGNORE where a token is not trained."""
 
     name = "sft"
-    columns = ("input_ids",)  # and labels, which follow from the runs
+    columns = ("input_ids", "labels")
 
     def __init__(self, chat: ChatFormat, settings: Settings):
         self.chat, self.settings = chat, settings
@@ -74,11 +76,11 @@ class SFT:
 
     def examples(self, item: Document | Chat, encoded: list[list[Encoded]], texts: list[list[str]], changes: Changes) -> Iterator[Example]:
         """The row's examples: one, or with split_turns several. Raises Refused."""
-        ids, runs = joined(encoded[0])
-        if len(ids) <= self.settings.max_length:
-            yield self._example(item, ids, runs, texts[0])
+        row = joined(encoded[0])
+        if len(row.input_ids) <= self.settings.max_length:
+            yield self._example(item, row, texts[0])
         elif self.settings.too_long == "cut":
-            yield self._cut(item, ids, runs, texts[0], changes)
+            yield self._cut(item, row, texts[0], changes)
         elif self.settings.too_long == "split_turns":
             if isinstance(item, Document):
                 raise Refused(f"a document longer than --max_length {self.settings.max_length}")
@@ -86,8 +88,9 @@ class SFT:
         else:
             raise Refused(f"longer than --max_length {self.settings.max_length}")
 
-    def _example(self, item, ids: list[int], runs: list[int], texts: list[str]) -> Example:
-        trained = sum(runs[1::2]) - (runs[0] == 0)  # nothing predicts a row's first token
+    def _example(self, item, row: Rendered, texts: list[str]) -> Example:
+        length = len(row.input_ids)
+        trained = length - 1 - row.labels[1:].count(IGNORE)  # nothing predicts a row's first token
         if trained <= 0:
             raise Refused("nothing to train on")
         if isinstance(item, Document):
@@ -95,22 +98,17 @@ class SFT:
         else:
             prompt = _asked(item.messages)
             text = "\n".join([m["content"] for m in item.messages])
-        return Example({"input_ids": ids}, runs, len(ids), trained, prompt, text, proof(texts))
+        return Example(row._asdict(), length, trained, prompt, text, proof(texts))
 
-    def _cut(self, item, ids: list[int], runs: list[int], texts: list[str], changes: Changes) -> Example:
+    def _cut(self, item, row: Rendered, texts: list[str], changes: Changes) -> Example:
         """The first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
-        ids, kept, room = ids[: self.settings.max_length], [], self.settings.max_length
-        for length in runs:
-            kept.append(min(length, room))
-            room -= kept[-1]
-            if not room:
-                break
-        if not sum(kept[1::2]):
+        row = Rendered(*(column[: self.settings.max_length] for column in row))
+        if row.labels.count(IGNORE) == len(row.labels):
             raise Refused("nothing trained is left within --max_length")
-        read = span_texts(self.chat, ids, labels_of(ids, kept))
+        read = span_texts(self.chat, *row)
         if not all(_is_prefix(cut, whole) for cut, whole in zip(read, texts, strict=False)):
             raise Refused("its tokens, once cut, do not read as the start of its text")
-        example = self._example(item, ids, kept, read)
+        example = self._example(item, row, read)
         changes["cut to --max_length"] += 1
         return example
 
@@ -134,13 +132,13 @@ class SFT:
         for piece in pieces:
             part = Chat(system + piece, item.tools)
             encoded = encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
-            ids, runs = joined(encoded[0])
+            row = joined(encoded[0])
             texts = prove(self.chat, encoded)[0]
-            if len(ids) > self.settings.max_length:
+            if len(row.input_ids) > self.settings.max_length:
                 raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
             if texts is None:
                 raise Refused(UNPROVEN)
-            examples.append(self._example(part, ids, runs, texts))
+            examples.append(self._example(part, row, texts))
         changes["split at turns"] += 1
         yield from examples
 
@@ -199,7 +197,7 @@ class DPO:
         columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         length = len(prompt) + len(chosen) + len(rejected)
         text = "\n".join([context, item.chosen, item.rejected])
-        yield Example(columns, [], length, len(chosen) + len(rejected), _asked(item.prompt), text, proof(answers))
+        yield Example(columns, length, len(chosen) + len(rejected), _asked(item.prompt), text, proof(answers))
 
 
 KINDS = {kind.name: kind for kind in (SFT, DPO)}
@@ -263,25 +261,6 @@ def finish(kind: SFT | DPO, planned: Planned, encoded, texts, changes: Changes) 
             yield number, Refused(str(cause))
 
 
-def joined(parts: list[Encoded]) -> tuple[list[int], list[int]]:
-    """The ids of a row and the lengths of its runs, of which every second is trained."""
-    ids: list[int] = []
-    runs = [0]
-    for part in parts:
-        ids += part.ids
-        if part.trained == (len(runs) % 2 == 0):
-            runs[-1] += len(part.ids)
-        else:
-            runs.append(len(part.ids))
-    return ids, runs
-
-
-def labels_of(ids: list[int], runs: list[int]) -> list[int]:
-    """The ids where they are trained, else IGNORE."""
-    trained = [which % 2 for which, length in enumerate(runs) for _ in range(length)]
-    return [token if on else IGNORE for token, on in zip(ids, trained, strict=True)]
-
-
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:
     """What a row's trained tokens read as: a text for each run without special tokens."""
     specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}
@@ -324,13 +303,13 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def row_hashes(columns: list[np.ndarray], offsets: list[np.ndarray]) -> np.ndarray:
+def row_hashes(columns: list[pa.ListArray]) -> np.ndarray:
     """One uint64 a row, equal for rows with the same ids in all columns."""
-    count = len(offsets[0]) - 1
-    hashes = np.empty(count, np.uint64)
-    for row in range(count):
+    flat = [(column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]
+    hashes = np.empty(len(columns[0]), np.uint64)
+    for row in range(len(hashes)):
         digest = hashlib.blake2b(digest_size=8)
-        for values, starts in zip(columns, offsets, strict=True):
+        for values, starts in flat:
             digest.update(values[starts[row] : starts[row + 1]].tobytes() + b"|")
         hashes[row] = int.from_bytes(digest.digest(), "little")
     return hashes

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.examples import Example, number_of, row_hashes
-from posttrain.data.chat import IGNORE
 
 SHARD_BYTES = 500_000_000
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a part that the prepared folder does not have
@@ -75,29 +74,19 @@ def discard(folder: Path) -> None:
 
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:
     """(source id, example) pairs as columns of int32 lists, with the hashes that choosing needs."""
-    arrays, flat, offsets = {}, [], []
-    for name in columns:
-        arrays[name] = pa.array([example.columns[name] for _, example in examples], pa.list_(pa.int32()))
-        flat.append(arrays[name].values.to_numpy())
-        offsets.append(arrays[name].offsets.to_numpy())
-    if columns == ("input_ids",):
-        arrays["labels"] = _labels(flat[0], arrays["input_ids"].offsets, [example.runs for _, example in examples])
+    arrays = {name: pa.array([example.columns[name] for _, example in examples], pa.list_(pa.int32())) for name in columns}
+    ids = [array for name, array in arrays.items() if name != "labels"]
+    if "labels" in columns:
         arrays["num_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
     arrays["source"] = pa.array([source for source, _ in examples], pa.string())
     arrays["proof"] = pa.array([example.proof for _, example in examples], pa.uint64())
     arrays["_prompt"] = pa.array([number_of(example.prompt) for _, example in examples], pa.uint64())
-    arrays["_row"] = pa.array(row_hashes(flat, offsets), pa.uint64())
+    arrays["_row"] = pa.array(row_hashes(ids), pa.uint64())
     arrays["_tokens"] = pa.array([example.length for _, example in examples], pa.int32())
     arrays["_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
     if signatures is not None:
         arrays["_signature"] = pa.array(list(signatures), pa.list_(pa.uint32()))
     return pa.table(arrays)
-
-
-def _labels(ids: np.ndarray, offsets: pa.Array, runs: list[list[int]]) -> pa.ListArray:
-    lengths = np.array([length for row in runs for length in row], np.int64)
-    trained = np.array([which % 2 for row in runs for which in range(len(row))], bool)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.where(np.repeat(trained, lengths), ids, np.int32(IGNORE))))
 
 
 def column(parts: list[Part], name: str) -> np.ndarray:

@@ -16,7 +16,6 @@ from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-from posttrain.engine.optimizer import set_learning_rate  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
 from posttrain.training.step import evaluate, train_step  # noqa: E402
 
@@ -37,8 +36,8 @@ def work(folder: Path, kind: str, zero: str, backend: str) -> dict:
         curve = curves[compiled] = []
         for steps in ((1, 2), (3, 4, 5, 6)):
             for step in steps:
-                set_learning_rate(training.engine, RECIPE["learning_rate"])
-                metrics, reason = train_step(training, step)
+                training.engine.set_learning_rate(RECIPE["learning_rate"])
+                metrics, reason, *_ = train_step(training, step)
                 assert reason is None
                 curve += [metrics["loss"], metrics["grad_norm"]]
             curve.append(evaluate(training)[0]["loss"])

@@ -63,12 +63,12 @@ MUTATIONS = {
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
     ),
     "sft_shifted_by_one": Mutation(
-        "posttrain/data/packing.py", "self._train([start + i - 1 for i", "self._train([start + i for i", SFT_PARITY
+        "posttrain/data/packing.py", "self._train(start + before,", "self._train(start + before + 1,", SFT_PARITY
     ),
     "dpo_shifted_by_one": Mutation(
         "posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY
     ),
-    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
+    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "add_sums(sums, part_sums)", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives/likelihood.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
@@ -86,21 +86,23 @@ MUTATIONS = {
     ),
     "world_size_factor_missing_sft": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
     "world_size_factor_missing_dpo": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
-    "step_after_every_micro_batch": Mutation("posttrain/training/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
+    "step_after_every_micro_batch": Mutation(
+        "posttrain/training/step.py", "is_last=number == len(share.micro_batches)", "is_last=True", SFT_STEPS
+    ),
     "clipping_off": Mutation(
         "posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS
     ),
     "metrics_of_one_rank": Mutation("posttrain/training/step.py", "dist.all_reduce(everything)", "pass", SFT_STEPS),
     "prompt_tokens_trained_sft": Mutation(
         "posttrain/data/packing.py",
-        "trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]",
-        "labels, trained = ids, range(1, len(ids))",
+        "before = np.flatnonzero(labels[1:] != IGNORE)",
+        "labels, before = ids, np.arange(len(ids) - 1)",
         SFT_PARITY,
     ),
     "prompt_tokens_trained_dpo": Mutation(
         "posttrain/data/packing.py",
-        "self._train(range(last, last + len(chosen)), chosen, shorter)",
-        "self._train(range(start, last + len(chosen)), prompt[1:] + chosen, shorter)",
+        "self._train(np.arange(last, last + len(chosen)), chosen, shorter)",
+        "self._train(np.arange(start, last + len(chosen)), np.concatenate([prompt[1:], chosen]), shorter)",
         DPO_PARITY,
     ),
     "end_token_not_trained": Mutation(
@@ -131,10 +133,10 @@ MUTATIONS = {
         STOPPED + "[dropout_left_on]",
     ),
     "positions_not_restarted": Mutation(  # seen by DPO's second answer; between examples RoPE is relative, so no value would change
-        "posttrain/data/packing.py", "+= range(position, position + len(ids))", "+= range(start, start + len(ids))", DPO_PARITY
+        "posttrain/data/packing.py", "np.arange(seen, seen + len(ids))", "np.arange(start, start + len(ids))", DPO_PARITY
     ),
     "attention_across_examples": Mutation(
-        "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, len(self.input_ids))])", SFT_PARITY
+        "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, self.length)])", SFT_PARITY
     ),
     "rejected_answer_sees_the_chosen_one": Mutation(
         "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
@@ -181,13 +183,13 @@ MUTATIONS = {
     "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/training/step.py",
-        "indices = np.arange(count)",
-        "indices = np.arange(count - 1)",
+        "indices = np.arange(min(",
+        "indices = np.arange(-1 + min(",
         "tests/test_runs.py::test_the_result_loads_in_plain_transformers_with_its_last_validation_loss",
     ),
     "bad_step_applied": Mutation(
         "posttrain/engine/update.py",
-        "if gate.is_open() else None",
+        "if self.is_open() else None",
         "if True else None",
         PLANTED + "test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run",
     ),
@@ -229,15 +231,15 @@ MUTATIONS = {
     ),
     "the_queue_has_no_end": Mutation(
         "posttrain/serving/app.py",
-        "if active[name] >= limits.batch + limits.queue:",
+        "if self.active[name] >= self.limits.batch + self.limits.queue:",
         "if False:",
         SERVE + "test_beyond_the_queue_and_beyond_the_time",
     ),
     "a_burst_overtakes_the_count": Mutation(
-        "posttrain/serving/app.py", "active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
+        "posttrain/serving/app.py", "self.active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
     ),
     "a_stalled_reader_keeps_its_place": Mutation(
-        "posttrain/serving/app.py",
+        "posttrain/serving/answers.py",
         "asyncio.timeout(self.seconds)",
         "asyncio.timeout(None)",
         PARTS + "test_a_client_that_stops_reading_loses_its_place",
@@ -298,7 +300,7 @@ MUTATIONS = {
     ),
     "examples_in_one_turn": Mutation("posttrain/training/benchmarks.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
     "benchmarks_at_validations_only": Mutation(
-        "posttrain/training/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
+        "posttrain/training/validation.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
     ),
     "one_order_only": Mutation(
         "posttrain/evaluation/judge.py",

@@ -14,7 +14,7 @@ from conftest import free_port
 
 @contextlib.contextmanager
 def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNamespace]:
-    """Start it and wait until it answers; `log` is a file for what it prints."""
+    """Start serve.py with these arguments, yield once it answers, and end it afterwards; `log` is a file for what it prints."""
     port = free_port()
     arguments = ("--port", port, *arguments)
     with log.open("w") as out:
@@ -31,6 +31,7 @@ def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNam
 
 
 def wait_for(condition, seconds: float) -> None:
+    """Wait until the condition holds, at most so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -38,7 +39,7 @@ def wait_for(condition, seconds: float) -> None:
 
 
 def request(server, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:
-    """Status and body, by plain HTTP."""
+    """Return status and body of a plain HTTP request; `_` in a header's name becomes `-`."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     if body is not None:
         headers = {"content_type": "application/json"} | headers

@@ -1,4 +1,4 @@
-"""Every form of a model in and out: round trips that keep the logits, refusals, and files that would harm."""
+"""Every form of a model in and out: round trips that keep the logits, refusals, and files that would do harm."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def llama(vocabulary: int, **more) -> LlamaForCausalLM:
 
 @pytest.mark.slow
 def test_ckpt_pt_through_sft_and_back(tiny, tmp_path):
-    """ckpt.pt -> SFT -> ckpt.pt -> a Hugging Face folder: the logits stay those of the trained model."""
+    """The logits stay those of the trained model: ckpt.pt -> SFT -> ckpt.pt -> a Hugging Face folder."""
     tiny.tokenizer.save_pretrained(tmp_path / "base")
     save_ckpt_pt(llama(len(tiny.tokenizer)), tmp_path / "base" / "ckpt.pt")
     paths = [f"--checkpoint_path={tmp_path}/base/ckpt.pt", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run"]
@@ -52,7 +52,7 @@ def test_ckpt_pt_through_sft_and_back(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
-    """Hugging Face -> DPO -> Hugging Face, from the training state alone; and it can be trained on, by its name."""
+    """A Hugging Face folder is made of the training state alone, and the state can be loaded as a model by its name."""
     paths = [f"--sft_checkpoint_path={tiny.base}", f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run"]
     done = python("posttrain/dpo.py", *paths, *NUMBERS, "--learning_rate=1e-3", "--ds_config=ds_configs/zero3.json")
     assert done.returncode == 0, done.stdout
@@ -83,12 +83,12 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypatch):
-    """As a wrong permutation of the rotary pairs would."""
+    """A wrong permutation of the rotary pairs is such a conversion."""
     from posttrain import convert
-    from posttrain.model import ckpt_pt
+    from posttrain.model import ckpt_pt, ckpt_pt_tensors
 
     llama(40).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(ckpt_pt, "_halves_to_pairs", lambda rows, heads: rows)
+    monkeypatch.setattr(ckpt_pt_tensors, "_halves_to_pairs", lambda rows, heads: rows)
     monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "model"), str(tmp_path / "ckpt.pt")])
     with pytest.raises(ValueError, match=r"gives other logits"):
         convert.convert()
@@ -119,7 +119,7 @@ def test_what_cannot_be_converted_is_told(tiny, tmp_path):
 
 
 def test_weights_that_carry_code_do_not_run_it(tmp_path):
-    """pytorch_model.bin is a pickle."""
+    """pytorch_model.bin is a pickle, which may hold code."""
     harm = tmp_path / "harm"
 
     class Harm:

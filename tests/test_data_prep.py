@@ -9,8 +9,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
 import warm
 
 from data_prep import prepare as prepare_module
@@ -41,7 +43,7 @@ def run(kind: str, tiny, tmp_path, rows: list[dict], *more: str) -> dict:
 
 def rows_of(tmp_path, kind: str = "sft", split: str = "train") -> list[dict]:
     table = getattr(load_prepared(str(tmp_path / "out"), kind, ""), split)
-    return list(table.table) if len(table) else []
+    return list(table) if len(table) else []
 
 
 def questions(count: int, answer: str = "ke") -> list[dict]:
@@ -332,8 +334,18 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
         found = folder_hash(tmp_path / f"{number}" / "out")
         hashes.append({name: value for name, value in found.items() if "data-" not in name and name != "manifest.json"})
     assert hashes[0] == hashes[1]
-    tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
+    tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s)) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
+    batches = [load_prepared(f"{tmp_path}/{n}/out", "sft", "").train.micro_batch(range(0, 100, 9)) for n in (0, 1)]
+    assert torch.equal(batches[0].input_ids, batches[1].input_ids)
+    assert torch.equal(batches[0].targets, batches[1].targets)
+
+
+def test_rows_are_read_as_datasets_reads_them(tiny):
+    for kind in ("sft", "dpo"):
+        prepared = load_prepared(getattr(tiny, kind), kind, "")
+        for name, split in (("train", prepared.train), ("validation", prepared.validation)):
+            assert list(split) == list(datasets.load_from_disk(f"{getattr(tiny, kind)}/{name}"))
 
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):

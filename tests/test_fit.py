@@ -55,7 +55,7 @@ def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
         wide, tmp_path / "run", 0.9e9, "--max_iters=4", "--lr_decay_iters=4", "--extend"
     )  # as found, although less would fit now
     assert longer.returncode == 0, longer.stdout
-    assert "memory   max_tokens_per_gpu" not in longer.stdout
+    assert "memory     max_tokens_per_gpu" not in longer.stdout
     assert f"micro-batches of at most {tokens:,}" in longer.stdout
 
 

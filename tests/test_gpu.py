@@ -40,7 +40,7 @@ def on_gpu(tiny: str, kind: str, settings: dict) -> list[tuple[float, float]]:
     training = build_training(tiny, kind, COMMON | {"out_dir": f"{tiny}/gpu"} | settings)
     assert training.device.type == "cuda"
     steps = [train_step(training, step)[0] for step in range(1, STEPS + 1)]
-    training.engine.destroy()
+    training.engine.free()
     del training
     gc.collect()
     torch.cuda.empty_cache()

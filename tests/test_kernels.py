@@ -74,9 +74,7 @@ def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
     """The path of CPUs without instructions for bfloat16, whatever this one has: every linear layer, attention and the head."""
     cpu_has_bfloat16(False)
     model = load(tiny)
-    assert re.match(
-        r"products in float32, .* \(off by \S+ of the exact layer, transformers' own by \S+\)$", layers.choose(model, "auto", False)
-    )
+    assert re.match(r"products in float32, .* \(relative error \S+, transformers' own \S+\)$", layers.choose(model, "auto", False))
     assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
     exact = attention.trial(attend_segments, model.config, CPU, torch.float32)
     assert layers.distances(exact, attention.trial(attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
@@ -95,7 +93,7 @@ def test_kernels_torch_changes_nothing(tiny):
     assert not any(type(m) is layers.Float32Linear for m in model.modules())
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert head.choose("torch") == "in pieces, without all logits (kernels=torch)"
+    assert head.choose("torch") == "in pieces, never all logits at once (kernels=torch)"
     assert not head.compiled
 
 
@@ -126,7 +124,7 @@ def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_has_
     model = load(tiny)
     before = layers.trial(model, model.base_model.layers[0], 5)
     chosen = layers.choose(model, "auto", compiled=False)
-    seen = "no compiler" if change is breaks_half_way else r"\S+ of a layer is off by \S+ of its norm, without by \S+"
+    seen = "no compiler" if change is breaks_half_way else r"a layer's \S+ has relative error \S+, transformers' own \S+"
     assert re.fullmatch(rf"transformers' own \(not products in float32, .*: {seen}\)", chosen)
     after = layers.trial(model, model.base_model.layers[0], 5)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,9 +1,10 @@
 """Scripts of launch/ that start runs, on two ranks, from another working directory, with spaces in the paths."""
 
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, free_port, launch_script, metrics
+from conftest import ROOT, free_port, launch_script, metrics, rank_environment
 
 LENGTH = [
     "--max_iters=2",
@@ -48,3 +49,11 @@ def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
     assert "sweep.sh: failed: -1" in done.stdout
     rates = {run.name: metrics(run)[0]["learning_rate"] for run in out.iterdir()}
     assert rates == {"learning_rate_1e-4": 1e-4, "learning_rate_1e-5": 1e-5}
+
+
+def test_a_rank_waits_for_no_import_that_it_does_not_use():
+    """Each of these costs every rank of every start between half a second and several."""
+    heavy = {"datasets", "pandas", "tensorboard", "matplotlib", "lm_eval", "wandb", "fastapi", "vllm", "trl"}
+    code = f"import sys, posttrain.sft, posttrain.dpo; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=rank_environment(), cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

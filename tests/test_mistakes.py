@@ -115,27 +115,27 @@ def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
 def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {})
-    begun = Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    begun = Run(recipe, 0, {"data": "1", "model": "2"})
     assert not (tmp_path / "run").exists()  # a start that a check stops leaves nothing behind
     start_run(begun, 1, 1)
     begun.close()
-    Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    Run(recipe, 0, {"data": "1", "model": "2"})
     with pytest.raises(ValueError, match="data changed since .*/run began"):
-        Run(recipe, "sft", 0, {"data": "3", "model": "2"})
+        Run(recipe, 0, {"data": "3", "model": "2"})
     with pytest.raises(ValueError, match="begun by another version of this code.*another --out_dir"):
-        Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
-    unchecked = Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
+        Run(recipe, 0, {"data": "1", "weights": "2"})
+    unchecked = Run(recipe.model_copy(update={"checks": "off"}), 0, {"data": "1", "model": "2"})
     start_run(unchecked, 1, 1)
     unchecked.close()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
     (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
-    assert resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
+    assert resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), 1).out_dir.endswith("moved")
 
 
 def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 9, "global_batch_size": 1}
     for first_step, expected in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1, 2])):
-        here = Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
+        here = Run(build_recipe(SFTRecipe, values, {}), 0, {})
         start_run(here, first_step, 9)
         if first_step == 1:
             here.log(0, "eval", {"loss": 1.0})

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from posttrain.data.packing import RowBuilder, Segment, pack
+from posttrain.data.chat import IGNORE
+from posttrain.data.packing import MicroBatch, RowBuilder, Segment, pack
 from posttrain.data.prepared import load_prepared
 from posttrain.model.policy import Policy, build_policy
 from posttrain.objectives.answers import answer_sums
@@ -21,6 +22,90 @@ def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def token_by_token(examples: list[tuple], share_prompt: bool) -> dict[str, torch.Tensor]:
+    """The tensors of the micro-batch of sequences (ids, labels) and pairs (prompt, chosen, rejected), in plain Python."""
+    input_ids, positions, segments, key_rows = [], [], [], []
+    trained = []  # (row, target, answer, beyond)
+    answers = 0
+
+    def append(ids: list[int], first_position: int, prefix: tuple[int, int] = (0, 0)) -> int:
+        start = len(input_ids)
+        for place, token in enumerate(ids):
+            input_ids.append(token)
+            positions.append(first_position + place)
+        segments.append((start, len(input_ids), *prefix))
+        key_rows.extend([*range(*prefix), *range(start, len(input_ids))])
+        return start
+
+    for example in examples:
+        if len(example) == 2:
+            ids, labels = example
+            start = append(ids, 0)
+            for place in range(1, len(ids)):
+                if labels[place] != IGNORE:
+                    trained.append((start + place - 1, labels[place], answers, 0))
+            answers += 1
+            continue
+        prompt, *both = example
+        first = None  # row of the prompt that both answers share
+        for answer in both:
+            if first is None or not share_prompt:
+                first = append(prompt + answer, 0)
+                rows = [first + len(prompt) + place for place in range(len(answer))]
+            else:
+                own = append(answer, len(prompt), (first, first + len(prompt)))
+                rows = [own + place for place in range(len(answer))]
+            for place, token in enumerate(answer):
+                predicted_by = rows[place - 1] if place else first + len(prompt) - 1
+                trained.append((predicted_by, token, answers, int(place >= min(map(len, both)))))
+            answers += 1
+    sizes = [(end - start, end - start + prefix_end - prefix_start) for start, end, prefix_start, prefix_end in segments]
+    found = {"input_ids": [input_ids], "position_ids": [positions], "num_answers": answers, "segments": segments}
+    found |= {name: [entry[i] for entry in trained] for i, name in enumerate(("rows", "targets", "answers", "beyond"))}
+    found |= {"key_rows": key_rows if len(key_rows) > len(input_ids) else None}
+    for i, which in enumerate("qk"):
+        found[f"max_{which}"] = max(size[i] for size in sizes)
+        ends = [sum(size[i] for size in sizes[:n]) for n in range(len(sizes) + 1)]
+        found[f"cu_seqlens_{which}"] = torch.tensor(ends, dtype=torch.int32)
+    return {name: torch.tensor(value, dtype=torch.int64) if isinstance(value, list) else value for name, value in found.items()}
+
+
+SEQUENCES = [([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8]), ([3, 4], [3, 4]), ([9], [9]), ([1, 2, 3], [IGNORE] * 3), ([4, 5, 6], [4, IGNORE, 6])]
+PAIRS = [([1, 2, 3], [4, 5], [6, 7, 8, 9]), ([1], [2], [3]), ([1, 2], [3, 4, 5], [6])]
+
+
+def assert_is(batch: MicroBatch, expected: dict) -> None:
+    """Every field, with its type."""
+    seen = {**batch._asdict(), **vars(batch.packing)}
+    assert seen.keys() - expected.keys() == {"packing", "reference_sums"}
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert seen[name].dtype == value.dtype, name
+            assert torch.equal(seen[name], value), name
+        else:
+            assert seen[name] == value, name
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("examples", [SEQUENCES, PAIRS, SEQUENCES + PAIRS + SEQUENCES], ids=["sequences", "pairs", "both"])
+@pytest.mark.parametrize("given", [list, lambda ids: np.array(ids, np.int32)], ids=["lists", "arrays"])
+def test_a_micro_batch_equals_one_made_token_by_token(examples, share_prompt, given):
+    builder = RowBuilder()
+    for example in examples:
+        ids = map(given, example)
+        builder.add_sequence(*ids) if len(example) == 2 else builder.add_pair(*ids, share_prompt)
+    assert_is(builder.build(), token_by_token(examples, share_prompt))
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize(("kind", "columns"), [("sft", ("input_ids", "labels")), ("dpo", ("prompt", "chosen", "rejected"))])
+def test_stored_rows_become_a_micro_batch(tiny, kind, columns, share_prompt):
+    split = load_prepared(getattr(tiny, kind), kind, "", share_prompt).train
+    indices = [3, 0, 11, 7, 3]
+    examples = [tuple(split[index][name] for name in columns) for index in indices]
+    assert_is(split.micro_batch(indices), token_by_token(examples, share_prompt))
+
+
 def load(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
 
@@ -31,7 +116,7 @@ def test_a_packed_sft_batch_equals_transformers(tiny):
     plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
     expected = []
     for index in indices:
-        row = split.table[index]
+        row = split[index]
         labels = torch.tensor([row["labels"]])
         count = int((labels[:, 1:] != -100).sum())
         assert count == row["num_trained"]
@@ -50,7 +135,7 @@ def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
     split = load_prepared(tiny.dpo, "dpo", "", share_prompt).train
     indices = [5, 2, 9]
     plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
-    rows = [split.table[index] for index in indices]
+    rows = [split[index] for index in indices]
     chosen = torch.stack([plain_logps(plain, row["prompt"], row["chosen"]) for row in rows])
     rejected = torch.stack([plain_logps(plain, row["prompt"], row["rejected"]) for row in rows])
     weights = torch.tensor([1.0, -2.0, 0.5])

@@ -55,7 +55,7 @@ def test_an_sft_run_leaves_everything_behind(sft_run, tiny):
     assert train[-1]["loss"] < train[0]["loss"]
     assert [record["step"] for record in metrics(out_dir, "eval")] == [0, 3, 6]
     assert [path.name for path in sorted((out_dir / "checkpoints").glob("step_*"))] == ["step_000004", "step_000006"]
-    for text in ("step     8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
+    for text in ("step       8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
         assert text in output
     assert output.count("step 6/6") == 1  # rank 0 alone speaks
     assert yaml.safe_load((out_dir / "recipe.yaml").read_text())["global_batch_size"] == 8
@@ -98,7 +98,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
 
     model = AutoModelForCausalLM.from_pretrained(sft_run[0] / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sft_run[0] / "final")
-    rows = load_prepared(tiny.sft, "sft", "").validation.table
+    rows = load_prepared(tiny.sft, "sft", "").validation
     nll = tokens = 0
     for row in rows:
         loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss

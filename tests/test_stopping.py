@@ -173,29 +173,29 @@ def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"--extend makes a run longer, and .*run is not a run: leave --extend out, or name the run's --out_dir"
     ):
-        resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {}), 1)
 
 
 def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
     """final/ is there, of the shorter run, while the longer one is under way."""
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run")}
     short = build_recipe(SFTRecipe, values, {})
-    begun = Run(short, "sft", 0, {})
+    begun = Run(short, 0, {})
     start_run(begun, 1, 6)
     (tmp_path / "run" / "final").mkdir()
     begun.finished()
     begun.close()
-    assert already_finished(resolve(short, "sft", 1), 0)
+    assert already_finished(resolve(short, 1), 0)
     with pytest.raises(ValueError, match=r"the learning rate of .* is 0 after step 6: give --lr_decay_iters"):
-        resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), 1)
     for _ in range(2):  # the first start of the longer run is interrupted
-        longer = resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
+        longer = resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), 1)
         assert not already_finished(longer, 0)
-        again = Run(longer, "sft", 0, {})
+        again = Run(longer, 0, {})
         start_run(again, 7, 9)
         again.close()
     again.finished()
-    assert already_finished(resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)
+    assert already_finished(resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), 1), 0)
 
 
 def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:

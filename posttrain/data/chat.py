@@ -21,6 +21,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
 TEMPLATES = ("chatml", "tokenizer")
@@ -217,8 +219,13 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
 
 def render(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> Rendered:
     """Ids and labels of a conversation."""
+    return joined(encode_parts(chat, [chat.parts(messages, tools)])[0])
+
+
+def joined(parts: list[Encoded]) -> Rendered:
+    """Ids and labels of the parts of a conversation, one after the other."""
     ids, labels = [], []
-    for part in encode_parts(chat, [chat.parts(messages, tools)])[0]:
+    for part in parts:
         ids += part.ids
         labels += part.ids if part.trained else [IGNORE] * len(part.ids)
     return Rendered(ids, labels)
@@ -274,9 +281,8 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
 
 def trained_spans(labels: list[int]) -> list[tuple[int, int]]:
     """Runs of trained tokens [start, end) of a row."""
-    edges = [i for i in range(len(labels)) if (labels[i] != IGNORE) != (i > 0 and labels[i - 1] != IGNORE)]
-    if len(edges) % 2:
-        edges.append(len(labels))
+    trained = np.concatenate([[False], np.asarray(labels) != IGNORE, [False]])
+    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(edges[0::2], edges[1::2], strict=True))
 
 

@@ -1,26 +1,31 @@
 """Packed micro-batches: many examples in one row of tokens, and how the row falls into them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from posttrain.data.chat import IGNORE
 
+Ids = Sequence[int] | np.ndarray
+
 
 class Segment(NamedTuple):
-    start: int  # first row of its queries
+    """Rows [start, end) of a micro-batch, each of which sees the rows of its segment up to itself, and those of a shared prefix."""
+
+    start: int
     end: int
-    prefix_start: int = 0  # rows of the prefix that its queries also see
-    prefix_end: int = 0
+    prefix_start: int = 0
+    prefix_end: int = 0  # equal to prefix_start where there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
     """How a row of T tokens falls into segments. Built once per micro-batch and handed to every layer."""
 
-    segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment a line, in row order, covering all rows
+    segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment in each line, in row order, covering all rows
     cu_seqlens_q: torch.Tensor  # (segments + 1,) int32: where each segment's queries start
     cu_seqlens_k: torch.Tensor  # (segments + 1,) int32: the same for its keys, prefix included
     max_q: int
@@ -29,15 +34,18 @@ class Packing:
 
 
 def pack(segments: list[Segment]) -> Packing:
-    queries = [s.end - s.start for s in segments]
-    keys = [s.end - s.start + s.prefix_end - s.prefix_start for s in segments]
-    key_rows = None
-    if queries != keys:
-        key_rows = torch.cat([torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]) for s in segments])
-    return Packing(torch.tensor(segments), _offsets(queries), _offsets(keys), max(queries), max(keys), key_rows)
+    """The Packing of a row of tokens that falls into `segments`, in row order."""
+    table = np.array(segments, np.int64)
+    start, end, prefix_start, prefix_end = table.T
+    queries, prefixes = end - start, prefix_end - prefix_start
+    keys, key_rows = prefixes + queries, None
+    if prefixes.any():
+        key_rows = torch.from_numpy(_ranges(table[:, [2, 0]].ravel(), table[:, [3, 1]].ravel()))
+    return Packing(torch.from_numpy(table), _offsets(queries), _offsets(keys), int(queries.max()), int(keys.max()), key_rows)
 
 
 def to_device(packing: Packing, device: torch.device) -> Packing:
+    """The Packing with its tensors on the device, except the segments, which are read on the CPU."""
     values = {field.name: getattr(packing, field.name) for field in fields(packing) if field.name != "segments"}
     return replace(packing, **{n: copied(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)})
 
@@ -47,8 +55,15 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _offsets(lengths: list[int]) -> torch.Tensor:
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+def _offsets(lengths: np.ndarray) -> torch.Tensor:
+    """Where each of some stretches of these lengths starts, and where the last one ends: (lengths + 1,) int32."""
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges [starts[i], ends[i]), one range after the other."""
+    lengths = ends - starts
+    return np.repeat(starts - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
 
 
 class MicroBatch(NamedTuple):
@@ -71,55 +86,69 @@ class MicroBatch(NamedTuple):
 
 
 class RowBuilder:
-    """Appends examples to one row. A token at row i is predicted by the hidden state of the row before it in its own example."""
+    """Appends examples to one row of tokens, in which each token is predicted by the row before it in its own example.
+
+    Token ids and labels are arrays or lists.
+    """
 
     def __init__(self):
-        self.input_ids, self.positions, self.segments = [], [], []
-        self.rows, self.targets, self.answers, self.beyond = [], [], [], []
-        self.num_answers = 0
+        self.length, self.num_answers = 0, 0
+        self.segments: list[Segment] = []
+        # arrays to be joined, for the tensors of a MicroBatch
+        self.input_ids, self.positions, self.rows, self.targets, self.answers, self.beyond = ([] for _ in range(6))
 
-    def add_sequence(self, ids: list[int], labels: list[int]) -> None:
-        start = self._append(ids, 0)
-        trained = [i for i in range(1, len(ids)) if labels[i] != IGNORE]  # an example's first token has nothing to predict it
-        self._train([start + i - 1 for i in trained], [labels[i] for i in trained], len(trained))
+    def add_sequence(self, ids: Ids, labels: Ids) -> None:
+        """Append an example of which the tokens whose label is not IGNORE are trained; labels are as long as ids."""
+        ids, labels = np.asarray(ids, np.int64), np.asarray(labels, np.int64)
+        start = self._append(ids)
+        before = np.flatnonzero(labels[1:] != IGNORE)  # an example's first token has nothing to predict it
+        self._train(start + before, labels[before + 1], len(before))
 
-    def add_pair(self, prompt: list[int], chosen: list[int], rejected: list[int], share_prompt: bool) -> None:
-        start = self._append(prompt + chosen, 0)
+    def add_pair(self, prompt: Ids, chosen: Ids, rejected: Ids, share_prompt: bool) -> None:
+        """Append two answers to one prompt, all of whose tokens are trained; with share_prompt both see the same rows of the prompt."""
+        prompt, chosen, rejected = (np.asarray(ids, np.int64) for ids in (prompt, chosen, rejected))
+        start = self._append(np.concatenate([prompt, chosen]))
         last = start + len(prompt) - 1  # the prompt's last row predicts the first token of both answers
         shorter = min(len(chosen), len(rejected))
-        self._train(range(last, last + len(chosen)), chosen, shorter)
-        if not share_prompt:
-            start = self._append(prompt + rejected, 0)
-            self._train(range(start + len(prompt) - 1, start + len(prompt) + len(rejected) - 1), rejected, shorter)
-            return
-        own = self._append(rejected, len(prompt), prefix=(start, start + len(prompt)))
-        self._train([last, *range(own, own + len(rejected) - 1)], rejected, shorter)
+        self._train(np.arange(last, last + len(chosen)), chosen, shorter)
+        if share_prompt:
+            own = self._append(rejected, prefix=(start, start + len(prompt)))
+            rows = np.concatenate([[last], np.arange(own, own + len(rejected) - 1)])
+        else:
+            last = self._append(np.concatenate([prompt, rejected])) + len(prompt) - 1
+            rows = np.arange(last, last + len(rejected))
+        self._train(rows, rejected, shorter)
 
-    def _append(self, ids: list[int], position: int, prefix: tuple[int, int] = (0, 0)) -> int:
-        start = len(self.input_ids)
-        self.input_ids += ids
-        self.positions += range(position, position + len(ids))
-        self.segments.append(Segment(start, start + len(ids), *prefix))
+    def _append(self, ids: np.ndarray, prefix: tuple[int, int] = (0, 0)) -> int:
+        """Append a segment that also sees the rows `prefix`; returns its first row."""
+        start, seen = self.length, prefix[1] - prefix[0]
+        self.length += len(ids)
+        self.segments.append(Segment(start, self.length, *prefix))
+        self.input_ids.append(ids)
+        self.positions.append(np.arange(seen, seen + len(ids)))
         return start
 
-    def _train(self, rows, targets, shorter: int) -> None:
-        self.rows += rows
-        self.targets += targets
-        self.beyond += [int(i >= shorter) for i in range(len(targets))]
-        self.answers += [self.num_answers] * len(targets)
+    def _train(self, rows: np.ndarray, targets: np.ndarray, shorter: int) -> None:
+        """The targets of the next answer, which lie beyond the other's length from number `shorter` on."""
+        self.rows.append(rows)
+        self.targets.append(targets)
+        self.answers.append(np.full(len(targets), self.num_answers))
+        self.beyond.append((np.arange(len(targets)) >= shorter).astype(np.int64))
         self.num_answers += 1
 
     def build(self) -> MicroBatch:
-        def tensor(values):
-            return torch.tensor(values, dtype=torch.int64)
+        """The micro-batch of all examples so far, of which there must be one."""
+
+        def joined(arrays: list[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(arrays))
 
         return MicroBatch(
-            tensor(self.input_ids)[None],
-            tensor(self.positions)[None],
+            joined(self.input_ids)[None],
+            joined(self.positions)[None],
             pack(self.segments),
-            tensor(self.rows),
-            tensor(self.targets),
-            tensor(self.answers),
-            tensor(self.beyond),
+            joined(self.rows),
+            joined(self.targets),
+            joined(self.answers),
+            joined(self.beyond),
             self.num_answers,
         )

@@ -13,17 +13,6 @@ from posttrain.common import hub
 from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt
 from posttrain.operators.saved_form import as_saved
-from posttrain.recipes.keys import DPORecipe, SFTRecipe
-
-HOW_TO_MAKE = {
-    SFTRecipe: (
-        "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
-        "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
-    ),
-    DPORecipe: (
-        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
-    ),
-}
 
 
 def find_model(path: str, how_to_make: str) -> None:

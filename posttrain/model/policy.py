@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch, RowBuilder
-from posttrain.model.loading import HOW_TO_MAKE, load_model
+from posttrain.model.loading import load_model
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
 from posttrain.operators import attention, layers
 from posttrain.operators.logprob import LogProbHead
@@ -58,26 +58,26 @@ class Policy(nn.Module):
 
 def load_policy(
     recipe: Recipe, tokenizer, device: torch.device, checkpoint_function=None, frozen: bool = False
-) -> tuple["Policy", list[str]]:
-    """The recipe's model as a Policy on the device, with its kernels chosen, and a line for each choice. All ranks."""
+) -> tuple[Policy, list[tuple[str, str]]]:
+    """Load the recipe's model as a Policy on the device, with its kernels chosen; also returns each choice as (label, text). All ranks."""
     dtype = getattr(torch, recipe.dtype)
-    model = load_model(recipe.model_path, dtype, HOW_TO_MAKE[type(recipe)])
+    model = load_model(recipe.model_path, dtype, recipe.how_to_make_model)
     choices = []
     if added := tokenization.grow_embeddings(model, tokenizer):
-        choices.append(f"embeddings: {added} rows added for tokens that the checkpoint lacks, at the mean of the others")
+        choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks, at the mean of the others"))
     _set_dropout(model, recipe.dropout)
     if recipe.dropout:
-        choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
+        choices.append(("dropout", f"{recipe.dropout}: the curve depends on the layout of the run"))
     weights = hash_weights(model)
     same_on_all_ranks("model", weights)
     if widened := widen_feed_forward(model):
-        choices.append(widened)
+        choices.append(("kernel", widened))
     model.to(device)
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
-    choices.append(f"attention: {name} ({reason})")
-    choices.append(f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}")
+    choices.append(("kernel", f"attention: {name} ({reason})"))
+    choices.append(("kernel", f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}"))
     policy = build_policy(model, name, recipe.checks == "on")
-    choices.append(f"head: {policy.head.choose(recipe.kernels)}")
+    choices.append(("kernel", f"head: {policy.head.choose(recipe.kernels)}"))
     policy.weights, policy.scale = weights, scale_of_weights(model)
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)

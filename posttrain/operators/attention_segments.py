@@ -7,19 +7,15 @@ the end. With no prefix that is plain causal attention within the example.
 
 from collections import defaultdict
 from functools import lru_cache
-from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from posttrain.data.packing import Segment
-
 aten = torch.ops.aten
-# its name in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
+# the name in transformers' registry; transformers (5.23) treats any name with "sdpa" or "flash" in it as its own
 SEGMENTS = "posttrain_segments"
 
 
@@ -32,47 +28,56 @@ class Group(NamedTuple):
 
 
 def groups_of(segments: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
-    """The segments by length, and for each of the T rows its place in the groups' queries laid end to end."""
-    return _groups_of(segments.numpy().tobytes(), dtype, device)
+    """Group a Packing's segments by length; also returns, for each of the T rows, its place in the groups' queries laid end to end."""
+    return _groups_of(segments.numpy().tobytes(), dtype, device)  # by content, whichever tensor holds it
 
 
 @lru_cache(maxsize=1)  # every layer of policy and reference asks, in forward and in backward, before the next micro-batch comes
 def _groups_of(segments: bytes, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
-    every = list(starmap(Segment, np.frombuffer(segments, np.int64).reshape(-1, 4).tolist()))
+    table = np.frombuffer(segments, np.int64).reshape(-1, 4)
+    own, prefix = table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]
     members = defaultdict(list)
-    for segment in every:
-        prefix, own = segment.prefix_end - segment.prefix_start, segment.end - segment.start
-        members[bool(prefix), _size_class(own), _size_class(prefix + own)].append(segment)
-    groups, order, before = [], torch.empty(every[-1].end, dtype=torch.int64), 0
+    for number, kind in enumerate(zip(prefix > 0, _size_classes(own), _size_classes(prefix + own), strict=True)):
+        members[kind].append(number)
+    groups, order, before = [], np.empty(table[-1, 1], np.int64), 0
     for alike in members.values():
-        queries = [torch.arange(s.start, s.end) for s in alike]
-        keys = [torch.cat([torch.arange(s.prefix_start, s.prefix_end), own]) for s, own in zip(alike, queries, strict=True)]
-        query_rows, key_rows = pad_sequence(queries, batch_first=True), pad_sequence(keys, batch_first=True)
-        mask = None
-        if alike[0].prefix_end > alike[0].prefix_start:
-            last_seen = torch.tensor([s.prefix_end - s.prefix_start for s in alike])[:, None] + torch.arange(query_rows.shape[1])
-            unseen = (torch.arange(key_rows.shape[1]) > last_seen[:, :, None])[:, None]
-            mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill(unseen, -torch.inf).to(device)
-        groups.append(Group(query_rows.to(device), key_rows.to(device), mask))
-        for line, rows in enumerate(queries):
-            start = before + line * query_rows.shape[1]
-            order[rows] = torch.arange(start, start + len(rows))
-        before += query_rows.numel()
-    return groups, order.to(device)
+        group, is_query = _group(table[alike], dtype)
+        order[group.query_rows.numpy()[is_query]] = before + np.flatnonzero(is_query)
+        before += is_query.size
+        groups.append(Group(*(x if x is None else x.to(device) for x in group)))
+    return groups, torch.from_numpy(order).to(device)
+
+
+def _group(segments: np.ndarray, dtype: torch.dtype) -> tuple[Group, np.ndarray]:
+    """The Group of (S, 4) segments, all with a prefix or all without, on the CPU; and (S, Lq) bool, false where a query is padding."""
+    start, end, prefix_start, prefix_end = segments.T[:, :, None]  # (S, 1) each
+    own, prefix = end - start, prefix_end - prefix_start
+    query, key = np.arange(own.max()), np.arange((prefix + own).max())
+    is_query = query < own
+    query_rows = np.where(is_query, start + query, 0)
+    key_rows = np.where(key < prefix, prefix_start + key, np.where(key < prefix + own, start + key - prefix, 0))
+    mask = None
+    if prefix.any():
+        unseen = torch.from_numpy(key > (prefix + query)[:, :, None])[:, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+    return Group(torch.from_numpy(query_rows), torch.from_numpy(key_rows), mask), is_query
 
 
 def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **_):
-    """Scaled-dot-product attention, one call for the segments of about one length: the path for CPUs and the yardstick for the fast one.
+    """Compute scaled-dot-product attention with one call for all segments of about one length.
 
-    query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), None.
+    CPUs and old GPUs use it, and faster kernels are compared with it. Shapes:
+
+    query (1, heads, T, D), key and value (1, kv_heads, T, D) -> output (1, T, heads, D), and None for the attention weights.
     """
     if query.device.type == "cpu" and not dropout and value.shape[-1] == query.shape[-1]:
         return attend_on_cpu(query, key, value, packing.segments, scaling)[0], None
     return _attend_anywhere(query, key, value, packing.segments, scaling, dropout), None
 
 
-@torch.compiler.disable  # compiled, the loop would hold the lengths of one micro-batch
+@torch.compiler.disable  # compiled, the loop would be specialised to the lengths of one micro-batch
 def _attend_anywhere(query, key, value, segments, scaling: float, dropout: float) -> torch.Tensor:
+    """Compute attend_segments on any device, by torch's public function."""
     groups, order = groups_of(segments, query.dtype, query.device)
     outputs = []
     for group in groups:
@@ -92,11 +97,11 @@ def _attend_anywhere(query, key, value, segments, scaling: float, dropout: float
 def attend_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (1, T, heads, D) and the logarithms of its normalizers (T, heads), by torch's flash attention for CPUs.
+    """Compute the output (1, T, heads, D) and the log-normalizers (T, heads) by torch's flash attention for CPUs.
 
-    One node in a compiled graph, whatever the lengths; and a backward pass that writes every gradient once, where autograd would add up
-    as many tensors of T rows as there are groups. Works in float32: on examples of 100 tokens torch's (2.13) takes three times as long in
-    bfloat16, most of it in the backward pass, even on CPUs that have it.
+    It is one node in a compiled graph, whatever the lengths, and its backward pass writes every gradient once, where autograd would add up
+    as many tensors of T rows as there are groups. It computes in float32: on examples of 100 tokens torch (2.13) takes three times as long
+    in bfloat16, most of it in the backward pass, even on CPUs that have bfloat16.
     """
     dtype = query.dtype
     query, key, value = (_in_float32(x) for x in (query, key, value))
@@ -128,7 +133,7 @@ def _attend_on_cpu_backward(
     groups, order = groups_of(segments, query.dtype, query.device)
     sizes = [group.query_rows.numel() for group in groups]
     padded = sum(sizes)
-    # padding has no gradient, and a normalizer under which its weights are 0, whatever they are
+    # padding gets gradient 0, and an infinite normalizer, which makes its attention weights 0
     grads = grad.new_zeros(padded, *grad.shape[2:]).index_copy_(0, order, grad[0])
     normalizers = normalizers.new_full((padded, normalizers.shape[1]), torch.inf).index_copy_(0, order, normalizers)
     grad_queries = []
@@ -153,6 +158,7 @@ def _attend_on_cpu_backward(
 
 
 def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return a bfloat16 tensor in float32, others as they are."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -161,12 +167,12 @@ def _rectangles(group: Group, query, key, value) -> list[torch.Tensor]:
 
 
 def _rectangle(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(1, heads, T, D), (S, L) -> (S, heads, L, D)"""
+    """Pick a group's rows: x (1, heads, T, D), rows (S, L) -> (S, heads, L, D)."""
     return x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(S, heads, L, ...) -> (S * L, heads, ...)"""
+    """Lay a group's rows end to end: (S, heads, L, ...) -> (S * L, heads, ...)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -183,23 +189,25 @@ def _(grad, query, key, value, output, normalizers, segments, *, scaling):
 
 
 def _keep(ctx, inputs, output) -> None:
+    """Save for backward what attend_on_cpu was given and returned."""
     *tensors, ctx.scaling = inputs
     query, key, value, segments = tensors
     ctx.save_for_backward(query, key, value, *output, segments)
 
 
 def _differentiate(ctx, grad, grad_normalizers):
+    """Return attend_on_cpu's gradients; that of its normalizers is not needed, since only backward reads them."""
     return *_attend_on_cpu_backward(grad, *ctx.saved_tensors, scaling=ctx.scaling), None, None
 
 
 attend_on_cpu.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _size_class(length: int) -> tuple[int, int]:
-    """Equal for lengths that may be padded to each other: up to 32, then in steps of a quarter."""
-    length = max(length, 32)
-    shift = length.bit_length() - 3
-    return shift, length >> shift
+def _size_classes(lengths: np.ndarray) -> list[int]:
+    """Numbers that are equal for lengths that may be padded to each other: up to 32, then in steps of a quarter."""
+    lengths = np.maximum(lengths, 32)
+    bits = np.frexp(lengths)[1]  # of the number: 6 for 32 to 63
+    return (8 * bits + (lengths >> (bits - 3))).tolist()
 
 
 AttentionInterface.register(SEGMENTS, attend_segments)

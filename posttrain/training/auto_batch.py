@@ -22,23 +22,24 @@ from posttrain.planning.planner import Planner
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
 from posttrain.training.inputs import check_lengths
-from posttrain.training.step import Training, try_largest
+from posttrain.training.state import Training
+from posttrain.training.step import try_largest
 
 STEP = 1024  # tokens; what is found is a multiple
 MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
 
-def with_tokens_planned(recipe: Recipe, data: PreparedData, device: torch.device) -> Recipe:
-    """The recipe with a number in the place of auto: of the run that is there, or by the planner. All ranks.
+def tokens_to_begin_with(recipe: Recipe, data: PreparedData, device: torch.device) -> int:
+    """The recipe's max_tokens_per_gpu; for auto what the run that is there has found, or else the planner's number. All ranks.
 
     Raises ValueError where an example is longer, or by the planner not even the longest one fits.
     """
-    if recipe.max_tokens_per_gpu == AUTO:
+    tokens = recipe.max_tokens_per_gpu
+    if tokens == AUTO:
         usable = min(gathered(_usable(device)))
         tokens = on_rank_0(lambda: _of_the_run(recipe, device) or _by_planner(recipe, usable, data.longest))
-        recipe = recipe.model_copy(update={"max_tokens_per_gpu": tokens})
-    check_lengths(recipe, data)
-    return recipe
+    check_lengths(data, tokens)
+    return tokens
 
 
 def adapt(training: Training, run: Run) -> None:
@@ -47,7 +48,7 @@ def adapt(training: Training, run: Run) -> None:
     if on_rank_0(lambda: _of_the_run(run.recipe, device)):
         return
     most = max(data.longest, most_of_a_rank(data.train.lengths, run.recipe.global_batch_size, dist.get_world_size()))
-    usable, longest, planned_tokens = min(gathered(_usable(device))), data.longest, training.recipe.max_tokens_per_gpu
+    usable, longest, planned_tokens = min(gathered(_usable(device))), data.longest, training.max_tokens
     few, many = (max(longest, planned_tokens // part) for part in (4, 2))
     _try(training, few)  # what is there from the first time on, as gradients are, is not counted as a token's
     (few, lower), (many, upper) = _try(training, few), _try(training, many)
@@ -58,17 +59,17 @@ def adapt(training: Training, run: Run) -> None:
         tokens = _whole(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
         tried, peak = _try(training, tokens)
     watchdog.enter("start")
-    training.recipe = training.recipe.model_copy(update={"max_tokens_per_gpu": tokens})
+    training.set_max_tokens(tokens)
     run.fitted = {"as": _setting(run.recipe, device), "max_tokens_per_gpu": tokens}
     found = "all that a rank ever has in a step" if tokens == most else f"the planner said {planned_tokens:,}"
-    run.say(f"memory   max_tokens_per_gpu=auto: {tokens:,}, {found}; they take {peak / 1e9:.1f} of {usable / 1e9:.1f} GB")
+    run.say(f"memory     max_tokens_per_gpu=auto: {tokens:,}, {found}; they take {peak / 1e9:.1f} of {usable / 1e9:.1f} GB")
 
 
 def _try(training: Training, tokens: int) -> tuple[int, float]:
     """Tokens of the run's largest micro-batch of at most so many, and the most memory that any rank takes with it, in bytes."""
     watchdog.enter("forward")
     _forget_peak(training.device)
-    training.recipe = training.recipe.model_copy(update={"max_tokens_per_gpu": tokens})
+    training.set_max_tokens(tokens)
     try:
         tried = try_largest(training)
     except torch.OutOfMemoryError as error:

@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import distributed as dist
 
 from posttrain.common import files
-from posttrain.data.chat import TODAY, ChatFormat
+from posttrain.data.chat import IGNORE, TODAY, ChatFormat
 from posttrain.data.packing import RowBuilder
 from posttrain.evaluation.measure import items_of
 from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name, write_tasks
@@ -23,7 +23,7 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.training.samples import Asked, generate
-from posttrain.training.step import Training, my_micro_batches
+from posttrain.training.state import Training
 
 
 class TrainingBenchmarks:
@@ -103,19 +103,19 @@ class _Packed(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Sums of log-probs; all ranks. Whether a choice is what greedy decoding says is not computed: no benchmark here reads it."""
-        training, recipe = self.training, self.training.recipe
-        most = min(recipe.max_tokens_per_gpu, training.engine.module.model.config.max_position_embeddings)
+        training = self.training
+        most = min(training.max_tokens, training.model.config.max_position_embeddings)
         rows = [((before + choice)[-most:], len(choice)) for _, before, choice in requests]
         lengths = np.array([len(ids) for ids, _ in rows])
         found: dict[int, float] = {}
-        for part in my_micro_batches(np.arange(len(rows)), lengths, recipe):
+        for part in training.micro_batches(np.arange(len(rows)), lengths):
             watchdog.enter("eval")
             builder = RowBuilder()
             for number in part:
                 ids, count = rows[number]
-                builder.add_sequence(ids, [-100] * (len(ids) - count) + ids[len(ids) - count :])
+                builder.add_sequence(ids, [IGNORE] * (len(ids) - count) + ids[len(ids) - count :])
             if not len(part):
-                builder.add_sequence([0], [-100])
+                builder.add_sequence([0], [IGNORE])
             batch = builder.build().to(training.device)
             sums = answer_sums(training.engine(batch), batch).sum(1).tolist()
             found |= dict(zip(part.tolist(), sums, strict=False))
@@ -125,7 +125,7 @@ class _Packed(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
         """Greedy answers, cut where the task says; all ranks."""
         stops = {self.tokenizer.eos_token_id, self.chat.end_id}
-        context = self.training.engine.module.model.config.max_position_embeddings
+        context = self.training.model.config.max_position_embeddings
         asked, ends = [], []
         for request in requests:
             text, how = request.args

@@ -18,19 +18,19 @@ import torch
 from torch import distributed as dist
 
 from posttrain.data.prepared import PreparedData, Split
-from posttrain.engine.build import free_engine
+from posttrain.engine.update import free_engine
 from posttrain.objectives.answers import answer_sums
 from posttrain.parallel.ranks import on_rank_0
 from posttrain.recipes.keys import DPORecipe
-from posttrain.training.step import my_micro_batches
+from posttrain.training.state import my_micro_batches
 
 CHUNK = 4096  # pairs in a file
 
 
-def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torch.device, build: Callable) -> str:
+def attach(recipe: DPORecipe, max_tokens: int, prepared: PreparedData, weights: str, device: torch.device, build: Callable) -> str:
     """Give both splits the reference's sums, computing what is not there yet with the engine that `build` makes. All ranks.
 
-    Returns a line that says what was done. `weights`: the hash of the reference's weights.
+    Returns what was done, for the first screen. `max_tokens`: of a micro-batch; `weights`: the hash of the reference's weights.
     """
     identity = {"weights": weights, "data": prepared.fingerprint, "dtype": recipe.dtype}
     folder = Path(recipe.dpo_data_dir) / "reference" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -51,17 +51,19 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
         engine = build()
         for path in missing:
             split, indices = pieces[path]
-            split.reference_sums[indices] = _compute(recipe, engine, split, indices, device)
+            split.reference_sums[indices] = _compute(
+                engine, split, indices, my_micro_batches(indices, split.lengths, max_tokens, recipe.packing), device
+            )
             on_rank_0(lambda path=path, sums=split.reference_sums[indices]: _write(path, sums))
         free_engine(engine)
-    return f"reference: precomputed in {folder} ({len(missing)} of {len(pieces)} files computed now)"
+    return f"precomputed in {folder} ({len(missing)} of {len(pieces)} files computed now)"
 
 
 @torch.no_grad()
-def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, device: torch.device) -> np.ndarray:
-    """(n, 2, 2) sums of the n given pairs, which follow each other, on all ranks. All ranks."""
+def _compute(engine, split: Split, indices: np.ndarray, mine: list[np.ndarray], device: torch.device) -> np.ndarray:
+    """The (n, 2, 2) sums of the n given pairs, which follow each other; `mine` are this rank's micro-batches of them. All ranks."""
     sums = torch.zeros(len(indices), 2, 2, dtype=torch.float64, device=device)
-    for part in my_micro_batches(indices, split.lengths, recipe):
+    for part in mine:
         batch = split.micro_batch(part).to(device)
         sums[torch.from_numpy(part - indices[0]).to(device)] = answer_sums(engine(batch), batch).view(-1, 2, 2)
     dist.all_reduce(sums)  # every pair is on one rank, zero on the others

@@ -1,7 +1,8 @@
 """One step's batch again, alone: which example spoiled it?"""
 
 from posttrain.run.directory import Run
-from posttrain.training.step import Training, example_losses, train_step
+from posttrain.training.state import Training
+from posttrain.training.step import example_losses, train_step
 
 
 def replay(training: Training, run: Run, done: int, steps: int) -> None:
@@ -9,10 +10,10 @@ def replay(training: Training, run: Run, done: int, steps: int) -> None:
     step = training.recipe.replay_step
     if step > steps:
         raise ValueError(f"replay_step {step} is after the run's last step, {steps}")
-    metrics, reason = train_step(training, step, apply=False)
+    metrics, refused, *_ = train_step(training, step, apply=False)
     weights = f"the checkpoint of step {done}" if done else "the model that the run began with"
     run.say(f"replay of step {step} with the weights of {weights}: loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}")
-    run.say(f"it would not be applied: {reason}" if reason else "it would be applied: both are finite, and no spike")
+    run.say(f"it would not be applied: {refused}" if refused else "it would be applied: both are finite, and no spike")
     for example in example_losses(training, step):
         note = "" if example["weight"] else "  (weight 0: in the run's largest micro-batch, which step 1 tries)"
         numbers = f"{example['tokens']:>6} tokens  loss {shown_loss(example['loss']):>10}"

@@ -16,7 +16,7 @@ from posttrain.data.prepared import PreparedData
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered
 from posttrain.recipes.keys import Recipe
-from posttrain.training.step import Training
+from posttrain.training.state import Training
 
 
 class Asked(NamedTuple):
@@ -32,13 +32,13 @@ class Samples:
         """Raises ValueError or FileNotFoundError for a file of prompts that is not one."""
         self.most, self.chat = recipe.sample_tokens, chat
         if recipe.sample_prompts:
-            system = data.manifest["options"].get("system_prompt")
+            system = data.system_prompt
             begin = [{"role": "system", "content": system}] if system else []
             self.texts = read_prompts(Path(recipe.sample_prompts), recipe.samples)
             self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
         else:
             split = data.validation if len(data.validation) else data.train
-            self.prompts = [_prompt(split.table[index]) for index in range(min(recipe.samples, len(split)))]
+            self.prompts = [_prompt(split[index]) for index in range(min(recipe.samples, len(split)))]
             self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
 
     def ask(self, training: Training) -> list[dict]:
@@ -76,7 +76,7 @@ def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
     waiting = list(range(len(mine)))
     while True:
         watchdog.enter("eval")
-        going = _that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.recipe.max_tokens_per_gpu)
+        going = _that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.max_tokens)
         left = torch.tensor([going], device=training.device)
         dist.all_reduce(left)
         if not left.item():

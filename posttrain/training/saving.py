@@ -11,7 +11,8 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered
 from posttrain.parallel.stopping import StopRequest
 from posttrain.run.directory import Run
-from posttrain.training.step import Training
+from posttrain.training.state import Training
+from posttrain.training.step import Questions
 
 WRITE_SPEED = 2**28  # bytes a second, to expect of a disk before the first save was timed
 
@@ -21,8 +22,9 @@ class Saving:
 
     def __init__(self, training: Training, run: Run, steps: int):
         self.training, self.run, self.steps = training, run, steps
-        facts = run.facts | {"recipe": run.settled}
+        facts = run.facts | {"recipe": run.as_resolved}
         self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, facts)
+        self.questions: Questions = {}  # what each rank is asked at the end of every step
         self.last_save, self.longest_step = time.monotonic(), 0.0
         self.save_seconds = self.checkpoints.bytes_of_one() / WRITE_SPEED
 
@@ -37,7 +39,7 @@ class Saving:
         done = self.checkpoints.restore(found)
         self.training.guard.restore(found.facts["guard"])
         was = found.facts["world_size"], found.facts["state"]["zero_stage"]
-        now = dist.get_world_size(), self.training.engine.zero_optimization_stage()
+        now = dist.get_world_size(), self.training.engine.zero_stage
         change = "" if was == now else f", from {was[0]} ranks at ZeRO-{was[1]} to {now[0]} at ZeRO-{now[1]}"
         self.run.say(f"continuing after step {done}{change}")
         return done
@@ -51,27 +53,26 @@ class Saving:
         self.checkpoints.check_shared()
         self.checkpoints.forget_after(done)
         self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # which the launcher sets
-        self.training.votes = {
+        self.questions = {
             "stop": lambda: self.stop.reason is not None,
             "written": lambda: self.checkpoints.is_written,
             "save": lambda: dist.get_rank() == 0 and 0 < recipe.save_seconds <= time.monotonic() - self.last_save,
         }
 
-    def after(self, step: int, validation: float | None, seconds: float) -> bool:
-        """Save where it is due. Returns whether the run stops here, saved."""
-        recipe, counted = self.training.recipe, self.training.counted
+    def after(self, step: int, yes: dict[str, int], validation: float | None, seconds: float) -> None:
+        """Save where it is due. `yes`: how many ranks said yes to each of `questions`; `seconds`: that the step took."""
+        recipe = self.training.recipe
         self.longest_step = max(self.longest_step, seconds)  # with its validation
         self.stop.expect(self.longest_step, self.save_seconds)
         is_last = step == self.steps
-        is_due = counted["stop"] or counted["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
-        if is_due or counted["written"] == dist.get_world_size():
+        is_due = yes["stop"] or yes["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
+        if is_due or yes["written"] == dist.get_world_size():
             self._finish()
         if is_due:
             self.last_save = time.monotonic()
             self.checkpoints.save(step, self.training.guard.state(), validation)
-        if is_last or counted["stop"]:
+        if is_last or yes["stop"]:
             self._finish()
-        return bool(counted["stop"]) and not is_last
 
     def say_stopped(self, step: int) -> None:
         """One sentence on why, and how to go on."""

@@ -9,7 +9,7 @@ from posttrain.data.packing import MicroBatch
 from posttrain.engine.build import forget_activations
 from posttrain.objectives.answers import answer_lengths, answer_sums
 from posttrain.objectives.preference import DPO
-from posttrain.training.step import Training, step_share
+from posttrain.training.state import Training
 
 # The same weights, kernels and batch give the same log-probs: relative difference of an answer's. On CPUs there is none, as `start` in
 # benchmarks/results/invariance.json says
@@ -107,8 +107,7 @@ def check_start(training: Training) -> dict[str, float]:
     recipe, objective, train = training.recipe, training.objective, training.data.train
     if recipe.checks == "off":
         return {}
-    _, mine = step_share(training, 1)
-    batch, dtype = train.micro_batch(mine[0]).to(training.device), getattr(torch, recipe.dtype)
+    batch, dtype = train.micro_batch(training.share(1).micro_batches[0]).to(training.device), getattr(torch, recipe.dtype)
     measured = {}
     if not recipe.dropout:
         measured["repeated forward"] = forward_is_repeatable(objective.policy, batch, dtype)
