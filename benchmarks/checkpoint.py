@@ -4,6 +4,7 @@ Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3
 to host memory (what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of benchmarks/, whose kernels.py transformers would take for a library
 SAVES = 5
 SHAPES = {
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "head_dim": 64},
@@ -133,6 +134,7 @@ def measure(shape: dict) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     about = {
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
@@ -145,8 +147,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        from posttrain.parallel.script import run_script as run_main
+        from posttrain.parallel.script import run_script
 
         place = Path(sys.argv[sys.argv.index("--worker") + 1])
-        run_main(lambda: worker(place))
+        run_script(lambda: worker(place))
     main()

@@ -6,6 +6,7 @@ On the quickstart's base model, data and recipes, two CPU ranks, after bash laun
 the first tenth of their steps; three well ones, of which one has the same pairs as they should be, to their end.
 """
 
+import argparse
 import json
 import random
 import signal
@@ -77,6 +78,7 @@ def watch(recipe: str, changes: list[str], ill: bool, out: Path) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if not (QUICKSTART / "sft" / "final").is_dir():
         sys.exit(f"{QUICKSTART} has no results yet: bash launch/quickstart.sh")
     results = {"machine": machine(), "versions": versions(), "runs": {}}

@@ -1,13 +1,15 @@
-"""How far do the log-probs of the same weights differ between two ways to pack the same pairs? It sets checks.SAME_PRECOMPUTED.
+"""How far do the log-probs of the same weights differ between two ways to pack the same pairs?
 
     python benchmarks/reference_band.py        about a minute; writes benchmarks/results/reference_band.json
 
+It sets SAME_PRECOMPUTED of posttrain/training/start_checks.py.
 A precomputed reference was computed in other micro-batches than the policy's, so in bfloat16 its sums are rounded elsewhere. Rounding of
 single tokens is independent, so an answer's difference grows with the square root of its tokens: that quotient is measured, over pairs
 packed together with shared prompts against each alone with the prompt twice. For comparison, the same quotient between the model and
 itself after a change of the size that one optimizer step at 1e-5 makes.
 """
 
+import argparse
 import json
 import platform
 import sys
@@ -81,6 +83,7 @@ def measure(make, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {
         make.__name__: {str(dtype).removeprefix("torch."): measure(make, dtype) for dtype in (torch.float32, torch.bfloat16)}
         for make in (quickstart_base, deep_random)

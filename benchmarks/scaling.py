@@ -5,6 +5,7 @@ SFT on two ranks, ZeRO-2, bfloat16, a Qwen3 of a million parameters, so that all
 2,048 tokens: rows from 1,000 to 100,000 at 64 a step, then examples a step from 64 to 1,024. Written to results/scaling.json.
 """
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -35,6 +36,7 @@ OURS = Contestant("ours", "ours", "posttrain", {"max_tokens_per_gpu": 2048})
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {"machine": machine(), "versions": versions(), "rows": {}, "examples_a_step": {}}
     with tempfile.TemporaryDirectory(prefix="posttrain_scaling_") as folder:
         worlds = {}

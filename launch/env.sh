@@ -11,7 +11,7 @@ _posttrain_setup() {
     local root python stamp wanted log extras=dev
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     stamp="$root/.venv/complete"
-    wanted="$(cat "$root/constraints.txt" "$root/setup.py" "$root/launch/build_ops.py" | cksum)"
+    wanted="$(cat "$root"/{constraints.txt,setup.py,posttrain/__init__.py,launch/build_ops.py} | cksum)"
 
     # DeepSpeed caches compiled ops per user under a name without a version: two versions on one machine break each other. So the
     # cache lives inside this environment.

@@ -28,7 +28,7 @@ def sft() -> None:
     keep_noise()
     inputs = read_inputs(recipe)
     device = start_distributed(recipe.watchdog_seconds)
-    same_inputs_on_all_ranks(recipe, inputs.data)
+    same_inputs_on_all_ranks(recipe, inputs.data, inputs.ds_config)
     training, choices = build_training(recipe, inputs, device)
     run = Run(recipe, rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
     train(training, inputs.chat, run, choices)

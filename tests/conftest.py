@@ -72,11 +72,11 @@ def python(script: str, *arguments: str, timeout: float = 300, **how) -> subproc
     return warm.run(script, *arguments, timeout=timeout, **how)
 
 
-def launch_with_deepspeed(script: str, *arguments: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+def launch_with_deepspeed(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, env=None) -> subprocess.CompletedProcess:
     """Run a script under the real deepspeed launcher, with interpreters of its own: where they are what is tested."""
     command = launch_command(script, *arguments, ranks=ranks)
     merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, timeout=timeout, env=rank_environment(), **merged)
+    return subprocess.run(command, timeout=timeout, env=env or rank_environment(), **merged)
 
 
 def launch_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -2,19 +2,24 @@
 
 python tests/mutations.py              all of them, some minutes; exit status 1 if one is not caught
 python tests/mutations.py NAME ...     these
+
+Each runs in a process that is forked from this one, which has imported libraries but no code of the repository; what a test launches
+is forked from a warm process (warm.py) of the copy's own, which refuses to serve any other code.
 """
 
+import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CRASH = 70  # exit code: the tests did not run to their end
 
 
 class Mutation(NamedTuple):
@@ -324,17 +329,69 @@ def mutate(folder: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def run(folder: Path, *tests: str) -> str | None:
-    """Run the tests in the copy: None where they pass, else the assertion that failed."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode == 0:
+def import_libraries() -> None:
+    """Import what the tests need, but nothing of this repository: the copies have code of their own."""
+    for name in ("pytest", "torch", "deepspeed", "transformers", "datasets", "trl", "lm_eval.evaluator", "fastapi", "psutil"):
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+
+
+def start(folder: Path, *tests: str) -> tuple[int, BinaryIO]:
+    """Run tests in a copy, in a process that is forked from this one; returns its id and the file that it prints to."""
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - read once the process has ended
+    if pid := os.fork():
+        return pid, output
+    code = CRASH
+    try:
+        os.setsid()
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        os.chdir(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT))]
+        code = importlib.import_module("pytest").main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+        others = [module for name, module in sys.modules.items() if name.split(".")[0] in ("posttrain", "conftest", "data_prep")]
+        assert all(Path(module.__file__).is_relative_to(folder) for module in others if getattr(module, "__file__", None)), (
+            "not the copy's code"
+        )
+        sys.stdout.flush()
+    except BaseException:
+        code = CRASH
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def result(code: int, output: BinaryIO) -> str | None:
+    """None where the tests have passed, else the assertion that failed."""
+    output.seek(0)
+    text = output.read().decode(errors="replace")
+    if code == 0:
         return None
-    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*|ConnectionResetError.*|BrokenPipeError.*)", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
-        raise RuntimeError(done.stdout)
+    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*|ConnectionResetError.*|BrokenPipeError.*)", text, re.MULTILINE)
+    if code != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
+        raise RuntimeError(text)
     return failed[0]
+
+
+def try_all(folders: list[Path], chosen: dict[str, Mutation]) -> list[str]:
+    """Try mutations, one in each copy at a time; returns the names of those that no test has caught."""
+    waiting, running, missed = list(chosen), {}, []
+    while waiting or running:
+        while waiting and folders:
+            title, folder = waiting.pop(0), folders.pop()
+            original = (folder / chosen[title].file).read_text()
+            mutate(folder, chosen[title])
+            pid, output = start(folder, chosen[title].test)
+            running[pid] = title, folder, original, output, time.monotonic()
+        pid, status = os.wait()
+        title, folder, original, output, started = running.pop(pid)
+        (folder / chosen[title].file).write_text(original)
+        folders.append(folder)
+        failed, seconds = result(os.waitstatus_to_exitcode(status), output), time.monotonic() - started
+        missed += [] if failed else [title]
+        print(f"{'caught' if failed else 'MISSED'}  {title:<36} {seconds:4.0f} s  {chosen[title].test}\n        {failed}", flush=True)
+    return missed
 
 
 def main(names: list[str]) -> None:
@@ -343,22 +400,18 @@ def main(names: list[str]) -> None:
     if unknown := set(names) - set(MUTATIONS):
         sys.exit(f"there is no mutation {', '.join(sorted(unknown))}; there are: {', '.join(MUTATIONS)}")
     chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    os.environ |= {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread of pyarrow's
+    import_libraries()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
+        folders = [Path(name) / f"copy_{number}" for number in range(min(os.cpu_count() or 1, len(chosen)))]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
         tests = sorted({mutation.test for mutation in chosen.values()})
-        if failed := run(folder, *tests):
+        pid, output = start(folders[0], *tests)
+        if failed := result(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output):
             sys.exit(f"the tests fail without any mutation; mend them first: {failed}")
         print(f"{len(tests)} tests pass without a mutation", flush=True)
-        missed = []
-        for title, mutation in chosen.items():
-            started, original = time.monotonic(), (folder / mutation.file).read_text()
-            mutate(folder, mutation)
-            failed = run(folder, mutation.test)
-            (folder / mutation.file).write_text(original)
-            missed += [] if failed else [title]
-            seconds = time.monotonic() - started
-            print(f"{'caught' if failed else 'MISSED'}  {title:<36} {seconds:4.0f} s  {mutation.test}\n        {failed}", flush=True)
+        missed = try_all(folders, chosen)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations were caught")
     if missed:
         sys.exit(1)

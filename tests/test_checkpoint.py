@@ -244,7 +244,7 @@ def test_every_rank_sees_the_same_folder(tmp_path, alone, monkeypatch):
 def test_two_starts_do_not_work_on_one_run(tmp_path, alone):
     first, second = (Checkpoints(SimpleNamespace(), tmp_path / "run" / "checkpoints", 2, print, {}) for _ in range(2))
     first.lock()
-    with pytest.raises(ValueError, match=r"is being worked on by another start of this run"):
+    with pytest.raises(ValueError, match=r"is in use by another process of this run"):
         second.lock()
     first.held.close()  # as when its process ends
     second.lock()

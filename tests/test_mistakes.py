@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import launch, start_run
+from conftest import launch, launch_with_deepspeed, start_run
 from test_runs import sft_arguments
 
 from posttrain import dpo, sft
@@ -286,7 +286,7 @@ def test_more_gpus_than_there_are():
 @pytest.mark.slow
 def test_a_mistake_under_the_launcher_is_one_message_and_ends_all_ranks(tiny, tmp_path):
     started = time.monotonic()
-    done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", "--lerning_rate=1"))
+    done = launch_with_deepspeed("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", "--lerning_rate=1"))
     assert done.returncode != 0
     assert done.stdout.count("Did you mean learning_rate?") == 1
     assert "Traceback" not in done.stdout

@@ -70,7 +70,7 @@ def trl_arguments(config: type, folder, **others):
 
 def planned(split, *columns: str) -> Dataset:
     """The rows of the plan's first steps, in its order."""
-    rows = [split.table[int(i)] for step in range(1, STEPS + 1) for i in batches.step_examples(len(split), BATCH, SEED, step)]
+    rows = [split[int(i)] for step in range(1, STEPS + 1) for i in batches.step_examples(len(split), BATCH, SEED, step)]
     return Dataset.from_list([{new: row[old] for old, new in (column.split("=") for column in columns)} for row in rows])
 
 

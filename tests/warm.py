@@ -84,13 +84,11 @@ class Started:
         return os.pread(self.outputs[place].fileno(), size, 0).decode()
 
 
-def start(
-    script: str, *arguments: str, ranks: int | None = None, port: int = 0, env=None, cwd=None, outputs: list | None = None
-) -> Started:
+def start(script: str, *arguments: str, ranks: int | None = None, port: int = 0, env=None, cwd=None, outputs=()) -> Started:
     """Run a script of the repository; it goes with the object that this returns.
 
-    `ranks`: so many processes with the environment that DeepSpeed's launcher gives them, which meet at `port`; None for one that was started
-    by `python`. `outputs`: files for what is printed, (both,) or (output, errors); by default one that `output` reads.
+    `ranks`: so many processes with the environment that DeepSpeed's launcher gives them, which meet at `port`; None for one alone,
+    as `python` starts it. `outputs`: files for what is printed, (both,) or (output, errors); by default one that `output` reads.
     """
     outputs = outputs or [tempfile.TemporaryFile()]  # noqa: SIM115 - it stays open as long as the object
     request = {"root": str(ROOT), "script": str(ROOT / script), "arguments": [str(argument) for argument in arguments], "ranks": ranks}

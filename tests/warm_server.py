@@ -36,7 +36,7 @@ deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 deepspeed.run
 deepspeed.module_inject.auto_ep_layer data_prep.prepare"""
 # beginnings of the names of environment variables that libraries read as they are imported: a script that needs another value needs a
 # process of its own
-READ_EARLY = ("OMP_", "MKL_", "KMP_", "GOMP_", "DS_", "HF_", "TRANSFORMERS_", "TORCH", "CUDA_", "LD_", "PYTHON")
+READ_EARLY = ("OMP_", "MKL_", "GOMP_", "DS_", "HF_", "TRANSFORMERS_", "TORCH", "CUDA_", "LD_", "PYTHON")
 SOON = 0.5  # seconds from a rank's failure to the end of the others; DeepSpeed's launcher looks once a second
 AT_START = dict(os.environ)
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as DeepSpeed's launcher gives
@@ -193,9 +193,10 @@ def work(request: dict, rank: int, files: list[int], connection: int) -> NoRetur
 
 
 def begin_anew() -> None:
-    """Make afresh what a process has of its own from its start: seeds, signals, and who its parents are."""
+    """Make afresh what a process has of its own from its start: seeds, signals, its terminal, and who its parents are."""
     import numpy as np
 
+    from posttrain.common import terminal
     from posttrain.parallel import stopping
 
     random.seed()
@@ -203,6 +204,7 @@ def begin_anew() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
         signal.signal(number, handler)
     stopping.AT_START = stopping._ancestors()
+    terminal.console = terminal._Terminal(highlight=False, soft_wrap=True)
 
 
 def run_as_main(script: str) -> int:

@@ -29,7 +29,7 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict) -> 
 
 
 def build_reference(policy: torch.nn.Module, recipe: Recipe):
-    """Build the frozen reference's own engine, DeepSpeed's: ZeRO-3, no optimizer. All ranks."""
+    """Build an engine for the frozen reference: plain DeepSpeed at ZeRO-3, without an optimizer. All ranks."""
     config = merge_config(recipe.model_copy(update={"activation_checkpointing": "none"}), read_ds_config("ds_configs/zero3_inference.json"))
     policy.eval().requires_grad_(False)
     engine = _initialize(recipe, policy, config={**config, "gradient_clipping": 0.0, "data_types": {}})
@@ -38,14 +38,14 @@ def build_reference(policy: torch.nn.Module, recipe: Recipe):
 
 
 def _initialize(recipe: Recipe, model, **settings):
-    """DeepSpeed's engine around a model. All ranks."""
-    if recipe.compile:  # ZeRO-3 then gathers a layer as a whole, and not within it, where its hooks would break the graph
+    """Wrap a model in DeepSpeed's engine; `settings` go to deepspeed.initialize. All ranks."""
+    if recipe.compile:  # ZeRO-3 then gathers each layer as a whole; its hooks inside a layer would break the compiled graph
         deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.base_model.layers[0])])
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the memory in use 4 times and more for bfloat16 at ZeRO-1
         return deepspeed.initialize(model=model, **settings)[0]
 
 
 def forget_activations() -> None:
-    """Call after a forward pass in training mode that no backward one follows: DeepSpeed's activation checkpointing counts on both."""
+    """Clear DeepSpeed's activation checkpointing after a forward pass in training mode without the backward pass that it expects."""
     if deepspeed.checkpointing.is_configured():
         deepspeed.checkpointing.reset()

@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed wraps: AdamW, its parameter groups, and the states that it keeps."""
+"""The optimizer that DeepSpeed wraps: AdamW and its parameter groups."""
 
 import deepspeed
 import torch
@@ -8,7 +8,7 @@ from posttrain.recipes.keys import Recipe
 
 
 def make_optimizer(groups: list[dict], recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
-    """AdamW over parameter groups: torch's fused one, or DeepSpeed's for the CPU where the ds_config offloads its states."""
+    """Returns AdamW over the groups: torch's fused one, or DeepSpeed's for the CPU if the ds_config offloads its states."""
     settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
     offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
@@ -17,16 +17,16 @@ def make_optimizer(groups: list[dict], recipe: Recipe, json_config: dict) -> tor
 
 
 def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """The policy's trained parameters in two groups: decay for matrices only, as is usual for transformers."""
+    """Returns the policy's trained parameters in two groups: weight decay for matrices only, as is usual for transformers."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def undo_first_step(optimizer) -> None:
-    """Take back the step that DeepSpeed 0.19.8 makes with zero gradients to create the states of its bfloat16 optimizer for ZeRO-0.
+    """Undo the step that DeepSpeed 0.19.8 makes with zero gradients to create the states of its bfloat16 optimizer for ZeRO-0.
 
-    Adam's clock would stand at 1 before step 1, and weight decay would have been applied once more than in any other layout.
+    Otherwise Adam's step count would be 1 before step 1, and weight decay would be applied once more than in any other layout.
     """
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         optimizer.optimizer.state.clear()
@@ -36,7 +36,7 @@ def undo_first_step(optimizer) -> None:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Which optimizer runs, and why, for the first screen."""
+    """Returns which optimizer runs, and why, for the lines that a run prints first."""
     if isinstance(optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
         return "DeepSpeed's CPU Adam (its states are offloaded)"
-    return "torch's fused AdamW (at the limit of memory where it was measured, and nothing to compile as for DeepSpeed's)"
+    return "torch's fused AdamW (measured to be as fast as memory allows; DeepSpeed's would have to be compiled first)"

@@ -1,4 +1,4 @@
-"""Runs benchmarks on one checkpoint with lm-evaluation-harness, each rank its share, and keeps every item."""
+"""Runs benchmarks on one checkpoint with lm-evaluation-harness, each rank its share of the items, and keeps every item."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ from posttrain.model.assistant import Assistant
 
 
 class Item(NamedTuple):
-    """One question: what was asked, what came back, what it scored."""
+    """One question of a benchmark: what was asked, what was answered, what it scored."""
 
-    number: int
+    number: int  # its place in the benchmark
     prompt: str
-    target: str | int
+    target: str | int  # the right answer, as the harness has it
     answer: list  # log-probs of the choices, or what was generated and what was read from it
     score: float  # the headline metric
     scores: dict[str, float]  # every metric of the harness
@@ -25,7 +25,7 @@ class Item(NamedTuple):
 
 
 class Model(HFLM):
-    """The harness's, with bars only for those who watch: it turns them on by itself otherwise."""
+    """The harness's model, but without progress bars where TQDM_DISABLE is set: it shows them in any case."""
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return super().loglikelihood(requests, disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
@@ -75,6 +75,7 @@ def measure(
 
 
 def _as_harness_model(assistant: Assistant, batch_size: int) -> Model:
+    """Return the harness's model over the checkpoint, whose generation config is changed for it."""
     # HFLM asks the model itself where to stop; a base model's own end is not its template's. And it gives the task's limit as max_length,
     # which a folder's own max_new_tokens would silently overrule (lm_eval 0.4.13 with transformers 5.23).
     settings = assistant.model.generation_config
@@ -84,13 +85,15 @@ def _as_harness_model(assistant: Assistant, batch_size: int) -> Model:
 
 
 def items_of(samples: list[dict], benchmark: str, mode: str) -> list[Item]:
-    """What the harness's evaluate() logged of a benchmark. With several filters it has every item once for each; the last one counts, which
-    is the most forgiving."""
+    """Return the items of a benchmark from what the harness's evaluate() logged.
+
+    It logs every item once for each of the benchmark's filters; the last filter counts, which is the most forgiving.
+    """
     return [_item(sample, BENCHMARKS[benchmark].metric[mode], mode) for sample in samples if sample["filter"] == samples[-1]["filter"]]
 
 
 def _deal(sampler, rank: int, ranks: int) -> None:
-    """Let every item keep the examples that it has on one rank: they are drawn item by item, and other ranks' items draw elsewhere."""
+    """Make the sampler draw each item's few-shot examples as one rank alone would: skip the draws for the items of other ranks."""
     draw, skipped = sampler.sample, rank
 
     def sample(*arguments, **options):
@@ -104,6 +107,7 @@ def _deal(sampler, rank: int, ranks: int) -> None:
 
 
 def _chance(sample: dict, choices: int | None) -> float | None:
+    """Return the mean score of guessing on an item; None where there are no choices."""
     if "mc2_targets" in sample["doc"]:  # the score is the probability of the true answers
         labels = sample["doc"]["mc2_targets"]["labels"]
         return sum(labels) / len(labels)
@@ -111,6 +115,7 @@ def _chance(sample: dict, choices: int | None) -> float | None:
 
 
 def _item(sample: dict, metric: str, mode: str) -> Item:
+    """Return the item of one logged sample, whose headline metric is `metric`."""
     arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
     first = arguments[0]
     prompt = first["arg_0"] if isinstance(first, dict) else first[0]

@@ -3,11 +3,11 @@
 import torch
 from torch.nn import attention as flash
 
-from posttrain.common.errors import first_line
 from posttrain.data.packing import Segment, pack, to_device
 from posttrain.operators.attention_segments import SEGMENTS, attend_segments
 from posttrain.operators.attention_varlen import VARLEN, attend_varlen
 from posttrain.operators.layers import distances
+from posttrain.operators.proof import tried
 
 FLASH_VERSIONS = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2")}  # by compute capability, the fastest first; other GPUs take FA2
 SAME = 0.02  # largest relative difference at which two bfloat16 implementations count as the same
@@ -24,17 +24,19 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: floa
     _activate("FA2")  # FA3 and FA4 would also replace what attend_segments calls
     expected, passed_over = trial(attend_segments, config, device, dtype), ""
     for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
-        try:
-            _activate(version)
-            difference = distances(expected, trial(attend_varlen, config, device, dtype)).max().item()
-        except Exception as error:  # not installed, or not for this card or this torch: each says so in its own way
-            passed_over += f"; not {version}: {first_line(error)}"
-            continue
-        if difference <= SAME:
+        difference, why_not = tried(lambda version=version: _difference(version, expected, config), SAME)
+        if difference is not None:
             return VARLEN, f"{version}, one call for all examples of a micro-batch, {difference:.1e} from one call each{passed_over}"
-        passed_over += f"; not {version}: it differs by {difference:.1e}"
+        passed_over += f"; not {version}: {why_not}"
     _activate("FA2")
     return SEGMENTS, f"no variable-length kernel works here{passed_over}"
+
+
+def _difference(version: str, expected: list[torch.Tensor], config) -> float:
+    """How far a version's output and gradients are from the expected ones, relative to their norm."""
+    _activate(version)
+    output = expected[0]
+    return distances(expected, trial(attend_varlen, config, output.device, output.dtype)).max().item()
 
 
 def _activate(version: str) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.common.errors import first_line
+from posttrain.operators.proof import tried
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WHOLE = 128  # kernels work in tiles of this width
@@ -41,10 +41,10 @@ def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
         return "transformers' own (liger-kernel is not installed; pip install liger-kernel)"
     else:
         what, change = f"liger-kernel {version('liger-kernel')}'s RMSNorm, rotary embedding and SwiGLU", _put_in_liger
-    try:
-        plain, changed = prove(model, change)
-    except Exception as error:  # whatever a kernel that is compiled here for the first time may raise
-        return f"transformers' own (not {what}: {first_line(error)})"
+    measured, why_not = tried(lambda: prove(model, change))
+    if measured is None:
+        return f"transformers' own (not {what}: {why_not})"
+    plain, changed = measured
     return f"{what} (relative error {changed:.1e}, transformers' own {plain:.1e}){'; compiled' if compiled else ''}"
 
 

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from posttrain.common.errors import first_line
 from posttrain.operators.layers import WHOLE, distances, workable
+from posttrain.operators.proof import tried
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
 SAME = 0.02  # largest relative difference in bfloat16 at which compiled and plain pieces count as the same
@@ -39,12 +39,9 @@ class LogProbHead(nn.Linear):
             return "in pieces, never all logits at once (kernels=torch)"
         if self.weight.device.type != "cuda":
             return "in pieces, never all logits at once (compiled on GPUs only)"
-        try:
-            difference = disagreement(self.weight.device, self.weight.dtype)
-        except Exception as error:  # no Triton, no C compiler for it, or whatever it meets
-            return f"in pieces, never all logits at once (not compiled: {first_line(error)})"
-        if not difference <= SAME:
-            return f"in pieces, never all logits at once (not compiled: it differs by {difference:.1e})"
+        difference, why_not = tried(lambda: disagreement(self.weight.device, self.weight.dtype), SAME)
+        if difference is None:
+            return f"in pieces, never all logits at once (not compiled: {why_not})"
         self.compiled = True
         return f"in pieces, never all logits at once, compiled (relative difference {difference:.1e} from plain ones)"
 

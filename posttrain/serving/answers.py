@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from posttrain.model.assistant import Assistant
-from posttrain.serving.access import problem
+from posttrain.serving.access import error_object
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.text import TextStream
@@ -149,8 +149,8 @@ class CompletionPayload(Payload):
 def _failure(error: TimeoutError | EngineFailed) -> dict:
     """Return the error object for an answer that ended before it was complete."""
     if isinstance(error, TimeoutError):
-        return problem("the answer took longer than the server's time limit", "timeout_error")
-    return problem(f"generation failed: {error}", "server_error")
+        return error_object("the answer took longer than the server's time limit", "timeout_error")
+    return error_object(f"generation failed: {error}", "server_error")
 
 
 def _usage(prompt: int, tokens: int) -> dict:

@@ -1,4 +1,4 @@
-"""The server: OpenAI's endpoints over one or more checkpoints, and the page that talks to them."""
+"""The web application: OpenAI's endpoints over one or more checkpoints, and the chat page that uses them."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,10 @@ from starlette.exceptions import HTTPException
 
 from posttrain.data.chat import Refused, encode_text, render_prompt, text_prefix
 from posttrain.model.assistant import Assistant
-from posttrain.serving.access import Walls, problem
+from posttrain.serving.access import AccessControl, error_object
 from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Model, Payload, generate, logged, unless_disconnected
 from posttrain.serving.sampling import Sampling
-from posttrain.serving.schema import Asked, ChatAsked, CompletionAsked, Vote
+from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Vote
 from posttrain.serving.votes import Votes
 
 PAGE = Path(__file__).parent / "page"
@@ -43,15 +43,15 @@ class Limits(NamedTuple):
 
 
 class Refusal(Exception):
-    """Raised for a request that is answered with an error: its status, its JSON and its headers."""
+    """Raised to answer a request with an error; `kind`, `param` and `code` are those of error_object."""
 
-    def __init__(self, status: int, content: dict, headers: dict | None = None):
-        super().__init__(content["error"]["message"])
-        self.status, self.content, self.headers = status, content, headers
+    def __init__(self, status: int, message: str, kind="invalid_request_error", *, param=None, code=None, headers: dict | None = None):
+        super().__init__(message)
+        self.status, self.content, self.headers = status, error_object(message, kind, param, code), headers
 
 
 class Endpoints:
-    """The endpoints, one method each, over the models that they serve. They raise Refusal for a request that cannot be answered."""
+    """The endpoints of a server, one method each. They raise Refusal for a request that cannot be answered."""
 
     def __init__(self, models: dict[str, Model], limits: Limits, votes: Votes, log: Callable[[str], None]):
         """`models` are by the name that requests give; `log` gets a line for each answer, without its text."""
@@ -68,30 +68,30 @@ class Endpoints:
             for model in self.models.values():
                 await asyncio.to_thread(model.batcher.stop)
 
-    async def chat(self, http: Request, asked: ChatAsked):
-        """Answer a conversation, asked in the checkpoint's own chat template and with its own system prompt."""
-        model = self._find(asked.model)
+    async def chat(self, http: Request, request: ChatRequest):
+        """Answer a conversation, written in the checkpoint's own chat template and with its own system prompt."""
+        model = self._find(request.model)
         assistant = model.assistant
         if assistant.chat is None:
-            raise Refusal(400, problem(f"{assistant.name} cannot chat: {assistant.why_no_chat}. /v1/completions goes on with a text"))
-        messages = [message.plain() for message in asked.messages]
+            raise Refusal(400, f"{assistant.name} cannot chat: {assistant.why_no_chat}. /v1/completions continues a text")
+        messages = [message.plain() for message in request.messages]
         if assistant.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": assistant.system_prompt})
         try:
             ids = await asyncio.to_thread(render_prompt, assistant.chat, messages)
         except (Refused, ValueError) as error:
-            raise Refusal(400, problem(f"the checkpoint's chat template cannot write these messages: {error}", param="messages")) from None
-        return await self._answer(http, asked, model, ids, ChatPayload(assistant.name))
+            raise Refusal(400, f"the checkpoint's chat template cannot write these messages: {error}", param="messages") from None
+        return await self._answer(http, request, model, ids, ChatPayload(assistant.name))
 
-    async def complete(self, http: Request, asked: CompletionAsked):
+    async def complete(self, http: Request, request: CompletionRequest):
         """Continue a text, or token ids, as they are."""
-        model = self._find(asked.model)
-        ids, vocabulary = asked.prompt, model.assistant.model.config.vocab_size
+        model = self._find(request.model)
+        ids, vocabulary = request.prompt, model.assistant.model.config.vocab_size
         if isinstance(ids, str):
             ids = await asyncio.to_thread(_encode, model.assistant.tokenizer, ids)
         if not ids or any(not 0 <= token < vocabulary for token in ids):
-            raise Refusal(400, problem(f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt"))
-        return await self._answer(http, asked, model, ids, CompletionPayload(model.assistant.name))
+            raise Refusal(400, f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt")
+        return await self._answer(http, request, model, ids, CompletionPayload(model.assistant.name))
 
     async def list_models(self):
         """Describe every model."""
@@ -102,41 +102,41 @@ class Endpoints:
         return _described(self._find(name).assistant, self.began)
 
     async def health(self):
-        """Tell how many requests each model has; status 503 and the reasons where a model can generate nothing any more."""
-        problems = {name: model.batcher.problem for name, model in self.models.items() if model.batcher.problem}
+        """Return how many requests each model has; status 503 and the reasons if a model's generation has ended."""
+        problems = {name: model.batcher.failure for name, model in self.models.items() if model.batcher.failure}
         state = {"status": "failing" if problems else "ok", "models": self.active, "uptime_seconds": int(time.time()) - self.began}
         return JSONResponse(state | ({"problems": problems} if problems else {}), 503 if problems else 200)
 
     async def vote(self, cast: Vote):
-        """Keep which of two answers was preferred."""
+        """Save which of two answers was preferred."""
         chosen, rejected = self._find(cast.chosen_model).assistant, self._find(cast.rejected_model).assistant
         prompt = [message.plain() for message in cast.messages]
         if cast.chosen == cast.rejected:
-            raise Refusal(400, problem("both answers are the same, so there is nothing to prefer"))
+            raise Refusal(400, "both answers are the same, so there is nothing to prefer")
         if prompt[-1]["role"] != "user":
-            raise Refusal(400, problem("the last message must be the user's: it is what both answered", param="messages"))
+            raise Refusal(400, "the last message must be the user's: it is what both answered", param="messages")
         if prompt[0]["role"] != "system" and chosen.system_prompt and chosen.system_prompt == rejected.system_prompt:
             prompt.insert(0, {"role": "system", "content": chosen.system_prompt})
         try:
             await asyncio.to_thread(self.votes.add, prompt, cast.chosen, cast.rejected, cast.chosen_model, cast.rejected_model)
         except OSError as error:
-            raise Refusal(507, problem(f"the vote could not be written: {error.strerror}", "server_error")) from None
+            raise Refusal(507, f"the vote could not be written: {error.strerror}", "server_error") from None
         return {"saved": True}
 
     def _find(self, name: str) -> Model:
         if name not in self.models:
             there = ", ".join(self.models)
-            raise Refusal(404, problem(f"there is no such model; there are: {there}", param="model", code="model_not_found"))
+            raise Refusal(404, f"there is no such model; there are: {there}", param="model", code="model_not_found")
         return self.models[name]
 
-    async def _answer(self, http: Request, asked: Asked, model: Model, ids: list[int], payload: Payload) -> Response:
-        """Answer the prompt `ids`, whole or as a stream, as `asked`."""
-        sampling, stops = _sampling(asked, len(ids), model.assistant.context)
+    async def _answer(self, http: Request, request: GenerationRequest, model: Model, ids: list[int], payload: Payload) -> Response:
+        """Answer the prompt `ids`, whole or as a stream, as the request asks."""
+        sampling, stops = _sampling(request, len(ids), model.assistant.context)
         leave = self._take_place(model)
         name, timeout = model.assistant.name, self.limits.timeout
         pieces = logged(generate(model, ids, sampling, stops, timeout), name, len(ids), self.log)
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
+        if request.stream:
+            usage = request.stream_options is not None and request.stream_options.include_usage
             return EventStream(payload.stream(pieces, len(ids), usage), timeout + LAST_WORDS, leave)
         try:
             return await unless_disconnected(http, payload.whole(pieces, len(ids)))
@@ -144,13 +144,16 @@ class Endpoints:
             leave()
 
     def _take_place(self, model: Model) -> Callable[[], None]:
-        """Count a request of the model, and return what ends it. Nothing is awaited here: no other request may see the place free."""
+        """Count one more request of the model; return the function that takes it off the count. Raises Refusal where no place is free.
+
+        Nothing is awaited here, so that no other request takes the same place.
+        """
         name = model.assistant.name
-        if model.batcher.problem:
-            raise Refusal(503, problem(model.batcher.problem, "server_error"))
+        if model.batcher.failure:
+            raise Refusal(503, model.batcher.failure, "server_error")
         if self.active[name] >= self.limits.batch + self.limits.queue:
             message = f"{self.active[name]} requests are running or waiting, which is the limit; try again later"
-            raise Refusal(429, problem(message, "rate_limit_error", code="queue_full"), {"Retry-After": "1"})
+            raise Refusal(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
         self.active[name] += 1
 
         def leave() -> None:
@@ -172,14 +175,18 @@ async def asset(name: str):
     return FileResponse(path, headers=HEADERS, media_type=KINDS[path.suffix])
 
 
-def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str | None, any_host: bool, log: Callable[[str], None]) -> Walls:
-    """Return the ASGI application. `any_host` is as for Walls, the rest as for Endpoints."""
+def build(
+    models: dict[str, Model], limits: Limits, votes: Votes, api_key: str | None, any_host: bool, log: Callable[[str], None]
+) -> AccessControl:
+    """Return the ASGI application. `any_host` is as for AccessControl, the rest as for Endpoints."""
     endpoints = Endpoints(models, limits, votes, log)
     app = FastAPI(title="posttrain", lifespan=endpoints.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(HTTPException)(lambda _, error: JSONResponse(problem(str(error.detail)), error.status_code))
+    app.exception_handler(HTTPException)(lambda _, error: JSONResponse(error_object(str(error.detail)), error.status_code))
     app.exception_handler(Refusal)(lambda _, error: JSONResponse(error.content, error.status, error.headers))
-    app.exception_handler(Exception)(lambda _, error: JSONResponse(problem("the server failed; its log says more", "server_error"), 500))
+    app.exception_handler(Exception)(
+        lambda _, error: JSONResponse(error_object("the server failed; its log says more", "server_error"), 500)
+    )
     app.post("/v1/chat/completions")(endpoints.chat)
     app.post("/v1/completions")(endpoints.complete)
     app.get("/v1/models")(endpoints.list_models)
@@ -188,15 +195,15 @@ def build(models: dict[str, Model], limits: Limits, votes: Votes, api_key: str |
     app.post("/votes")(endpoints.vote)
     app.get("/")(page)
     app.get("/page/{name}")(asset)
-    return Walls(app, api_key, limits.body, any_host)
+    return AccessControl(app, api_key, limits.body, any_host)
 
 
-def _sampling(asked: Asked, prompt: int, context: int) -> tuple[Sampling, list[str]]:
-    """Return how to sample the answer to a prompt of `prompt` tokens, and the texts that end it. Raises Refusal."""
+def _sampling(request: GenerationRequest, prompt: int, context: int) -> tuple[Sampling, list[str]]:
+    """Return how to sample the answer to a prompt of `prompt` tokens, and the texts that end it. Raises Refusal for what cannot be done."""
     try:
-        return asked.sampling(prompt, context), asked.stops()
+        return request.sampling(prompt, context), request.stops()
     except ValueError as error:
-        raise Refusal(400, problem(str(error), code="context_length_exceeded" if "tokens" in str(error) else None)) from None
+        raise Refusal(400, str(error), code="context_length_exceeded" if "tokens" in str(error) else None) from None
 
 
 def _encode(tokenizer, text: str) -> list[int]:
@@ -219,4 +226,4 @@ def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     message = message.removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         where, message = "", "the body is not valid JSON"
-    return JSONResponse(problem(f"{where}: {message}" if where else message, param=where or None), 400)
+    return JSONResponse(error_object(f"{where}: {message}" if where else message, param=where or None), 400)

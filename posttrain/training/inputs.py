@@ -1,6 +1,7 @@
 """What a run is given: data, chat format and code that belong together, the same on all ranks."""
 
 import hashlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,18 +16,22 @@ CODE = Path(__file__).parents[1]  # of the whole package
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 
 
-def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise unless all ranks run the same code on the same recipe and data, down to the tokens of the first step."""
+def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData, ds_config: dict) -> None:
+    """Raise unless all ranks run the same code on the same recipe, ds_config and data, down to the tokens of the first step. All ranks."""
     train = prepared.train
     first = train.micro_batch(batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, 1))
     tokens = hashlib.sha256(first.input_ids.numpy().tobytes() + first.targets.numpy().tobytes()).hexdigest()
-    parts = {
-        f"code: posttrain/{file.relative_to(CODE)}": hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE.rglob("*.py"))
-    }
+    parts = {f"code: posttrain/{name}": value for name, value in hashes_of_code(CODE).items()}
     parts |= {f"package: {name}": version(name) for name in PACKAGES}
     parts |= {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
+    parts |= {f"content of {recipe.ds_config}": json.dumps(ds_config, sort_keys=True)}
     parts |= {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens}
     same_on_all_ranks("code, recipe or prepared data", parts)
+
+
+def hashes_of_code(package: Path) -> dict[str, str]:
+    """A hash of every Python file of a package, by its path in it."""
+    return {str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(package.rglob("*.py"))}
 
 
 PROBE = [{"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))]
@@ -84,7 +89,7 @@ def check_positions(data: PreparedData, config) -> None:
         if most and len(split) and split.positions.max() > most:
             index = int(split.positions.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.positions[index]} positions, the model was made for "
+                f"{name} example {index} ({split[index]['source']}) has {split.positions[index]} positions, the model was made for "
                 f"at most {most}; prepare the data with --max_length {most}"
             )
 
@@ -95,6 +100,6 @@ def check_lengths(data: PreparedData, max_tokens: int) -> None:
         if len(split) and split.lengths.max() > max_tokens:
             index = int(split.lengths.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.lengths[index]} tokens, more than "
+                f"{name} example {index} ({split[index]['source']}) has {split.lengths[index]} tokens, more than "
                 f"max_tokens_per_gpu={max_tokens}; raise it, or prepare the data with a smaller --max_length"
             )

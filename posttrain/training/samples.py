@@ -38,7 +38,7 @@ class Samples:
             self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
         else:
             split = data.validation if len(data.validation) else data.train
-            self.prompts = [_prompt(split.table[index]) for index in range(min(recipe.samples, len(split)))]
+            self.prompts = [_prompt(split[index]) for index in range(min(recipe.samples, len(split)))]
             self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
 
     def ask(self, training: Training) -> list[dict]:

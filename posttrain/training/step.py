@@ -106,7 +106,7 @@ def example_losses(training: Training, step: int) -> list[dict]:
     return [
         {
             "index": index,
-            "source": train.table[index]["source"],
+            "source": train[index]["source"],
             "tokens": int(train.lengths[index]),
             "loss": merged[index] if math.isfinite(merged[index]) else None,
             "weight": int(index in members),
