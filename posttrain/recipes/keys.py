@@ -122,18 +122,12 @@ class Recipe(BaseModel):
     sample_prompts: str | None = free_key(
         None,
         "text file with one prompt per line; None: the first prompts of the validation data",
-        needs=(
-            "samples",
-            "eval_interval",
-        ),
+        needs=("samples", "eval_interval"),
     )
     sample_tokens: Count = free_key(
         64,
         "longest answer to these prompts, in tokens",
-        needs=(
-            "samples",
-            "eval_interval",
-        ),
+        needs=("samples", "eval_interval"),
     )
     benchmarks: str | None = free_key(
         None,
