@@ -7,8 +7,6 @@ the learning rate) share them, and others cannot meet them. Pieces of CHUNK pair
 import hashlib
 import io
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from posttrain.common import files
 from posttrain.data.prepared import PreparedData, Split
 from posttrain.engine.build import free_engine
 from posttrain.objectives.answers import answer_sums
@@ -92,6 +91,4 @@ def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
 def _write(path: Path, sums: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, sums=sums)
-    staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
-    staging.write_bytes(buffer.getvalue())
-    staging.replace(path)
+    files.write_whole(path, buffer.getvalue())  # two runs of a sweep may write the same at once
