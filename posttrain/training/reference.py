@@ -8,8 +8,6 @@ command computes only those that are missing.
 import hashlib
 import io
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from posttrain.common import files
 from posttrain.data.prepared import PreparedData, Split
 from posttrain.engine.update import free_engine
 from posttrain.objectives.answers import answer_sums
@@ -97,6 +96,4 @@ def _write(path: Path, sums: np.ndarray) -> None:
     """Write a file of sums, whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, sums=sums)
-    staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
-    staging.write_bytes(buffer.getvalue())
-    staging.replace(path)
+    files.write_whole(path, buffer.getvalue())  # two runs of a sweep may write the same at once
