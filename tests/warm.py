@@ -50,7 +50,7 @@ class Started:
         """The first exit code that is not 0, if any, once all ranks have ended; a signal's is negative. May raise TimeoutExpired."""
         if self.returncode is None:
             if not select.select([self.connection], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout, output=self.output)
+                raise subprocess.TimeoutExpired(self.args, timeout)
             answer = self.connection.recv(1 << 16)
             self.returncode = json.loads(answer)["code"] if answer else -signal.SIGKILL
             self.connection.close()
@@ -108,6 +108,9 @@ def run(script: str, *arguments: str, timeout: float = 300, separate: bool = Fal
     started = start(script, *arguments, outputs=outputs, **how)
     try:
         started.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+        error.output = started.output
+        raise
     finally:
         started.connection.close()  # ends what is left
     return subprocess.CompletedProcess(started.args, started.returncode, started.output, started.errors if separate else None)

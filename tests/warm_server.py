@@ -55,7 +55,9 @@ def import_everything() -> dict[str, tuple[int, int]]:
             importlib.import_module(module.name)
     for name in LATE.split():
         importlib.import_module(name)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op()  # the first use looks which ops can be compiled, and loads this one
+    # DeepSpeed's ops, which ranks then need not load: one that is killed while it does leaves a lock that later ones would wait for
+    importlib.import_module("deepspeed.comm.torch").build_shm_op()
+    importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # the first builds those of all
     return {module.__file__: _state(module.__file__) for module in list(sys.modules.values()) if _is_ours(module)}
 
