@@ -7,9 +7,10 @@ Each part appears by a rename, so whatever is there is whole, and the last part 
 than one part in memory, apart from some bytes a row.
 """
 
+import itertools
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.examples import Example, number_of, row_hashes
+from posttrain.common import files
 
 SHARD_BYTES = 500_000_000
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a part that the prepared folder does not have
@@ -42,9 +44,9 @@ class Staging:
         if not asked.is_file() or json.loads(asked.read_text()) != request:
             discard(self.folder)
             (self.folder / "parts").mkdir(parents=True)
-            _write_whole(asked, json.dumps(request, indent=2).encode())
+            files.write_whole(asked, json.dumps(request, indent=2))
         shutil.rmtree(self.folder / "whole", ignore_errors=True)
-        for unfinished in (self.folder / "parts").glob("*.tmp"):
+        for unfinished in (self.folder / "parts").glob("*.incomplete"):
             unfinished.unlink()
 
     def parts(self, source: int) -> list[Part]:
@@ -53,15 +55,14 @@ class Staging:
 
     def add(self, source: int, number: int, table: pa.Table, facts: dict) -> None:
         table = table.replace_schema_metadata({"facts": json.dumps(facts)})
-        path = self.folder / "parts" / f"{source}.{number:06d}.arrow"
-        temporary = path.with_suffix(".tmp")
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, table.schema) as writer:
             writer.write_table(table)
-        temporary.rename(path)
+        files.write_whole(self.folder / "parts" / f"{source}.{number:06d}.arrow", buffer.getvalue().to_pybytes())
 
     def publish(self, output: Path) -> None:
         """The prepared folder appears, whole."""
-        _sync(self.folder / "whole")
+        files.sync_files(self.folder / "whole")  # the rename cannot survive a power cut that the data did not
         (self.folder / "whole").rename(output)
         discard(self.folder)
 
@@ -96,36 +97,25 @@ def column(parts: list[Part], name: str) -> np.ndarray:
 
 
 def write_split(parts: list[Part], counts: np.ndarray, folder: Path) -> None:
-    """Write row i of the parts counts[i] times, as a Hugging Face datasets folder. The same rows give the same bytes."""
+    """Write row i of the parts counts[i] times, as a folder for datasets.load_from_disk. The same rows give the same bytes."""
     if not counts.any():
         return  # an Arrow folder cannot be empty
     folder.mkdir(parents=True)
-    writer, sink, shards, written = None, None, [], 0
-    schema, at = None, 0
-    for part in parts:
-        table = part.table()
-        table = table.select([name for name in table.column_names if name not in HASHES]).replace_schema_metadata(None)
-        mine = counts[at : at + len(table)]
-        at += len(table)
-        chosen = table.take(pa.array(np.repeat(np.arange(len(table)), mine)))
-        if not len(chosen):
-            continue
-        if writer is None or written > SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-                sink.close()
-            schema, written = chosen.schema, 0
-            shards.append(folder / f"shard-{len(shards)}")
-            sink = pa.OSFile(str(shards[-1]), "wb")
-            writer = pa.ipc.new_stream(sink, schema)
-        writer.write_table(chosen.combine_chunks())
-        written += chosen.nbytes
-    writer.close()
-    sink.close()
+    tables, shards = _chosen(parts, counts), []
+    for first in tables:
+        shards.append(folder / f"shard-{len(shards)}")
+        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+            written = 0
+            for table in itertools.chain([first], tables):
+                writer.write_table(table)
+                written += table.nbytes
+                if written > SHARD_BYTES:
+                    break
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
-    # what datasets (5.2) writes beside the data; its own writer would copy all rows once more and name them by a random fingerprint
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(first.schema)).write_to_directory(folder)
+    # datasets (5.2) writes its other file only where it copies all rows once more, with a random fingerprint
     state = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": f"{number_of(f'{names} {int(counts.sum())}'):016x}",
@@ -135,31 +125,21 @@ def write_split(parts: list[Part], counts: np.ndarray, folder: Path) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    info = {
-        "citation": "",
-        "description": "",
-        "features": datasets.Features.from_arrow_schema(schema).to_dict(),
-        "homepage": "",
-        "license": "",
-    }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+
+
+def _chosen(parts: list[Part], counts: np.ndarray) -> Iterator[pa.Table]:
+    """Row i of the parts counts[i] times, a table for each part that has any, without the columns of HASHES."""
+    at = 0
+    for part in parts:
+        table = part.table()
+        mine = np.repeat(np.arange(len(table)), counts[at : at + len(table)])
+        at += len(table)
+        if len(mine):
+            columns = [name for name in table.column_names if name not in HASHES]
+            yield table.select(columns).replace_schema_metadata(None).take(pa.array(mine)).combine_chunks()
 
 
 def _facts(path: Path) -> dict:
     with pa.memory_map(str(path)) as file:
         return json.loads(pa.ipc.open_file(file).schema.metadata[b"facts"])
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.rename(path)
-
-
-def _sync(folder: Path) -> None:
-    """Flush to disk, so that the rename cannot survive a power cut that the data did not."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

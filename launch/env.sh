@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # source launch/env.sh        (bash, from any directory)
 #
-# Leaves an activated, complete environment: .venv with the packages of constraints.txt and DeepSpeed's ops compiled. The first time
-# takes a few minutes; afterwards it returns at once. Settings, all optional:
+# Activates a complete environment, .venv with the packages of constraints.txt and DeepSpeed's ops compiled, and makes it first where it is
+# missing or out of date, which takes a few minutes. Settings, all optional:
 #   PYTHON=python3.12          the interpreter that makes .venv (3.11 or newer)
 #   PIP_INDEX_URL, PIP_...     pip's own settings are respected, e.g. an index with CPU-only builds of torch
 
@@ -13,8 +13,8 @@ _posttrain_setup() {
     stamp="$root/.venv/complete"
     wanted="$(cat "$root"/{constraints.txt,setup.py,posttrain/__init__.py,launch/build_ops.py} | cksum)"
 
-    # DeepSpeed caches compiled ops per user under a name without a version: two versions on one machine break each other. So the
-    # cache lives inside this environment.
+    # DeepSpeed's cache of compiled ops is the user's, under names without a version, so two versions on one machine break each other:
+    # keep it inside this environment.
     export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions"
 
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then

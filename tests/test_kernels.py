@@ -142,7 +142,7 @@ def test_a_widened_feed_forward_trains_as_the_narrow_one_and_keeps_its_zeros():
     for model in (narrow, wide):
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.mlp.up_proj.bias, generator=torch.Generator().manual_seed(1))
-    assert "45 wide, in memory 128" in widen_feed_forward(wide)
+    assert "width 45 is padded with zeros to 128" in widen_feed_forward(wide)
     assert widen_feed_forward(load_even()) is None
     ids = torch.randint(99, (1, 40))
     for model in (narrow, wide):
@@ -183,7 +183,7 @@ def test_a_run_of_an_odd_width_leaves_models_of_that_width(tiny, tmp_path):
     ]
     done = launch(*command, "--max_iters=2", "--ds_config=ds_configs/zero3.json")
     assert done.returncode == 0, done.stdout
-    assert "45 wide, in memory 128" in done.stdout
+    assert "width 45 is padded with zeros to 128" in done.stdout
     assert f"{AutoModelForCausalLM.from_config(config).num_parameters():,} parameters" in done.stdout
     done = launch(*command, "--max_iters=3", "--extend", "--ds_config=ds_configs/zero1.json")
     assert done.returncode == 0, done.stdout

@@ -30,7 +30,7 @@ from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe
 from posttrain.run.directory import Run
 from posttrain.run.resume import resolve
-from posttrain.training.inputs import _check_form, check_positions
+from posttrain.training.inputs import _check_template, check_positions
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,12 +159,12 @@ def test_preference_data_must_read_as_the_model_was_taught(tiny):
     turns = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
     for own in (None, chat.jinja, {"default": chat.jinja}, turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
         tokenizer.chat_template = own
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # of no use for training, so nothing to compare
-    _check_form(chat, recipe)
+    _check_template(chat, recipe)
     tokenizer.chat_template = "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.jinja
     with pytest.raises(ValueError, match="data was prepared with another template than model was taught.*\n.*\n.*\n.*Be brief"):
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
 
 
 @pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])

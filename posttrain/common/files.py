@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 
 import xxhash
@@ -45,11 +46,11 @@ def file_facts(path: Path) -> dict:
         return {"size": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file atomically: after a crash there is either the old file or the new one, never a part of it."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    with staging.open("w") as file:
-        file.write(text)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, text in UTF-8: a crash leaves the old one or the new one, and of several writers the last one wins."""
+    staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
+    with staging.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     staging.replace(path)
@@ -63,10 +64,9 @@ def refuse_existing(folder: Path, name: str) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush every file of a folder to disk, then the folder itself."""
-    for path in folder.iterdir():
+    """Flush every file of a folder, and of the folders in it, to disk."""
+    for path in [*folder.rglob("*"), folder]:
         sync_folder(path)
-    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

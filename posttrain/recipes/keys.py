@@ -92,7 +92,8 @@ class Recipe(BaseModel):
     grad_clip: NotNegative = key(1.0, "clip the global gradient norm to this value; 0 = no clipping")
     skip_spikes: float = key(
         20.0,
-        "skip a step if its gradient norm is over this many times the median of the last 50 (at least 20) and over all earlier ones; 0 = off",
+        "skip a step whose gradient norm is over this many times the median of the last 50 (once there are 20) "
+        "and over all before it; 0 = off",
         ge=0,
     )
     dropout: Fraction = key(
@@ -121,18 +122,12 @@ class Recipe(BaseModel):
     sample_prompts: str | None = free_key(
         None,
         "text file with one prompt per line; None: the first prompts of the validation data",
-        needs=(
-            "samples",
-            "eval_interval",
-        ),
+        needs=("samples", "eval_interval"),
     )
     sample_tokens: Count = free_key(
         64,
         "longest answer to these prompts, in tokens",
-        needs=(
-            "samples",
-            "eval_interval",
-        ),
+        needs=("samples", "eval_interval"),
     )
     benchmarks: str | None = free_key(
         None,

@@ -1,4 +1,4 @@
-"""Benchmarks of the model in training: lm-evaluation-harness's tasks through the engine as it is sharded."""
+"""Runs benchmarks on the model in training: lm-evaluation-harness's tasks, computed by the engine as it is sharded."""
 
 import json
 import logging
@@ -27,15 +27,16 @@ from posttrain.training.state import Training
 
 
 class TrainingBenchmarks:
-    """The recipe's benchmarks, by log-probs those that have choices, else by generation.
+    """The recipe's benchmarks: those with choices are scored by log-probs, the others by generation.
 
-    What they give is what eval_benchmarks.py --chat on gives on the same items.
+    Scores are those that eval_benchmarks.py --chat on gives on the same items.
     """
 
     def __init__(self, recipe: Recipe, chat: ChatFormat, system_prompt: str | None, context: int):
-        """`context`: tokens that the model reads. All ranks.
+        """Write the benchmarks' task files and load them once, to find mistakes before training. All ranks.
 
-        Raises ValueError or FileNotFoundError for a benchmark that is not known, has no room, or whose rows are not there.
+        `context` is the model's context length in tokens. Raises ValueError or FileNotFoundError for a benchmark that is unknown, does not
+        fit into it, or has no data.
         """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if unknown := [name for name in recipe.benchmark_names if name not in BENCHMARKS]:
@@ -48,14 +49,18 @@ class TrainingBenchmarks:
         self._tasks()
 
     def _tasks(self) -> dict:
+        """Load the harness's tasks by name."""
         return load_tasks(str(self.folder), [task_name(name, mode) for name, mode in self.modes.items()], self.context)
 
     def take(self, training: Training) -> dict[str, float]:
-        """benchmark/NAME: the headline metric of each, over the first items; latest_NAME.jsonl has prompts, answers, scores. All ranks."""
+        """Run all benchmarks on their first items; return each one's headline metric as benchmark/NAME. All ranks.
+
+        benchmarks/latest_NAME.jsonl in the run directory gets prompts, answers and scores.
+        """
         training.engine.eval()
         found = evaluate(
-            _Packed(training, self.chat),
-            self._tasks(),  # anew, so that few-shot examples are the same every time
+            _EngineModel(training, self.chat),
+            self._tasks(),  # loaded anew, so that few-shot examples are the same every time
             limit=self.most,
             bootstrap_iters=0,
             log_samples=True,
@@ -72,8 +77,8 @@ class TrainingBenchmarks:
         return {f"benchmark/{name}": math.fsum(item.score for item in measured) / len(measured) for name, measured in items.items()}
 
 
-class _Packed(TemplateLM):
-    """The engine as the harness's model: prompts and choices in packed micro-batches, dealt to the ranks."""
+class _EngineModel(TemplateLM):
+    """The engine as one of the harness's models: prompts and choices are packed into micro-batches and dealt to the ranks."""
 
     backend = "causal"
 
@@ -102,7 +107,7 @@ class _Packed(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Sums of log-probs; all ranks. Whether a choice is what greedy decoding says is not computed: no benchmark here reads it."""
+        """Return each choice's summed log-probs. All ranks. Whether greedy decoding gives it is not computed: no benchmark reads that."""
         training = self.training
         most = min(training.max_tokens, training.model.config.max_position_embeddings)
         rows = [((before + choice)[-most:], len(choice)) for _, before, choice in requests]
@@ -123,7 +128,7 @@ class _Packed(TemplateLM):
         return [(everyones[number], False) for number in range(len(rows))]
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """Greedy answers, cut where the task says; all ranks."""
+        """Return the greedy answer to each request, cut where its task says. All ranks."""
         stops = {self.tokenizer.eos_token_id, self.chat.end_id}
         context = self.training.model.config.max_position_embeddings
         asked, ends = [], []
@@ -137,10 +142,11 @@ class _Packed(TemplateLM):
         return [postprocess_generated_text(answer, until, None) for answer, until in zip(answers, ends, strict=True)]
 
     def _is_complete(self, stops: set[int], until: list[str], answer: list[int]) -> bool:
+        """Whether an answer has ended: with a stop token, or with one of the texts `until`."""
         return answer[-1] in stops or any(end in self._text(answer) for end in until)
 
     def _text(self, answer: list[int]) -> str:
         return self.tokenizer.decode(answer, skip_special_tokens=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError("no benchmark here asks for it")
+        raise NotImplementedError("no benchmark here needs the log-probs of whole documents")

@@ -1,4 +1,4 @@
-"""Puts a training together from its recipe: what it reads, the models in their engines, the objective."""
+"""Builds what a run trains with from its recipe: data and chat format, models in their engines, and the objective."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
-    """Read the recipe's ds_config, prepared data and chat format, before ranks meet.
+    """Read the recipe's ds_config, prepared data and chat format; needs no other rank.
 
     Raises ValueError or FileNotFoundError for what is missing, damaged, or does not belong together.
     """
@@ -38,18 +38,21 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 
 def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[Training, list[tuple[str, str]]]:
-    """Load the models, wrap them in engines, and put together what every step works on. All ranks.
+    """Load the models, wrap them in engines, and return the Training that every step works on. All ranks.
 
-    Also returns what was chosen on the way, as (label, text), for the first screen.
+    Also returns what was chosen on the way (kernels, the reference), as (label, text), for the first screen.
     """
     data, tokenizer = inputs.data, inputs.chat.tokenizer
     max_tokens = tokens_to_begin_with(recipe, data, device)
 
     def frozen():
+        """Load the reference in its engine."""
         return build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
 
     compares = isinstance(recipe, DPORecipe) and recipe.needs_reference
-    precomputes = compares and recipe.reference == "precompute" and not recipe.only_looks  # looking writes nothing, beside the data neither
+    precomputes = (
+        compares and recipe.reference == "precompute" and not recipe.only_looks
+    )  # eval_only and replay_step write nothing, not even beside the data
     beside = frozen() if compares and not precomputes else None
     policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, inputs.ds_config))
     if precomputes:

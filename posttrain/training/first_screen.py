@@ -1,4 +1,4 @@
-"""The first screen of a run: what will happen, and how long it is likely to take."""
+"""Prints a run's first screen: what will happen, what looks wrong, and how long it will take."""
 
 import math
 import time
@@ -19,14 +19,14 @@ MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not 
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
-    """How many optimizer steps the run has: the recipe's max_iters, or as many as its epochs take."""
+    """Return the run's number of optimizer steps: the recipe's max_iters, or as many as its epochs take."""
     if recipe.max_iters:
         return recipe.max_iters
     return math.ceil(recipe.epochs * batches.steps_per_epoch(num_examples, recipe.global_batch_size))
 
 
 def describe(training: Training, run: Run, steps: int, choices: list[tuple[str, str]]) -> None:
-    """Say what will happen: model, data, step, run, each choice as (label, text), and what looks wrong."""
+    """Print model, data, step, run, each of `choices` as (label, text), and warnings. Only rank 0 prints."""
     recipe, data, model = training.recipe, training.data, training.model
     passes = steps / batches.steps_per_epoch(len(data.train), recipe.global_batch_size)
     tokens, batch = data.train.lengths.mean(), recipe.global_batch_size
@@ -44,14 +44,14 @@ def describe(training: Training, run: Run, steps: int, choices: list[tuple[str, 
         ("run", f"{steps} steps = {passes:.2f} passes over the data"),
         ("into", f"{run.path}/: checkpoints/, final/ (the model), metrics.jsonl, logs/; curves: tensorboard --logdir {run.path.parent}"),
         *choices,
-        *(("warning", text) for text in _doubts(recipe, steps, passes)),
+        *(("warning", text) for text in _warnings(recipe, steps, passes)),
     ]
     for label, text in lines:
         run.say(f"{label:10} {text}")
 
 
-def _doubts(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
-    """What is allowed and seldom meant."""
+def _warnings(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
+    """Yield a sentence for each setting that is allowed and seldom meant."""
     if recipe.checks == "off":
         yield (
             "checks=off: a wrong reference, dropout that is on, another chat template or a packing error of a known architecture would go "
@@ -60,7 +60,7 @@ def _doubts(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
     if isinstance(recipe, DPORecipe):
         least, most = LOSSES[recipe.loss].usual_beta
         if not least <= recipe.beta <= most:
-            yield f"beta {recipe.beta:g} is far from what loss {recipe.loss} is used with, {least:g} to {most:g}"
+            yield f"beta {recipe.beta:g} is outside the range usual for loss {recipe.loss}, {least:g} to {most:g}"
     if steps <= recipe.warmup_iters:
         yield f"warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
     if passes > MANY_EPOCHS:
@@ -69,7 +69,7 @@ def _doubts(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
 
 @torch.no_grad()
 def expected_seconds(training: Training) -> float:
-    """Seconds of a mean step, by a timed forward pass; a backward pass takes two of them, and recomputation comes on top. All ranks."""
+    """Estimate the seconds of a mean step from a timed forward pass: backward takes twice as long, plus recomputation. All ranks."""
     recipe, train = training.recipe, training.data.train
     batch = train.micro_batch(training.share(1).micro_batches[0]).to(training.device)
     times = []

@@ -1,4 +1,4 @@
-"""What a run is given: data, chat format and code that belong together, the same on all ranks."""
+"""Checks a run's inputs: data, chat format and model must belong together, and code and inputs be the same on all ranks."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from posttrain.model.loading import find_model, tokenizer_beside
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import DPORecipe, Recipe
 
-CODE = Path(__file__).parents[1]  # of the whole package
+CODE = Path(__file__).parents[1]  # the whole package
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 
 
@@ -30,7 +30,7 @@ def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData, ds_config: 
 
 
 def hashes_of_code(package: Path) -> dict[str, str]:
-    """A hash of every Python file of a package, by its path in it."""
+    """Return a hash of every Python file of a package, by its path in it."""
     return {str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(package.rglob("*.py"))}
 
 
@@ -38,13 +38,13 @@ PROBE = [{"role": role, "content": text} for role, text in (("user", "one"), ("a
 
 
 def prepare_command(recipe: Recipe) -> str:
-    """The command that makes the recipe's data for its model's tokenizer."""
+    """Return the command that prepares the recipe's data with its model's tokenizer, for error messages."""
     tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path)
     return f"python data_prep/{recipe.prepare}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
 def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
-    """The chat format of the data, with the recipe's tokenizer; else what lies beside the checkpoint; else the one that made the data.
+    """Return the data's chat format with the recipe's tokenizer, else the one beside the model, else the one stored with the data.
 
     Raises ValueError unless it is the tokenizer, with the template, that the data was prepared with.
     """
@@ -62,15 +62,15 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
                 "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
             )
     if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
     return chat
 
 
-def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
-    """Refuse preference data in another form of conversation than the one that the model's folder says it was taught."""
+def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
+    """Raise ValueError if the data renders a conversation differently than the chat template in the model's own folder does."""
     try:
         own = ChatFormat(chat.tokenizer, "tokenizer")
-    except ValueError:  # it has none, or none that a model could be trained on by this package
+    except ValueError:  # it has no template, or one that this package cannot train with
         return
     forms = [render_prompt(form, PROBE) for form in (chat, own)]
     if forms[0] != forms[1]:
@@ -83,7 +83,7 @@ def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
 
 
 def check_positions(data: PreparedData, config) -> None:
-    """Refuse an example with more positions than the model was made for: its position encoding would be extrapolated."""
+    """Raise ValueError naming an example with more positions than the model was made for, which would extrapolate its position encoding."""
     most = getattr(config, "max_position_embeddings", None)
     for name, split in (("training", data.train), ("validation", data.validation)):
         if most and len(split) and split.positions.max() > most:
@@ -95,7 +95,7 @@ def check_positions(data: PreparedData, config) -> None:
 
 
 def check_lengths(data: PreparedData, max_tokens: int) -> None:
-    """Refuse an example that no micro-batch of `max_tokens` could hold, naming it."""
+    """Raise ValueError naming an example that no micro-batch of `max_tokens` tokens can hold."""
     for name, split in (("training", data.train), ("validation", data.validation)):
         if len(split) and split.lengths.max() > max_tokens:
             index = int(split.lengths.argmax())

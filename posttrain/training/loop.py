@@ -1,4 +1,4 @@
-"""The training loop, the only one: SFT and DPO differ in their objective. What happens within a step is in step.py."""
+"""The training loop of SFT and DPO, which differ only in their objective. What happens within a step is in step.py."""
 
 import gc
 import time
@@ -36,9 +36,10 @@ from posttrain.training.validation import Validation, validate_only
 
 
 def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[str, str]]) -> None:
-    """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks.
+    """Train to the recipe's last step, from the newest checkpoint if there is one, and write final/. All ranks.
 
-    `choices`: what was chosen on the way here (kernels, the reference), as (label, text), for the first screen.
+    With eval_only or replay_step it does only that. `choices`: what was chosen before (kernels, the reference), as (label, text), for the
+    first screen.
     """
     recipe, steps = training.recipe, total_steps(training.recipe, len(training.data.train))
     if not recipe.only_looks:
@@ -65,7 +66,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[st
 
 
 def _start(training: Training, chat: ChatFormat, run: Run, saving: Saving, done: int) -> Validation:
-    """Make room for checkpoints, open the run's logs, and measure the model as it is, unless that was done before a stop. All ranks."""
+    """Check the room for checkpoints, open the logs, and validate the model as it is, unless that was done before a stop. All ranks."""
     model, data, steps = training.model, training.data, saving.steps
     saving.begin(done, export.written_bytes(model))
     facts = Facts(
@@ -92,13 +93,13 @@ def _start(training: Training, chat: ChatFormat, run: Run, saving: Saving, done:
 
 
 def _run_steps(training: Training, run: Run, saving: Saving, validation: Validation, done: int) -> bool:
-    """Make the steps after `done`; returns whether the run came to its end, or was stopped and saved before. All ranks."""
+    """Make the steps after `done`; returns True at the run's end, False if it was stopped and saved before. All ranks."""
     recipe, engine, train, steps = training.recipe, training.engine, training.data.train, saving.steps
     sample = WeightSample(engine) if recipe.dtype == "bfloat16" else None
     tokens = _tokens_before(recipe, train, done)
     gc.collect()
     gc.freeze()
-    gc.disable()  # within a step a collection on one rank makes all others wait: they collect together, between steps
+    gc.disable()  # a collection within a step makes all other ranks wait: all collect at the same time, between steps
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         gc.collect(1 if step % 100 else 2)
@@ -107,7 +108,7 @@ def _run_steps(training: Training, run: Run, saving: Saving, validation: Validat
         before = sample.values() if sample else []
         result = train_step(training, step, saving.questions)
         metrics = result.metrics
-        if sample and not result.refused:  # a step that was not applied changes none
+        if sample and not result.refused:  # a step that was not applied changes no weight
             metrics["bf16_changed"] = sample.share_changed(before)
         tokens += result.tokens
         seconds = time.perf_counter() - started
@@ -122,8 +123,8 @@ def _run_steps(training: Training, run: Run, saving: Saving, validation: Validat
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
         if result.refused:
-            _refused(training, run, saving, step, result)
-        must_stop = result.yes["stop"] and step < steps  # which must not wait for a validation
+            _record_refused(training, run, saving, step, result)
+        must_stop = result.yes["stop"] and step < steps  # a stop must not wait for a validation
         loss = None if must_stop else validation.after(step)
         saving.after(step, result.yes, loss, time.perf_counter() - started)
         if must_stop:
@@ -133,8 +134,8 @@ def _run_steps(training: Training, run: Run, saving: Saving, validation: Validat
     return True
 
 
-def _refused(training: Training, run: Run, saving: Saving, step: int, result: StepResult) -> None:
-    """Say and record that a step was not applied; stop the run where that happens too often. All ranks."""
+def _record_refused(training: Training, run: Run, saving: Saving, step: int, result: StepResult) -> None:
+    """Print that a step was not applied, and record its examples; raise ValueError if too many follow each other. All ranks."""
     examples = example_losses(training, step)
     run.bad_batch(step, result.refused, result.metrics, examples)
     worst = examples[0]
@@ -147,7 +148,7 @@ def _refused(training: Training, run: Run, saving: Saving, step: int, result: St
         raise ValueError(
             f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {result.refused}. The newest checkpoint "
             f"holds the weights from before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The "
-            "same command goes on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
+            "same command goes on after them; what usually helps is a new run with a lower --learning_rate or without these examples"
         )
 
 
@@ -167,12 +168,12 @@ def finish(training: Training, run: Run) -> None:
 
 
 def _memory(device: torch.device) -> float:
-    """The most bytes that this rank has taken; on a CPU those that it holds now."""
+    """Return the most GPU memory that this rank has reserved, or on a CPU the memory that it holds now, in bytes."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def _tokens_before(recipe: Recipe, split: Split, done: int) -> int:
-    """How many tokens steps 1 to `done` have seen."""
+    """Return how many tokens steps 1 to `done` have trained on."""
     epochs, steps = divmod(done, batches.steps_per_epoch(len(split), recipe.global_batch_size))
     begun = batches.epoch_order(len(split), recipe.seed, epochs)[: steps * recipe.global_batch_size]
     return epochs * int(split.lengths.sum()) + int(split.lengths[begun].sum())

@@ -1,14 +1,13 @@
-"""The reference's log-probs computed once, before training, and kept beside the data: DATA/reference/KEY/.
+"""Computes the reference's log-probs once, before training, and keeps them beside the data, in DATA/reference/KEY/.
 
-KEY is a hash of the reference's weights, the prepared data and the dtype, so runs that differ in anything else (a sweep over beta or
-the learning rate) share them, and others cannot meet them. Pieces of CHUNK pairs are whole or absent: a killed run goes on after the last.
+KEY is a hash of the reference's weights, the prepared data and the dtype. So runs that differ in anything else, as in a sweep over beta,
+share the log-probs, and no other run can read them. They are written in files of CHUNK pairs, each whole or absent: after a kill the same
+command computes only those that are missing.
 """
 
 import hashlib
 import io
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from posttrain.common import files
 from posttrain.data.prepared import PreparedData, Split
 from posttrain.engine.update import free_engine
 from posttrain.objectives.answers import answer_sums
@@ -28,9 +28,9 @@ CHUNK = 4096  # pairs in a file
 
 
 def attach(recipe: DPORecipe, max_tokens: int, prepared: PreparedData, weights: str, device: torch.device, build: Callable) -> str:
-    """Give both splits the reference's sums, computing what is not there yet with the engine that `build` makes. All ranks.
+    """Set both splits' `reference_sums`; what is not on disk yet is computed with the engine that `build` makes. All ranks.
 
-    Returns what was done, for the first screen. `max_tokens`: of a micro-batch; `weights`: the hash of the reference's weights.
+    `max_tokens` limits a micro-batch, `weights` is the hash of the reference's weights. Returns what was done, for the first screen.
     """
     identity = {"weights": weights, "data": prepared.fingerprint, "dtype": recipe.dtype}
     folder = Path(recipe.dpo_data_dir) / "reference" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -61,7 +61,7 @@ def attach(recipe: DPORecipe, max_tokens: int, prepared: PreparedData, weights: 
 
 @torch.no_grad()
 def _compute(engine, split: Split, indices: np.ndarray, mine: list[np.ndarray], device: torch.device) -> np.ndarray:
-    """The (n, 2, 2) sums of the n given pairs, which follow each other; `mine` are this rank's micro-batches of them. All ranks."""
+    """Return the answer_sums of n consecutive pairs, (n, 2 answers, 2); `mine` are this rank's micro-batches of them. All ranks."""
     sums = torch.zeros(len(indices), 2, 2, dtype=torch.float64, device=device)
     for part in mine:
         batch = split.micro_batch(part).to(device)
@@ -71,14 +71,14 @@ def _compute(engine, split: Split, indices: np.ndarray, mine: list[np.ndarray], 
 
 
 def _read(pieces: dict[Path, tuple[Split, np.ndarray]]) -> dict[Path, np.ndarray]:
-    """What is there and whole, as rank 0 sees it. All ranks."""
+    """Return the sums of the files that are there and whole, as rank 0 sees them. All ranks."""
     return on_rank_0(
         lambda: {path: sums for path, (_, indices) in pieces.items() if path.is_file() and (sums := _load(path, len(indices))) is not None}
     )
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:
-    """The sums of `count` pairs; None where the file does not hold them."""
+    """Return the sums of `count` pairs, (count, 2, 2); None if the file is cut, damaged, or holds other numbers."""
     try:
         sums = np.load(path)["sums"]
     except (ValueError, EOFError, OSError, KeyError, BadZipFile):  # cut, or not what its own checksum says
@@ -87,13 +87,13 @@ def _load(path: Path, count: int) -> np.ndarray | None:
 
 
 def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
+    """Make the folder, with a file that says what its log-probs belong to."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def _write(path: Path, sums: np.ndarray) -> None:
+    """Write a file of sums, whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, sums=sums)
-    staging = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")  # two runs of a sweep may write the same at once
-    staging.write_bytes(buffer.getvalue())
-    staging.replace(path)
+    files.write_whole(path, buffer.getvalue())  # two runs of a sweep may write the same at once

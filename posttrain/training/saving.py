@@ -1,4 +1,4 @@
-"""When a run is saved, and when it stops early: the loop asks after every step."""
+"""Decides after every step whether a run is saved, and whether it stops early."""
 
 import math
 import os
@@ -14,13 +14,14 @@ from posttrain.run.directory import Run
 from posttrain.training.state import Training
 from posttrain.training.step import Questions
 
-WRITE_SPEED = 2**28  # bytes a second, to expect of a disk before the first save was timed
+WRITE_SPEED = 2**28  # bytes a second that a disk is expected to write, until a save was timed
 
 
 class Saving:
-    """Checkpoints of a run at the recipe's intervals, and an orderly stop. All ranks call every method."""
+    """Saves a run at the recipe's intervals, and stops it in order. All ranks call every method."""
 
     def __init__(self, training: Training, run: Run, steps: int):
+        """`steps` is the run's last step."""
         self.training, self.run, self.steps = training, run, steps
         facts = run.facts | {"recipe": run.as_resolved}
         self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, facts)
@@ -29,7 +30,7 @@ class Saving:
         self.save_seconds = self.checkpoints.bytes_of_one() / WRITE_SPEED
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; the step it was taken after, 0 where there is none."""
+        """Load the newest whole checkpoint, for replay_step the newest before it; returns the step that it was saved after, or 0."""
         recipe = self.training.recipe
         if not recipe.only_looks:
             self.checkpoints.lock()
@@ -45,14 +46,17 @@ class Saving:
         return done
 
     def begin(self, done: int, result_bytes: int) -> None:
-        """Before the first step: is there room, do all hosts see the same folder; then listen for signals."""
+        """Prepare for the steps after `done`: check disk space and that all hosts see one folder, then listen for signals.
+
+        `result_bytes` is the size of final/.
+        """
         recipe = self.training.recipe
         interval = recipe.save_interval or self.steps
         if self.steps > done:
             self.checkpoints.check_space_for(math.ceil(self.steps / interval) - done // interval, result_bytes)
         self.checkpoints.check_shared()
         self.checkpoints.forget_after(done)
-        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # which the launcher sets
+        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # LOCAL_SIZE is set by the launcher
         self.questions = {
             "stop": lambda: self.stop.reason is not None,
             "written": lambda: self.checkpoints.is_written,
@@ -60,9 +64,9 @@ class Saving:
         }
 
     def after(self, step: int, yes: dict[str, int], validation: float | None, seconds: float) -> None:
-        """Save where it is due. `yes`: how many ranks said yes to each of `questions`; `seconds`: that the step took."""
+        """Save if a checkpoint is due after `step`, which took `seconds`; `yes` is how many ranks said yes to each of `questions`."""
         recipe = self.training.recipe
-        self.longest_step = max(self.longest_step, seconds)  # with its validation
+        self.longest_step = max(self.longest_step, seconds)  # validation included
         self.stop.expect(self.longest_step, self.save_seconds)
         is_last = step == self.steps
         is_due = yes["stop"] or yes["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
@@ -75,18 +79,19 @@ class Saving:
             self._finish()
 
     def say_stopped(self, step: int) -> None:
-        """One sentence on why, and how to go on."""
-        watchdog.enter("export")  # what follows may take its time: logs are closed, uploads ended
+        """Print why the run stopped, and how to go on."""
+        watchdog.enter("export")  # what follows may take long: logs are closed, uploads ended
         why = ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(gathered(self.stop.reason)) if reason)
         self.run.say(f"stopped after step {step}: {why}. All is saved; the same command goes on with step {step + 1}")
 
     def save_now(self, step: int) -> None:
-        """Save and wait for it."""
+        """Save, and wait until all is written."""
         self._finish()
         self.checkpoints.save(step, self.training.guard.state())
         self._finish()
 
     def _finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole, if there is one."""
         if self.checkpoints.pending is None:
             return
         self.run.sync()

@@ -1,4 +1,4 @@
-"""One optimizer step, one validation, one look at a step's examples: the work of the loop, the same for SFT and DPO.
+"""Makes one optimizer step, one validation, or computes the loss of each of a step's examples; the same for SFT and DPO.
 
 The one invariant: a step's loss is divided by the totals of the whole step, which every rank computes from the plan. So the curve does
 not depend on ranks, micro-batches or ZeRO stage.
@@ -19,29 +19,29 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered
 from posttrain.training.state import Training
 
-Questions = dict[str, Callable[[], bool]]  # what every rank is asked at the end of a step, by name
+Questions = dict[str, Callable[[], bool]]  # by name: yes-no questions that every rank is asked at the end of a step
 
 
 class StepResult(NamedTuple):
-    """What came of a step, the same on all ranks."""
+    """The result of a step, the same on all ranks."""
 
     metrics: dict[str, float]
-    refused: str | None  # why it was not applied; None: it was
+    refused: str | None  # why the step was not applied, None if it was
     yes: dict[str, int]  # on how many ranks the answer to each question was yes
-    tokens: int  # of its examples
+    tokens: int  # of the step's examples
 
 
 def train_step(training: Training, step: int, questions: Questions | None = None, apply: bool = True) -> StepResult:
     """Make optimizer step `step`, counted from 1. All ranks.
 
-    With apply=False weights and optimizer stay as they are whatever the step's numbers, which are judged all the same.
+    With apply=False weights and optimizer stay as they are, whether or not the step would have been applied.
     """
     recipe, engine, objective, train = training.recipe, training.engine, training.objective, training.data.train
     watchdog.enter("data", step)
     share = training.share(step)
     totals = objective.totals(train, share.examples)
     sums: dict[str, torch.Tensor] = {}
-    if recipe.dropout:  # its masks follow the seed, differ between ranks, and are drawn again alike after a resume
+    if recipe.dropout:  # masks follow from seed, step and rank, so that a resumed run draws the same
         torch.manual_seed((recipe.seed << 32) + step * dist.get_world_size() + dist.get_rank())
     if step == 1:
         # The run's largest micro-batch goes first, with weight 0: memory fails now or never, and the gradients are the same bits
@@ -58,14 +58,14 @@ def train_step(training: Training, step: int, questions: Questions | None = None
     can_apply = apply and math.isfinite(metrics["loss"])
     metrics["grad_norm"], applied = engine.update(training.guard.largest_norm if can_apply else -1.0)
     refused = training.guard.judge(metrics["loss"], metrics["grad_norm"])
-    assert applied == (apply and refused is None), (applied, refused)  # what the gate decided is what is told
+    assert applied == (apply and refused is None), (applied, refused)  # the engine's gate and the guard decided alike
     training.guard.count(step, refused, metrics["grad_norm"])
     yes = dict(zip(questions or {}, map(round, votes), strict=True))
     return StepResult(metrics, refused, yes, int(train.lengths[share.examples].sum()))
 
 
 def try_largest(training: Training) -> int:
-    """Run forward and backward of the run's largest micro-batch, with weight 0; returns its tokens. All ranks."""
+    """Run forward and backward of the run's largest micro-batch with weight 0, which changes no gradient; returns its tokens. All ranks."""
     train, examples = training.data.train, training.largest_micro_batch
     loss, _ = training.objective.loss(train.micro_batch(examples).to(training.device), training.objective.totals(train, examples))
     training.engine.backward(loss * 0.0, is_last=False)
@@ -74,7 +74,7 @@ def try_largest(training: Training) -> int:
 
 @torch.no_grad()
 def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics over the validation set, every example once, weighted as in training, and numbers of each example by name. All ranks."""
+    """Return the validation metrics, weighted as in training, and by name arrays with one number an example. All ranks."""
     recipe, objective, validation = training.recipe, training.objective, training.data.validation
     indices = np.arange(min(len(validation), recipe.eval_iters * recipe.global_batch_size or len(validation)))
     totals, sums, examples = objective.totals(validation, indices), {}, {}
@@ -90,10 +90,10 @@ def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray
 
 @torch.no_grad()
 def example_losses(training: Training, step: int) -> list[dict]:
-    """Every example of a step with its own loss, the worst first; on all ranks. All ranks."""
+    """Return a record of every example of a step with its own loss, the worst first. All ranks."""
     train = training.data.train
     _, indices, mine = training.share(step)
-    if step == 1:  # the run's largest micro-batch ran with it, with weight 0: a loss that is not finite spoils the step even so
+    if step == 1:  # the run's largest micro-batch ran with it, and even with weight 0 a loss that is not finite spoils the step
         mine = [*mine, np.array(training.largest_micro_batch)]
     losses: dict[int, float] = {}
     training.engine.eval()
@@ -118,7 +118,7 @@ def example_losses(training: Training, step: int) -> list[dict]:
 def _reduce(
     objective: SFT | DPO, sums: dict[str, torch.Tensor], totals: dict[str, int], answers: list[float] | None = None
 ) -> tuple[dict[str, float], list[float]]:
-    """Add up the sums of all ranks; returns metrics, and the sums of `answers`, which travel along. Forces a device sync. All ranks."""
+    """Add up `sums` and `answers` over ranks; returns metrics, and the summed answers. Forces a device sync. All ranks."""
     values = torch.stack(list(sums.values()))
     everything = torch.cat([values, values.new_tensor(answers or [])])
     dist.all_reduce(everything)

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the validation loss, answers to fixed prompts, benchmarks, each at its interval."""
+"""Measures the model while it trains: validation loss, answers to fixed prompts, and benchmarks, each at its interval."""
 
 import time
 
@@ -10,10 +10,10 @@ from posttrain.training.step import evaluate
 
 
 class Validation:
-    """Measures the model in training where it is due. All ranks call every method."""
+    """Measures the model in training after those steps at which something is due. All ranks call every method."""
 
     def __init__(self, training: Training, chat: ChatFormat, run: Run, steps: int):
-        """`steps`: of the whole run, after the last of which everything is measured."""
+        """`steps` is the run's last step, after which everything is measured."""
         self.training, self.run, self.steps, recipe = training, run, steps, training.recipe
         self.samples, self.benchmarks = Samples(recipe, training.data, chat), None
         if recipe.benchmarks:  # lm_eval, which takes seconds to import, is needed only then
@@ -23,7 +23,7 @@ class Validation:
             self.benchmarks = TrainingBenchmarks(recipe, chat, training.data.system_prompt, context)
 
     def after(self, step: int) -> float | None:
-        """Measure and log what is due after `step`; returns the validation loss, None where it was not due."""
+        """Measure and log what is due after `step`; returns the validation loss, None if it was not due."""
         recipe, run, started, metrics = self.training.recipe, self.run, time.perf_counter(), {}
         validates = self._is_due(recipe.eval_interval, step)
         if validates and len(self.training.data.validation):
@@ -41,14 +41,14 @@ class Validation:
         return metrics.get("loss")
 
     def _is_due(self, interval: int, step: int) -> bool:
-        """Whether `step` is one of every `interval`, from step 0 on, or the last; never where the interval is 0."""
+        """Whether `step` is a multiple of `interval` (0 is one) or the last step; never if the interval is 0."""
         return interval > 0 and (step % interval == 0 or step == self.steps)
 
 
 def validate_only(training: Training, run: Run) -> None:
-    """Print the metrics of the model as it is, and change nothing. All ranks.
+    """Print the validation metrics of the model as it is, and change nothing. All ranks.
 
-    Raises ValueError where there are no validation rows.
+    Raises ValueError if there are no validation rows.
     """
     if not len(training.data.validation):
         raise ValueError(f"eval_only: {training.recipe.data_dir} has no validation rows; prepare it with --val_size")
