@@ -1,7 +1,7 @@
-"""How long a save holds training up, and a restart takes: python benchmarks/checkpoint.py
+"""How long a save delays training, and how long a restart takes: python benchmarks/checkpoint.py
 
-Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3.2 GB of state). Beside it: copying this rank's state
-to host memory (what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
+Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3.2 GB of state). For comparison: a mere copy of a rank's
+state to host memory, which no save can do without, and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def worker(folder: Path) -> None:
-    """All ranks."""
+    """Measure saves and restores with the model in FOLDER/world; rank 0 writes FOLDER/result.json. All ranks."""
     import torch
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from tiny import build_training
@@ -78,13 +78,14 @@ def worker(folder: Path) -> None:
 
 
 def _timed(action) -> float:
+    """Seconds that `action` takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def _copy_seconds(engine) -> float:
-    """The slowest rank's time for a copy of all that it saves, into memory that is there already."""
+    """Seconds of the slowest rank to copy all that it saves into memory that is already allocated. All ranks."""
     import torch
     from torch import distributed as dist
 
@@ -105,7 +106,7 @@ def _copy_seconds(engine) -> float:
 
 
 def make_world(folder: Path, shape: dict) -> None:
-    """The tests' tiny world with a larger model."""
+    """Write the tests' tiny data, with a model of this shape."""
     import torch
     from tiny import make_tiny
     from transformers import AutoConfig, Qwen3ForCausalLM
@@ -119,7 +120,7 @@ def make_world(folder: Path, shape: dict) -> None:
 
 
 def measure(shape: dict) -> dict:
-    """Run the worker on two ranks with a model of this shape; its result."""
+    """Run the worker on two ranks with a model of this shape, and return its result."""
     folder = Path(tempfile.mkdtemp(prefix="posttrain_checkpoint_"))
     make_world(folder / "world", shape)
     with socket.socket() as free:

@@ -57,7 +57,7 @@ BOUNDS = {
 
 
 def covering_array(factors: dict[str, list], seed: int) -> list[dict]:
-    """Cells in which every two values of different factors meet at least once: greedy, the best of many random cells at a time."""
+    """Cells in which every two values of different factors occur together at least once; greedy, each the best of many random cells."""
     draw, names = random.Random(seed), list(factors)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     cells = []
@@ -87,7 +87,7 @@ def grid(small: bool) -> list[dict]:
 
 
 def run_cell(cell: dict, tiny: str, steps: int) -> dict:
-    """The cell's numbers; on rank 0 also its final weights. All ranks."""
+    """Run a cell and return its numbers; on rank 0 also its final weights. All ranks."""
     from tiny import build_training
 
     from posttrain.engine.weights import gathered_state_dict
@@ -128,6 +128,7 @@ def worker(folder: Path, ranks: int) -> None:
 
 
 def launch(folder: Path, ranks: int) -> None:
+    """Run all cells of this number of ranks in one launch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,6 +138,7 @@ def launch(folder: Path, ranks: int) -> None:
 
 
 def describe(cell: dict) -> str:
+    """A cell in a few words."""
     words = {"packing": {True: "packed", False: "one each"}, "compile": {True: "compiled", False: ""}}
     words |= {
         "share_prompt": {True: "prompt shared", False: "prompt twice"},
@@ -149,7 +151,7 @@ def describe(cell: dict) -> str:
 
 
 def differences(result: dict, plainest: dict, weights: dict, plainest_weights: dict) -> dict[str, float]:
-    """The largest of each kind, as BOUNDS names them."""
+    """The largest difference of each kind of BOUNDS between a cell's result and the plainest one's."""
 
     def relative(mine: float, right: float) -> float:
         return (mine - right) / max(1.0, abs(right))
@@ -170,7 +172,7 @@ def differences(result: dict, plainest: dict, weights: dict, plainest_weights: d
 
 
 def compare(folder: Path, cells: list[dict]) -> list[dict]:
-    """Each cell with its differences from the plainest of its kind and dtype, and whether they are within the bounds."""
+    """Compare each cell with the plainest of its kind and dtype: its differences, and whether they are within the bounds."""
     from safetensors.torch import load_file
 
     rows, plainest = [], {}

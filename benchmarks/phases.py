@@ -1,8 +1,8 @@
 # ruff: noqa: E402
-"""Where a step's time goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
+"""Where the time of a step goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
 
-SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device waited for at each border, and
-the kernels that take most of the time, by torch's profiler, in other steps.
+SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device synchronized between them;
+and, in other steps, the kernels that take most of the time, by torch's profiler.
 """
 
 import argparse
@@ -37,7 +37,7 @@ KERNELS = 25
 
 
 def timed(spent: Counter, phase: str, owner, name: str) -> None:
-    """Count what a function takes under `phase`."""
+    """Replace a function by one that counts its seconds under `phase`."""
     function = getattr(owner, name)
 
     def wrapper(*arguments, **settings):
@@ -57,6 +57,7 @@ def _now() -> float:
 
 
 def measure(race, folder: Path) -> dict:
+    """Seconds of each phase and shares of the kernels, in one race."""
     make_world(race, folder)
     recipe = {"out_dir": str(folder / "run"), "max_iters": 99, "global_batch_size": race.batch, "learning_rate": 1e-5, "dtype": race.dtype}
     on_gpu = torch.cuda.is_available()
