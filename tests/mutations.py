@@ -406,7 +406,6 @@ def main(names: list[str]) -> None:
         folders = [Path(name) / f"copy_{number}" for number in range(min(os.cpu_count() or 1, len(chosen)))]
         for folder in folders:
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
-            (folder / ".venv").symlink_to(ROOT / ".venv")  # launch/env.sh looks for the environment there
         tests = sorted({mutation.test for mutation in chosen.values()})
         pid, output = start(folders[0], *tests)
         if failed := result(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output):
