@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from data_prep.files import file_rows, find_files
-from data_prep.parts import Part
-from data_prep.sources import Chat, Document, Pair, Refused
+from data_prep.files import file_rows
+from data_prep.messages import Chat, Document, Pair
+from data_prep.sources import find_files
+from data_prep.staging import Chunk
+from posttrain.data.parts import Refused
 
 SIMILAR = 0.8  # Jaccard similarity of two rows' word 5-grams, above which they are near copies
 SHINGLE, PERMUTATIONS = 5, 128
@@ -70,14 +72,14 @@ def signatures(texts: Iterable[str]) -> list[np.ndarray]:
     return [sketch.hashvalues.astype(np.uint32) for sketch in MinHash.bulk(shingles, **SKETCH)]
 
 
-def near_copies(parts: list[Part], among: np.ndarray) -> np.ndarray:
+def near_copies(chunks: list[Chunk], among: np.ndarray) -> np.ndarray:
     """Which of the rows `among` are similar to an earlier one of them that is kept; (rows,) bool."""
     index = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
     kept: dict[int, MinHash] = {}
     copies = np.zeros(len(among), bool)
     at = 0
-    for part in parts:
-        for values in part.table().column("_signature").to_pylist():
+    for chunk in chunks:
+        for values in chunk.table().column("_signature").to_pylist():
             if among[at]:
                 sketch = MinHash(**SKETCH, hashvalues=np.array(values, np.uint64))
                 copies[at] = any(sketch.jaccard(kept[other]) >= SIMILAR for other in index.query(sketch))

@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from data_prep.examples import answer_texts, proof, span_texts, without_ends
 from data_prep.prepare import main
+from data_prep.proof import answer_texts, proof, span_texts, without_ends
 from posttrain.data import tokenization
-from posttrain.data.chat import IGNORE, ChatFormat, decode_after, trained_spans
+from posttrain.data.chat import ChatFormat
+from posttrain.data.encoding import decode_after
+from posttrain.data.parts import IGNORE, trained_spans
 from posttrain.data.prepared import Split, fingerprint_file, load_prepared, read_manifest
 
 TRAINED, SPECIAL = "bold green", "dim"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from posttrain.data.chat import IGNORE
+from posttrain.data.parts import IGNORE
 
 Ids = Sequence[int] | np.ndarray
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from posttrain.data.chat import IGNORE
 from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.parts import IGNORE
 
 FORMAT = 2
 TOKENS = {"sft": ("input_ids", "labels"), "dpo": ("prompt", "chosen", "rejected")}  # columns of int32 lists

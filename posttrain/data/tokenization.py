@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from posttrain.common import hub
-from posttrain.data.chat import IM_END, IM_START, encode_text
+from posttrain.data.chatml import IM_END, IM_START
+from posttrain.data.encoding import encode_text
 
 EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}

@@ -14,7 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from posttrain.data.chat import Refused, encode_text, render_prompt, text_prefix
+from posttrain.data.chat import render_prompt
+from posttrain.data.encoding import encode_text, text_prefix
+from posttrain.data.parts import Refused
 from posttrain.model.assistant import Assistant
 from posttrain.serving.access import Walls, problem
 from posttrain.serving.batching import Batcher, EngineFailed
