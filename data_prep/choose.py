@@ -1,4 +1,4 @@
-"""Which examples go into the prepared folder: duplicates, the validation split, weights. Decided from some numbers an example."""
+"""Decides which examples go into the prepared folder: duplicates, the validation split, weights; from a few numbers an example."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -14,16 +14,19 @@ DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of anot
 
 
 class Chosen(NamedTuple):
-    """What becomes of every example of the chunks, and why some are left out."""
+    """How often each example of the chunks goes to which split, and why some go to none."""
 
     counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
-    left_out: dict[str, np.ndarray]  # by cause: which examples
+    left_out: dict[str, np.ndarray]  # which examples are left out, by cause
     copies: int  # training rows that are exact copies of others
     notes: list[str]  # where the result is not quite what was asked for
 
 
 def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
-    """Duplicates, validation split and weights, from some numbers a row. It depends on the rows and the seed, not on their order."""
+    """Settle duplicates, validation split and weights. The result depends on the rows and the seed, not on the order of the rows.
+
+    Raises ValueError where nothing is left to train on.
+    """
     owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(chunks)]).astype(int)
     flat = [chunk for several in chunks for chunk in several]
     rows, prompts = column(flat, "_row"), column(flat, "_prompt")
@@ -32,6 +35,7 @@ def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
     left_out: dict[str, np.ndarray] = {}
 
     def leave_out(which: np.ndarray, cause: str) -> None:
+        """Note the cause, for those of the examples that nothing has ruled out yet."""
         left_out[cause] = left_out.get(cause, False) | (which & left)
         left[which] = False
 
@@ -77,11 +81,12 @@ def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
 
 
 def _length(chunks: list[Chunk]) -> int:
+    """How many examples some chunks hold."""
     return sum(len(chunk.table()) for chunk in chunks)
 
 
 def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """A random-looking uint64 for each number, the same for the same number and seed (splitmix64)."""
+    """Draw a uint64 for each number, the same for the same number and seed (splitmix64)."""
     with np.errstate(over="ignore"):
         z = numbers.astype(np.uint64) + np.uint64(text_hash(f"seed {seed}"))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -90,7 +95,7 @@ def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) -> np.ndarray:
-    """Up to `limit` of the rows `among`, all rows of a prompt or none."""
+    """Choose up to `limit` of the examples `among`, all examples of a prompt or none; a mask."""
     members = np.flatnonzero(among)
     values, sizes = np.unique(prompts[members], return_counts=True)
     order = np.argsort(_ranks(values, seed), kind="stable")
@@ -105,6 +110,7 @@ def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) ->
 
 
 def _causes(chunks: list[list[Chunk]], left_out: dict[str, np.ndarray]) -> str:
+    """A list, in words, of why examples were dropped or left out."""
     total = Counter(cause for several in chunks for chunk in several for _, cause in chunk.facts["dropped"])
     total.update({cause: int(which.sum()) for cause, which in left_out.items() if which.any()})
     return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"

@@ -1,4 +1,4 @@
-"""Rows of any known shape -> conversations. One small reader per shape; a row's shape is told by its columns.
+"""Reads rows of any known shape as conversations: one small reader for each shape, which the columns tell.
 
 A reader returns a Document, a Chat or a Pair, or raises Refused with the cause when the row cannot be used; the caller counts causes.
 """
@@ -16,9 +16,10 @@ TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 
 
 def conversations(kind: str, rows: Iterable[Row]) -> Iterator[Document | Chat | Pair | Refused]:
-    """What each row says, in order. The first row's columns decide how all are read; ValueError if they are of no known shape.
+    """Yield what each row says, or why it cannot be used, in the order of the rows.
 
-    Rows that are single messages of conversation trees (oasst1) give one conversation a tree, its best-ranked path.
+    The first row's columns decide how all are read; raises ValueError if they are of no known shape. Rows that are single messages of
+    conversation trees (oasst1) give one conversation for each tree, its best-ranked path.
     """
     reader, columns = None, set()
     rows = iter(rows)
@@ -40,7 +41,7 @@ def conversations(kind: str, rows: Iterable[Row]) -> Iterator[Document | Chat | 
 
 
 def sft_reader(columns: set[str]) -> Callable[[dict], Chat | Document]:
-    """The reader for rows with these columns. Raises ValueError with what was seen and what is expected."""
+    """Return the reader for rows with these columns. Raises ValueError with what was seen and what is expected."""
     for name in ("messages", "conversations"):
         if name in columns:
             return lambda row, n=name: _chat(system_message(row) + messages_of(row[n], n), row)
@@ -65,7 +66,7 @@ def sft_reader(columns: set[str]) -> Callable[[dict], Chat | Document]:
 
 
 def _trees(rows: list[Row]) -> Iterator[Chat | Refused]:
-    """A conversation for each tree of messages, and a Refused for each row that belongs to none."""
+    """Yield a conversation for each tree of messages, and a Refused for each row that belongs to none."""
     sound, known = [], {row["message_id"] for row in rows if isinstance(row, dict) and isinstance(row.get("message_id"), str)}
     for row in rows:
         if isinstance(row, Refused):
@@ -87,7 +88,7 @@ def _trees(rows: list[Row]) -> Iterator[Chat | Refused]:
 
 
 def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """oasst1's messages -> the path of each tree: from its root always on to the best-ranked reply, up to the last assistant's."""
+    """Yield a path for each tree of oasst1's messages: from the root always on to the best-ranked reply, up to the last assistant's."""
     children, roots = defaultdict(list), []
     for row in rows:
         (roots if row.get("parent_id") is None else children[row["parent_id"]]).append(row)
@@ -101,7 +102,7 @@ def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def _history(row: dict) -> list[dict]:
-    """Earlier exchanges of a LLaMA-Factory row: [[question, answer], ...]."""
+    """The system message and earlier exchanges of a LLaMA-Factory row, whose history is [[question, answer], ...]."""
     exchanges = row["history"] or []
     if not isinstance(exchanges, list) or not all(
         isinstance(e, list) and len(e) == 2 and all(isinstance(text, str) for text in e) for e in exchanges
@@ -112,6 +113,7 @@ def _history(row: dict) -> list[dict]:
 
 
 def _chat(messages: list[dict], row: dict) -> Chat:
+    """The Chat of some messages and the row's tools. Raises Refused unless the roles alternate and an answer is the last."""
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise Refused("the last message is not the assistant's")

@@ -1,4 +1,4 @@
-"""A source's rows -> examples, a chunk at a time, with the ledger of what was dropped or changed.
+"""Turns a source's rows into examples, a chunk at a time, with a ledger of what was dropped or changed.
 
 Encoding, the slow half, runs beside the reading of the next chunk. What is done is in the staging folder, from which a killed
 preparation goes on.
@@ -21,7 +21,7 @@ from data_prep.staging import Staging, table_of
 from posttrain.data.chat import ChatFormat, encode_parts
 from posttrain.data.parts import Encoded, Refused
 
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a chunk, at most about
+CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a chunk; the row that exceeds the latter is still in it
 APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 
 
@@ -39,7 +39,7 @@ def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, optio
                 if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
                     result = Refused(f"{overlap.QUOTES} {quoted}")
                 if isinstance(result, Refused):
-                    dropped.setdefault(row, str(result))  # once a row, also where several of its pieces were
+                    dropped.setdefault(row, str(result))  # once for each row, also where several of its pieces were refused
                 else:
                     examples.append((f"{source.label}:{row}", result))
             signatures = overlap.signatures(example.text for _, example in examples) if options.duplicates == "near" else None
@@ -55,7 +55,7 @@ def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, optio
 
 
 def _encoded_ahead(kind: SFT | DPO, chunks: Iterable[tuple[list, bool]]) -> Iterator[tuple["Unencoded", bool, Future]]:
-    """Each chunk, whether it is the last, and its encoding, which another thread does while the next chunk is read."""
+    """Yield each chunk, whether it is the last, and its encoding, which another thread does while the next chunk is read."""
     with ThreadPoolExecutor(1) as background:
         pending = None
         for rows, last in chunks:
@@ -69,7 +69,7 @@ def _encoded_ahead(kind: SFT | DPO, chunks: Iterable[tuple[list, bool]]) -> Iter
 
 
 class Unencoded(NamedTuple):
-    """Rows of a chunk before encoding: a conversation's parts, or why the row was refused."""
+    """A chunk's rows before encoding."""
 
     numbers: list[int]
     items: list[Document | Chat | Pair | Refused]
@@ -78,7 +78,7 @@ class Unencoded(NamedTuple):
 
 
 def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat | Pair | Refused]]) -> Unencoded:
-    """The parts of numbered conversations, or why they were refused."""
+    """Split numbered conversations into parts, or note why they are refused."""
     chunk = Unencoded([], [], [], set())
     for number, item in numbered:
         parts: list[list] = []
@@ -97,13 +97,13 @@ def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat
 
 
 def encode(chat: ChatFormat, chunk: Unencoded) -> tuple[list[list[Encoded]], list[list[str] | None]]:
-    """The slow half, which runs beside the reading of the next chunk: the tokenizer's own code holds no lock."""
+    """Encode the parts of a chunk and prove them (see proof.prove). Runs in another thread: the tokenizer's own code holds no lock."""
     encoded = encode_parts(chat, (parts for several in chunk.parts for parts in several))
     return encoded, prove(chat, encoded)
 
 
 def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes: Counter[str]) -> Iterator[tuple[int, Example | Refused]]:
-    """(row number, example or why there is none) in the order of the rows."""
+    """Yield (row number, example or why there is none) in the order of the rows; `encoded` and `texts` are what encode returned."""
     at = 0
     for number, item, parts in zip(chunk.numbers, chunk.items, chunk.parts, strict=True):
         mine = slice(at, at + len(parts))
@@ -127,7 +127,7 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes:
 
 @contextlib.contextmanager
 def _without_gc() -> Iterator[None]:
-    """Millions of short lists without a cycle among them: the garbage collector's walks over them cost a third of the time."""
+    """Run without the garbage collector: its walks over millions of short lists, without a cycle among them, cost a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -138,7 +138,7 @@ def _without_gc() -> Iterator[None]:
 
 
 def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, bool]]:
-    """[(row number, conversation)] of limited size, and whether it is the source's last; borders depend on the rows alone."""
+    """Yield [(row number, conversation), ...] of limited size, and whether it is the last; where chunks end depends on the rows alone."""
     chunk: list = []
     size, row = 0, -1
     for row, item in enumerate(conversations(kind.name, source.rows())):

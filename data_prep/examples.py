@@ -1,6 +1,6 @@
-"""Conversations -> training examples: ids, what is trained, and why one is refused or changed.
+"""Makes training examples of conversations: token ids, what of them is trained, and why a conversation is refused or changed.
 
-The two kinds differ in what is encoded and in how it becomes columns; everything else about preparation is common to them.
+The two kinds, SFT and DPO, differ in what is encoded and in how it becomes columns; all else in preparation is common to them.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ UNPROVEN = "its trained tokens do not read as its text"
 
 
 class Settings(NamedTuple):
-    """What decides the ids of a row."""
+    """The options that decide the ids of a row; max_length is in tokens."""
 
     max_length: int
     too_long: str = "drop"
@@ -25,16 +25,18 @@ class Settings(NamedTuple):
 
 
 class Example(NamedTuple):
-    columns: dict[str, list[int]]  # what is stored of it: token ids, or labels
+    """A row of the prepared data, and what deciding about it needs."""
+
+    columns: dict[str, list[int]]  # token ids or labels, as they are stored
     length: int  # tokens that the example takes
     trained: int  # tokens with a loss
-    prompt: str  # examples that share it are on the same side of the split
-    text: str  # prompt and answers, for comparing examples
+    prompt: str  # examples that share it go to the same split
+    text: str  # prompt and answers, by which examples are compared
     proof: int  # hash of the trained texts
 
 
 class SFT:
-    """input_ids and labels, which are IGNORE where a token is not trained."""
+    """Examples with the columns input_ids and labels, which are IGNORE where a token is not trained."""
 
     name = "sft"
     columns = ("input_ids", "labels")
@@ -43,12 +45,13 @@ class SFT:
         self.chat, self.settings = chat, settings
 
     def parts(self, item: Document | Chat) -> list[list]:
-        """What to encode for one row. Raises Refused."""
+        """Split a row into what is to be encoded. Raises Refused."""
         if isinstance(item, Document):
             return [document_parts(self.chat, item.text)]
         return [self.chat.parts(item.messages, item.tools)]
 
     def with_system(self, item: Document | Chat) -> Document | Chat:
+        """The row with the system prompt of the settings, where it has none of its own."""
         prompt = self.settings.system_prompt
         if prompt is None:
             return item
@@ -59,7 +62,10 @@ class SFT:
     def examples(
         self, item: Document | Chat, encoded: list[list[Encoded]], texts: list[list[str]], changes: Counter[str]
     ) -> Iterator[Example]:
-        """The row's examples: one, or with split_turns several. Raises Refused."""
+        """Yield the row's examples: one, or with split_turns several; `changes` counts what was done to it. Raises Refused.
+
+        `encoded` and `texts`: the row's parts as ids, and what the trained ones read as.
+        """
         row = joined(encoded[0])
         if len(row.input_ids) <= self.settings.max_length:
             yield self._example(item, row, texts[0])
@@ -73,6 +79,7 @@ class SFT:
             raise Refused(f"longer than --max_length {self.settings.max_length}")
 
     def _example(self, item, row: Rendered, texts: list[str]) -> Example:
+        """The example of a row that is not too long. Raises Refused where nothing is trained."""
         length = len(row.input_ids)
         trained = length - 1 - row.labels[1:].count(IGNORE)  # nothing predicts a row's first token
         if trained <= 0:
@@ -85,7 +92,7 @@ class SFT:
         return Example(row._asdict(), length, trained, prompt, text, proof(texts))
 
     def _cut(self, item, row: Rendered, texts: list[str], changes: Counter[str]) -> Example:
-        """The first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
+        """The example of the first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
         row = Rendered(*(column[: self.settings.max_length] for column in row))
         if row.labels.count(IGNORE) == len(row.labels):
             raise Refused("nothing trained is left within --max_length")
@@ -97,7 +104,7 @@ class SFT:
         return example
 
     def _split(self, item: Chat, changes: Counter[str]) -> Iterator[Example]:
-        """As many whole exchanges to an example as fit, each with the system message; every answer is trained once."""
+        """Yield examples of as many whole exchanges as fit, each with the system message; every answer is trained once."""
         system = item.messages[:1] if item.messages[0]["role"] == "system" else []
         exchanges: list[list[dict]] = []
         for message in item.messages[len(system) :]:
@@ -127,11 +134,12 @@ class SFT:
         yield from examples
 
     def _length(self, messages: list[dict], tools) -> int:
+        """How many tokens a conversation takes."""
         return sum(len(part.ids) for part in encode_parts(self.chat, [self.chat.parts(messages, tools)])[0])
 
 
 class DPO:
-    """prompt, chosen and rejected; both answers continue the same prompt."""
+    """Examples with the columns prompt, chosen and rejected; both answers continue the same prompt."""
 
     name = "dpo"
     columns = ("prompt", "chosen", "rejected")
@@ -142,11 +150,12 @@ class DPO:
         self.chat, self.settings = chat, settings
 
     def with_system(self, item: Pair) -> Pair:
+        """The pair with the system prompt of the settings, where it has none of its own."""
         prompt = self.settings.system_prompt
         return item if prompt is None or item.prompt[0]["role"] == "system" else item._replace(prompt=[_system(prompt), *item.prompt])
 
     def parts(self, item: Pair) -> list[list]:
-        """Prompt with the chosen answer, and the end of the same with the rejected one."""
+        """Split a pair into the prompt with the chosen answer, and the rejected answer with its end. Raises Refused."""
         chosen, rejected = (
             self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
         )
@@ -156,7 +165,10 @@ class DPO:
         return [chosen[: last + 2], rejected[last : last + 2]]
 
     def examples(self, item: Pair, encoded: list[list[Encoded]], texts: list[list[str]], changes: Counter[str]) -> Iterator[Example]:
-        """The pair as one example. Raises Refused."""
+        """Yield the pair as one example; `changes` counts what was done to it. Raises Refused.
+
+        `encoded` and `texts`: the pair's parts as ids, and what the trained ones read as.
+        """
         prompt = [token for part in encoded[0][:-2] for token in part.ids]
         chosen, rejected = ([token for part in parts[-2:] for token in part.ids] for parts in encoded)
         answers = [texts[0][-1], texts[1][-1]]
@@ -192,5 +204,5 @@ def _system(prompt: str) -> dict:
 
 
 def _asked(messages: list[dict]) -> str:
-    """The first user message: conversations that begin alike are on the same side of the split, also where one goes on further."""
+    """The first user message: conversations that begin alike go to the same split, also where one goes on further."""
     return next(message["content"] for message in messages if message["role"] == "user")

@@ -1,7 +1,7 @@
-"""Rows of local files and hub datasets, one at a time: nothing here holds more than one file's block in memory, except JSON lists.
+"""Reads rows of local files and hub datasets, one at a time: no more than one block of a file is in memory, except of JSON lists.
 
-A row that cannot be decoded comes as a Refused and is counted; a file that is cut, damaged or of another kind is an error that names
-the file and the line.
+A row that cannot be decoded comes as a Refused and is counted; a file that is cut, damaged or of another kind raises a ValueError that
+names the file and the line.
 """
 
 import csv
@@ -24,6 +24,7 @@ Row = dict | Refused
 
 
 def file_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON, JSONL, CSV or Parquet file, by its name; all but Parquet may be gzipped. Raises ValueError."""
     name = path.name.removesuffix(".gz")
     reader = _parquet if name.endswith(".parquet") else _csv if name.endswith(".csv") else _json
     try:
@@ -33,6 +34,7 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 
 def hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
+    """Yield the rows of a hub dataset, from the local cache where the hub cannot be reached. Raises ValueError."""
     import datasets
     import huggingface_hub
 
@@ -54,7 +56,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A JSON list of objects, or a JSON object a line."""
+    """Yield the objects of a JSON list, or of a file with one in each line."""
     with _open(path) as file:
         if (start := file.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path} is UTF-16 (it starts with {start!r}); save it as UTF-8")
@@ -89,13 +91,14 @@ def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(path, f"line {number}", row)
 
 
 def _object(path: Path, place: str, row) -> dict:
+    """The row, if it is an object; else raises ValueError with its place."""
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {place} is a {type(row).__name__}; expected an object with named columns")
     return row
@@ -122,6 +125,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _undecodable(text: str) -> bool:
+    """Whether a text holds what surrogateescape puts in place of bytes that are not UTF-8."""
     return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
 
 
@@ -136,7 +140,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _without_padding(row: dict) -> dict:
-    """Arrow gives all objects of a column the same keys, with nulls where a row had none: they are not the row's."""
+    """The row without nulls: Arrow gives all objects of a column the same keys, with nulls where a row had none."""
 
     def bare(value):
         if isinstance(value, dict):

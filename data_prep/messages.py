@@ -1,4 +1,4 @@
-"""What a row holds as messages, in the one form that the chat format takes: {role, content}, and tool_calls where tools are called.
+"""Brings a row's messages into the one form that the chat format takes: {role, content}, and tool_calls where tools are called.
 
 Whatever cannot be trained on raises Refused with the cause.
 """
@@ -27,7 +27,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
-    """Plain text, every token trained: continued pre-training."""
+    """A plain text, of which every token is trained: continued pre-training."""
 
     text: str
 
@@ -49,13 +49,14 @@ class Pair(NamedTuple):
 
 
 def messages_of(value, column: str) -> list[dict]:
-    """[{role, content}] or ShareGPT's [{from, value}]; tool calls in OpenAI's form or as function_call turns."""
+    """Read [{role, content}, ...] or ShareGPT's [{from, value}, ...], with tool calls in OpenAI's form or as function_call turns."""
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise Refused(f"{column} is not a list of messages")
     return [_message(message) for message in value]
 
 
 def _message(message: dict) -> dict:
+    """Read one message."""
     name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
@@ -79,7 +80,7 @@ def _message(message: dict) -> dict:
 
 
 def _calls(value) -> list[dict]:
-    """[{type: function, function: {name, arguments}}] from that form, or from {name, arguments} as JSON text or object."""
+    """Read tool calls, given as [{type: function, function: {name, arguments}}] or as {name, arguments}, in JSON text or objects."""
     value = _parsed(value, "a tool call")
     calls = []
     for call in as_list(value):
@@ -94,6 +95,7 @@ def _calls(value) -> list[dict]:
 
 
 def tools_of(row: dict) -> list[dict] | None:
+    """The tools that a row describes, None without any."""
     tools = _parsed(row.get("tools") or None, "tools")
     if tools is None or tools == []:
         return None
@@ -103,6 +105,7 @@ def tools_of(row: dict) -> list[dict] | None:
 
 
 def _parsed(value, what: str):
+    """The value, read as JSON if it is a text."""
     if not isinstance(value, str):
         return value
     try:
@@ -112,11 +115,12 @@ def _parsed(value, what: str):
 
 
 def as_list(value) -> list:
+    """The value, in a list unless it is one."""
     return value if isinstance(value, list) else [value]
 
 
 def transcript(text: str) -> list[dict]:
-    """Messages of a transcript in the form of Anthropic's HH data; all turns are kept."""
+    """Read the messages of a transcript in the form of Anthropic's HH data ("\\n\\nHuman: ...\\n\\nAssistant: ..."); all turns are kept."""
     before, *turns = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not turns:
         raise Refused("chosen and rejected are texts without a prompt")
@@ -125,6 +129,7 @@ def transcript(text: str) -> list[dict]:
 
 
 def exchange(row: dict, question: str, context: str | None, answer: str) -> list[dict]:
+    """The question and the answer that stand in columns of their own; the context, where there is one, ends the question."""
     content = text_of(row, question)
     if context and row.get(context):
         content += "\n\n" + text_of(row, context)
@@ -132,11 +137,12 @@ def exchange(row: dict, question: str, context: str | None, answer: str) -> list
 
 
 def system_message(row: dict) -> list[dict]:
-    """The system message of a row's own column, if it has one."""
+    """The system message in a row's own column, in a list that is empty without one."""
     return [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
 
 
 def check_order(messages: list[dict]) -> None:
+    """Raise Refused unless each message's role may follow the one before."""
     before = None
     for message in messages:
         role = message["role"]
@@ -146,6 +152,7 @@ def check_order(messages: list[dict]) -> None:
 
 
 def text_of(row: dict, column: str) -> str:
+    """The text of a column."""
     return clean(row[column], column)
 
 

@@ -1,4 +1,4 @@
-"""Rows with two answers -> preference pairs."""
+"""Reads rows with two answers as preference pairs."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ RATINGS = (("chosen-rating", "rejected-rating"), ("score_chosen", "score_rejecte
 
 
 def dpo_reader(columns: set[str]) -> Callable[[dict], Pair]:
-    """The reader for preference rows with these columns. Raises ValueError with what was seen and what is expected."""
+    """Return the reader for preference rows with these columns. Raises ValueError with what was seen and what is expected."""
     if {"input", "preferred_output", "non_preferred_output"} <= columns:
         return _azure_pair
     if {"chosen", "rejected"} <= columns:
@@ -30,6 +30,7 @@ def dpo_reader(columns: set[str]) -> Callable[[dict], Pair]:
 
 
 def _azure_pair(row: dict) -> Pair:
+    """Read a row in the form of Azure's preference data: input.messages, preferred_output and non_preferred_output."""
     if not isinstance(row["input"], dict) or "messages" not in row["input"]:
         raise Refused("input has no messages")
     prompt = messages_of(row["input"]["messages"], "input.messages")
@@ -37,6 +38,7 @@ def _azure_pair(row: dict) -> Pair:
 
 
 def _pair(row: dict, question: str | None, context: str | None) -> Pair:
+    """Read a row with chosen and rejected; `question` and `context` are the columns of its prompt, if it has any."""
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if question is None:
@@ -59,6 +61,7 @@ def _pair(row: dict, question: str | None, context: str | None) -> Pair:
 
 
 def _prompt(row: dict, question: str, context: str | None) -> list[dict]:
+    """The messages of the prompt in the column `question`: messages, a transcript or a text, which the context's text ends."""
     if isinstance(row[question], list):
         return system_message(row) + messages_of(row[question], question)
     content = text_of(row, question)
@@ -71,7 +74,7 @@ def _prompt(row: dict, question: str, context: str | None) -> list[dict]:
 
 
 def _answers(prompt: list[dict], chosen, rejected, row: dict) -> Pair:
-    """Two message lists that agree up to their last message, the answer; what they share is the prompt, after the one given."""
+    """The Pair of two message lists that agree up to their last message, the answer; what they share goes after `prompt`."""
     chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise Refused("chosen and rejected differ before their last message")
@@ -83,6 +86,7 @@ def _answers(prompt: list[dict], chosen, rejected, row: dict) -> Pair:
 
 
 def _checked(prompt: list[dict], chosen: str, rejected: str, row: dict) -> Pair:
+    """The Pair, unless roles are out of order, the answers equal, or rated the same."""
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Refused("the prompt does not end with a user message")
     check_order(prompt)

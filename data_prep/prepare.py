@@ -2,7 +2,7 @@
 
     sources -> rows -> conversations -> examples (chunks in DIR.incomplete) -> choose (duplicates, validation, weights) -> DIR
 
-The folder is there whole or not at all; the same command after a kill goes on with the chunks that are there, and gives the same bytes.
+The folder is there whole or not at all; after a kill the same command goes on with the chunks that are there, and gives the same bytes.
 """
 
 import argparse
@@ -27,6 +27,7 @@ MANY_DROPPED = 0.1
 
 
 def parse(kind: str, argv: list[str]) -> argparse.Namespace:
+    """The options of a command line; exits with a message where they contradict each other."""
     parser = argparse.ArgumentParser(
         prog=f"data_prep/prepare_{kind}.py",
         description=f"Prepare data for posttrain/{kind}.py: rows to token ids, once, offline.",
@@ -82,7 +83,7 @@ def _share(text: str) -> float:
 
 
 def prepare(kind: str, argv: list[str]) -> None:
-    """Read, encode, choose, write, report. Raises ValueError or OSError for what the user can mend."""
+    """Read, encode, choose, write and report; `kind` is sft or dpo. Raises ValueError or OSError for what the user can mend."""
     options = parse(kind, argv)
     output = Path(options.output_dir)
     if output.exists():
@@ -130,6 +131,7 @@ def prepare(kind: str, argv: list[str]) -> None:
 
 
 def refuse_large_losses(manifest: dict, limit: float) -> None:
+    """Raise ValueError where more than the share `limit` of the rows cannot be used; the message lists the causes."""
     unusable = {cause: entry for cause, entry in manifest["ledger"].items() if entry["unusable"]}
     lost, rows = sum(entry["rows"] for entry in unusable.values()), manifest["rows"]
     if lost > limit * rows:
@@ -141,7 +143,7 @@ def refuse_large_losses(manifest: dict, limit: float) -> None:
 
 
 def main(run: Callable[[list[str]], None]) -> None:
-    """A user's mistake ends with one message and exit status 1."""
+    """Run a command with this process's arguments; a user's mistake ends it with one message and exit status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         run(sys.argv[1:])

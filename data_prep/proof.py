@@ -1,4 +1,4 @@
-"""The proof that a row's trained tokens read as the texts that they were made from, and hashes by which texts and rows are compared."""
+"""Proves that a row's trained tokens read as the texts that they were made from, and hashes the texts by which rows are compared."""
 
 import hashlib
 
@@ -25,11 +25,12 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
 
 
 def _normalised(tokenizer, text: str) -> str:
+    """The text as it comes back from the tokenizer."""
     return decode_texts(tokenizer, [encode_text(tokenizer, text)])[0]
 
 
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:
-    """What a row's trained tokens read as: a text for each run without special tokens."""
+    """What a stored row's trained tokens read as: a text for each run of them without special tokens."""
     specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}
     headers, bodies = [], []
     for start, end in trained_spans(labels):
@@ -50,6 +51,7 @@ def answer_texts(chat: ChatFormat, prompt: list[int], answers: list[list[int]]) 
 
 
 def without_ends(chat: ChatFormat, answers: list[list[int]]) -> list[list[int]]:
+    """The answers without their end tokens."""
     return [answer[:-1] if answer[-1] == chat.end_id else answer for answer in answers]
 
 
@@ -62,14 +64,15 @@ def _since_special(ids: list[int], specials: set[int]) -> list[int]:
 
 
 def is_prefix(cut: str, whole: str) -> bool:
-    """A cut may fall inside a character of several bytes, which then reads as U+FFFD."""
+    """Whether a cut text starts the whole one. A cut may fall inside a character of several bytes, which then reads as U+FFFD."""
     return whole.startswith(cut) or whole.startswith(cut.rstrip("\ufffd"))
 
 
 def proof(texts: list[str]) -> int:
-    """64 bits that change when one of the trained texts does."""
+    """64 bits that change when one of the trained texts does: the column `proof`."""
     return text_hash("\0".join(texts))
 
 
 def text_hash(text: str) -> int:
+    """64 bits of a text's BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""What preparation tells: the ledger as a table, in the manifest and as a picture, and progress while it works."""
+"""Tells about preparation: the ledger as a table, in the manifest and as a picture, and progress while it works."""
 
 import json
 from collections import Counter
@@ -44,7 +44,7 @@ class RowProgress:
 
 
 def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) -> dict:
-    """Counts, ledger and token statistics for the manifest."""
+    """Counts, ledger and token statistics, as the manifest holds them."""
     ledger: dict[str, dict] = {}
     changes: Counter = Counter()
     for source, several in zip(sources, chunks, strict=True):
@@ -79,6 +79,7 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
 
 
 def show(output: Path, manifest: dict) -> None:
+    """Print what a manifest says: counts, ledger, notes and lengths."""
     tokens, counts = manifest["tokens"], manifest["counts"]
     console.print(
         f"{output}: {counts['train']:,} rows for training, {counts['validation']:,} for validation, of {manifest['rows']:,} read",
@@ -109,7 +110,7 @@ def show(output: Path, manifest: dict) -> None:
 
 
 def _sources_of(chunks: list[Chunk], which: np.ndarray) -> Iterator[str]:
-    """The source ids of the marked examples."""
+    """Yield the `source` of each marked example."""
     at = 0
     for chunk in chunks:
         table = chunk.table()
@@ -120,7 +121,7 @@ def _sources_of(chunks: list[Chunk], which: np.ndarray) -> Iterator[str]:
 
 
 def write_dropped(chunks: list[list[Chunk]], sources: list[Source], left_out: dict[str, np.ndarray], path: Path) -> None:
-    """Every row that is not in the data, one object a line."""
+    """Write every row that is not in the data and why, a JSON object in each line."""
     with path.open("w") as file:
         for source, several in zip(sources, chunks, strict=True):
             for chunk in several:
@@ -133,7 +134,7 @@ def write_dropped(chunks: list[list[Chunk]], sources: list[Source], left_out: di
 
 
 def draw(chunks: list[list[Chunk]], chosen: Chosen, max_length: int, path: Path) -> None:
-    """Lengths of the training rows, and how much of each is trained."""
+    """Draw the lengths of the training rows, and how much of each is trained."""
     from matplotlib.figure import Figure  # pyplot would take longer to import than a small dataset to prepare
 
     flat = [chunk for several in chunks for chunk in several]

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, or datasets of the hub, as --dataset and --source name them."""
+"""Finds where rows come from: local files, or datasets of the hub, as --dataset and --source name them."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECA
 
 
 class Hub(NamedTuple):
+    """A dataset of the hub that is known by a short name."""
+
     name: str
     train: str
     validation: str | None = None  # a split that the upstream holds out
@@ -38,7 +40,7 @@ HUBS = {"sft": SFT_HUB, "dpo": DPO_HUB}
 
 
 class Source(NamedTuple):
-    """Where rows come from: files here, or a split of a hub dataset."""
+    """Files here, or a split of a hub dataset."""
 
     label: str  # names its rows in the ledger and in the data
     weight: float = 1.0
@@ -49,10 +51,11 @@ class Source(NamedTuple):
 
     @property
     def identity(self) -> list:
-        """Changes when the rows may have changed."""
+        """A list that changes when the rows may have changed."""
         return [*self._replace(files=()), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
 
     def rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises ValueError for a source that cannot be read."""
         if self.hub:
             yield from hub_rows(self.hub, self.split, self.revision)
             return
@@ -61,6 +64,8 @@ class Source(NamedTuple):
 
 
 class Sources(NamedTuple):
+    """What a preparation reads."""
+
     training: list[Source]
     held_out: list[Source]  # the upstream's own validation or test rows
 
@@ -97,6 +102,7 @@ def find_sources(kind: str, options) -> Sources:
 
 
 def _weighted(given: str) -> tuple[str, float]:
+    """Split NAME:WEIGHT; a name without a weight has 1. Raises ValueError for a weight of 0 or less."""
     name, colon, weight = given.rpartition(":")
     if not colon or Path(given).exists():
         return given, 1.0
@@ -110,7 +116,10 @@ def _weighted(given: str) -> tuple[str, float]:
 
 
 def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files for training and files that the upstream holds out (test*, validation*, ...), which a folder may hold beside them."""
+    """The training files at a place, and those that the upstream holds out (test*, validation*, ...), which a folder may hold beside them.
+
+    Raises FileNotFoundError where there are none.
+    """
     path = Path(place)
     candidates = [path] if path.is_file() else sorted(path.rglob("*"))
     found = [file for file in candidates if file.name.removesuffix(".gz").endswith(ENDINGS) and file.is_file()]
@@ -125,7 +134,7 @@ def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def count_rows(source: Source, most: int | None) -> int | None:
-    """How many rows there will be, where that is cheap to know; for a progress bar."""
+    """How many rows there will be, `most` at most; None where that takes long to know. For a progress bar."""
     total = 0
     for path in source.files:
         if path.name.endswith(".parquet"):

@@ -24,7 +24,7 @@ TEMPLATES = ("chatml", "tokenizer")
 
 
 class ChatFormat:
-    """A tokenizer with one of TEMPLATES: `jinja` is what an exported tokenizer carries, `hash` identifies it.
+    """A tokenizer with one of TEMPLATES: `jinja` is what an exported tokenizer carries, `hash` identifies it, `end_id` ends an answer.
 
     Raises ValueError for a tokenizer without a template, or one whose assistant turns have no end token.
     """
@@ -40,20 +40,23 @@ class ChatFormat:
         self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
 
     def parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """A conversation as the template writes it. Raises Refused, or ValueError for a message that is not {role, content: str}."""
+        """Split a conversation into parts, as the template writes it.
+
+        Raises Refused for one that it cannot write, ValueError for a message that is not {role, content: str}.
+        """
         for position, message in enumerate(messages):
             _check(message, position)
         return self.syntax.parts(messages, tools)
 
     def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """The same up to the point where the assistant's next answer starts."""
+        """Split a conversation as parts does, up to the point where the assistant's next answer starts."""
         parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
         last = last_answer(parts)
         return [*parts[:last], Text(parts[last].before, "", False)]
 
 
 def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:
-    """Ids of many conversations' parts, in one call of the tokenizer."""
+    """Encode the parts of many conversations, in one call of the tokenizer."""
     conversations = list(conversations)
     texts = [part.before + part.body for parts in conversations for part in parts if isinstance(part, Text)]
     ids = iter(encode_texts(chat.tokenizer, texts))
@@ -80,17 +83,20 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
 
 
 def render(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> Rendered:
-    """Ids and labels of a conversation."""
+    """The ids and labels of a conversation. Raises as ChatFormat.parts does."""
     return joined(encode_parts(chat, [chat.parts(messages, tools)])[0])
 
 
 def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a conversation up to the point where the assistant's next answer starts."""
+    """The ids of a conversation up to the point where the assistant's next answer starts. Raises as ChatFormat.parts does."""
     return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools)])[0] for token in part.ids]
 
 
 def document_parts(chat: ChatFormat, text: str) -> list[Part]:
-    """A plain document, every token trained: what the tokenizer puts before a text, the text, its end-of-text token."""
+    """Split a plain document into what the tokenizer puts before a text, the text, and its end-of-text token; every token is trained.
+
+    Raises ValueError for a tokenizer without an end-of-text token.
+    """
     end = chat.tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-text token, so a model trained on plain text could not end one")
@@ -98,6 +104,7 @@ def document_parts(chat: ChatFormat, text: str) -> list[Part]:
 
 
 def _check(message, position: int) -> None:
+    """Raise ValueError for a message without a known role or without a text."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {position} has role {role!r}; expected one of {', '.join(ROLES)}")

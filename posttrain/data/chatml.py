@@ -7,7 +7,7 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 
 class ChatML:
-    """ChatML in the ids of a tokenizer; `prefix` is its begin-of-text token, if it adds one.
+    """ChatML written with a tokenizer; `prefix` is its begin-of-text token in a list, empty where it adds none.
 
     Raises ValueError for a tokenizer without <|im_start|> and <|im_end|>.
     """
@@ -25,7 +25,7 @@ class ChatML:
         )
 
     def parts(self, messages: list[dict], tools: list | None) -> list[Part]:
-        """A conversation in parts. Raises Refused for one with tools, which ChatML cannot write."""
+        """Split a conversation into parts. Raises Refused for one with tools, which ChatML cannot write."""
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
         parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]

@@ -1,4 +1,4 @@
-"""Texts -> token ids and back, without anything that a tokenizer would add or leave out."""
+"""Turns texts into token ids and back, without anything that a tokenizer would add or leave out."""
 
 import threading
 
@@ -6,7 +6,7 @@ _settings_lock = threading.Lock()
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of texts as text: nothing added around them, and no special token is recognised inside them."""
+    """The ids of texts as text: nothing is added around them, and no special token is recognised inside them."""
     if not tokenizer.is_fast:
         return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
     backend = tokenizer.backend_tokenizer
@@ -22,7 +22,7 @@ def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Ids of one text, as encode_texts gives them; many texts are faster in one call of that."""
+    """The ids of one text, as encode_texts gives them; for many texts one call of that is faster."""
     return encode_texts(tokenizer, [text])[0]
 
 

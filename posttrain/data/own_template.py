@@ -1,4 +1,4 @@
-"""A tokenizer's own Jinja template: its output, cut into parts of which the trained ones are known.
+"""Cuts the output of a tokenizer's own Jinja template into parts, so that what is trained of it is known.
 
 Where a message stands in the output is never searched for: the template is also rendered with a placeholder for every message, and the
 output must equal that skeleton with each placeholder replaced by its message (or its stripped form). A template that rewrites a message
@@ -17,6 +17,14 @@ TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 STRIPPED = (lambda text: text, str.strip, str.lstrip, str.rstrip)  # what templates do to a message
 
 
+class _Piece(NamedTuple):
+    """A stretch of the template's output."""
+
+    text: str
+    fixed: bool  # the template's own text, in which special tokens are recognised
+    answer: bool  # an assistant's turn starts here
+
+
 class OwnTemplate:
     """The tokenizer's own template, and the special token that ends an assistant's turn in it.
 
@@ -33,12 +41,12 @@ class OwnTemplate:
         self.end_id = self._find_end()
 
     def parts(self, messages: list[dict], tools: list | None) -> list[Part]:
-        """A conversation in parts. Raises Refused."""
+        """Split a conversation into parts, as the template writes it. Raises Refused for one that it cannot write, or rewrites."""
         pieces = self._pieces(messages, tools)
         return [_space_to_body(part) for part in _parts(pieces, self.specials, self.end_id)]
 
-    def _pieces(self, messages, tools) -> list["_Piece"]:
-        """The template's output, cut at the borders of the messages' contents and at the start of each answer."""
+    def _pieces(self, messages, tools) -> list[_Piece]:
+        """Cut the template's output at the borders of the messages' contents and at the start of each answer."""
         called = [message for message in messages if message.get("tool_calls")]
         if any(token in text for text in _strings([tools, [m["tool_calls"] for m in called]]) for token in self.specials):
             raise Refused("a tool call spells a special token")
@@ -65,20 +73,21 @@ class OwnTemplate:
         return pieces
 
     def _call_start(self, real: str, before: list[dict], tools) -> int:
-        """Where a turn of tool calls without text begins: after what the template writes before any answer."""
+        """Where a turn of tool calls without text begins in the output: after what the template writes before any answer."""
         prompt = self._render(before, tools, add_generation_prompt=True)
         if not real.startswith(prompt):
             raise Refused("the template writes another prompt before a tool call than it does when asked for one")
         return len(prompt)
 
     def _render(self, messages, tools, **options) -> str:
+        """The template's output. Raises Refused where the template raises anything."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, chat_template=TODAY + self.jinja, **options)
         except Exception as error:  # whatever a template's code raises
             raise Refused(f"the template refuses it: {error}") from error
 
     def _find_end(self) -> int:
-        """The special token that ends an assistant's turn."""
+        """Find the special token that ends an assistant's turn. Raises ValueError where the template writes none."""
         try:
             pieces = self._pieces([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
         except Refused as error:
@@ -93,14 +102,8 @@ class OwnTemplate:
         return self.specials[found.group()]
 
 
-class _Piece(NamedTuple):
-    text: str
-    fixed: bool  # the template's own text, in which special tokens are recognised
-    answer: bool  # an assistant's turn starts here
-
-
 def _parts(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[Part]:
-    """Pieces -> parts: fixed text is split at its special tokens, and what stands between two of them is one Text."""
+    """Join pieces to parts: fixed text is split at its special tokens, and what stands between two of them is one Text."""
     parts: list[Part] = []
     before, body, trained = "", "", False
     for piece in pieces:
@@ -124,7 +127,7 @@ def _parts(pieces: list[_Piece], specials: dict[str, int], end_id: int) -> list[
 
 
 def _space_to_body(part: Part) -> Part:
-    """A space that the template writes between header and answer belongs to the answer's first token in most vocabularies."""
+    """Move a space that the template writes between header and answer to the answer: most vocabularies have it in the first token."""
     if isinstance(part, Encoded) or not part.trained:
         return part
     before = part.before.rstrip(" ")
@@ -132,6 +135,7 @@ def _space_to_body(part: Part) -> Part:
 
 
 def _split_specials(text: str, specials: dict[str, int]) -> Iterator[tuple[bool, str]]:
+    """Yield the stretches of a text, and whether each is a special token."""
     at = 0
     for found in _splitter(specials).finditer(text):
         if found.start() > at:
@@ -143,11 +147,12 @@ def _split_specials(text: str, specials: dict[str, int]) -> Iterator[tuple[bool,
 
 
 def _splitter(specials: dict[str, int]) -> re.Pattern:
+    """A pattern that finds special tokens, the longest first where one starts another."""
     return re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)) or r"(?!)")
 
 
 def _decompose(real: str, fixed: list[str], contents: list[str]) -> list[str] | None:
-    """The contents as rendered, such that real == fixed[0] + contents[0] + fixed[1] + ...; None if they were changed further."""
+    """The contents as rendered, such that real == fixed[0] + contents[0] + fixed[1] + ...; None if they were changed beyond STRIPPED."""
     found, at = [], len(fixed[0])
     if not real.startswith(fixed[0]):
         return None
@@ -161,7 +166,7 @@ def _decompose(real: str, fixed: list[str], contents: list[str]) -> list[str] | 
 
 
 def _strings(value) -> Iterator[str]:
-    """Every text inside nested lists and dicts."""
+    """Yield every text inside nested lists and dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

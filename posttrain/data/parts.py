@@ -1,4 +1,4 @@
-"""What a rendered conversation consists of: texts and special tokens in order, then token ids and labels that say which are trained."""
+"""What a rendered conversation consists of: texts and special tokens, then token ids, with labels that say which are trained."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Refused(ValueError):
 
 
 class Text(NamedTuple):
-    """Text between two special tokens. No token straddles the border of a trained body."""
+    """A text between two special tokens. No token straddles the border of a trained body."""
 
     before: str
     body: str
@@ -20,7 +20,7 @@ class Text(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Ids: special tokens of the template, or what a Text became."""
+    """Token ids: special tokens of the template, or what a Text became."""
 
     ids: list[int]
     trained: bool
@@ -41,12 +41,12 @@ class Rendered(NamedTuple):
 
 
 def last_answer(parts: list[Part]) -> int:
-    """Which part is the last answer's text."""
+    """The index of the part that is the last answer's text."""
     return max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
 
 
 def joined(parts: list[Encoded]) -> Rendered:
-    """Ids and labels of the parts of a conversation, one after the other."""
+    """Join the parts of a conversation to its ids and labels."""
     ids, labels = [], []
     for part in parts:
         ids += part.ids
@@ -55,7 +55,7 @@ def joined(parts: list[Encoded]) -> Rendered:
 
 
 def trained_spans(labels: list[int]) -> list[tuple[int, int]]:
-    """The runs of trained tokens, [start, end) each."""
+    """The runs of trained tokens, as [start, end)."""
     trained = np.concatenate([[False], np.asarray(labels) != IGNORE, [False]])
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(edges[0::2], edges[1::2], strict=True))
