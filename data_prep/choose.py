@@ -1,4 +1,4 @@
-"""Which examples go into the prepared folder: duplicates, the validation split, weights. Decided from some numbers an example."""
+"""Decides which examples go into the prepared folder: duplicates, the validation split, weights; from a few numbers an example."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -6,37 +6,36 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import overlap
-from data_prep.examples import number_of
-from data_prep.files import Source
-from data_prep.parts import Part, column
+from data_prep.proof import text_hash
+from data_prep.sources import Sources
+from data_prep.staging import Chunk, column
 
 DUPLICATE, NEAR_DUPLICATE = "an exact copy of another row", "a near copy of another row"
 
 
-class Sources(NamedTuple):
-    training: list[Source]
-    held_out: list[Source]  # the upstream's own validation or test rows
-
-
 class Chosen(NamedTuple):
-    """What becomes of every example of the parts, and why some are left out."""
+    """How often each example of the chunks goes to which split, and why some go to none."""
 
     counts: dict[str, np.ndarray]  # how often each example goes to "train" and to "validation"
-    left_out: dict[str, np.ndarray]  # by cause: which examples
+    left_out: dict[str, np.ndarray]  # which examples are left out, by cause
     copies: int  # training rows that are exact copies of others
     notes: list[str]  # where the result is not quite what was asked for
 
 
-def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
-    """Duplicates, validation split and weights, from some numbers a row. It depends on the rows and the seed, not on their order."""
-    owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(parts)]).astype(int)
-    flat = [part for several in parts for part in several]
+def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
+    """Settle duplicates, validation split and weights. The result depends on the rows and the seed, not on the order of the rows.
+
+    Raises ValueError where nothing is left to train on.
+    """
+    owner = np.concatenate([np.full(_length(several), index) for index, several in enumerate(chunks)]).astype(int)
+    flat = [chunk for several in chunks for chunk in several]
     rows, prompts = column(flat, "_row"), column(flat, "_prompt")
     held_out = owner >= len(sources.training)
     left = np.ones(len(owner), bool)
     left_out: dict[str, np.ndarray] = {}
 
     def leave_out(which: np.ndarray, cause: str) -> None:
+        """Note the cause, for those of the examples that nothing has ruled out yet."""
         left_out[cause] = left_out.get(cause, False) | (which & left)
         left[which] = False
 
@@ -68,7 +67,7 @@ def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
         if source.weight < 1 and len(mine):
             leave_out((owner == index) & left & ~validation & (counts == 0), f"left out by the weight {source.weight:g}")
     if not counts.any():
-        raise ValueError(f"no row can be trained on: {_causes(parts, left_out)}")
+        raise ValueError(f"no row can be trained on: {_causes(chunks, left_out)}")
     assert not np.isin(prompts[counts > 0], prompts[validation & left]).any(), "a validation prompt is in training"
     found, notes = int((validation & left).sum()), []
     if options.val_size is not None and found < options.val_size:
@@ -81,21 +80,22 @@ def choose(parts: list[list[Part]], sources: Sources, options) -> Chosen:
     return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, copies, notes)
 
 
-def _length(parts: list[Part]) -> int:
-    return sum(len(part.table()) for part in parts)
+def _length(chunks: list[Chunk]) -> int:
+    """How many examples some chunks hold."""
+    return sum(len(chunk.table()) for chunk in chunks)
 
 
 def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """A random-looking uint64 for each number, the same for the same number and seed (splitmix64)."""
+    """Draw a uint64 for each number, the same for the same number and seed (splitmix64)."""
     with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64) + np.uint64(number_of(f"seed {seed}"))
+        z = numbers.astype(np.uint64) + np.uint64(text_hash(f"seed {seed}"))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
 
 def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) -> np.ndarray:
-    """Up to `limit` of the rows `among`, all rows of a prompt or none."""
+    """Choose up to `limit` of the examples `among`, all examples of a prompt or none; a mask."""
     members = np.flatnonzero(among)
     values, sizes = np.unique(prompts[members], return_counts=True)
     order = np.argsort(_ranks(values, seed), kind="stable")
@@ -109,7 +109,8 @@ def _by_prompt(prompts: np.ndarray, seed: int, among: np.ndarray, limit: int) ->
     return among & np.isin(prompts, np.array(taken, np.uint64))
 
 
-def _causes(parts: list[list[Part]], left_out: dict[str, np.ndarray]) -> str:
-    total = Counter(cause for several in parts for part in several for _, cause in part.facts["dropped"])
+def _causes(chunks: list[list[Chunk]], left_out: dict[str, np.ndarray]) -> str:
+    """A list, in words, of why examples were dropped or left out."""
+    total = Counter(cause for several in chunks for chunk in several for _, cause in chunk.facts["dropped"])
     total.update({cause: int(which.sum()) for cause, which in left_out.items() if which.any()})
     return "; ".join(f"{count} x {cause}" for cause, count in total.most_common()) or "the source is empty"

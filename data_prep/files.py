@@ -1,7 +1,7 @@
-"""Rows of local files and hub datasets, one at a time: nothing here holds more than one file's block in memory, except JSON lists.
+"""Reads rows of local files and hub datasets, one at a time: no more than one block of a file is in memory, except of JSON lists.
 
-A row that cannot be decoded comes as a Refused and is counted; a file that is cut, damaged or of another kind is an error that names
-the file and the line.
+A row that cannot be decoded comes as a Refused and is counted; a file that is cut, damaged or of another kind raises a ValueError that
+names the file and the line.
 """
 
 import csv
@@ -9,63 +9,22 @@ import gzip
 import io
 import itertools
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
 from posttrain.common import hub
-from posttrain.data.chat import Refused
+from posttrain.data.parts import Refused
 
-ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
-HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)
 Row = dict | Refused
 
 
-class Source(NamedTuple):
-    """Where rows come from: files here, or a split of a hub dataset."""
-
-    label: str  # names its rows in the ledger and in the data
-    weight: float = 1.0
-    files: tuple[Path, ...] = ()
-    hub: str = ""
-    split: str = ""
-    revision: str | None = None
-
-    @property
-    def identity(self) -> list:
-        """Changes when the rows may have changed."""
-        return [*self._replace(files=()), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
-
-    def rows(self) -> Iterator[Row]:
-        if self.hub:
-            yield from _hub_rows(self)
-            return
-        for path in self.files:
-            yield from file_rows(path)
-
-
-def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files for training and files that the upstream holds out (test*, validation*, ...), which a folder may hold beside them."""
-    path = Path(place)
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    found = [file for file in candidates if file.name.removesuffix(".gz").endswith(ENDINGS) and file.is_file()]
-    if not found:
-        seen = "does not exist" if not path.exists() else f"holds {', '.join(sorted(p.name for p in candidates)[:8]) or 'nothing'}"
-        raise FileNotFoundError(
-            f"{place} {seen}; expected a JSON, JSONL, CSV or Parquet file (or one of them gzipped), or a folder of them"
-        )
-    held_out = [] if path.is_file() else [file for file in found if any(map(HELD_OUT.match, file.relative_to(path).parts))]
-    training = [file for file in found if file not in held_out]
-    return (tuple(training), tuple(held_out)) if training else (tuple(held_out), ())
-
-
 def file_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON, JSONL, CSV or Parquet file, by its name; all but Parquet may be gzipped. Raises ValueError."""
     name = path.name.removesuffix(".gz")
     reader = _parquet if name.endswith(".parquet") else _csv if name.endswith(".csv") else _json
     try:
@@ -74,21 +33,22 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
 
 
-def count_rows(source: Source, most: int | None) -> int | None:
-    """How many rows there will be, where that is cheap to know; for a progress bar."""
-    total = 0
-    for path in source.files:
-        if path.name.endswith(".parquet"):
-            try:
-                total += pyarrow.parquet.read_metadata(path).num_rows
-            except (OSError, pyarrow.ArrowException):
-                return None  # the reader will say what is wrong with it
-        elif path.name.endswith((".jsonl", ".csv")):
-            with path.open("rb") as file:
-                total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        else:
-            return None
-    return min(total, most or total) or None
+def hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
+    """Yield the rows of a hub dataset, from the local cache where the hub cannot be reached. Raises ValueError."""
+    import datasets
+    import huggingface_hub
+
+    if not hub.is_reachable():  # go to the local cache at once: the libraries would try for half a minute first
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        rows = datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "the hub" if hub.is_reachable() else "the local cache, and the hub cannot be reached"
+        raise ValueError(
+            f"{name} ({split}) cannot be loaded from {where}: {error}\nWhere the hub is out of reach, give the same rows with "
+            f"--source FILE_OR_DIR; a private dataset needs HF_TOKEN in the environment"
+        ) from error
+    yield from map(_without_padding, rows)
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -96,7 +56,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A JSON list of objects, or a JSON object a line."""
+    """Yield the objects of a JSON list, or of a file with one in each line."""
     with _open(path) as file:
         if (start := file.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path} is UTF-16 (it starts with {start!r}); save it as UTF-8")
@@ -131,13 +91,14 @@ def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(path, f"line {number}", row)
 
 
 def _object(path: Path, place: str, row) -> dict:
+    """The row, if it is an object; else raises ValueError with its place."""
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {place} is a {type(row).__name__}; expected an object with named columns")
     return row
@@ -164,6 +125,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _undecodable(text: str) -> bool:
+    """Whether a text holds what surrogateescape puts in place of bytes that are not UTF-8."""
     return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
 
 
@@ -177,25 +139,8 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
 
 
-def _hub_rows(source: Source) -> Iterator[Row]:
-    import datasets
-    import huggingface_hub
-
-    if not hub.is_reachable():  # go to the local cache at once: the libraries would try for half a minute first
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        rows = datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = "the hub" if hub.is_reachable() else "the local cache, and the hub cannot be reached"
-        raise ValueError(
-            f"{source.hub} ({source.split}) cannot be loaded from {where}: {error}\nWhere the hub is out of reach, give the same rows with "
-            f"--source FILE_OR_DIR; a private dataset needs HF_TOKEN in the environment"
-        ) from error
-    yield from map(_without_padding, rows)
-
-
 def _without_padding(row: dict) -> dict:
-    """Arrow gives all objects of a column the same keys, with nulls where a row had none: they are not the row's."""
+    """The row without nulls: Arrow gives all objects of a column the same keys, with nulls where a row had none."""
 
     def bare(value):
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Rows that repeat each other or a benchmark: near copies by MinHash (the datasketch library), quotations by shared word sequences."""
+"""Finds rows that repeat each other (near copies, by MinHash of the datasketch library) or quote a benchmark (shared word sequences)."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from data_prep.files import file_rows, find_files
-from data_prep.parts import Part
-from data_prep.sources import Chat, Document, Pair, Refused
+from data_prep.files import file_rows
+from data_prep.messages import Chat, Document, Pair
+from data_prep.sources import find_files
+from data_prep.staging import Chunk
+from posttrain.data.parts import Refused
 
 SIMILAR = 0.8  # Jaccard similarity of two rows' word 5-grams, above which they are near copies
 SHINGLE, PERMUTATIONS = 5, 128
@@ -26,7 +28,7 @@ class Benchmarks(NamedTuple):
     identity: list
 
     def quoted(self, text: str) -> str | None:
-        """The file of a benchmark row that the text quotes."""
+        """Name the file of a benchmark row that the text quotes; None without one."""
         if not self.sequences:
             return None
         words = _words(text)
@@ -41,7 +43,7 @@ NONE = Benchmarks({}, (), [])
 
 
 def load_benchmarks(places: list[str]) -> Benchmarks:
-    """Every text of at least 5 words in the given files' rows (questions, answers, choices). Raises as find_files does."""
+    """Collect every text of at least 5 words in the given files' rows (questions, answers, choices). Raises as find_files does."""
     sequences: dict[str, str] = {}
     identity = []
     for place in places:
@@ -60,7 +62,7 @@ def load_benchmarks(places: list[str]) -> Benchmarks:
 
 
 def signatures(texts: Iterable[str]) -> list[np.ndarray]:
-    """A MinHash of each text's word 5-grams, (PERMUTATIONS,) uint32."""
+    """The MinHash of each text's word 5-grams, (PERMUTATIONS,) uint32."""
     shingles = []
     for text in texts:
         words = _words(text)
@@ -70,14 +72,14 @@ def signatures(texts: Iterable[str]) -> list[np.ndarray]:
     return [sketch.hashvalues.astype(np.uint32) for sketch in MinHash.bulk(shingles, **SKETCH)]
 
 
-def near_copies(parts: list[Part], among: np.ndarray) -> np.ndarray:
-    """Which of the rows `among` are similar to an earlier one of them that is kept; (rows,) bool."""
+def near_copies(chunks: list[Chunk], among: np.ndarray) -> np.ndarray:
+    """Which of the examples `among` are similar to an earlier one of them that is kept; (examples,) bool."""
     index = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
     kept: dict[int, MinHash] = {}
     copies = np.zeros(len(among), bool)
     at = 0
-    for part in parts:
-        for values in part.table().column("_signature").to_pylist():
+    for chunk in chunks:
+        for values in chunk.table().column("_signature").to_pylist():
             if among[at]:
                 sketch = MinHash(**SKETCH, hashvalues=np.array(values, np.uint64))
                 copies[at] = any(sketch.jaccard(kept[other]) >= SIMILAR for other in index.query(sketch))
@@ -89,6 +91,7 @@ def near_copies(parts: list[Part], among: np.ndarray) -> np.ndarray:
 
 
 def characters(item: Document | Chat | Pair) -> int:
+    """How many characters a conversation holds."""
     if isinstance(item, Document):
         return len(item.text)
     if isinstance(item, Chat):
@@ -97,6 +100,7 @@ def characters(item: Document | Chat | Pair) -> int:
 
 
 def _texts(value) -> Iterator[str]:
+    """Yield every text inside nested lists and dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

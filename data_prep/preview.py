@@ -1,4 +1,4 @@
-"""Rows as the model sees them: what it reads and, in colour, what it is trained to say.
+"""Shows rows as the model sees them: what it reads and, in colour, what it is trained to say.
 
 python data_prep/preview.py data/sft                     five rows; pairs with both answers side by side
 python data_prep/preview.py data/sft --row 17 --ids      one row with its token ids
@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from data_prep.examples import answer_texts, proof, span_texts, without_ends
 from data_prep.prepare import main
+from data_prep.proof import answer_texts, proof, span_texts, without_ends
 from posttrain.data import tokenization
-from posttrain.data.chat import IGNORE, ChatFormat, decode_after, trained_spans
+from posttrain.data.chat import ChatFormat
+from posttrain.data.encoding import decode_after
+from posttrain.data.parts import IGNORE, trained_spans
 from posttrain.data.prepared import Split, fingerprint_file, load_prepared, read_manifest
 
 TRAINED, SPECIAL = "bold green", "dim"
@@ -44,6 +46,7 @@ class Block(NamedTuple):
 
 
 def preview(argv: list[str]) -> None:
+    """Show or check the rows of a prepared folder, as the command line asks."""
     options = _parse(argv)
     manifest = read_manifest(options.directory)
     kind = manifest["kind"]
@@ -78,10 +81,11 @@ def preview(argv: list[str]) -> None:
             if width <= 40:
                 console.print(answers[1])
     legend = [("trained", TRAINED), "  ", ("special tokens", SPECIAL)] if coloured else ["\u27e6trained\u27e7"]
-    console.print(Text.assemble(*legend, "  everything else is read only"))
+    console.print(Text.assemble(*legend, "  everything else is read, not trained"))
 
 
 def blocks(chat: ChatFormat, kind: str, row: dict) -> list[Block]:
+    """A stored row as what is shown of it: one Block, or prompt, chosen and rejected."""
     if kind == "sft":
         return [Block("", _pieces(chat, row["input_ids"], row["labels"]))]
     prompt = Block("prompt", _pieces(chat, row["prompt"], [IGNORE] * len(row["prompt"])))
@@ -89,7 +93,7 @@ def blocks(chat: ChatFormat, kind: str, row: dict) -> list[Block]:
 
 
 def failures(chat: ChatFormat, kind: str, row: dict, max_length: int) -> Iterator[str]:
-    """What is wrong with a row; nothing for a sound one."""
+    """Yield what is wrong with a stored row; nothing for a sound one."""
     if kind == "sft":
         ids, labels = row["input_ids"], row["labels"]
         length, texts = len(ids), span_texts(chat, ids, labels)
@@ -137,6 +141,7 @@ def _check(directory: Path, chat: ChatFormat, manifest: dict, splits: dict[str, 
 
 
 def _pieces(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[Piece]:
+    """Token ids as pieces that are all trained or none, all special tokens or none, with their texts."""
     pieces: list[Piece] = []
     for token, label in zip(ids, labels, strict=True):
         kind = (label != IGNORE, token in chat.special_ids)
@@ -150,7 +155,7 @@ def _pieces(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[Piece]:
 
 
 def _rich(block: Block, ids: bool, coloured: bool) -> Text:
-    """In colours, or what is trained in brackets where there are none, as in a file."""
+    """A block in colours, or with what is trained in brackets where there are none, as in a file."""
     text, within = Text(), False
     for piece in [*block.pieces, Piece("", [], False, False)]:
         if piece.trained != within and not coloured:
@@ -174,13 +179,15 @@ h1 { font-size: 1.3rem; } h2 { font-size: .85rem; font-weight: 600; opacity: .7;
 .i { color: #9a6700; font: .75em ui-monospace, monospace; }
 @media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
 </style>
-<h1>%(title)s</h1><p><span class="t">trained</span> &nbsp; <span class="s">special tokens</span> &nbsp; everything else is read only</p>
+<h1>%(title)s</h1>
+<p><span class="t">trained</span> &nbsp; <span class="s">special tokens</span> &nbsp; everything else is read, not trained</p>
 %(rows)s
 </html>
 """
 
 
 def _page(directory: str, split: str, shown: list[tuple[int, str, list[Block]]], ids: bool) -> str:
+    """The HTML page of some rows, each as (number, source, blocks)."""
     rows = []
     for number, source, parts in shown:
         rows.append(f'<h2>{split} {number} · {html.escape(source)}</h2><div class="row" dir="auto">{_html(parts[0], ids)}</div>')
@@ -191,6 +198,7 @@ def _page(directory: str, split: str, shown: list[tuple[int, str, list[Block]]],
 
 
 def _html(block: Block, ids: bool) -> str:
+    """A block as HTML."""
     spans = []
     for piece in block.pieces:
         classes = " ".join(name for name, on in (("t", piece.trained), ("s", piece.special)) if on)

@@ -1,4 +1,4 @@
-"""What preparation tells: the ledger as a table, in the manifest and as a picture, and progress while it works."""
+"""Tells about preparation: the ledger as a table, in the manifest and as a picture, and progress while it works."""
 
 import json
 from collections import Counter
@@ -11,16 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data_prep.choose import Chosen
-from data_prep.files import Source, count_rows
-from data_prep.parts import Part, column
+from data_prep.sources import Source, count_rows
+from data_prep.staging import Chunk, column
 
+console = Console(highlight=False, soft_wrap=True)
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class RowProgress:
     """A progress bar of a source's rows; as a context manager it gives the function that advances it. Without a terminal it is silent."""
 
-    def __init__(self, console: Console, source: Source, max_samples: int | None, start: int):
+    def __init__(self, source: Source, max_samples: int | None, start: int):
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]} rows/s | time left"),
             TimeRemainingColumn(),
@@ -42,17 +43,17 @@ class RowProgress:
         self.progress.update(self.task, speed=f"{speed:,.0f}" if speed else "")
 
 
-def summary(parts: list[list[Part]], sources: list[Source], chosen: Chosen) -> dict:
-    """Counts, ledger and token statistics for the manifest."""
+def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) -> dict:
+    """Counts, ledger and token statistics, as the manifest holds them."""
     ledger: dict[str, dict] = {}
     changes: Counter = Counter()
-    for source, several in zip(sources, parts, strict=True):
-        for part in several:
-            changes.update(part.facts["changes"])
-            for row, cause in part.facts["dropped"]:
+    for source, several in zip(sources, chunks, strict=True):
+        for chunk in several:
+            changes.update(chunk.facts["changes"])
+            for row, cause in chunk.facts["dropped"]:
                 entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": True})
                 entry["rows"] += 1
-    flat = [part for several in parts for part in several]
+    flat = [chunk for several in chunks for chunk in several]
     for cause, which in chosen.left_out.items():
         if which.any():
             ledger[cause] = {"rows": int(which.sum()), "first": next(_sources_of(flat, which)), "unusable": False}
@@ -60,7 +61,7 @@ def summary(parts: list[list[Part]], sources: list[Source], chosen: Chosen) -> d
     counts = chosen.counts
     result = {
         "counts": {name: int(which.sum()) for name, which in counts.items()},
-        "rows": sum(part.facts["rows"] for part in flat),
+        "rows": sum(chunk.facts["rows"] for chunk in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
         "changes": dict(changes.most_common()),
         "copies": chosen.copies,
@@ -77,7 +78,8 @@ def summary(parts: list[list[Part]], sources: list[Source], chosen: Chosen) -> d
     return result
 
 
-def show(console: Console, output: Path, manifest: dict) -> None:
+def show(output: Path, manifest: dict) -> None:
+    """Print what a manifest says: counts, ledger, notes and lengths."""
     tokens, counts = manifest["tokens"], manifest["counts"]
     console.print(
         f"{output}: {counts['train']:,} rows for training, {counts['validation']:,} for validation, of {manifest['rows']:,} read",
@@ -107,35 +109,35 @@ def show(console: Console, output: Path, manifest: dict) -> None:
     console.print(f"look at it with: python data_prep/preview.py {output}", markup=False)
 
 
-def _sources_of(parts: list[Part], which: np.ndarray) -> Iterator[str]:
-    """The source ids of the marked examples."""
+def _sources_of(chunks: list[Chunk], which: np.ndarray) -> Iterator[str]:
+    """Yield the `source` of each marked example."""
     at = 0
-    for part in parts:
-        table = part.table()
+    for chunk in chunks:
+        table = chunk.table()
         marked = np.flatnonzero(which[at : at + len(table)])
         at += len(table)
         if len(marked):
             yield from table.column("source").take(marked).to_pylist()
 
 
-def write_dropped(parts: list[list[Part]], sources: list[Source], left_out: dict[str, np.ndarray], path: Path) -> None:
-    """Every row that is not in the data, one object a line."""
+def write_dropped(chunks: list[list[Chunk]], sources: list[Source], left_out: dict[str, np.ndarray], path: Path) -> None:
+    """Write every row that is not in the data and why, a JSON object in each line."""
     with path.open("w") as file:
-        for source, several in zip(sources, parts, strict=True):
-            for part in several:
-                for row, cause in part.facts["dropped"]:
+        for source, several in zip(sources, chunks, strict=True):
+            for chunk in several:
+                for row, cause in chunk.facts["dropped"]:
                     file.write(json.dumps({"source": f"{source.label}:{row}", "cause": cause}) + "\n")
-        flat = [part for several in parts for part in several]
+        flat = [chunk for several in chunks for chunk in several]
         for cause, which in left_out.items():
             for name in _sources_of(flat, which):
                 file.write(json.dumps({"source": name, "cause": cause}) + "\n")
 
 
-def draw(parts: list[list[Part]], chosen: Chosen, max_length: int, path: Path) -> None:
-    """Lengths of the training rows, and how much of each is trained."""
+def draw(chunks: list[list[Chunk]], chosen: Chosen, max_length: int, path: Path) -> None:
+    """Draw the lengths of the training rows, and how much of each is trained."""
     from matplotlib.figure import Figure  # pyplot would take longer to import than a small dataset to prepare
 
-    flat = [part for several in parts for part in several]
+    flat = [chunk for several in chunks for chunk in several]
     here = chosen.counts["train"]
     tokens, trained = column(flat, "_tokens"), column(flat, "_trained")
     figure = Figure(figsize=(10, 3.6), layout="constrained")

@@ -19,7 +19,7 @@ import torch
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
-from posttrain.data.chat import TODAY
+from posttrain.data.own_template import TODAY
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, load_tasks, task_name, write_tasks

@@ -26,9 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
-LONG = (
-    "planted runs plan terminal checkpoint two_hosts layouts launch stopping faults page evaluate kernels convert mistakes compile samples"
-)
+LONG = "launch two_hosts layouts terminal runs faults evaluate planted checkpoint plan compile mistakes warm page stopping kernels serve"
 
 
 def pytest_collection_modifyitems(items):

@@ -106,7 +106,7 @@ MUTATIONS = {
         DPO_PARITY,
     ),
     "end_token_not_trained": Mutation(
-        "posttrain/data/chat.py",
+        "posttrain/data/chatml.py",
         "[Encoded([self.end_id], True)",
         "[Encoded([self.end_id], False)",
         "tests/test_chat.py::test_trained_tokens_are_the_answers_and_their_end_tokens",
@@ -245,7 +245,7 @@ MUTATIONS = {
         PARTS + "test_a_client_that_stops_reading_loses_its_place",
     ),
     "a_marker_in_a_text_becomes_a_token": Mutation(
-        "posttrain/data/chat.py",
+        "posttrain/data/encoding.py",
         "    with _settings_lock:  # a call",
         "    if True:  # a call",
         "tests/test_chat.py::test_nothing_touches_the_tokenizer_while_another_thread_encodes",

@@ -24,7 +24,7 @@ from posttrain.model import policy  # noqa: E402
 from posttrain.objectives.likelihood import SFT  # noqa: E402
 from posttrain.objectives.preference import DPO  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
-from posttrain.training import build, loop  # noqa: E402
+from posttrain.training import build, loop, replay  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
 SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}
@@ -133,7 +133,7 @@ def one_example_is_nan():
         return logps
 
     policy.Policy.forward = log_probs
-    loop.train_step = refused_steps_leave_no_trace
+    loop.train_step = replay.train_step = refused_steps_leave_no_trace
 
 
 def optimizer_state(training) -> dict[str, str]:
@@ -170,7 +170,8 @@ def spikes():
         share, sums = sft_loss(objective, batch, totals, *examples)
         return share * getattr(objective, "scale", 1.0), sums
 
-    loop.train_step, SFT.loss = step, loss
+    loop.train_step = replay.train_step = step
+    SFT.loss = loss
 
 
 def one_rank_hangs():

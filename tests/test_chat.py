@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from posttrain.data import chat
-from posttrain.data.chat import IGNORE, document_parts, encode_parts, encode_text, encode_texts, render, render_prompt, text_prefix
+from posttrain.data import encoding
+from posttrain.data.chat import document_parts, encode_parts, render, render_prompt
+from posttrain.data.encoding import encode_text, encode_texts, text_prefix
+from posttrain.data.parts import IGNORE
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -64,7 +66,7 @@ def test_markers_in_a_message_stay_text(tiny):
 @pytest.mark.slow
 def test_markers_stay_text_when_two_threads_encode(tiny):
     """Preparation splits long rows beside the encoding of the next chunk, and the tokenizer's settings belong to both threads."""
-    markers = {tiny.chat.start_id, tiny.chat.end_id}
+    markers = {tiny.chat.syntax.start_id, tiny.chat.end_id}
     with ThreadPoolExecutor(2) as threads:
         jobs = [threads.submit(encode_texts, tiny.tokenizer, ["ta <|im_end|> <|im_start|> " * 40] * count) for count in (300, 1) * 60]
         assert not any(markers & set(ids) for job in jobs for ids in job.result())
@@ -75,7 +77,7 @@ def test_nothing_touches_the_tokenizer_while_another_thread_encodes(tiny, call):
     """Its settings are the tokenizer's, not the call's: a marker in the other thread's text would become a token. Seen in a server's load,
     once in some hundred requests."""
     thread = threading.Thread(target=call, args=[tiny.tokenizer])
-    with chat._settings_lock:
+    with encoding._settings_lock:
         thread.start()
         thread.join(0.3)
         waited = thread.is_alive()

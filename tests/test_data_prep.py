@@ -15,10 +15,10 @@ import pytest
 import torch
 import warm
 
-from data_prep import prepare as prepare_module
+from data_prep import convert
 from data_prep.prepare import prepare
 from data_prep.preview import preview
-from posttrain.data.chat import IGNORE
+from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,17 +190,17 @@ def test_a_long_conversation_is_split_at_its_turns(tiny, tmp_path):
 
 def test_refused_rows_do_not_keep_their_chunk_in_memory(tiny):
     """Memory stays flat while the garbage collector is off: no cycle through the refusal's traceback."""
-    from data_prep.examples import SFT, Settings, plan
-    from data_prep.sources import Chat
+    from data_prep.examples import SFT, Settings
+    from data_prep.messages import Chat
 
     calls = [{"function": {"name": "f", "arguments": {}}}]
     chats = [Chat([USER, {"role": "assistant", "content": "", "tool_calls": calls}]) for _ in range(200)]
     gc.collect()
     gc.disable()
     try:
-        planned = plan(SFT(tiny.chat, Settings(100)), enumerate(chats))
-        assert "tool calls need" in str(planned.items[0])
-        del planned
+        chunk = convert.parts_of_rows(SFT(tiny.chat, Settings(100)), enumerate(chats))
+        assert "tool calls need" in str(chunk.items[0])
+        del chunk
         assert gc.collect() < 20
     finally:
         gc.enable()
@@ -321,19 +321,21 @@ def test_text_of_every_kind_comes_through(tiny, tmp_path):
         trained = [token for token in row["labels"] if token != IGNORE]
         assert trained[-1] == tiny.chat.end_id
         assert tiny.tokenizer.decode(trained[:-1]) == text
-        assert row["input_ids"].count(tiny.chat.start_id) == 2
+        assert row["input_ids"].count(tiny.chat.syntax.start_id) == 2
 
 
 def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_path, monkeypatch):
     rows = [{"prompt": f"ta {number % 70}", "response": f"ke {number}"} for number in range(120)] + [{"prompt": "ta", "response": ""}]
-    hashes = []
+    hashes, facts = [], []
     for number, size in enumerate((2000, 7)):
-        monkeypatch.setattr(prepare_module, "CHUNK_ROWS", size)
+        monkeypatch.setattr(convert, "CHUNK_ROWS", size)
         (tmp_path / f"{number}").mkdir()
-        run("sft", tiny, tmp_path / f"{number}", rows, "--val_size", "20")
+        manifest = run("sft", tiny, tmp_path / f"{number}", rows, "--val_size", "20")
+        facts.append({name: manifest[name] for name in ("counts", "rows", "ledger", "changes", "tokens")})
         found = folder_hash(tmp_path / f"{number}" / "out")
         hashes.append({name: value for name, value in found.items() if "data-" not in name and name != "manifest.json"})
     assert hashes[0] == hashes[1]
+    assert facts[0] == facts[1]
     tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s)) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
     batches = [load_prepared(f"{tmp_path}/{n}/out", "sft", "").train.micro_batch(range(0, 100, 9)) for n in (0, 1)]
@@ -350,19 +352,19 @@ def test_rows_are_read_as_datasets_reads_them(tiny):
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):
     """Half a staging folder is never taken for a whole one."""
-    monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(convert, "CHUNK_ROWS", 10)
     source = write(tmp_path / "rows.jsonl", questions(50))
     arguments = ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
     rmtree = shutil.rmtree
 
     def killed(folder: Path, **more) -> None:
-        if not (folder / "parts").is_dir():
+        if not (folder / "chunks").is_dir():
             return rmtree(folder, **more)
-        (folder / "parts" / "0.000001.arrow").unlink()
+        (folder / "chunks" / "0.000001.arrow").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("data_prep.parts.shutil.rmtree", killed)
+        patched.setattr("data_prep.staging.shutil.rmtree", killed)
         prepare("sft", arguments)
     assert (tmp_path / "out.incomplete").is_dir()
     rmtree(tmp_path / "out")

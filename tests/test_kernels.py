@@ -207,7 +207,7 @@ def test_compiled_log_probs_equal_plain_ones(monkeypatch):
 FORGOTTEN_KERNELS = """
 import os, sys
 import psutil, torch
-from posttrain.engine import start_distributed
+from posttrain.engine.start import start_distributed
 start_distributed()
 weight = torch.randn(512, 512, dtype=torch.bfloat16)
 for rows in range(300, 1300):

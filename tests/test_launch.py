@@ -31,12 +31,15 @@ def place(tmp_path_factory, tiny):
     return folder
 
 
-@pytest.mark.parametrize("script", ["sft_multinode", "dpo_multinode"])
+@pytest.mark.parametrize("script", ["sft_8gpu", "dpo_8gpu", "sft_multinode", "dpo_multinode"])
 def test_a_script_runs(place, script):
-    """On a single host, without ssh; over ssh they run in two_hosts.sh. sft_8gpu.sh and dpo_8gpu.sh run in test_runs.py."""
-    where = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """The multi-node ones on a single host, without ssh; over ssh they run in two_hosts.sh."""
+    hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    where = hosts if "multinode" in script else {}
     out = place / f"run of {script}"
-    done = launch_script(f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", **where)
+    done = launch_script(
+        f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", MASTER_PORT=str(free_port()), **where
+    )
     assert done.returncode == 0, done.stdout
     assert len(metrics(out)) == 2
     assert (out / "final" / "model.safetensors").is_file()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from posttrain.data.chat import IGNORE
 from posttrain.data.packing import MicroBatch, RowBuilder, Segment, pack
+from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.model.policy import Policy, build_policy
 from posttrain.objectives.answers import answer_sums

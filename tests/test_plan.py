@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
-from posttrain.data.chat import IGNORE
 from posttrain.data.packing import RowBuilder
+from posttrain.data.parts import IGNORE
 from posttrain.planning.activations import count_working
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
 

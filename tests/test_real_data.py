@@ -5,11 +5,13 @@ import json
 
 import pytest
 
-from data_prep.files import file_rows, find_files
+from data_prep.conversations import conversations
+from data_prep.files import file_rows
 from data_prep.prepare import prepare
 from data_prep.preview import preview
-from data_prep.sources import Refused, conversations
+from data_prep.sources import find_files
 from posttrain.data.chat import ChatFormat, render
+from posttrain.data.parts import Refused
 from posttrain.data.tokenization import load_tokenizer
 
 SFT = (

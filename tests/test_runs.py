@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, free_port, last_of_each, launch, launch_script, metrics, python, start
+from conftest import ROOT, last_of_each, launch, launch_with_deepspeed, metrics, python, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.data import chat
@@ -26,9 +26,11 @@ def sft_arguments(tiny, out_dir, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sft_run(tiny, tmp_path_factory) -> tuple[Path, str]:
-    out_dir, port = tmp_path_factory.mktemp("the runs") / "sft", free_port()
-    done = launch_script("sft_8gpu.sh", *sft_arguments(tiny, out_dir), MASTER_PORT=str(port))
+    """Under the real launcher, so that the runs which others are compared with have interpreters of their own."""
+    out_dir = tmp_path_factory.mktemp("runs") / "sft"
+    done = launch_with_deepspeed("posttrain/sft.py", *sft_arguments(tiny, out_dir))
     assert done.returncode == 0, done.stdout
+    port = done.args[done.args.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"deepspeed*_{port}_*"))  # DeepSpeed's own buffers would stay there for good
     return out_dir, done.stdout
 
@@ -39,9 +41,9 @@ def dpo_run(tiny, sft_run) -> tuple[Path, str]:
     recipe = {"sft_checkpoint_path": f"{sft_run[0]}/final", "dpo_data_dir": tiny.dpo, "out_dir": str(out_dir)}
     recipe |= {"max_iters": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "beta": 0.3, "learning_rate": 3e-3}
     recipe |= {"dtype": "float32", "ds_config": "ds_configs/zero3.json", "max_tokens_per_gpu": 400}
-    path = out_dir.with_name("dpo recipe.yaml")
+    path = out_dir.with_name("dpo.yaml")
     path.write_text(yaml.safe_dump(recipe))
-    done = launch_script("dpo_8gpu.sh", "--eval_interval=6", RECIPE=str(path))
+    done = launch("posttrain/dpo.py", path, "--eval_interval=6")
     assert done.returncode == 0, done.stdout
     return out_dir, done.stdout
 

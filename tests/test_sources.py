@@ -11,8 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.files import file_rows, find_files
-from data_prep.sources import Chat, Document, Pair, Refused, best_paths, conversations, dpo_reader, sft_reader
+from data_prep.conversations import best_paths, conversations, sft_reader
+from data_prep.files import file_rows
+from data_prep.messages import Chat, Document, Pair
+from data_prep.pairs import dpo_reader
+from data_prep.sources import find_files
+from posttrain.data.parts import Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "q"), ("assistant", "a")))

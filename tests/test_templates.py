@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.examples import APART
+from data_prep.convert import APART
 from data_prep.prepare import prepare
-from posttrain.data.chat import IGNORE, ChatFormat, Refused, encode_parts, prove, render, render_prompt, trained_spans
+from data_prep.proof import prove
+from posttrain.data.chat import ChatFormat, encode_parts, render, render_prompt
+from posttrain.data.parts import IGNORE, Refused, trained_spans
 from posttrain.data.tokenization import fingerprint, load_tokenizer
 
 LLAMA = (

@@ -10,7 +10,9 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from posttrain.data.chat import IM_END, IM_START, ChatFormat, encode_text, render, text_prefix
+from posttrain.data.chat import ChatFormat, render
+from posttrain.data.chatml import IM_END, IM_START
+from posttrain.data.encoding import encode_text, text_prefix
 from posttrain.data.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
 
 WORDS = ["the", "little", "girl", "Lily", "went", "to", "a", "big", "park", "and", "saw", "one", "red", "ball", "many", "there"]

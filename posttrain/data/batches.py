@@ -1,4 +1,4 @@
-"""The plan: which examples are in step N and how they are cut into micro-batches. Pure functions of numbers, the same on all ranks.
+"""The plan of a run: which examples are in step N and how they are cut into micro-batches. Pure functions, the same on all ranks.
 
 An optimizer step is `batch` examples drawn by (seed, epoch, step) alone, so the loss curve cannot depend on the number of GPUs and
 resuming is arithmetic. How those examples are dealt to ranks and packed decides speed and memory only. Because every rank computes
@@ -14,7 +14,7 @@ PLAN_VERSION = 1  # stored in checkpoints; a plan that would deal other examples
 
 
 def steps_per_epoch(num_examples: int, batch: int) -> int:
-    """The last step of an epoch is short where batch does not divide num_examples; nothing is dropped."""
+    """How many steps an epoch has. The last is short where batch does not divide num_examples; nothing is dropped."""
     return math.ceil(num_examples / batch)
 
 
@@ -26,7 +26,7 @@ def step_examples(num_examples: int, batch: int, seed: int, step: int) -> np.nda
 
 @lru_cache(maxsize=2)  # half a second for 10 million examples
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The examples of an epoch (from 0) in their order."""
+    """The order of the examples in an epoch (counted from 0)."""
     # RandomState, because NumPy guarantees its streams for ever (NEP 19); a Generator's may change between versions
     order = np.random.RandomState([seed, epoch]).permutation(num_examples)
     order.flags.writeable = False
@@ -61,7 +61,10 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, world_size: int, packing
 
 
 def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_size: int, packing: bool = True) -> list[int]:
-    """Examples (some may come twice) with as many tokens as any micro-batch of any step can have: what decides whether memory suffices."""
+    """Choose examples with as many tokens as any micro-batch of any step can have, which decides whether memory suffices.
+
+    Some may come twice.
+    """
     if not packing:
         return [int(lengths.argmax())]
     order = np.argsort(lengths, kind="stable")
@@ -76,13 +79,13 @@ def largest_micro_batch(lengths: np.ndarray, batch: int, max_tokens: int, world_
 
 
 def most_of_a_rank(lengths: np.ndarray, batch: int, world_size: int) -> int:
-    """Tokens that a rank can have in a step: greedy dealing leaves none more than one example above the mean."""
+    """How many tokens a rank can have in a step: greedy dealing gives none more than the mean and one example."""
     longest = np.sort(lengths)[-batch:]
     return math.ceil(longest.mean() * batch / world_size) + int(longest[-1])
 
 
 def _deal(lengths: np.ndarray, world_size: int) -> list[list[int]]:
-    """Longest first, each to the rank with the fewest tokens so far."""
+    """Deal positions to ranks, the longest first, each to the rank with the fewest tokens so far."""
     shares, loads = [[] for _ in range(world_size)], [0] * world_size
     for position in np.argsort(-lengths, kind="stable"):
         rank = loads.index(min(loads))
@@ -92,7 +95,7 @@ def _deal(lengths: np.ndarray, world_size: int) -> list[list[int]]:
 
 
 def _pack(positions: list[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """First-fit into bins of max_tokens; positions come longest first, which makes it first-fit-decreasing."""
+    """Pack positions first-fit into bins of max_tokens; they come longest first, which makes it first-fit-decreasing."""
     bins, loads = [], []
     for position in positions:
         length = int(lengths[position])

@@ -1,4 +1,4 @@
-"""Packed micro-batches: many examples in one row of tokens, and how the row falls into them."""
+"""Packed micro-batches: many examples in one row of tokens, and how the row is divided among them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from posttrain.data.chat import IGNORE
+from posttrain.data.parts import IGNORE
 
 Ids = Sequence[int] | np.ndarray
 
 
 class Segment(NamedTuple):
-    """Rows [start, end) of a micro-batch, each of which sees the rows of its segment up to itself, and those of a shared prefix."""
+    """Rows [start, end) of a micro-batch: each sees the rows of its segment up to itself, and those of a shared prefix (a DPO prompt)."""
 
     start: int
     end: int
@@ -23,18 +23,18 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a row of T tokens falls into segments. Built once per micro-batch and handed to every layer."""
+    """How a row of T tokens is divided into segments. Built once for each micro-batch and handed to every layer."""
 
     segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment in each line, in row order, covering all rows
     cu_seqlens_q: torch.Tensor  # (segments + 1,) int32: where each segment's queries start
     cu_seqlens_k: torch.Tensor  # (segments + 1,) int32: the same for its keys, prefix included
     max_q: int
     max_k: int
-    key_rows: torch.Tensor | None  # row of every key where prefixes are shared, else None: keys are the rows as they are
+    key_rows: torch.Tensor | None  # the row of each key where prefixes are shared; None: the keys are the rows as they are
 
 
 def pack(segments: list[Segment]) -> Packing:
-    """The Packing of a row of tokens that falls into `segments`, in row order."""
+    """The Packing of a row of tokens that is divided into `segments`, which follow each other."""
     table = np.array(segments, np.int64)
     start, end, prefix_start, prefix_end = table.T
     queries, prefixes = end - start, prefix_end - prefix_start
@@ -51,36 +51,36 @@ def to_device(packing: Packing, device: torch.device) -> Packing:
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; on a GPU the copy may still be under way, which what is queued after it waits for."""
+    """The tensor on the device. On a GPU the copy may still be under way; what is queued after it waits for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _offsets(lengths: np.ndarray) -> torch.Tensor:
-    """Where each of some stretches of these lengths starts, and where the last one ends: (lengths + 1,) int32."""
+    """Where stretches of these lengths start when they follow each other, and where the last one ends: (lengths + 1,) int32."""
     return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The numbers of all ranges [starts[i], ends[i]), one range after the other."""
+    """The numbers of all ranges [starts[i], ends[i]), one range after another."""
     lengths = ends - starts
     return np.repeat(starts - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
 
 
 class MicroBatch(NamedTuple):
-    """One row of T packed tokens. N positions are trained; A answers are told apart (SFT: examples; DPO: chosen, rejected, ...)."""
+    """One row of T packed tokens, N of them trained, as parts of A answers: an example of SFT is one, a pair of DPO is two."""
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T), from 0 in each example
     packing: Packing
     rows: torch.Tensor  # (N,) row whose hidden state predicts the target
-    targets: torch.Tensor | None  # (N,); None: which would be likeliest is asked
+    targets: torch.Tensor | None  # (N,); None asks for the likeliest tokens in their place
     answers: torch.Tensor  # (N,) index of the answer that the target belongs to
     beyond: torch.Tensor  # (N,) 1 where the target lies beyond the length of the pair's other answer, else 0
     num_answers: int
     reference_sums: torch.Tensor | None = None  # (A, 2) the reference's objectives.answer_sums, where they were computed before
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Copied, where that is a GPU without waiting: from pinned memory."""
+        """The micro-batch on the device; to a GPU it is copied from pinned memory without waiting."""
         moved = {n: copied(v, device) for n, v in self._asdict().items() if isinstance(v, torch.Tensor)}
         return self._replace(packing=to_device(self.packing, device), **moved)
 
@@ -88,24 +88,24 @@ class MicroBatch(NamedTuple):
 class RowBuilder:
     """Appends examples to one row of tokens, in which each token is predicted by the row before it in its own example.
 
-    Token ids and labels are arrays or lists.
+    Token ids and labels may be arrays or lists.
     """
 
     def __init__(self):
         self.length, self.num_answers = 0, 0
         self.segments: list[Segment] = []
-        # arrays to be joined, for the tensors of a MicroBatch
+        # arrays that build joins to the tensors of a MicroBatch
         self.input_ids, self.positions, self.rows, self.targets, self.answers, self.beyond = ([] for _ in range(6))
 
     def add_sequence(self, ids: Ids, labels: Ids) -> None:
-        """Append an example of which the tokens whose label is not IGNORE are trained; labels are as long as ids."""
+        """Append an example whose tokens are trained where the label is not IGNORE; labels are as long as ids."""
         ids, labels = np.asarray(ids, np.int64), np.asarray(labels, np.int64)
         start = self._append(ids)
         before = np.flatnonzero(labels[1:] != IGNORE)  # an example's first token has nothing to predict it
         self._train(start + before, labels[before + 1], len(before))
 
     def add_pair(self, prompt: Ids, chosen: Ids, rejected: Ids, share_prompt: bool) -> None:
-        """Append two answers to one prompt, all of whose tokens are trained; with share_prompt both see the same rows of the prompt."""
+        """Append a prompt with two answers, which are trained whole; with share_prompt the prompt stands in the row once for both."""
         prompt, chosen, rejected = (np.asarray(ids, np.int64) for ids in (prompt, chosen, rejected))
         start = self._append(np.concatenate([prompt, chosen]))
         last = start + len(prompt) - 1  # the prompt's last row predicts the first token of both answers
@@ -120,7 +120,7 @@ class RowBuilder:
         self._train(rows, rejected, shorter)
 
     def _append(self, ids: np.ndarray, prefix: tuple[int, int] = (0, 0)) -> int:
-        """Append a segment that also sees the rows `prefix`; returns its first row."""
+        """Append a segment, which also sees the rows of `prefix`; returns its first row."""
         start, seen = self.length, prefix[1] - prefix[0]
         self.length += len(ids)
         self.segments.append(Segment(start, self.length, *prefix))
@@ -129,7 +129,7 @@ class RowBuilder:
         return start
 
     def _train(self, rows: np.ndarray, targets: np.ndarray, shorter: int) -> None:
-        """The targets of the next answer, which lie beyond the other's length from number `shorter` on."""
+        """Note the next answer's targets and the rows that predict them; targets from number `shorter` on lie beyond the other answer."""
         self.rows.append(rows)
         self.targets.append(targets)
         self.answers.append(np.full(len(targets), self.num_answers))
@@ -137,7 +137,7 @@ class RowBuilder:
         self.num_answers += 1
 
     def build(self) -> MicroBatch:
-        """The micro-batch of all examples so far, of which there must be one."""
+        """The micro-batch of what was added so far, which is at least one example."""
 
         def joined(arrays: list[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate(arrays))

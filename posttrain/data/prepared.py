@@ -1,7 +1,7 @@
 """Prepared data: the folder that data_prep/ writes, and the packed micro-batches that the model sees.
 
     DIR/manifest.json     what it is: kind, tokenizer and template identity, counts, ledger; written last, so its presence means complete
-    DIR/train, DIR/validation   Arrow tables, memory-mapped
+    DIR/train, DIR/validation   Arrow tables, memory-mapped; datasets.load_from_disk reads them
     DIR/tokenizer/        the tokenizer that made the ids
     DIR/dropped.jsonl     every row that could not be used, and why; lengths.png draws the lengths
 
@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from posttrain.data.chat import IGNORE
 from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.parts import IGNORE
 
 FORMAT = 2
 TOKENS = {"sft": ("input_ids", "labels"), "dpo": ("prompt", "chosen", "rejected")}  # columns of int32 lists
@@ -28,13 +28,13 @@ COLUMNS = {"sft": (*TOKENS["sft"], "num_trained", "source"), "dpo": (*TOKENS["dp
 
 
 class Split:
-    """One memory-mapped table with the lengths that the plan needs."""
+    """A memory-mapped table of examples, with the numbers of tokens that the plan of batches needs."""
 
     def __init__(self, path: Path, kind: str, share_prompt: bool):
         self.table = memory_mapped(path)
         self.kind, self.share_prompt = kind, share_prompt
-        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch; where they are kept:
-        self.reference_folder: Path | None = None
+        self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch
+        self.reference_folder: Path | None = None  # where they are kept
         if kind == "sft":
             self.lengths = self.positions = self.token_counts("input_ids")  # tokens of each example, as packed
             self.trained = self.table.column("num_trained").to_numpy()
@@ -54,7 +54,7 @@ class Split:
         return self.table.slice(int(index), 1).to_pylist()[0]
 
     def micro_batch(self, indices) -> MicroBatch:
-        """The examples packed into one row, in the given order; without any, one token that nothing is trained on."""
+        """Pack the examples into one row, in the given order; without any the row is one token, and nothing is trained."""
         builder = RowBuilder()
         columns = [self.table.column(name) for name in TOKENS[self.kind]]
         for index in indices:
@@ -74,15 +74,17 @@ class Split:
 
     @property
     def answer_tokens(self) -> np.ndarray:
-        """Trained tokens of each example; of a pair the mean of both answers."""
+        """How many tokens of each example are trained; for a pair the mean of both answers."""
         return self.trained if self.kind == "sft" else (self.token_counts("chosen") + self.token_counts("rejected")) / 2
 
     def token_counts(self, column: str) -> np.ndarray:
-        """Of a column of token ids, by example."""
+        """How many tokens each example has in a column of token ids."""
         return pc.list_value_length(self.table.column(column)).to_numpy().astype(np.int64)
 
 
 class PreparedData(NamedTuple):
+    """What load_prepared finds in a folder."""
+
     train: Split
     validation: Split
     manifest: dict
@@ -94,12 +96,12 @@ class PreparedData(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """How many tokens the longest example has."""
         return max(int(split.lengths.max()) for split in (self.train, self.validation) if len(split))
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the data is prepared anew from other rows or in another way."""
+        """16 hex digits that change when the data is prepared anew from other rows or in another way."""
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
         for split in (self.train, self.validation):
             digest.update(split.positions.tobytes() + split.trained.tobytes())
@@ -107,7 +109,10 @@ class PreparedData(NamedTuple):
 
 
 def read_manifest(directory: str, make: str = "python data_prep/prepare_sft.py or prepare_dpo.py") -> dict:
-    """The manifest of prepared data. Raises as `load` does."""
+    """The manifest of prepared data.
+
+    Raises FileNotFoundError or ValueError, naming the command `make`, where the folder is missing, half-written or of another format.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
@@ -124,7 +129,7 @@ def read_manifest(directory: str, make: str = "python data_prep/prepare_sft.py o
 
 
 def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
-    """The prepared data in `directory`.
+    """The prepared data in `directory`; without share_prompt a DPO prompt counts, and is packed, once for each answer.
 
     Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
     """
@@ -160,6 +165,7 @@ def fingerprint_file(path: Path) -> dict:
 
 
 def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> Split:
+    """The split of that name. Raises KeyError unless it has the columns of its kind and as many rows as the manifest says."""
     if not count:
         return _Empty()
     split = Split(path / name, kind, share_prompt)
@@ -169,7 +175,7 @@ def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> S
 
 
 class _Empty:
-    """A split without rows (Arrow folders cannot be empty): nothing to validate on."""
+    """A split without rows, for which there is no Arrow folder: nothing to validate on."""
 
     lengths = positions = trained = np.zeros(0, np.int64)
 

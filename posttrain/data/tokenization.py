@@ -1,7 +1,7 @@
-"""Tokenizers: from a Hugging Face folder or hub name, or from a SentencePiece `.model` file, ready for the chat format.
+"""Loads tokenizers, from a Hugging Face folder or hub name, or from a SentencePiece `.model` file, ready for the chat format.
 
 A tokenizer made from a `.model` file gives exactly the ids that SentencePiece gives for the same text; loading proves it on probe
-texts. Every tokenizer that leaves here has <|im_start|>, <|im_end|> and a padding token.
+texts. With the template chatml a tokenizer leaves here with <|im_start|> and <|im_end|>, with any template with a padding token.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from posttrain.common import hub
-from posttrain.data.chat import IM_END, IM_START, encode_text
+from posttrain.data.chatml import IM_END, IM_START
+from posttrain.data.encoding import encode_text
 
 EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
@@ -33,7 +34,7 @@ PROBES = (
 
 
 def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`: a Hugging Face folder or hub name (org/name), or a SentencePiece .model file.
+    """Load the tokenizer at `path`: a Hugging Face folder or hub name (org/name), or a SentencePiece .model file.
 
     For the template chatml it adds <|im_start|> and <|im_end|>, for any a padding token, where they are missing, so its vocabulary can
     outgrow a model's embeddings (see grow_embeddings). Raises FileNotFoundError where nothing is found, ValueError for files that
@@ -55,7 +56,7 @@ def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
 
 
 def fingerprint(tokenizer) -> str:
-    """Identity of a tokenizer, 16 hex digits: equal for a copy saved and loaded again, another if a text's ids may differ."""
+    """Identify a tokenizer by 16 hex digits: equal for a copy saved and loaded again, others if a text's ids may differ."""
     rules = []
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or []
@@ -87,10 +88,10 @@ def grow_embeddings(model, tokenizer) -> int:
 
 
 class SentencePieceBackend(transformers.SentencePieceBackend):
-    """transformers' slow tokenizer with SentencePiece's own decoding; it is saved under the name of its base, and loads as that."""
+    """transformers' slow tokenizer with SentencePiece's own decoding; it is saved under the name of its base class, and loads as that."""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The base class strips the text and leaves byte pieces such as <0x0A> undecoded."""
+        """The text that tokens spell. The base class strips it and leaves byte pieces such as <0x0A> undecoded."""
         text, run = "", []
         for token in [*tokens, None]:
             if token is not None and token not in self._added_tokens_encoder:
@@ -102,6 +103,7 @@ class SentencePieceBackend(transformers.SentencePieceBackend):
 
 
 def _from_folder(path: str) -> PreTrainedTokenizerBase:
+    """Load a Hugging Face folder. Raises ValueError."""
     seen = set(os.listdir(path))
     if not seen & TOKENIZER_FILES:
         advice = ""
@@ -116,6 +118,7 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    """Load a hub name, from the local cache where the hub cannot be reached. Raises FileNotFoundError or ValueError."""
     if not hub.is_hub_name(name):
         raise FileNotFoundError(f"{name} does not exist; expected {EXPECTED}")
     reachable = hub.is_reachable()
@@ -127,6 +130,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
+    """Add the special tokens that load_tokenizer promises."""
     if template == "chatml":
         special = [AddedToken(token, special=True, normalized=False) for token in (IM_START, IM_END)]
         tokenizer.add_tokens(special, special_tokens=True)  # one that exists keeps its id
@@ -137,6 +141,7 @@ def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
 
 
 def _from_sentencepiece(path: str) -> PreTrainedTokenizerBase:
+    """Load a SentencePiece .model file. Raises ValueError."""
     try:
         proto = sentencepiece_model_pb2.ModelProto()
         with open(path, "rb") as file:
@@ -168,7 +173,7 @@ def _from_sentencepiece(path: str) -> PreTrainedTokenizerBase:
 
 
 def _prove(path: str, tokenizer, sp, special: list[str]) -> None:
-    """ValueError for the first probe whose ids are not SentencePiece's, or whose special-token spelling becomes that token."""
+    """Raise ValueError for the first probe whose ids are not SentencePiece's, or that becomes the special token which it spells."""
     known = next((piece for piece in map(sp.id_to_piece, range(sp.get_piece_size())) if piece.isalpha()), "a")
     for text in (*PROBES, *special, *(known + token + known for token in special)):
         expected, seen = sp.encode(text), encode_text(tokenizer, text)
@@ -177,7 +182,7 @@ def _prove(path: str, tokenizer, sp, special: list[str]) -> None:
 
 
 def _why_not_fast(proto) -> str | None:
-    """What in a SentencePiece model the tokenizers library would not reproduce for every text, or None."""
+    """Name what in a SentencePiece model the tokenizers library would not reproduce for every text; None if there is nothing."""
     scores = [piece.score for piece in proto.pieces if piece.type == PIECE.NORMAL and len(piece.piece) > 1]
     characters = {piece.piece for piece in proto.pieces if piece.type == PIECE.NORMAL and len(piece.piece) == 1}
     reasons = {
@@ -199,6 +204,7 @@ def _why_not_fast(proto) -> str | None:
 
 
 def _fast(proto, kwargs: dict) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with the pieces and rules of a SentencePiece BPE model."""
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     byte_fallback, prefix = proto.trainer_spec.byte_fallback, proto.normalizer_spec.add_dummy_prefix
     backend = Tokenizer(models.BPE(vocab, _merges(proto), unk_token=kwargs["unk_token"], fuse_unk=True, byte_fallback=byte_fallback))
@@ -218,7 +224,7 @@ def _fast(proto, kwargs: dict) -> PreTrainedTokenizerBase:
 
 
 def _merges(proto) -> list[tuple[str, str]]:
-    """Every way to join two normal pieces into a third, best first: by the score of the piece they make, as SentencePiece does.
+    """Every way to join two normal pieces to a third, best first: by the score of the piece they make, as SentencePiece does.
 
     Ways to make the same piece tie there and are ordered here; a test over random vocabularies looks for a text that shows it.
     """
@@ -232,6 +238,7 @@ def _merges(proto) -> list[tuple[str, str]]:
 
 
 def _slow(path: str, kwargs: dict) -> PreTrainedTokenizerBase:
+    """A tokenizer that calls SentencePiece itself."""
     pattern = {"special_tokens_pattern": "bos"} if "bos_token" in kwargs else {}
     tokenizer = SentencePieceBackend(vocab_file=path, clean_up_tokenization_spaces=False, **pattern, **kwargs)
     tokenizer.init_kwargs.update(pattern)  # the base class drops it, and a saved copy would add no begin-of-text token

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from posttrain.data import chat
 from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.engine import checkpoint_folder
 from posttrain.model import ckpt_pt
@@ -77,7 +77,7 @@ class Work:
         if len(answers) == 2:
             builder.add_pair([0] * prompt, [0] * answers[0], [0] * answers[1], self.shared)
         else:
-            builder.add_sequence([0] * answers[0], [chat.IGNORE] * (answers[0] - trained) + [0] * trained)
+            builder.add_sequence([0] * answers[0], [IGNORE] * (answers[0] - trained) + [0] * trained)
 
 
 def read_model_shape(recipe: Recipe, assumed: str | None):

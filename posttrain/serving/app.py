@@ -12,7 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from posttrain.data.chat import Refused, encode_text, render_prompt, text_prefix
+from posttrain.data.chat import render_prompt
+from posttrain.data.encoding import encode_text, text_prefix
+from posttrain.data.parts import Refused
 from posttrain.model.assistant import Assistant
 from posttrain.serving.access import AccessControl, error_object
 from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Model, Payload, generate, logged, unless_disconnected

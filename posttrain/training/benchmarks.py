@@ -14,8 +14,10 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import distributed as dist
 
 from posttrain.common import files
-from posttrain.data.chat import IGNORE, TODAY, ChatFormat
+from posttrain.data.chat import ChatFormat
+from posttrain.data.own_template import TODAY
 from posttrain.data.packing import RowBuilder
+from posttrain.data.parts import IGNORE
 from posttrain.evaluation.measure import items_of
 from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name, write_tasks
 from posttrain.objectives.answers import answer_sums

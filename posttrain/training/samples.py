@@ -10,8 +10,9 @@ import torch
 from torch import distributed as dist
 
 from posttrain.common.files import read_prompts
-from posttrain.data.chat import IGNORE, ChatFormat, render_prompt
+from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.packing import RowBuilder
+from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import PreparedData
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered

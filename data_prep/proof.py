@@ -1,0 +1,78 @@
+"""Proves that a row's trained tokens read as the texts that they were made from, and hashes the texts by which rows are compared."""
+
+import hashlib
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.encoding import decode_after, decode_texts, encode_text
+from posttrain.data.parts import Encoded, trained_spans
+
+
+def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str] | None]:
+    """The texts that each conversation's trained tokens read as; None where one does not read as what it was made from.
+
+    It must be that text, or that text as the tokenizer normalises it (NFC, say): decode(encode(text)).
+    """
+    bodies = [part for encoded in conversations for part in encoded if part.text is not None]
+    decoded = iter(decode_after(chat.tokenizer, [part.header for part in bodies], [part.ids for part in bodies]))
+    result: list[list[str] | None] = []
+    for encoded in conversations:
+        pairs = [(part, next(decoded)) for part in encoded if part.text is not None]
+        sound = all(part.sound for part in encoded) and all(
+            text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs
+        )
+        result.append([text for _, text in pairs] if sound else None)
+    return result
+
+
+def _normalised(tokenizer, text: str) -> str:
+    """The text as it comes back from the tokenizer."""
+    return decode_texts(tokenizer, [encode_text(tokenizer, text)])[0]
+
+
+def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:
+    """What a stored row's trained tokens read as: a text for each run of them without special tokens."""
+    specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}
+    headers, bodies = [], []
+    for start, end in trained_spans(labels):
+        border, header = start, _since_special(ids[:start], specials)
+        for at in range(start, end + 1):
+            if at == end or ids[at] in specials:
+                if at > border:
+                    headers.append(header if border == start else [])
+                    bodies.append(ids[border:at])
+                border = at + 1
+    return decode_after(chat.tokenizer, headers, bodies)
+
+
+def answer_texts(chat: ChatFormat, prompt: list[int], answers: list[list[int]]) -> list[str]:
+    """What answers read as after their prompt, without their end tokens; a cut answer has none."""
+    bodies = without_ends(chat, answers)
+    return decode_after(chat.tokenizer, [_since_special(prompt, chat.special_ids)] * len(bodies), bodies)
+
+
+def without_ends(chat: ChatFormat, answers: list[list[int]]) -> list[list[int]]:
+    """The answers without their end tokens."""
+    return [answer[:-1] if answer[-1] == chat.end_id else answer for answer in answers]
+
+
+def _since_special(ids: list[int], specials: set[int]) -> list[int]:
+    """The ids after the last special token."""
+    start = len(ids)
+    while start and ids[start - 1] not in specials:
+        start -= 1
+    return ids[start:]
+
+
+def is_prefix(cut: str, whole: str) -> bool:
+    """Whether a cut text starts the whole one. A cut may fall inside a character of several bytes, which then reads as U+FFFD."""
+    return whole.startswith(cut) or whole.startswith(cut.rstrip("\ufffd"))
+
+
+def proof(texts: list[str]) -> int:
+    """64 bits that change when one of the trained texts does: the column `proof`."""
+    return text_hash("\0".join(texts))
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text's BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

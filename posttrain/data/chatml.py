@@ -1,0 +1,44 @@
+"""The built-in template, ChatML: <|im_start|>user\\nHow are you?<|im_end|>\\n<|im_start|>assistant\\nFine.<|im_end|>\\n"""
+
+from posttrain.data.encoding import encode_text
+from posttrain.data.parts import Encoded, Part, Refused, Text
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+
+class ChatML:
+    """ChatML written with a tokenizer; `prefix` is its begin-of-text token in a list, empty where it adds none.
+
+    Raises ValueError for a tokenizer without <|im_start|> and <|im_end|>.
+    """
+
+    def __init__(self, tokenizer, prefix: list[int]):
+        self.prefix = prefix
+        self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
+        to_next = [*encode_text(tokenizer, "\n"), self.start_id]
+        self.after_answer = [Encoded([self.end_id], True), Encoded(to_next, False)]
+        self.after_other = [Encoded([self.end_id, *to_next], False)]
+        bos = "{{ bos_token }}" if prefix else ""
+        self.jinja = (
+            bos + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        )
+
+    def parts(self, messages: list[dict], tools: list | None) -> list[Part]:
+        """Split a conversation into parts. Raises Refused for one with tools, which ChatML cannot write."""
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+            raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
+        parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]
+        for message in messages:
+            trained = message["role"] == "assistant"
+            parts.append(Text(message["role"] + "\n", message["content"], trained))
+            parts += self.after_answer if trained else self.after_other
+        parts[-1] = Encoded(parts[-1].ids[:-1], False)  # no turn follows
+        return parts
+
+
+def _token_id(tokenizer, token: str) -> int:
+    ids = tokenizer.convert_tokens_to_ids([token])
+    if ids[0] is None or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no {token} token; load it with posttrain.data.tokenization.load_tokenizer, which adds it")
+    return ids[0]
