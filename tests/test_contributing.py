@@ -36,7 +36,9 @@ def apply(root: Path, file: str, lines: list[str]) -> None:
         path.write_text("".join(f"{line[1:]}\n" for line in lines))
         return
     context = [re.escape(line[1:].removesuffix("...")) + (".*" if line.endswith("...") else "") for line in lines if line[0] != "+"]
-    (place,) = re.finditer("^" + "".join(f"({line})\n" for line in context), path.read_text(), re.M)
+    places = list(re.finditer("^" + "".join(f"({line})\n" for line in context), path.read_text(), re.M))
+    assert len(places) == 1, f"{file} has {len(places)} places for this hunk of CONTRIBUTING.md: {lines}"
+    (place,) = places
     kept, new = iter(place.groups()), []
     for line in lines:
         old = next(kept) if line[0] != "+" else None
@@ -69,7 +71,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaConfig, SmolLM3Config, SmolLM3ForCausalLM
 
-from data_prep.sources import conversations
+from data_prep.conversations import conversations
 from posttrain.engine.optimizer import make_optimizer
 from posttrain.evaluation.tasks import load_tasks, write_tasks
 from posttrain.model.policy import build_policy
