@@ -3,11 +3,16 @@
 The scripts read ds_configs/ and recipes/ from the checkout, so only an editable install is supported.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', Path(__file__).with_name("posttrain").joinpath("__init__.py").read_text(), re.M)[1]
 
 setup(
     name="posttrain",
-    version="0.1.0",
+    version=VERSION,
     description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
     license="MIT",
     python_requires=">=3.11",

@@ -1,9 +1,10 @@
-"""How long a save holds training up, and a restart takes: python benchmarks/checkpoint.py
+"""How long a save delays training, and how long a restart takes: python benchmarks/checkpoint.py
 
-Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3.2 GB of state). Beside it: copying this rank's state
-to host memory (what no save can do without), and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
+Two ranks, ZeRO-2 in float32, models of 37 and 202 million parameters (0.6 and 3.2 GB of state). For comparison: a mere copy of a rank's
+state to host memory, which no save can do without, and DeepSpeed's own checkpoint engine. Written to benchmarks/results/checkpoint.json.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of benchmarks/, whose kernels.py transformers would take for a library
 SAVES = 5
 SHAPES = {
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "head_dim": 64},
@@ -27,7 +28,7 @@ SHAPES = {
 
 
 def worker(folder: Path) -> None:
-    """All ranks."""
+    """Measure saves and restores with the model in FOLDER/world; rank 0 writes FOLDER/result.json. All ranks."""
     import torch
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from tiny import build_training
@@ -39,12 +40,12 @@ def worker(folder: Path) -> None:
 
     settings = {"out_dir": "unused", "max_iters": 9, "global_batch_size": 4, "learning_rate": 1e-4, "dtype": "float32"}
     training = build_training(str(folder / "world"), "sft", settings | {"ds_config": "ds_configs/zero2.json"})
-    engine = training.engine
+    engine, wrapped = training.engine, training.engine.wrapped
     train_step(training, 1)
     theirs = []
-    engine.checkpoint_engine = TorchCheckpointEngine()
+    wrapped.checkpoint_engine = TorchCheckpointEngine()
     for save in range(SAVES):
-        theirs.append(_timed(lambda save=save: engine.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
+        theirs.append(_timed(lambda save=save: wrapped.save_checkpoint(str(folder / "theirs"), tag=f"{save}", save_latest=False)))
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "theirs")
@@ -77,13 +78,14 @@ def worker(folder: Path) -> None:
 
 
 def _timed(action) -> float:
+    """Seconds that `action` takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def _copy_seconds(engine) -> float:
-    """The slowest rank's time for a copy of all that it saves, into memory that is there already."""
+    """Seconds of the slowest rank to copy all that it saves into memory that is already allocated. All ranks."""
     import torch
     from torch import distributed as dist
 
@@ -104,7 +106,7 @@ def _copy_seconds(engine) -> float:
 
 
 def make_world(folder: Path, shape: dict) -> None:
-    """The tests' tiny world with a larger model."""
+    """Write the tests' tiny data, with a model of this shape."""
     import torch
     from tiny import make_tiny
     from transformers import AutoConfig, Qwen3ForCausalLM
@@ -118,7 +120,7 @@ def make_world(folder: Path, shape: dict) -> None:
 
 
 def measure(shape: dict) -> dict:
-    """Run the worker on two ranks with a model of this shape; its result."""
+    """Run the worker on two ranks with a model of this shape, and return its result."""
     folder = Path(tempfile.mkdtemp(prefix="posttrain_checkpoint_"))
     make_world(folder / "world", shape)
     with socket.socket() as free:
@@ -133,6 +135,7 @@ def measure(shape: dict) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     about = {
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
@@ -145,8 +148,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        from posttrain.parallel.script import run_script as run_main
+        from posttrain.parallel.script import run_script
 
         place = Path(sys.argv[sys.argv.index("--worker") + 1])
-        run_main(lambda: worker(place))
+        run_script(lambda: worker(place))
     main()

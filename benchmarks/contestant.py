@@ -1,6 +1,6 @@
-"""One run of one trainer on the world of a benchmark, on every rank: started by side_by_side.py under the `deepspeed` launcher.
+"""Runs one trainer once on the data of a benchmark; side_by_side.py starts it on every rank with the `deepspeed` launcher.
 
-contestant.py OUT JSON    trainer (ours, trl), kind (sft, dpo), world, steps, batch, ds_config, dtype, options; each rank writes
+contestant.py OUT JSON    JSON: trainer (ours, trl), kind (sft, dpo), world, steps, batch, ds_config, dtype, options; each rank writes
                           OUT/rank_N.json
 """
 
@@ -18,9 +18,9 @@ sys.path[0] = str(ROOT)  # in place of this script's folder
 
 
 class Clock:
-    """When optimizer steps ended, the useful tokens of each on this rank, and the memory above what imports need.
+    """Records the end of each optimizer step, its useful tokens on this rank, and the memory above what imports take.
 
-    On CPUs with and without the pages of files (of the data and of weights), which the system takes back when it needs them.
+    On CPUs memory is counted with and without the pages of files (data and weights), which the system reclaims when it needs them.
     """
 
     def __init__(self, steps: int, folder: Path):
@@ -28,6 +28,7 @@ class Clock:
         self.times, self.tokens, self.base, self.peak = [], [], (0, 0), (0, 0)
 
     def begin(self) -> None:
+        """Take the memory so far as the base, and start to watch it."""
         self.base = _memory()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -37,7 +38,7 @@ class Clock:
             time.sleep(0.05)
 
     def step(self, tokens: float) -> None:
-        """A step has ended; after the last one so does the process, before what follows training, which a trainer may leave out."""
+        """Note a step's end. The last one ends the process: what follows training differs between trainers and is not measured."""
         import torch
 
         if torch.cuda.is_available():
@@ -60,13 +61,13 @@ class Clock:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes that this process holds, and those of them that are not a file's."""
+    """Bytes that this process holds, and those of them that are not pages of files."""
     seen = psutil.Process().memory_info()
     return seen.rss, seen.rss - seen.shared
 
 
 def ours(job: dict, clock: Clock, out: Path) -> None:
-    """The command itself; its log call at the end of every step is the clock."""
+    """Run posttrain's own command; its log call at the end of every step is the clock."""
     from posttrain.dpo import dpo
     from posttrain.run.directory import Run
     from posttrain.sft import sft
@@ -88,7 +89,7 @@ def ours(job: dict, clock: Clock, out: Path) -> None:
 
 
 def trl(job: dict, clock: Clock, out: Path) -> None:
-    """TRL's trainer on the same token ids, trained positions and examples a step; DeepSpeed through its own integration."""
+    """Run TRL's trainer on the same token ids, trained positions and examples a step, with DeepSpeed by its own integration."""
     import torch
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

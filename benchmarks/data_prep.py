@@ -1,10 +1,11 @@
-"""Wall time and memory of data preparation, side by side on one file: ours, the bare tokenizer, TRL, and LLaMA-Factory's way.
+"""Time and memory of data preparation on one file: posttrain's, the bare tokenizer, TRL's, and LLaMA-Factory's method.
 
     python benchmarks/data_prep.py --tokenizer FOLDER [--rows 50000] [--sections encode,ours,trl,llamafactory]
 
-The file is made here: conversations of one to three exchanges of random words, about 200 tokens a row. Every section runs in a process
+The file is generated: conversations of one to three exchanges of random words, about 200 tokens a row. Every section runs in a process
 of its own; its time excludes starting Python and importing packages, its memory is the largest resident size of the process and its
-children. `encode` is the yardstick: the tokenizer's own encode_batch over the same rows as ChatML text, in chunks, nothing kept.
+children. The others are compared with `encode`: the tokenizer's own encode_batch over the same rows as ChatML text, in chunks, without
+keeping anything.
 """
 
 import argparse
@@ -26,6 +27,7 @@ SECTIONS = ("encode", "ours", "near", "decontaminate", "trl", "llamafactory")
 
 
 def write_rows(path: Path, rows: int, short: bool) -> None:
+    """Write so many conversations; `short` ones have one exchange of a few words."""
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 9))) for _ in range(8000)]
@@ -39,6 +41,7 @@ def write_rows(path: Path, rows: int, short: bool) -> None:
 
 
 def encode(source: str, tokenizer: str, out: str) -> float:
+    """Encode all rows with the bare tokenizer."""
     from posttrain.data.tokenization import load_tokenizer
 
     backend = load_tokenizer(tokenizer).backend_tokenizer
@@ -63,18 +66,18 @@ def ours(source: str, tokenizer: str, out: str, name: str = "ours", *more: str) 
 
 
 def near(source: str, tokenizer: str, out: str) -> float:
-    """Ours with the search for near copies."""
+    """Prepare with posttrain, and search for near copies."""
     return ours(source, tokenizer, out, "near", "--duplicates", "near")
 
 
 def decontaminate(source: str, tokenizer: str, out: str) -> float:
-    """Ours, compared with a benchmark of 1000 rows of its own."""
+    """Prepare with posttrain, and compare with a generated benchmark of 1000 rows."""
     write_rows(Path(out) / "benchmark.jsonl", 1000, short=False)
     return ours(source, tokenizer, out, "decontaminate", "--decontaminate", f"{out}/benchmark.jsonl", "--max_dropped", "1")
 
 
 def trl(source: str, tokenizer: str, out: str) -> float:
-    """SFTTrainer's own preparation of conversational rows, with the loss on answers only, up to the trainer being ready."""
+    """Let SFTTrainer prepare conversations, with the loss on answers only, until the trainer is constructed."""
     import datasets
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -99,7 +102,7 @@ def trl(source: str, tokenizer: str, out: str) -> float:
 
 
 def llamafactory(source: str, tokenizer: str, out: str) -> float:
-    """LLaMA-Factory's way (0.9): Dataset.map over batches of 1000 rows, each turn encoded by itself, labels joined from the pieces."""
+    """Prepare as LLaMA-Factory 0.9 does: Dataset.map over batches of 1000 rows, each turn encoded by itself, labels joined."""
     import datasets
 
     from posttrain.data.tokenization import load_tokenizer
@@ -129,7 +132,7 @@ def llamafactory(source: str, tokenizer: str, out: str) -> float:
 
 
 def measure(section: str, source: str, tokenizer: str, out: str) -> dict:
-    """One section in its own process."""
+    """Run one section in a process of its own, and return its result."""
     command = [sys.executable, __file__, "--section", section, "--source", source, "--tokenizer", tokenizer, "--scratch", out]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:

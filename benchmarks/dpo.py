@@ -2,7 +2,7 @@
 """DPO beside TRL, both with a live reference: python benchmarks/dpo.py [--race RACE ...]
 
 Pairs as long as UltraFeedback's (about 254, 426 and 370 tokens of prompt, chosen and rejected) or Anthropic's HH's (about 135, 41 and 51),
-where ours also runs with the prompt computed for each answer apart. Machines, models and result files as in sft.py.
+the latter also with posttrain computing the prompt for each answer. Machines, models and result files as in sft.py.
 """
 
 import argparse

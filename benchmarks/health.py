@@ -1,11 +1,12 @@
 # ruff: noqa: E402
-"""Does the health line name runs that are ill, and leave others alone? python benchmarks/health.py        writes results/health.json
+"""Are spoiled runs reported by their health line, and ordinary ones not? python benchmarks/health.py     writes results/health.json
 
-On the quickstart's base model, data and recipes, two CPU ranks, after bash launch/quickstart.sh. Three runs are made ill: a learning rate
-100 times as high, pairs whose chosen and rejected answers are swapped, SFT rows of which every second comes twice. They are watched for
-the first tenth of their steps; three well ones, of which one has the same pairs as they should be, to their end.
+It uses the quickstart's base model, data and recipes on two CPU ranks, after bash launch/quickstart.sh. Three runs are spoiled: a learning
+rate 100 times as high, pairs whose chosen and rejected answers are swapped, and SFT rows of which every second comes twice. They run for a
+tenth of their steps; three ordinary runs, one of them on the same pairs without the swap, run to their end.
 """
 
+import argparse
 import json
 import random
 import signal
@@ -26,6 +27,7 @@ SFT, DPO = ("launch/quickstart/sft.yaml", "launch/quickstart/dpo.yaml")
 
 
 def prepare(kind: str, rows: list[dict], folder: Path) -> Path:
+    """Prepare rows of this kind in FOLDER, and return the data's folder."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, f"data_prep/prepare_{kind}.py", f"--source={folder}/rows.jsonl", f"--output_dir={folder}/data"]
@@ -35,7 +37,7 @@ def prepare(kind: str, rows: list[dict], folder: Path) -> Path:
 
 
 def worlds(folder: Path) -> dict[str, tuple[str, list[str], bool]]:
-    """Recipe and changes of each run, and whether it is ill."""
+    """Recipe, changes to it, and whether the run is spoiled, by the run's name."""
     rows = read_json_lines(QUICKSTART / "world" / "sft.jsonl")
     draw = random.Random(0)
     questions, answers = ([row["messages"][number]["content"] for row in rows] for number in (0, 1))
@@ -59,7 +61,7 @@ def worlds(folder: Path) -> dict[str, tuple[str, list[str], bool]]:
 
 
 def watch(recipe: str, changes: list[str], ill: bool, out: Path) -> dict:
-    """Run it, an ill one to a tenth of its steps; what was said of its health."""
+    """Run a recipe, a spoiled one for a tenth of its steps, and return what was reported about its health."""
     command = ["deepspeed", "--quiet", "--num_gpus", "2", "posttrain/" + Path(recipe).stem + ".py", recipe, f"--out_dir={out}", *changes]
     log = out.with_suffix(".log").open("w")
     supervised = [sys.executable, "launch/supervise.py", *command, "--save_interval=0"]
@@ -77,6 +79,7 @@ def watch(recipe: str, changes: list[str], ill: bool, out: Path) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if not (QUICKSTART / "sft" / "final").is_dir():
         sys.exit(f"{QUICKSTART} has no results yet: bash launch/quickstart.sh")
     results = {"machine": machine(), "versions": versions(), "runs": {}}

@@ -57,7 +57,7 @@ BOUNDS = {
 
 
 def covering_array(factors: dict[str, list], seed: int) -> list[dict]:
-    """Cells in which every two values of different factors meet at least once: greedy, the best of many random cells at a time."""
+    """Cells in which every two values of different factors occur together at least once; greedy, each the best of many random cells."""
     draw, names = random.Random(seed), list(factors)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     cells = []
@@ -87,10 +87,9 @@ def grid(small: bool) -> list[dict]:
 
 
 def run_cell(cell: dict, tiny: str, steps: int) -> dict:
-    """The cell's numbers; on rank 0 also its final weights. All ranks."""
+    """Run a cell and return its numbers; on rank 0 also its final weights. All ranks."""
     from tiny import build_training
 
-    from posttrain.engine.optimizer import set_learning_rate
     from posttrain.engine.weights import gathered_state_dict
     from posttrain.training.start_checks import check_start
     from posttrain.training.step import evaluate, train_step
@@ -103,8 +102,8 @@ def run_cell(cell: dict, tiny: str, steps: int) -> dict:
     recipe, engine = training.recipe, training.engine
     start = check_start(training)
     for step in range(1, steps + 1):
-        set_learning_rate(engine, recipe.learning_rate)
-        metrics, reason = train_step(training, step)
+        engine.set_learning_rate(recipe.learning_rate)
+        metrics, reason, *_ = train_step(training, step)
         assert reason is None, reason
         curve.append(metrics)
     return {"curve": curve, "validation": evaluate(training)[0], "start": start, "weights": gathered_state_dict(engine)}
@@ -129,6 +128,7 @@ def worker(folder: Path, ranks: int) -> None:
 
 
 def launch(folder: Path, ranks: int) -> None:
+    """Run all cells of this number of ranks in one launch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -138,6 +138,7 @@ def launch(folder: Path, ranks: int) -> None:
 
 
 def describe(cell: dict) -> str:
+    """A cell in a few words."""
     words = {"packing": {True: "packed", False: "one each"}, "compile": {True: "compiled", False: ""}}
     words |= {
         "share_prompt": {True: "prompt shared", False: "prompt twice"},
@@ -150,7 +151,7 @@ def describe(cell: dict) -> str:
 
 
 def differences(result: dict, plainest: dict, weights: dict, plainest_weights: dict) -> dict[str, float]:
-    """The largest of each kind, as BOUNDS names them."""
+    """The largest difference of each kind of BOUNDS between a cell's result and the plainest one's."""
 
     def relative(mine: float, right: float) -> float:
         return (mine - right) / max(1.0, abs(right))
@@ -171,7 +172,7 @@ def differences(result: dict, plainest: dict, weights: dict, plainest_weights: d
 
 
 def compare(folder: Path, cells: list[dict]) -> list[dict]:
-    """Each cell with its differences from the plainest of its kind and dtype, and whether they are within the bounds."""
+    """Compare each cell with the plainest of its kind and dtype: its differences, and whether they are within the bounds."""
     from safetensors.torch import load_file
 
     rows, plainest = [], {}

@@ -1,8 +1,8 @@
 # ruff: noqa: E402
-"""Each kernel beside its alternatives, and beside what the device's matrix units or memory can do: python benchmarks/kernels.py
+"""Each kernel beside its alternatives, and beside the limit of the device's matrix units or memory: python benchmarks/kernels.py
 
-On one device (a GPU where there is one), one process; forward and backward together; medians of REPEATS after a warm-up. How far each
-is from the first of its table, in value and gradients, stands beside it. In bfloat16, on a CPU without instructions for it in float32.
+One process on one device (a GPU if there is one); forward and backward together; medians of REPEATS after a warm-up. Each result has its
+distance from the table's first one, in value and gradients. In bfloat16, or in float32 on a CPU without instructions for bfloat16.
 Written to results/NAME.json.
 """
 
@@ -34,7 +34,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else getattr(torch, dtype_of_cpu())
 REPEATS = 20 if ON_GPU else 7
-PATIENCE = 20  # seconds for one way; the slow ones are repeated less often
+PATIENCE = 20  # seconds to measure one way for; slow ones are repeated less often
 
 
 def seconds(action: Callable) -> float:
@@ -55,7 +55,7 @@ def _wait() -> None:
 
 
 def peak_bytes(action: Callable) -> int | None:
-    """What an action allocates at most beside what is there; unknown on CPUs."""
+    """The most that an action allocates beyond what was allocated before; None on CPUs."""
     if not ON_GPU:
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ def peak_bytes(action: Callable) -> int | None:
 
 
 def compare(ways: dict[str, Callable], inputs: list[torch.Tensor], flops: float, limit: float, before: dict | None = None) -> dict:
-    """Time, memory and the share of the matrix limit of each way from inputs to (loss-like) output; the first is the yardstick.
+    """Time, memory and share of the matrix limit of each way to compute a (loss-like) output from inputs; the first is the reference.
 
     `before`: what has to be done before some of the ways.
     """
@@ -94,14 +94,14 @@ def compare(ways: dict[str, Callable], inputs: list[torch.Tensor], flops: float,
 
 
 def matrix_limit() -> float:
-    """FLOP/s of a large product."""
+    """FLOP/s of a large matrix product on this device."""
     size = 8192 if ON_GPU else 1024
     a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b)
 
 
 def heads(limit: float) -> dict:
-    """The summed negative log-probs of N tokens from N hidden states: the head of SFT, DPO and the reference."""
+    """Compare heads: the summed negative log-probs of N tokens from N hidden states, as SFT, DPO and the reference need them."""
     results = {}
     for rows, hidden, vocabulary in [(4096, 2048, 151936), (32768, 2048, 151936)] if ON_GPU else [(1024, 256, 6400), (256, 512, 151936)]:
         states = torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -143,7 +143,7 @@ def heads(limit: float) -> dict:
 
 
 def attentions(limit: float) -> dict:
-    """Causal attention in a packed row, examples of mixed lengths; and pairs that share their prompt."""
+    """Compare causal attention over a packed row: examples of mixed lengths, and pairs that share their prompt."""
     heads, kv_heads, width = (16, 8, 128) if ON_GPU else (8, 4, 32)
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(128 if ON_GPU else 24, generator=generator).mul(0.8).exp() * 90).int().clamp(8, 1500).tolist()
@@ -190,7 +190,7 @@ def attentions(limit: float) -> dict:
 
 
 def _rows_and_mask(s: Segment) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
-    """Of a segment's keys."""
+    """The rows of a segment's keys, and their mask."""
     if not s.prefix_end:
         return slice(s.start, s.end), None
     rows = torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]).to(DEVICE)
@@ -198,7 +198,7 @@ def _rows_and_mask(s: Segment) -> tuple[slice | torch.Tensor, torch.Tensor | Non
 
 
 def widths(limit: float) -> dict:
-    """A product up and one down, and the head, of the odd widths (5461, 151669) of the 1.8B ckpt.pt, and of the next multiples of 128."""
+    """Compare products and head of odd widths (5461, 151669: the 1.8B ckpt.pt) with those of the next multiples of 128."""
     rows, hidden = (8192, 2048) if ON_GPU else (256, 2048)
     states = torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
     results = {f"feed-forward, {rows} rows": {}, f"head, {rows // 8} rows": {}}
@@ -218,9 +218,9 @@ def widths(limit: float) -> dict:
 
 
 def layer(limit: float) -> dict:
-    """One decoder layer of Qwen3-1.7B's shape, on a CPU a smaller one: as it is, compiled, and with what is chosen for this device.
+    """Compare a decoder layer as it is, compiled, and with what is chosen for this device: Qwen3-1.7B's shape, smaller on a CPU.
 
-    In bfloat16 also where the rest is measured in float32.
+    In bfloat16 also if the rest is measured in float32.
     """
     return {name: rows for dtype in dict.fromkeys((DTYPE, torch.bfloat16)) for name, rows in _layer(limit, dtype).items()}
 
@@ -251,7 +251,7 @@ def _layer(limit: float, dtype: torch.dtype) -> dict:
 
 
 def optimizers(limit: float) -> dict:
-    """AdamW on 20 million float32 weights; the limit is memory: it reads weight, gradient and two moments, and writes three of them."""
+    """Compare AdamW on 20 million float32 weights; the limit is memory: it reads weight, gradient and two moments, and writes three."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     count, settings = 20_000_000, {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}

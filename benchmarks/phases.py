@@ -1,8 +1,8 @@
 # ruff: noqa: E402
-"""Where a step's time goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
+"""Where the time of a step goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
 
-SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device waited for at each border, and
-the kernels that take most of the time, by torch's profiler, in other steps.
+SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device synchronized between them;
+and, in other steps, the kernels that take most of the time, by torch's profiler.
 """
 
 import argparse
@@ -25,17 +25,19 @@ from tiny import build_training
 
 from benchmarks.sft import RACES, WITH_ROOM
 from benchmarks.side_by_side import RESULTS, machine, make_world, suffix, versions
+from posttrain.engine.update import TrainingEngine
 from posttrain.objectives.likelihood import SFT
 from posttrain.run.directory import Run
 from posttrain.run.health import Facts
-from posttrain.training import step as steps
+from posttrain.training.state import Ahead
+from posttrain.training.step import train_step
 
 WARM, TIMED, PROFILED = 3, 8, 3
 KERNELS = 25
 
 
 def timed(spent: Counter, phase: str, owner, name: str) -> None:
-    """Count what a function takes under `phase`."""
+    """Replace a function by one that counts its seconds under `phase`."""
     function = getattr(owner, name)
 
     def wrapper(*arguments, **settings):
@@ -55,17 +57,18 @@ def _now() -> float:
 
 
 def measure(race, folder: Path) -> dict:
+    """Seconds of each phase and shares of the kernels, in one race."""
     make_world(race, folder)
     recipe = {"out_dir": str(folder / "run"), "max_iters": 99, "global_batch_size": race.batch, "learning_rate": 1e-5, "dtype": race.dtype}
     on_gpu = torch.cuda.is_available()
     training = build_training(str(folder), "sft", recipe | {"ds_config": race.ds_config} | (WITH_ROOM if on_gpu else {}))
-    run = Run(training.recipe, "sft", 0, {})
+    run = Run(training.recipe, 0, {})
     manifest, facts = training.data.manifest, Facts(1, 1, 0, 1.0, 1.0)
     run.start(1, 99, describe_model=lambda folder: None, manifest=manifest, facts=facts, states={})
     run.step_line = lambda *_: None
 
     def one(step: int) -> None:
-        metrics, _ = steps.train_step(training, step)
+        metrics = train_step(training, step).metrics
         run.log(step, "train", metrics | {"learning_rate": 1e-5})
 
     for step in range(1, WARM + 1):
@@ -83,7 +86,12 @@ def measure(race, folder: Path) -> dict:
     kernels = {name[:90]: round(value / total, 4) for name, value in Counter(cost).most_common(KERNELS)}
 
     spent, whole = Counter(), []
-    places = {"data": (steps.Ahead, "get"), "forward": (SFT, "loss"), "backward": (steps, "backward"), "optimizer": (steps, "apply_update")}
+    places = {
+        "data": (Ahead, "get"),
+        "forward": (SFT, "loss"),
+        "backward": (TrainingEngine, "backward"),
+        "optimizer": (TrainingEngine, "update"),
+    }
     for phase, place in (places | {"logging": (Run, "log")}).items():
         timed(spent, phase, *place)
     for step in range(WARM + PROFILED + 1, WARM + PROFILED + TIMED + 1):

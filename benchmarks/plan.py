@@ -2,9 +2,9 @@
 """What posttrain/plan.py predicts beside what runs take: python benchmarks/plan.py [--race cpu|gpu]        writes results/plan_RACE.json
 
 cpu   two ranks, a Qwen3 of 109 million parameters     gpu   one GPU, the shape of Qwen3-1.7B
-Memory of a rank above what imports need, without pages of files (on a GPU what torch allocates), and seconds a step after the first two. On
-a CPU memory is measured in a run of its own in which freed memory goes back to the system at once: else glibc keeps up to half as much
-again, more or less from run to run.
+Memory of a rank is counted above what imports take, without pages of files (on a GPU what torch allocates); time is seconds a step after
+the first two. On a CPU memory is measured in a run of its own in which freed memory returns to the system at once: otherwise glibc keeps
+up to half as much again, and not the same in every run.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def name(kind: str, ds_config: str, checkpointing: str, tokens: int) -> str:
 
 
 def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
-    """What the planner says of such a run, and the mean tokens of its examples."""
+    """What the planner predicts for such a run, and the mean tokens of its examples."""
     paths = {"sft": ("checkpoint_path", "sft_data_dir"), "dpo": ("sft_checkpoint_path", "dpo_data_dir")}[race.kind]
     recipe = {paths[0]: world / "base", paths[1]: world / race.kind, "out_dir": world / "run", "max_iters": race.steps}
     recipe |= {"global_batch_size": race.batch, "dtype": race.dtype, **options}
@@ -72,11 +72,12 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
     ds_config, checkpointing = Path(recipe.ds_config).stem, recipe.activation_checkpointing
     time_here(planner, [checkpointing], [ds_config])
-    one = planner.plan(ds_config, checkpointing)
+    one = planner.estimate(ds_config, checkpointing)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 
 def _run(race_name: str, race: Race, options: dict, world: Path, mean_tokens: float) -> dict:
+    """Run one configuration, and return its memory and seconds a step."""
     results = [run_once(race, Contestant("ours", "ours", "", options), world)]
     if race_name == "cpu":
         results.append(run_once(race, Contestant("ours", "ours", "", options), world, MALLOC_MMAP_THRESHOLD_="262144"))
@@ -88,7 +89,7 @@ def _run(race_name: str, race: Race, options: dict, world: Path, mean_tokens: fl
 
 
 def measure(race_name: str, chosen: list[str], before: dict) -> dict:
-    """`before`: what was measured here, beside which to predict anew."""
+    """Measure the chosen configurations beside predictions; or, given results of `before`, only predict anew."""
     races = RACES[race_name]
     measured = {}
     for kind, race in races.items():

@@ -1,13 +1,14 @@
-"""How far do the log-probs of the same weights differ between two ways to pack the same pairs? It sets checks.SAME_PRECOMPUTED.
+"""How far do the log-probs of the same weights differ between two ways to pack the same pairs?
 
     python benchmarks/reference_band.py        about a minute; writes benchmarks/results/reference_band.json
 
-A precomputed reference was computed in other micro-batches than the policy's, so in bfloat16 its sums are rounded elsewhere. Rounding of
-single tokens is independent, so an answer's difference grows with the square root of its tokens: that quotient is measured, over pairs
-packed together with shared prompts against each alone with the prompt twice. For comparison, the same quotient between the model and
-itself after a change of the size that one optimizer step at 1e-5 makes.
+SAME_PRECOMPUTED of posttrain/training/start_checks.py follows from it. A precomputed reference was computed in other micro-batches than
+the policy's, so in bfloat16 its sums are rounded elsewhere. Rounding of single tokens is independent, so an answer's difference grows
+with the square root of its tokens. That quotient is measured between pairs packed together with shared prompts, and each pair alone with
+its prompt computed twice; and for comparison between the model and itself after a change as large as one optimizer step at 1e-5.
 """
 
+import argparse
 import json
 import platform
 import sys
@@ -41,6 +42,7 @@ def deep_random() -> torch.nn.Module:
 
 
 def pairs(vocabulary: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Random pairs of prompt, chosen and rejected token ids."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(least: int, most: int) -> list[int]:
@@ -52,7 +54,7 @@ def pairs(vocabulary: int) -> list[tuple[list[int], list[int], list[int]]]:
 
 @torch.no_grad()
 def sums(policy: Policy, rows: list[tuple], together: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(2 * PAIRS,) summed log-probs, and token counts."""
+    """Summed log-probs of the answers, and their token counts, each (2 * PAIRS,)."""
     found = []
     for group in [rows[i : i + 6] for i in range(0, len(rows), 6)] if together else [[row] for row in rows]:
         builder = RowBuilder()
@@ -64,6 +66,7 @@ def sums(policy: Policy, rows: list[tuple], together: bool) -> tuple[torch.Tenso
 
 
 def measure(make, dtype: torch.dtype) -> dict[str, float]:
+    """The largest quotients for one model in one dtype."""
     policy = Policy(make().to(dtype), SEGMENTS)
     rows = pairs(policy.model.config.vocab_size)
     alone, lengths = sums(policy, rows, together=False)
@@ -81,6 +84,7 @@ def measure(make, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {
         make.__name__: {str(dtype).removeprefix("torch."): measure(make, dtype) for dtype in (torch.float32, torch.bfloat16)}
         for make in (quickstart_base, deep_random)

@@ -1,10 +1,11 @@
 # ruff: noqa: E402
-"""Does a step's cost depend on how many rows there are, or on how many micro-batches it has? python benchmarks/scaling.py
+"""Does the cost of a step depend on the number of rows, or of micro-batches in a step? python benchmarks/scaling.py
 
-SFT on two ranks, ZeRO-2, bfloat16, a Qwen3 of a million parameters, so that all that is not the model shows, micro-batches of at most
-2,048 tokens: rows from 1,000 to 100,000 at 64 a step, then examples a step from 64 to 1,024. Written to results/scaling.json.
+SFT on two ranks, ZeRO-2, bfloat16, with micro-batches of at most 2,048 tokens. The Qwen3 has only a million parameters, so that whatever is
+not the model shows. Rows from 1,000 to 100,000 at 64 a step, then examples a step from 64 to 1,024. Written to results/scaling.json.
 """
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -28,13 +29,14 @@ RACE = Race(
 )
 ROWS = (1_000, 10_000, 100_000)
 BATCHES = (64, 256, 1024)
-EXAMPLES = 12 * 1024  # of each, so that all see as many micro-batches
+EXAMPLES = 12 * 1024  # in each run, so that all have as many micro-batches
 ROUNDS = 3
-# below what the longest rows of a step come to, of which more rows have longer ones: step 1 tries the largest micro-batch that can be
+# the longest rows of a step exceed this limit in every run, so the largest micro-batch, which step 1 tries, is as large in each
 OURS = Contestant("ours", "ours", "posttrain", {"max_tokens_per_gpu": 2048})
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {"machine": machine(), "versions": versions(), "rows": {}, "examples_a_step": {}}
     with tempfile.TemporaryDirectory(prefix="posttrain_scaling_") as folder:
         worlds = {}

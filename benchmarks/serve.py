@@ -1,8 +1,8 @@
 """The server under load, beside transformers' own: python benchmarks/serve.py [--soak 20000]
 
-The quickstart's base model (1.9 million parameters) behind posttrain/serve.py and behind `transformers serve --continuous-batching`, both
-in float32 on the CPU, asked from this process over HTTP, in alternation: one client, then 32 at once, greedy answers of at most 64 tokens,
-streamed. Then so many short requests to posttrain's, and what its memory did. Written to benchmarks/results/serve.json.
+The quickstart's base model (1.9 million parameters) is served by posttrain/serve.py and by `transformers serve --continuous-batching`, both
+in float32 on the CPU, in alternation. This process asks them over HTTP: one client, then 32 at once, greedy answers of at most 64 tokens,
+streamed. Then posttrain's gets --soak short requests while its memory is watched. Written to benchmarks/results/serve.json.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROMPTS = [f"Tell about {name} {i}" for i in range(16) for name in ("Tanilo", "B
 
 
 def commands(port: int) -> dict[str, tuple[list[str], str]]:
-    """How each server is started, and what it calls the model."""
+    """The command that starts each server, and the name under which it serves the model."""
     ours = [sys.executable, str(ROOT / "posttrain" / "serve.py"), "--checkpoint", f"base={MODEL}", "--port", str(port)]
     transformers = Path(sys.executable).with_name("transformers")
     theirs = [str(transformers), "serve", str(MODEL), "--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
@@ -39,6 +39,7 @@ def commands(port: int) -> dict[str, tuple[list[str], str]]:
 
 @contextlib.contextmanager
 def running(command: list[str], port: int) -> Iterator[psutil.Process]:
+    """Run a server for the duration of the context; yields its process once it answers."""
     log = Path("/tmp") / f"serve_{port}.log"
     with (
         log.open("w") as out,

@@ -1,10 +1,10 @@
-"""Trainers in alternation on one model and one set of data: the frame of sft.py and dpo.py.
+"""Runs trainers in alternation on one model and one set of data, for sft.py and dpo.py.
 
-Each run is a launch of its own, as a user starts one. A run's speed is that of its optimizer steps after the first WARM: the data is made
-once, of as many rows as the steps need, so that every trainer sees every row once. The first round runs every contestant once, the others
-ours, the rival's defaults and what was its fastest configuration there. Ratios are taken within a round, and the table shows their median
-with the lowest and the highest. Pairs/s takes all pairs as alike: a trainer's steps after the first WARM may hold a percent or two more or
-less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
+Each run is a launch of its own, as a user would start it. Its speed is that of its optimizer steps after the first WARM. The data is made
+once, with as many rows as the steps need, so that every trainer sees every row once. The first round runs every contestant; later rounds
+run ours, the rival's defaults, and its fastest configuration of the first round. Ratios are taken within a round, and the table shows
+their median with the lowest and the highest. Pairs/s counts all pairs alike: a trainer's steps after the first WARM may hold a percent or
+two more or less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
 """
 
 import json
@@ -35,34 +35,34 @@ PACKAGES = ("posttrain", "torch", "transformers", "deepspeed", "trl", "accelerat
 
 @dataclass
 class Contestant:
-    """A trainer with its settings. `shown`: what is special about them, in words."""
+    """A trainer with its settings; `shown` describes them in words."""
 
     name: str
     trainer: str
     shown: str
     options: dict = field(default_factory=dict)
-    stays: bool = False  # for all rounds, whatever the first one shows
+    stays: bool = False  # in all rounds, whatever the first one shows
 
 
 @dataclass
 class Race:
-    """What is trained, the same for all."""
+    """Model, data and settings that all contestants share."""
 
     shown: str  # what is trained, in words
     kind: str  # sft or dpo
-    lengths: dict[str, tuple[float, float]]  # of each text: mean tokens and the deviation of their logarithm
+    lengths: dict[str, tuple[float, float]]  # mean tokens of each text, and the standard deviation of their logarithm
     longest: int  # a longer text is cut
-    model: dict  # of the Qwen3 configuration
+    model: dict  # settings of the Qwen3 configuration
     batch: int  # examples a step
     steps: int
     ds_config: str
     ranks: int
-    rows: int | None = None  # of the data; none: as many as the steps need
+    rows: int | None = None  # rows of data; None: as many as the steps need
     dtype: str = "bfloat16"  # of weights and activations
 
 
 def make_world(race: Race, folder: Path) -> dict:
-    """A tokenizer, a random model and prepared data in FOLDER; returns what they measure."""
+    """Write a tokenizer, a random model and prepared data into FOLDER; returns their sizes."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     from tiny import train_tokenizer
@@ -75,7 +75,7 @@ def make_world(race: Race, folder: Path) -> dict:
     words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
 
     def texts(mean: float, deviation: float, count: int) -> list[str]:
-        """One from the middle of each of `count` equal parts of the distribution, in no order."""
+        """`count` texts of random words in random order, whose lengths are evenly spaced quantiles of a log-normal distribution."""
         quantiles = [statistics.NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
         lengths = [mean * math.exp(deviation * quantile - deviation**2 / 2) for quantile in draw.sample(quantiles, count)]
         return [" ".join(draw.choice(words) for _ in range(max(1, min(race.longest, round(length))))) for length in lengths]
@@ -101,7 +101,7 @@ def make_world(race: Race, folder: Path) -> dict:
 
 
 def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) -> dict | str:
-    """One launch, with such environment variables: its rate, memory and time; the end of its output where it did not come through."""
+    """Launch a contestant, with these environment variables added: its rate, memory and time, or the end of its output if it failed."""
     out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
     job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "steps": race.steps}
     job |= {"batch": race.batch, "ds_config": race.ds_config, "dtype": race.dtype, "options": contestant.options}
@@ -145,7 +145,7 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
 
 
 def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> None:
-    """All rounds; the result is written to results/NAME.json, or NAME_DTYPE.json where that is not bfloat16, as it grows."""
+    """Run all rounds and print the table; results/NAME.json (NAME_DTYPE.json unless bfloat16) is written after every round."""
     unit, name = UNITS[race.kind], name + suffix(race.dtype)
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
     about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
@@ -173,7 +173,7 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
 
 
 def as_text(results: dict) -> str:
-    """JSON, a list of numbers on one line."""
+    """JSON with every list of numbers on one line."""
     text = json.dumps(results, indent=2) + "\n"
     return re.sub(r"\[\s+([\d.,\s-]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
@@ -187,7 +187,7 @@ def summarise(first: list[dict], other: list[dict], unit: str) -> dict:
 
 
 def table(files: list[dict]) -> str:
-    """Markdown: a contestant a line."""
+    """The results as Markdown, a contestant a line."""
     lines = ["| | trainer | useful work | memory of a rank | posttrain is faster by |", "|---|---|---|---|---|"]
     for results in files:
         unit = UNITS[results["race"]["kind"]]
@@ -202,7 +202,7 @@ def table(files: list[dict]) -> str:
 
 
 def committed() -> list[dict]:
-    """The result files of the races that measure something, in the README's order."""
+    """The result files in benchmarks/results/ of all races, in the README's order."""
     names = [f"{race}_{device}" for device in ("cpu", "gpu") for race in ("sft", "dpo_ultrafeedback", "dpo_hh")]
     return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names if (RESULTS / f"{name}.json").exists()]
 
@@ -220,7 +220,7 @@ def model_flops(model: dict, length: float) -> float:
 
 
 def peak_flops() -> float | None:
-    """Of the GPU's matrix units in bfloat16, by its data sheet; None for an unknown one or none."""
+    """FLOP/s of the GPU's matrix units in bfloat16 by its data sheet, None for an unknown GPU or none."""
     return next((flops for name, flops in PEAKS.items() if _on_gpu() and name in machine()), None)
 
 
@@ -238,18 +238,19 @@ def _on_gpu() -> bool:
 
 
 def dtype_of_cpu() -> str:
-    """What a CPU is made for: where it has no instructions for bfloat16, torch multiplies it tens of times slower than float32."""
+    """The dtype to measure in on this CPU: without instructions for bfloat16 torch multiplies that tens of times slower than float32."""
     import torch
 
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def suffix(dtype: str) -> str:
-    """Of a result file's name."""
+    """What the name of a result file ends with."""
     return "" if dtype == "bfloat16" else f"_{dtype}"
 
 
 def machine() -> str:
+    """The device in words."""
     import torch
 
     if _on_gpu():
@@ -259,6 +260,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of the packages that matter to speed."""
     return {name: version(name) for name in PACKAGES}
 
 

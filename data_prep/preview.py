@@ -63,7 +63,7 @@ def preview(argv: list[str]) -> None:
     if options.row is not None and not 0 <= options.row < len(split):
         raise ValueError(f"--row {options.row}: {options.directory} has the {options.split} rows 0 to {len(split) - 1}")
     numbers = [options.row] if options.row is not None else [i * len(split) // options.rows for i in range(min(options.rows, len(split)))]
-    rows = [(number, split.table[number]) for number in dict.fromkeys(numbers)]
+    rows = [(number, split[number]) for number in dict.fromkeys(numbers)]
     shown = [(number, row["source"], blocks(chat, kind, row)) for number, row in rows]
     if options.html:
         Path(options.html).write_text(_page(options.directory, options.split, shown, options.ids), encoding="utf-8")
@@ -129,7 +129,7 @@ def _check(directory: Path, chat: ChatFormat, manifest: dict, splits: dict[str, 
     checked = 0
     for name, split in splits.items():
         for number in range(len(split)):
-            row = split.table[number]
+            row = split[number]
             found += [
                 f"{name} {number} ({row['source']}): {what}" for what in failures(chat, manifest["kind"], row, manifest["max_length"])
             ]

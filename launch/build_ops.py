@@ -1,4 +1,4 @@
-"""Compile the DeepSpeed ops that training uses, once, before any rank starts: ranks that compile at the same time wait for each other."""
+"""Compiles the DeepSpeed ops that training uses, once, before any rank starts: ranks that compile at the same time wait for each other."""
 
 import torch
 from deepspeed.accelerator import get_accelerator

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Looks at this machine, or at all hosts of a hostfile, before a run does, and says what to fix. Changes nothing.
-#   bash launch/doctor.sh [HOSTFILE] [--key=value ...]     keys of a recipe, whose model, data and out_dir are looked at, too
-# Environment: HOSTFILE, RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT, NCCL_... and GLOO_..., as the runs have them.
+# Examines this machine, or all hosts of a hostfile, before a run, and says what to fix. Changes nothing.
+#   bash launch/doctor.sh [HOSTFILE] [--key=value ...]     keys of a recipe, whose model, data and out_dir are examined, too
+# Environment: HOSTFILE, RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT, NCCL_... and GLOO_..., as for a run.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"

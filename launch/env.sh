@@ -1,22 +1,23 @@
+# shellcheck shell=bash
 # source launch/env.sh        (bash, from any directory)
 #
-# Leaves an activated, complete environment: .venv with the packages of constraints.txt and DeepSpeed's ops compiled. The first time
-# takes a few minutes; afterwards it returns at once. Settings, all optional:
+# Activates a complete environment, .venv with the packages of constraints.txt and DeepSpeed's ops compiled, and makes it first where it is
+# missing or out of date, which takes a few minutes. Settings, all optional:
 #   PYTHON=python3.12          the interpreter that makes .venv (3.11 or newer)
 #   PIP_INDEX_URL, PIP_...     pip's own settings are respected, e.g. an index with CPU-only builds of torch
 
+# shellcheck disable=SC1091 # .venv is not there when the scripts are checked
 _posttrain_setup() {
     local root python stamp wanted log extras=dev
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     stamp="$root/.venv/complete"
-    wanted="$(cat "$root/constraints.txt" "$root/setup.py" "$root/launch/build_ops.py" | cksum)"
+    wanted="$(cat "$root"/{constraints.txt,setup.py,posttrain/__init__.py,launch/build_ops.py} | cksum)"
 
-    # DeepSpeed caches compiled ops per user under a name without a version: two versions on one machine break each other. So the
-    # cache lives inside this environment.
+    # DeepSpeed's cache of compiled ops is the user's, under names without a version, so two versions on one machine break each other:
+    # keep it inside this environment.
     export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions"
 
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        # shellcheck disable=SC1091
         source "$root/.venv/bin/activate"
         return
     fi
@@ -41,12 +42,11 @@ _posttrain_setup() {
             echo "  installing torch ..." &&
             pip install -q -c "$root/constraints.txt" torch numpy setuptools wheel >"$log" 2>&1 &&
             echo "  installing deepspeed, transformers, datasets ..." &&
-            pip install -q -c "$root/constraints.txt" -e "$root[$extras]" >>"$log" 2>&1 &&
+            pip install -q -c "$root/constraints.txt" -e "${root}[$extras]" >>"$log" 2>&1 &&
             echo "  compiling DeepSpeed's ops ..." &&
             python "$root/launch/build_ops.py" >>"$log" 2>&1 &&
             echo "$wanted" >"$stamp"
     ) 9>"$root/.setup.lock" || { echo "env.sh: set-up failed; the end of $log:" >&2; tail -n 15 "$log" >&2; return 1; }
-    # shellcheck disable=SC1091
     source "$root/.venv/bin/activate"
 }
 

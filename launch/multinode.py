@@ -1,13 +1,13 @@
 """Starts a training script on every host of a hostfile: python launch/multinode.py SCRIPT [RECIPE] [--key=value ...]
 
 Environment:
-  HOSTFILE (launch/hostfile)   a line a host: NAME slots=GPUS; see hostfile.example. Without it in a Slurm job: the job's nodes
-  NUM_GPUS                     of each host, where that is not what the hostfile says
+  HOSTFILE (launch/hostfile)   a line a host: NAME slots=GPUS; see hostfile.example. Without it, in a Slurm job: the job's nodes
+  NUM_GPUS                     GPUs of each host, if not those of the hostfile
   MASTER_ADDR, MASTER_PORT     where the ranks meet: an address of the first host, and 29500
   NODE_RANK                    0 on the first host, 1 on the second, ...: the same command on every host, without ssh between them
 
-What the ranks need of this environment (PASSED_ON) goes with them. Repository, environment, data and models are at the same paths on all
-hosts. A signal goes to the ranks, which save and stop.
+Environment variables of PASSED_ON are set for all ranks. Repository, environment, data and models must lie at the same paths on all hosts.
+A signal goes to the ranks, which save and stop.
 """
 
 import ipaddress
@@ -30,12 +30,12 @@ from supervise import MISTAKE, Supervisor, split_restarts
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")
 KEEP_ALIVE = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
-STARTING = 120  # seconds that ranks may take to be there
-PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # what no shell changes
+STARTING = 120  # seconds within which ranks have started
+PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # a text that every shell takes as it is
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host, in order. Raises ValueError for a line that is none, a host that comes twice, or no host."""
+    """Read a hostfile: slots of each host, in its order. Raises ValueError for a malformed line, a host named twice, or no host."""
     if not path.is_file():
         raise ValueError(f"there is no hostfile at {path}. Copy launch/hostfile.example there, or name one with HOSTFILE=PATH")
     hosts: dict[str, int] = {}
@@ -55,7 +55,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def the_hosts() -> tuple[dict[str, int], str | None]:
-    """Slots by host, of HOSTFILE, or of the Slurm job that this is; and which of them this one is, unless all are started from here."""
+    """Slots of each host, from HOSTFILE or else the Slurm job; and this host's place among them, None if all are started from here."""
     slots, file, rank = environment_number("NUM_GPUS"), os.environ.get("HOSTFILE"), os.environ.get("NODE_RANK")
     if not file and os.environ.get("SLURM_JOB_NODELIST"):
         names = _nodes_of_the_job()
@@ -65,6 +65,7 @@ def the_hosts() -> tuple[dict[str, int], str | None]:
 
 
 def _nodes_of_the_job() -> list[str]:
+    """Names of the Slurm job's nodes, on each of which this must be a task. Raises ValueError."""
     try:
         names = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True).split()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -75,8 +76,8 @@ def _nodes_of_the_job() -> list[str]:
 
 
 def _gpus_of_the_job(nodes: int) -> int:
-    """Of each node."""
-    gpus = (os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or "").rpartition(":")[2]  # of b200:8, too
+    """GPUs that the Slurm job has on each of its nodes. Raises ValueError if they are not as many on all."""
+    gpus = (os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or "").rpartition(":")[2]  # may be b200:8
     total = os.environ.get("SLURM_GPUS", "").rpartition(":")[2]
     if not gpus.isdigit() or (total.isdigit() and int(total) != nodes * int(gpus)):
         raise ValueError(
@@ -87,7 +88,7 @@ def _gpus_of_the_job(nodes: int) -> int:
 
 
 class Answer(NamedTuple):
-    """Of a shell command on a host: exit code (255: ssh itself failed, or no answer came), what it printed, and when that was here."""
+    """What a shell command on a host gave: exit code (255: ssh failed, or no answer came), output, and when the output was here."""
 
     code: int
     output: str
@@ -96,7 +97,7 @@ class Answer(NamedTuple):
 
 
 def ask(host: str | None, command: str, script: str = "", timeout: float = 30) -> Answer:
-    """Run a shell command there, by ssh, or where host is None here, with a script as its input."""
+    """Run a shell command on a host by ssh, or on this machine if `host` is None; `script` is its standard input."""
     words = ["bash", "-c", command] if host is None else ["ssh", *KEEP_ALIVE, host, command]
     try:
         done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=timeout)
@@ -106,14 +107,14 @@ def ask(host: str | None, command: str, script: str = "", timeout: float = 30) -
 
 
 def ask_all(commands: dict[str, str], script: str = "", timeout: float = 30, over_ssh: bool = True) -> dict[str, Answer]:
-    """Each host its command, all at once."""
+    """Run each host's own command, all at once, at most `timeout` seconds; returns the answers by host."""
     with ThreadPoolExecutor(len(commands)) as threads:
         asked = {host: threads.submit(ask, host if over_ssh else None, command, script, timeout) for host, command in commands.items()}
         return {host: answer.result() for host, answer in asked.items()}
 
 
 def check_hosts(hosts: list[str], script: Path) -> None:
-    """Raises ValueError naming every host that cannot be reached, or has no environment or no script where this one has them."""
+    """Raises ValueError naming every host that ssh cannot reach, or that lacks the environment or the script at this machine's path."""
     wanted = "; ".join(f"test -e {path} || {{ echo {path}; exit 1; }}" for path in map(shlex.quote, (sys.executable, str(script))))
     problems = []
     for host, answer in ask_all(dict.fromkeys(hosts, wanted)).items():
@@ -127,12 +128,12 @@ def check_hosts(hosts: list[str], script: Path) -> None:
 
 
 def meeting_point(host: str, over_ssh: bool) -> str:
-    """An address of the first host, by which the others reach it."""
+    """The address at which ranks meet: MASTER_ADDR, or else the first host's."""
     return os.environ.get("MASTER_ADDR") or address_of(host, over_ssh)
 
 
 def address_of(host: str, over_ssh: bool) -> str:
-    """As this machine, or ssh here, knows it. Raises ValueError where it does not, or means itself by that name."""
+    """A host's IPv4 address, by ssh's settings or this machine's name service. Raises ValueError if unknown or only local (127.x)."""
     name = host.rpartition("@")[2]
     if over_ssh:  # a name may be known to ssh only
         settings = subprocess.check_output(["ssh", "-T", "-G", host], text=True)
@@ -149,20 +150,22 @@ def address_of(host: str, over_ssh: bool) -> str:
 
 
 def passed_on() -> dict[str, str]:
+    """The environment variables that ranks on all hosts get."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PASSED_ON)}
 
 
 def for_pdsh(argument: str) -> str:
-    """As the remote shell should read it. DeepSpeed 0.19.8 puts an argument with a space between double quotes, others nowhere."""
+    """Quote an argument for the remote shell; DeepSpeed 0.19.8 itself puts those with a space, and no others, between double quotes."""
     return _within_quotes(argument) if " " in argument else shlex.quote(argument)
 
 
 def _within_quotes(text: str) -> str:
+    """Escape what a shell would replace between double quotes."""
     return re.sub(r"([\\$`])", r"\\\1", text)
 
 
 def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environment_file: Path) -> list[str]:
-    """The command that starts the script on all hosts. Raises ValueError for what DeepSpeed's launcher cannot do."""
+    """The launcher's further arguments for all hosts over ssh; checks the hosts, and sets what pdsh reads. Raises ValueError."""
     for tool, package in (("ssh", "openssh-client"), ("pdsh", "pdsh")):
         if not shutil.which(tool):
             raise ValueError(f"{tool} is not installed here (Debian: {package}); or give NODE_RANK=0, 1, ... and start it on every host")
@@ -183,9 +186,9 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
 
 
 def signal_ranks(hosts: list[str], port: int, number: int) -> None:
-    """To the children of DeepSpeed's inner launchers: the launchers themselves would end the ranks before they have saved.
+    """Send a signal to the ranks on all hosts; on a host without any, as soon as there are, for STARTING seconds.
 
-    Where there are none yet, as soon as there are, for STARTING seconds.
+    It goes to the children of DeepSpeed's inner launchers: the launchers themselves would end the ranks before they have saved.
     """
     deadline = time.monotonic() + STARTING
     launcher = rf"^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port={port}( |$)"
@@ -196,6 +199,7 @@ def signal_ranks(hosts: list[str], port: int, number: int) -> None:
 
 
 def environment_number(name: str) -> int | None:
+    """An environment variable as a number, None if it is unset or empty. Raises ValueError for another value."""
     value = os.environ.get(name)
     if value and not value.isdigit():
         raise ValueError(f"{name} should be a number, saw {value!r}")
@@ -212,7 +216,7 @@ def main(arguments: list[str]) -> int:
         address = meeting_point(next(iter(hosts)), over_ssh=rank is None)
         os.environ["POSTTRAIN_HOSTS"] = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         with tempfile.TemporaryDirectory(prefix="posttrain_multinode_") as folder:
-            hostfile = Path(folder) / "hostfile"  # as it was read: DeepSpeed's reader takes fewer forms
+            hostfile = Path(folder) / "hostfile"  # written anew: DeepSpeed's reader takes fewer forms
             hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
             command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(hostfile)]
             command += ["--master_addr", address, "--master_port", str(port)]

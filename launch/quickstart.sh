@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A base model through SFT and DPO, then a table of what each did and a page about it; everything it needs is here or installed by it.
-#   bash launch/quickstart.sh            uses what an earlier call left in runs/quickstart
+# Takes a base model through SFT and DPO, then shows what each did in a table and on a page. It installs what it needs.
+#   bash launch/quickstart.sh            continues what an earlier call left in runs/quickstart
 #   bash launch/quickstart.sh --fresh    starts over
 # It runs two ranks: on GPUs where there are two, else on the CPU.
 set -euo pipefail
@@ -25,8 +25,10 @@ out=runs/quickstart
 base=launch/quickstart/base
 mkdir -p "$out"
 [ -f "$out/world/prompts.txt" ] || python launch/quickstart/world.py "$out/world"
-[ -d "$out/data/sft" ] || python data_prep/prepare_sft.py --source "$out/world/sft.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/sft"
-[ -d "$out/data/dpo" ] || python data_prep/prepare_dpo.py --source "$out/world/dpo.jsonl" --tokenizer "$base" --duplicates keep --output_dir "$out/data/dpo"
+for stage in sft dpo; do
+    [ -d "$out/data/$stage" ] || python "data_prep/prepare_$stage.py" --source "$out/world/$stage.jsonl" --tokenizer "$base" \
+        --duplicates keep --output_dir "$out/data/$stage"
+done
 
 launcher=(deepspeed --quiet --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}")
 for stage in sft dpo; do

@@ -1,14 +1,4 @@
 #!/usr/bin/env bash
-# SFT on the GPUs of this machine. Environment: NUM_GPUS (8), RECIPE, MASTER_PORT (29500). Everything else goes to posttrain/sft.py:
-#   bash launch/sft_8gpu.sh --learning_rate=1e-5 --out_dir=runs/lr1e-5
-#   NUM_GPUS=2 bash launch/sft_8gpu.sh ...       two GPUs, or two processes on a machine without any
-#   --max_restarts=3                             start again, from the newest checkpoint, where a rank or the machine failed
-# Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on.
-set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$root/launch/env.sh"
-for argument in "$@"; do
-    [ "$argument" != --help ] || exec python "$root/posttrain/sft.py" --help
-done
-launcher=(deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" --master_port "${MASTER_PORT:-29500}")
-exec python "$root/launch/supervise.py" "${launcher[@]}" "$root/posttrain/sft.py" ${RECIPE:+"$RECIPE"} "$@"
+# SFT on the GPUs of this machine; run_8gpu.sh explains options and environment:
+#   bash launch/sft_8gpu.sh --max_iters=1000 --out_dir=runs/one
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_8gpu.sh" sft "$@"

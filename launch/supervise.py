@@ -1,8 +1,8 @@
-"""Runs a launcher's command so that a run can be stopped and is started again: python launch/supervise.py COMMAND [--max_restarts=N]
+"""Runs a launcher's command, stops it in order and restarts it: python launch/supervise.py COMMAND [--max_restarts=N]
 
 A signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) goes to the ranks, which save and stop; the exit code is then 0. A second one ends them at
-once. (DeepSpeed's launcher does not pass SIGTERM on, and its inner launcher ends one rank after another.) Where the command fails for
-another reason than a mistake in it, it is started again up to N times and goes on from the newest checkpoint.
+once. (DeepSpeed's launcher does not pass SIGTERM on, and its inner launcher ends one rank after another.) If the command fails, and not
+by a mistake in it, it is restarted up to N times and continues from the newest checkpoint.
 """
 
 import os
@@ -17,26 +17,30 @@ from pathlib import Path
 
 import psutil
 
-MISTAKE = 2  # exit code of the scripts for what a restart would not mend
+MISTAKE = 2  # exit code of the scripts for an error that a restart would only repeat
 PAUSE = 3  # seconds before a restart
-GRACE = 600  # seconds for ranks whose launcher has gone; they notice it, save, and stop by themselves
+GRACE = 600  # seconds for ranks that outlive their launcher: they notice its end, save, and stop by themselves
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Supervisor:
-    """`reach`: hands a signal to ranks on other hosts, whose orderly end the command's exit code tells."""
+    """Runs a command in a session of its own, passes signals on to its ranks, and restarts it after a failure.
+
+    `reach` sends a signal to ranks on other hosts; without it signals go to the ranks in the command's session. Whether ranks on other
+    hosts stopped in order is known by the command's exit code.
+    """
 
     def __init__(self, command: list[str], max_restarts: int, reach: Callable[[int], None] | None = None):
         self.command, self.max_restarts, self.reach, self.asked = command, max_restarts, reach, 0
         self.child: subprocess.Popen | None = None
 
     def run(self) -> int:
+        """Run the command until it ends well, is stopped, or has no restarts left; returns the exit code."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._pass_on)
-        self.well = (
-            Path(tempfile.mkdtemp(prefix="posttrain_supervise_")) / "all_is_well"
-        )  # made by a rank, see posttrain/parallel/stopping.py
+        # a rank that stops in order makes this file, see posttrain/parallel/stopping.py
+        self.well = Path(tempfile.mkdtemp(prefix="posttrain_supervise_")) / "all_is_well"
         # a job's time limit counts from here
         environment = {"POSTTRAIN_STARTED": str(time.time())} | os.environ | {"POSTTRAIN_ALL_IS_WELL": str(self.well)}
         try:
@@ -46,10 +50,10 @@ class Supervisor:
 
     def _run(self, environment: dict[str, str]) -> int:
         for restart in range(self.max_restarts + 1):
-            self.well.unlink(missing_ok=True)  # of the start before: ranks that outlived their launcher may have stopped in order
+            self.well.unlink(missing_ok=True)  # left by the start before, if ranks that outlived their launcher stopped in order
             # a session of its own: Ctrl-C in the terminal reaches the ranks once, through _pass_on
             self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
-            if self.asked:  # while it was being started
+            if self.asked:  # a signal came while it was being started
                 os.killpg(self.child.pid, signal.SIGTERM)
             code = self._wait()
             if code == 0 or self.asked or code == MISTAKE or restart == self.max_restarts:
@@ -61,7 +65,7 @@ class Supervisor:
         raise AssertionError("unreachable")
 
     def _wait(self) -> int:
-        """The command's exit code. Where its launcher has gone before its ranks they get GRACE seconds to save and stop."""
+        """Wait for the command and return its exit code; ranks that outlive their launcher get GRACE seconds to save and stop."""
         code, ranks = self.child.wait(), self._ranks()
         if ranks:
             deadline = time.monotonic() + GRACE
@@ -72,6 +76,7 @@ class Supervisor:
         return 0 if self.asked and self.well.exists() else code
 
     def _pass_on(self, number: int, frame) -> None:
+        """Handle a signal: pass it on to the ranks; the third one kills all of the command's processes."""
         self.asked += 1
         if self.child is None:
             return
@@ -84,14 +89,15 @@ class Supervisor:
                 process.send_signal(number if self.asked < 3 else signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue
-        if not ranks and self.child.poll() is None:  # none has started yet: there is nothing to save
+        if not ranks and self.child.poll() is None:  # no rank has started yet: there is nothing to save
             os.killpg(self.child.pid, signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:
+        """The ranks among the command's processes, told by their --local_rank; in the launchers' it is part of a longer argument."""
         return [process for process in self._session() if any(part.startswith("--local_rank=") for part in _command_line(process))]
 
     def _session(self) -> list[psutil.Process]:
-        """All processes that the command has started, orphans too."""
+        """All processes that the command has started, orphans included."""
         return [process for process in psutil.process_iter() if _session_of(process.pid) == self.child.pid]
 
     def _end_what_is_left(self) -> None:
@@ -104,6 +110,7 @@ class Supervisor:
 
 
 def _session_of(pid: int) -> int | None:
+    """The id of the process's session, None if it has ended."""
     try:
         return os.getsid(pid)
     except OSError:
@@ -111,7 +118,7 @@ def _session_of(pid: int) -> int | None:
 
 
 def _command_line(process: psutil.Process) -> list[str]:
-    """Of a rank: the launcher itself also names --local_rank, within one argument."""
+    """The process's arguments; none if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -119,7 +126,7 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 
 def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
-    """The number of --max_restarts=NUMBER, and what else there is."""
+    """Split --max_restarts=NUMBER off: returns the number (0 without it) and the other arguments. Raises ValueError for another form."""
     restarts = [argument for argument in arguments if argument.startswith("--max_restarts")]
     command = [argument for argument in arguments if argument not in restarts]
     value = restarts[-1].partition("=")[2] if restarts else "0"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One run for each value of a recipe key, one after another:
 #   bash launch/sweep.sh beta 0.05 0.1 0.3 -- bash launch/dpo_8gpu.sh --max_iters=200 --out_dir=runs/beta
-# makes runs/beta/beta_0.05 and so on; `tensorboard --logdir runs/beta` compares them. A run that fails does not end the sweep, which then
-# ends with 1; the same command again goes on with what is not finished.
+# makes runs/beta/beta_0.05 and so on; `tensorboard --logdir runs/beta` compares them. After a run that fails the sweep goes on, and ends with
+# exit code 1; the same command again continues what is not finished.
 set -euo pipefail
 usage() { echo "sweep.sh: $1; expected KEY VALUE ... -- COMMAND ... --out_dir=DIR" >&2; exit 2; }
 [ $# -gt 0 ] || usage "there are no arguments"

@@ -1,11 +1,11 @@
-"""Converts a model between the forms that this package reads and writes; what SRC is says in which direction.
+"""Convert a model between the forms that this package reads and writes; what SRC is decides the direction.
 
 python posttrain/convert.py SRC DST [--tokenizer T]
     SRC  a ckpt.pt file                       DST becomes a Hugging Face folder, with the tokenizer T where one is given
          a Hugging Face folder                DST becomes a ckpt.pt file (Llama models)
          RUN/checkpoints/step_000200          DST becomes a Hugging Face folder, or a ckpt.pt file where its name ends in .pt
 
-Every conversion is proven: the file is opened again and must give SRC's logits, or nothing is left of it.
+Every conversion is checked: what was written is read back and must give SRC's logits, or nothing is left of it.
 """
 
 import argparse
@@ -29,11 +29,12 @@ from posttrain.model.loading import load_model
 from posttrain.model.plain_llama import ckpt_pt_logits
 from posttrain.parallel.script import run_script
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for one: conversions need none
-LIMIT = 1e-4  # largest difference of logits, by the largest logit: float32 rounding in another order of operations
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU: conversions need none
+LIMIT = 1e-4  # largest difference of logits, relative to the largest logit; another order of operations rounds differently
 
 
 def convert() -> None:
+    """Read the command line, convert, and compare the logits."""
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
@@ -48,7 +49,7 @@ def convert() -> None:
     ids = torch.arange(24) * 7919 % model.config.vocab_size
     expected = ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_unless_proven(dst):
+    with _removed_on_failure(dst):
         if to_ckpt_pt:
             ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
             found = ckpt_pt_logits(ckpt_pt.read(dst), ids)
@@ -67,18 +68,18 @@ def convert() -> None:
 
 
 @contextlib.contextmanager
-def _removed_unless_proven(dst: Path) -> Iterator[None]:
-    proven = False
+def _removed_on_failure(dst: Path) -> Iterator[None]:
+    """Remove DST where the block inside fails, for whatever reason."""
     try:
         yield
-        proven = True
-    finally:
-        if not proven and dst.exists():
+    except BaseException:
+        if dst.exists():
             shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
+        raise
 
 
 def _direction(src: Path, dst: Path) -> bool:
-    """Whether DST becomes a ckpt.pt file."""
+    """Return whether DST becomes a ckpt.pt file. Raises ValueError for a SRC and a DST that do not fit."""
     if dst.exists():
         raise ValueError(f"{dst} exists; name another, or remove it")
     if ckpt_pt.is_ckpt_pt(src) and ckpt_pt.is_ckpt_pt(dst):
@@ -92,7 +93,7 @@ def _direction(src: Path, dst: Path) -> bool:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Float32 logits (T, V), computed in float32 whatever the weights are stored in."""
+    """Return logits (T, V) of ids (T,), computed in float32 whatever the weights are stored in."""
     stored = model.dtype
     logits = model.float().eval()(ids[None]).logits[0]
     model.to(stored)
@@ -100,7 +101,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _history(src: Path) -> dict:
-    """Steps and lowest validation loss, where SRC belongs to a run."""
+    """Return save_ckpt_pt's iter_num and best_val_loss, where SRC belongs to a run that tells them."""
     if is_checkpoint(src):
         facts = read_manifest(src)
         return {"iter_num": facts["step"], "best_val_loss": facts["validation"]}
@@ -113,7 +114,7 @@ def _history(src: Path) -> dict:
 
 
 def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
-    """What belongs into the new folder besides weights."""
+    """Write what belongs into the new folder besides weights."""
     if is_checkpoint(src) and not tokenizer:
         shutil.copytree(model_description(src), folder, dirs_exist_ok=True)
         return

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 8 posttrain/eval_benchmarks.py ...        the same, the items dealt to the GPUs
 
 --mode logprob takes the likeliest of the choices, --mode generate reads the answer from what the model says. Rows come from the hub, or
-from DIR/arc_easy.jsonl ... with --data DIR. Into --output go a table, results.json (also for report.py --results), a plot, every item with
+from DIR/arc_easy.jsonl ... with --data DIR. --output gets a table, results.json (also for report.py --results), a plot, every item with
 prompt, answer and score, and the task files with which lm_eval's own command gives the same numbers.
 """
 
@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
@@ -25,38 +24,32 @@ from posttrain.evaluation.compare import holm, majority_baseline, p_value, rando
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, MODES, UNREAD, available, load_tasks, task_name, write_tasks
 from posttrain.model import assistant
+from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.parallel.script import run_script
 from posttrain.run import charts
 
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # bars are for those who watch; read when tqdm is imported
+    os.environ["TQDM_DISABLE"] = "1"  # progress bars are for terminals; tqdm reads this when it is imported
 SURE = 0.05  # p-values below this count as a difference
 
 
 def evaluate() -> None:
+    """Read the command line, measure every checkpoint on every benchmark, and write the results. All ranks."""
     parser = argparse.ArgumentParser(prog="eval_benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
+    add_checkpoint_options(parser, "give it several times to compare")
     parser.add_argument("--benchmark", action="append", required=True, metavar="B[,B]", help=f"of {', '.join(('all', *BENCHMARKS))}")
     parser.add_argument("--mode", choices=MODES, default="logprob", help="(logprob)")
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N items of each benchmark only")
     parser.add_argument("--data", type=Path, metavar="DIR", help="not from the hub: DIR/arc_easy.jsonl ..., with the hub's columns")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
     parser.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help="ask in the chat template; auto: where there is one")
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a forward pass (16)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    options = parser.parse_args()
-    for name in ("max_samples", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+    options = parse(parser, max_samples=1, batch_size=1)
     names, left_out = _benchmarks(options)
     files.refuse_existing(options.output, "results.json")
-    places = assistant.named(options.checkpoint)
-    assistant.check_tokenizer(options.tokenizer, places.values())
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    places = places_by_name(options.checkpoint, options.tokenizer)
     device = _connect()
     notes = left_out + on_rank_0(lambda: _prepare(names, options))
     items = {name: _measure(name, place, names, device, options) for name, place in places.items()}
@@ -65,7 +58,10 @@ def evaluate() -> None:
 
 
 def _benchmarks(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The benchmarks asked for, in BENCHMARKS' order, and what `all` leaves out. Raises ValueError for one that the mode does not have."""
+    """Return the benchmarks asked for, in BENCHMARKS' order, and notes on what `all` leaves out.
+
+    Raises ValueError for a benchmark that is not there, or not in this mode.
+    """
     asked = [name for given in options.benchmark for name in given.split(",")]
     able = [name for name, one in BENCHMARKS.items() if options.mode in one.metric]
     if unknown := [name for name in asked if name not in ("all", *BENCHMARKS)]:
@@ -85,7 +81,7 @@ def _benchmarks(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def _prepare(names: list[str], options: argparse.Namespace) -> list[str]:
-    """Task files, loaded once: what is missing is said before any model is read. Returns what is to be known about them."""
+    """Write the task files and load them once, so that missing data is found before any model is read. Return notes for the user."""
     folder = options.output / "tasks"
     notes = write_tasks(names, options.mode, options.data, folder)
     load_tasks(str(folder), [task_name(name, options.mode) for name in names], sys.maxsize)
@@ -93,7 +89,7 @@ def _prepare(names: list[str], options: argparse.Namespace) -> list[str]:
 
 
 def _connect() -> torch.device:
-    """The process group of the launcher's ranks, or of this process alone. All ranks."""
+    """Join the process group of the launcher's ranks, or of this process alone; return this rank's device. All ranks."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
@@ -106,8 +102,8 @@ def _connect() -> torch.device:
 
 
 def _measure(name: str, place: str, benchmarks: list[str], device: torch.device, options: argparse.Namespace) -> dict[str, list[Item]]:
-    """Every item of every benchmark for one checkpoint, in order. All ranks."""
-    loaded = assistant.load(place, name, options.tokenizer, assistant.dtype_on(device.type, options.dtype), device)
+    """Return every item of every benchmark for the checkpoint at `place`, in order. All ranks."""
+    loaded = assistant.load(place, name, options.tokenizer, dtype_on(device.type, options.dtype), device)
     if options.chat == "on" and loaded.chat is None:
         raise ValueError(f"{name} cannot be asked in a chat template: {loaded.why_no_chat}")
     if dist.get_rank() == 0:
@@ -117,56 +113,47 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
     elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
         terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
-    tasks = str(options.output / "tasks")
     share = measure(
-        loaded, benchmarks, options.mode, tasks, options.max_samples, options.batch_size, chat, dist.get_rank(), dist.get_world_size()
+        loaded,
+        benchmarks,
+        mode=options.mode,
+        tasks=options.output / "tasks",
+        max_samples=options.max_samples,
+        batch_size=options.batch_size,
+        chat=chat,
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
     )
     shares = gathered(share)
     return {benchmark: sorted(itertools.chain.from_iterable(one[benchmark] for one in shares)) for benchmark in benchmarks}
 
 
 def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: argparse.Namespace, notes: list[str]) -> None:
-    output = options.output
-    results = {}
-    for model, found in items.items():
-        (output / "items").mkdir(parents=True, exist_ok=True)
-        results[model] = {}
-        for name in names:
-            lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in found[name]]
-            files.write_whole(output / "items" / f"{model}_{task_name(name, options.mode)}.jsonl", "\n".join(lines) + "\n")
-            results[model][name] = rate([item.score for item in found[name]])._asdict()
-    first = next(iter(items.values()))
-    baselines = {
-        name: {
-            "random": random_baseline([item.chance for item in first[name]]),
-            "majority": majority_baseline([item.target for item in first[name]]) if BENCHMARKS[name].choices else None,
-        }
-        for name in names
-    }
+    """Write and print what the items of each model and benchmark show."""
+    output, mode = options.output, options.mode
+    _write_items(items, names, output / "items", mode)
+    scores = {model: {name: [item.score for item in found[name]] for name in names} for model, found in items.items()}
+    results = {model: {name: rate(scores[model][name])._asdict() for name in names} for model in items}
+    baselines = {name: _baselines(next(iter(items.values()))[name], name) for name in names}
     single = {
-        (f"{a} against {b}", name): p_value([item.score for item in items[a][name]], [item.score for item in items[b][name]])
-        for a, b in itertools.combinations(items, 2)
-        for name in names
+        (f"{a} against {b}", name): p_value(scores[a][name], scores[b][name]) for a, b in itertools.combinations(items, 2) for name in names
     }
     adjusted = holm(single)
     pairs = {pair: {name: adjusted[pair, name] for name in names} for pair, _ in single}
-    for model, found in items.items():
-        for name in names:
-            if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
-                notes.append(f"{model}, {name}: nothing could be read from {unread} of {len(found[name])} answers; they count as wrong")
-    table = _table(results, baselines, pairs, names, options.mode)
-    files.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+    notes = notes + _unread_answers(items, names)
+    table = _table(results, baselines, pairs, names, mode)
     facts = {
-        "mode": options.mode,
+        "mode": mode,
         "baselines": baselines,
         "p_values": pairs,
         "p_values_alone": {f"{pair}, {name}": p for (pair, name), p in single.items()},
         "notes": notes,
         "max_samples": options.max_samples,
     }
+    files.write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
     files.write_whole(output / "details.json", json.dumps(facts, indent=2) + "\n")
     files.write_whole(output / "results.md", "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n")
-    charts.save_png(charts.bars(f"Benchmarks by {options.mode}, 95 % intervals", results), output / "results.png")
+    charts.save_png(charts.bars(f"Benchmarks by {mode}, 95 % intervals", results), output / "results.png")
     terminal.say(table)
     for note in notes:
         terminal.say(f"note: {note}")
@@ -175,8 +162,33 @@ def _report(items: dict[str, dict[str, list[Item]]], names: list[str], options: 
     )
 
 
+def _write_items(items: dict[str, dict[str, list[Item]]], names: list[str], folder: Path, mode: str) -> None:
+    """Write a JSONL file of items for each model and benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for model, found in items.items():
+        for name in names:
+            lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in found[name]]
+            files.write_whole(folder / f"{model}_{task_name(name, mode)}.jsonl", "\n".join(lines) + "\n")
+
+
+def _baselines(items: list[Item], name: str) -> dict[str, float | None]:
+    """Return what guessing and the commonest answer score on a benchmark; None where that is not defined."""
+    majority = majority_baseline([item.target for item in items]) if BENCHMARKS[name].choices else None
+    return {"random": random_baseline([item.chance for item in items]), "majority": majority}
+
+
+def _unread_answers(items: dict[str, dict[str, list[Item]]], names: list[str]) -> list[str]:
+    """Return a note for each model and benchmark with answers from which nothing could be read."""
+    notes = []
+    for model, found in items.items():
+        for name in names:
+            if unread := sum(item.answer[-1] == UNREAD for item in found[name]):
+                notes.append(f"{model}, {name}: nothing could be read from {unread} of {len(found[name])} answers; they count as wrong")
+    return notes
+
+
 def _table(results: dict, baselines: dict, pairs: dict, names: list[str], mode: str) -> str:
-    """Markdown: a row for each benchmark, and one for each pair of checkpoints under it."""
+    """Return a Markdown table of scores, a row for each benchmark, and below it one of p-values, a column for each pair of checkpoints."""
     models = list(results)
     lines = [f"| | items | random | majority | {' | '.join(models)} |", "|---|" + "---|" * (3 + len(models))]
     for name in names:
@@ -184,19 +196,22 @@ def _table(results: dict, baselines: dict, pairs: dict, names: list[str], mode: 
         known = [_percent(baselines[name][kind]) for kind in ("random", "majority")]
         metric = BENCHMARKS[name].metric[mode]
         lines.append(f"| {name} ({metric}) | {results[models[0]][name]['n']:,} | {' | '.join(known + cells)} |")
-    lines += ["", "In brackets: 95 % intervals; = where they hold what guessing gives."]
+    lines += ["", "In brackets: 95 % intervals; = marks those that include the score of guessing."]
     if pairs:
-        lines += ["", f"| same items, exact test, for all comparisons together | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
+        title = "paired tests on the same items, corrected for the number of comparisons"
+        lines += ["", f"| {title} | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
         lines += [f"| {name} | {' | '.join(_said(found[name]) for found in pairs.values())} |" for name in names]
     return "\n".join(lines)
 
 
 def _said(p: float) -> str:
+    """Return what a p-value says of two checkpoints."""
     shown = "< 0.001" if p < 0.001 else f"= {p:.2g}"
     return f"p {shown}" if p < SURE else f"not distinguishable (p {shown})"
 
 
 def _cell(one: dict, chance: float | None) -> str:
+    """Return a score with its interval, marked = where that includes the score of guessing."""
     equal = " =" if chance is not None and one["low"] <= chance <= one["high"] else ""
     return f"{100 * one['value']:.1f} % ({100 * one['low']:.1f} to {100 * one['high']:.1f}){equal}"
 

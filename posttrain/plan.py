@@ -1,10 +1,9 @@
-"""What a recipe will take, before it runs: memory of each GPU by part, the largest micro-batch, time, communication, and which ds_config.
+"""Estimates what a run takes, before it runs: memory of each GPU by part, largest micro-batch, time, communication; picks a ds_config.
 
 python posttrain/plan.py RECIPE.yaml [--gpus=8] [--nodes=1] [--gpu=b200|b300|h200|h100|a100|here] [--model=1.8b|8b|32b|70b] [--key=value]
 
-Where the recipe's model or data is not there yet, --model's shape and rows of 2,048 tokens are assumed, and said to be. `here` times the
-model's own layers, and DeepSpeed's engines around them, on this machine; for other GPUs times come from the share of its peak that one H200
-reached.
+If the recipe's model or data is not there yet, it assumes --model's shape or rows of 2,048 tokens, and says so. --gpu=here times the
+model's layers and DeepSpeed's engines on this machine; for a named GPU it assumes the share of the peak FLOP/s that one H200 reached.
 """
 
 import argparse
@@ -13,43 +12,45 @@ import sys
 import torch
 
 from posttrain.planning.machines import GPUS, this_machine
-from posttrain.planning.planner import CHECKPOINTING, STAGES, Plan, Planner
+from posttrain.planning.planner import CHECKPOINTING, STAGES, Estimate, Planner
 from posttrain.planning.timing import time_here
 from posttrain.planning.work import SHAPES
 from posttrain.recipes.reading import load_recipe_of_either_kind
 
 
-def best(plans: list[Plan], dtype: torch.dtype) -> Plan | None:
-    """Of those that fit with at least half the recipe's micro-batch, or with any, the fastest, or the first within 5 % of it.
+def best(estimates: list[Estimate], dtype: torch.dtype) -> Estimate | None:
+    """Return the first estimate that is within 5 % of the fastest that fits; None where none fits.
 
-    ZeRO-0 adds up gradients in bfloat16, which is less exact: not in that dtype.
+    Those that fit at least half of the recipe's micro-batch come before all others. ZeRO-0 is left out in bfloat16, in which it adds up
+    gradients and so is less exact.
     """
-    fitting = [plan for plan in plans if plan.most_tokens and (plan.ds_config != "zero0" or dtype == torch.float32)]
-    fitting = [plan for plan in fitting if plan.most_tokens >= plan.tokens / 2] or fitting
-    fastest = min((plan.step_seconds for plan in fitting), default=0.0)
-    return next((plan for plan in fitting if plan.step_seconds <= 1.05 * fastest), None)
+    fitting = [one for one in estimates if one.most_tokens and (one.ds_config != "zero0" or dtype == torch.float32)]
+    fitting = [one for one in fitting if one.most_tokens >= one.tokens / 2] or fitting
+    fastest = min((one.step_seconds for one in fitting), default=0.0)
+    return next((one for one in fitting if one.step_seconds <= 1.05 * fastest), None)
 
 
-def report(planner: Planner, plans: list[Plan]) -> str:
+def report(planner: Planner, estimates: list[Estimate]) -> str:
+    """Return what plan.py prints: model, data and run, a table with a row an estimate, and the way to run that it recommends."""
     device, recipe = planner.device, planner.recipe
     lines = [
-        f"model     {planner.model_said}, {planner.count:,} parameters",
-        f"data      {planner.work_said}",
+        f"model     {planner.model_summary}, {planner.count:,} parameters",
+        f"data      {planner.work_summary}",
         f"run       {planner.steps:,} steps of {planner.batch:,} examples on {planner.ranks} x {device.name}",
         "",
-        f"GB of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable), micro-batches of {plans[0].tokens:,} tokens",
+        f"GB of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable), micro-batches of {estimates[0].tokens:,} tokens",
         "",
         f"{'ds_config':14}{'activations':>13}{'weights':>9}{'grads':>7}{'optim.':>8}{'buffers':>9}{'activ.':>8}{'head':>6}{'ref.':>6}{'total':>8}"
         f"{'most tokens':>13}{'s/step':>8}{'sent':>8}",
     ]
-    for plan in plans:
-        p = plan.parts
+    for one in estimates:
+        p = one.parts
         numbers = [p.weights, p.gradients, p.optimizer, p.buffers, p.activations, p.head, p.reference, p.total]
         widths = (9, 7, 8, 9, 8, 6, 6, 8)
         row = "".join(f"{value / 1e9:>{width}.1f}" for value, width in zip(numbers, widths, strict=True))
-        fits = f"{plan.most_tokens:>13,}{plan.step_seconds:>8.2f}{plan.sent / 1e9:>8.1f}" if plan.most_tokens else f"{'does not fit':>29}"
-        lines.append(f"{plan.ds_config:14}{plan.checkpointing:>13}{row}{fits}")
-    chosen = best(plans, planner.dtype)
+        fits = f"{one.most_tokens:>13,}{one.step_seconds:>8.2f}{one.sent / 1e9:>8.1f}" if one.most_tokens else f"{'does not fit':>29}"
+        lines.append(f"{one.ds_config:14}{one.checkpointing:>13}{row}{fits}")
+    chosen = best(estimates, planner.dtype)
     if chosen is None:
         more = "take more GPUs, or a ds_config that offloads (zero3_offload)" if planner.on_gpu else "take a machine with more memory"
         lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: {more}"]
@@ -64,27 +65,33 @@ def report(planner: Planner, plans: list[Plan]) -> str:
             f"{hours * planner.ranks:,.1f} GPU-hours",
         ]
     if planner.seconds:
-        lines.append("how sure  layers and engines were timed here; how near six runs on a CPU came: benchmarks/results/plan_cpu.json")
+        lines.append(
+            "accuracy  layers and engines were timed here; benchmarks/results/plan_cpu.json has six such estimates beside real runs"
+        )
         if recipe.compile:
-            lines.append("          without compile, which makes them faster by what was not timed")
+            lines.append("          compile, which makes layers faster, was not timed")
     else:
         lines.append(
-            "how sure  memory: within 4 % of two runs on one H200; time: by the share of its peak that it reached with 1.7B parameters,\n"
-            "          on other GPUs, with other sizes and over links not measured"
+            "accuracy  memory: within 4 % of two runs on one H200; time: assumes the share of peak FLOP/s that it reached with 1.7B\n"
+            "          parameters; other GPUs, other sizes and communication between GPUs were not measured"
         )
     return "\n".join(lines)
 
 
 def _duration(hours: float) -> str:
+    """Return a time as text, in hours or, below one, in minutes."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def main(arguments: list[str]) -> None:
+    """Print the estimates for a command line. Raises ValueError or OSError for a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=8, help="of each node; on a CPU ranks")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpu", default="b200", choices=[*GPUS, "here"])
-    parser.add_argument("--model", choices=list(SHAPES), help="the shape to assume where the recipe's model is not there")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, or ranks on a CPU; default 8")
+    parser.add_argument("--nodes", type=int, default=1, help="default 1")
+    parser.add_argument("--gpu", default="b200", choices=[*GPUS, "here"], help="the GPU to estimate for, here: this machine; default b200")
+    parser.add_argument(
+        "--model", choices=list(SHAPES), help="the shape to assume if there is no model at the recipe's path yet; default 1.8b"
+    )
     options, others = parser.parse_known_args(arguments)
     if options.gpus < 1 or options.nodes < 1:
         raise ValueError(f"--gpus and --nodes should be at least 1, saw {options.gpus} and {options.nodes}")
@@ -99,7 +106,7 @@ def main(arguments: list[str]) -> None:
     if here:
         time_here(planner, CHECKPOINTING, stages)
     shown = [(stage, mode) for stage in stages for mode in CHECKPOINTING if stage != "zero3_offload" or mode == "full"]
-    print(report(planner, [planner.plan(*way) for way in shown]))
+    print(report(planner, [planner.estimate(*way) for way in shown]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One page about runs, from their files alone: python posttrain/report.py RUN [RUN ...] [--output DIR] [--results FILE]
+"""Write one page about runs, from their files alone: python posttrain/report.py RUN [RUN ...] [--output DIR] [--results FILE]
 
-Writes DIR/report.html, which needs no network and nothing beside it, and the pictures in it as PNG files.
+DIR/report.html needs no network and no file beside it; DIR also gets its pictures as PNG files.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from posttrain.common.files import read_json_lines
 from posttrain.common.terminal import duration
 from posttrain.run import charts
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 TEMPLATE = Path(__file__).with_name("report.html")
-# title, metrics of training, the same at validations, whether on a logarithmic scale
+# of each chart: title, metrics of training steps, metrics of validations, whether on a logarithmic scale
 CHARTS = (
     ("Loss", ["loss"], ["loss"], False),
     ("Margin of rewards, chosen above rejected", ["rewards/margins"], ["rewards/margins"], False),
@@ -36,13 +35,13 @@ CHARTS = (
     ("Tokens per second, all ranks", ["tokens_per_second"], [], False),
     ("Memory of rank 0, GB", ["memory_gb"], [], False),
 )
-FIRST = {"loss", "rewards/accuracies", "rewards/margins"}  # of the table's columns
+FIRST = {"loss", "rewards/accuracies", "rewards/margins"}  # the table's first columns
 ALWAYS_DIFFER = {"out_dir"}  # keys of recipes that always differ
 
 
 @dataclass
 class RunFiles:
-    """What a run's directory holds."""
+    """The files of a run's directory, each read once; `colour` is the run's in every chart."""
 
     path: Path
     name: str
@@ -50,49 +49,56 @@ class RunFiles:
 
     @cached_property
     def facts(self) -> dict:
+        """run.json: the kind of the run, its starts and its end."""
         return json.loads((self.path / "run.json").read_text())
 
     @cached_property
     def recipe(self) -> dict:
+        """recipe.yaml: the value of every key."""
         return yaml.safe_load((self.path / "recipe.yaml").read_text())
 
     @cached_property
     def manifest(self) -> dict | None:
-        """Of its data; runs from before it was kept have none."""
+        """data.json: the manifest of the prepared data; None for runs of versions that kept none."""
         path = self.path / "data.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     @cached_property
     def records(self) -> list[dict]:
+        """metrics.jsonl: the metrics of every step and every validation."""
         return read_json_lines(self.path / "metrics.jsonl")
 
     @cached_property
     def samples(self) -> list[dict]:
+        """samples.jsonl: sample answers of every validation; none where the run sampled none."""
         return read_json_lines(self.path / "samples.jsonl")
 
     @cached_property
     def findings(self) -> list[dict]:
+        """health.jsonl: what the health checks have found."""
         return read_json_lines(self.path / "health.jsonl")
 
     def series(self, split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values; what was not finite is nan."""
+        """Return the steps at which a metric was recorded, and its values; nan where it was not finite."""
         found = [(record["step"], record[metric]) for record in self.records if record["split"] == split and metric in record]
         steps, values = zip(*found, strict=True) if found else ((), ())
         return np.array(steps, float), np.array([np.nan if value is None else value for value in values], float)
 
     @property
     def steps(self) -> int:
+        """The last step that was trained."""
         return max((record["step"] for record in self.records if record["split"] == "train"), default=0)
 
     @property
     def state(self) -> str:
+        """How far the run has come, in words."""
         if (self.path / "final").is_dir() and "finished" in self.facts:
             return "finished"
         return f"{self.steps:,} of {self.facts['total_steps']:,} steps"
 
 
 def read_runs(paths: list[Path]) -> list[RunFiles]:
-    """Raises ValueError for a path that is no run."""
+    """Return the runs, named by their folders; where two are alike, by their paths. Raises ValueError for a path that is not a run."""
     runs, names = [], [path.resolve().name for path in paths]
     for number, path in enumerate(paths):
         if not (path / "run.json").is_file():
@@ -105,7 +111,7 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
 
 
 def figures(runs: list[RunFiles]) -> Iterator[tuple[str, object]]:
-    """Name and figure of every chart that some run has numbers for."""
+    """Yield the name and the figure of every chart that some run has numbers for."""
     benchmarks = sorted({name for run in runs for record in run.records for name in record if name.startswith("benchmark/")})
     for title, training, validation, log_scale in [*CHARTS, *((f"Benchmark {name[10:]}", [], [name], False) for name in benchmarks)]:
         curves = []
@@ -125,7 +131,7 @@ def figures(runs: list[RunFiles]) -> Iterator[tuple[str, object]]:
 
 
 def table(runs: list[RunFiles]) -> tuple[list[str], list[tuple[RunFiles, list]]]:
-    """Columns, and a row for each run: what it measured last."""
+    """Return the columns' names, and a row for each run with its last value of each, None where it has none."""
     names: dict[str, None] = {}
     last = []
     for run in runs:
@@ -137,7 +143,7 @@ def table(runs: list[RunFiles]) -> tuple[list[str], list[tuple[RunFiles, list]]]
 
 
 def _last(run: RunFiles, split: str) -> dict[str, float | None]:
-    """What validations and benchmarks said last; of training, whose steps are noisy, the mean of the last twentieth."""
+    """Return each metric's last value at validations; for training, whose steps are noisy, the mean of the last twentieth of them."""
     records = [record for record in run.records if record["split"] == split]
     together = {name: value for record in records for name, value in record.items()}
     shown = [together] if split == "eval" else records[-max(1, len(records) // 20) :]
@@ -147,7 +153,7 @@ def _last(run: RunFiles, split: str) -> dict[str, float | None]:
 
 
 def cost(run: RunFiles) -> dict[str, str]:
-    """Where time and memory went."""
+    """Return where time and memory went, in words."""
     _, step_ms = run.series("train", "step_ms")
     _, looks = run.series("eval", "runtime")
     _, speed = run.series("train", "tokens_per_second")
@@ -161,18 +167,18 @@ def cost(run: RunFiles) -> dict[str, str]:
         said["validations and samples"] = f"{len(looks):,} in {duration(looks.sum())}"
     if len(starts) == 1 and "ended" in run.facts:
         whole = (datetime.fromisoformat(run.facts["ended"]) - datetime.fromisoformat(starts[0]["when"])).total_seconds()
-        said["saving, and all else from step 1 on"] = duration(max(0.0, whole - step_ms.sum() / 1000 - looks.sum()))
+        said["saving and all else since step 1"] = duration(max(0.0, whole - step_ms.sum() / 1000 - looks.sum()))
     if starts:
         said["machine"] = "; then ".join(dict.fromkeys(f"{start['ranks']} x {start['device']}, {start['ds_config']}" for start in starts))
     if starts and len(memory):
-        parts = starts[-1]["states"]
+        states = [f"{name} {size / 1e9:.1f}" for name, size in starts[-1]["states"].items() if size > 5e7]
         said["memory of rank 0"] = f"{memory.max():.1f} GB at most"
-        said["of it, by count"] = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size > 5e7) or "less than 0.1 GB"
+        said["of it, as calculated"] = f"{', '.join(states)} GB" if states else "less than 0.1 GB"
     return said
 
 
 def answers(runs: list[RunFiles]) -> list[dict]:
-    """Of each prompt: what each run answered, before and last, and every time between."""
+    """Return a dict {prompt, runs} for each sample prompt; `runs` has every run's answers, from before training to the last."""
     prompts: dict[str, dict] = {}
     for run in runs:
         for record in run.samples:
@@ -183,7 +189,7 @@ def answers(runs: list[RunFiles]) -> list[dict]:
 
 
 def differences(runs: list[RunFiles]) -> list[tuple[str, list[str], bool]]:
-    """Every key of the recipes with its values, those that differ first."""
+    """Return (key, values, whether they differ) for every key of the recipes, those that differ first."""
     names = list(dict.fromkeys(name for run in runs for name in run.recipe))
     rows = []
     for name in names:
@@ -197,7 +203,10 @@ def _shown(value) -> str:
 
 
 def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
-    """`{model: {metric: {value, low, high}}}`, and lower_is_better where that is so."""
+    """Return measured results, {model: {metric: {value, low, high}}}, with shares from 0 to 1, and lower_is_better where it is.
+
+    Raises ValueError for a file of another form.
+    """
     if path is None:
         return {}
     try:
@@ -212,6 +221,7 @@ def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
 
 
 def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
+    """Write the page and its pictures into the folder `output`; return the page's path."""
     output.mkdir(parents=True, exist_ok=True)
     drawn = {}
     every = list(figures(runs))
@@ -241,6 +251,7 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
 
 
 def main() -> None:
+    """Read the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument("--output", type=Path, help="folder to write to; default: report/ beside the first run")

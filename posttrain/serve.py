@@ -1,9 +1,9 @@
-"""Talk to checkpoints: a chat page, and OpenAI's endpoints for any client.
+"""Serve checkpoints: a chat page, and OpenAI's endpoints for any client.
 
     python posttrain/serve.py --checkpoint runs/sft                                     then open http://127.0.0.1:8000
     python posttrain/serve.py --checkpoint base=checkpoints/base --checkpoint runs/sft --checkpoint runs/dpo      to compare them
 
-A checkpoint is a Hugging Face folder, a run directory (its newest), RUN/checkpoints/step_000200, or a ckpt.pt file. It is asked with
+A checkpoint is a Hugging Face folder, a run directory (its newest), RUN/checkpoints/step_000200, or a ckpt.pt file. It is used with
 its own template, system prompt and stop tokens. Votes of the page's comparison go to --preferences, which data_prep/prepare_dpo.py reads.
 If the environment has POSTTRAIN_API_KEY, clients must send it.
 """
@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 import uvicorn
 
 from posttrain.common import terminal
 from posttrain.model import assistant
+from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
 from posttrain.parallel.script import run_script
 from posttrain.serving.access import LOOPBACK
-from posttrain.serving.app import LAST_WORDS, Limits, Model, build
+from posttrain.serving.answers import Model
+from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
@@ -34,14 +35,13 @@ Engine = type[Batcher] | type[VLLMBatcher]
 
 
 def serve() -> None:
+    """Read the command line, load the checkpoints and serve them until interrupted."""
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help="give it several times to compare")
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    add_checkpoint_options(parser, "give it several times to compare")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto", help="default: vLLM where it is installed")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
     parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="answers of a model that are generated at once (32)")
     parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds that an answer may take, waiting included (300)")
@@ -49,23 +49,20 @@ def serve() -> None:
     parser.add_argument(
         "--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go (preferences.jsonl)"
     )
-    options = parser.parse_args()
-    for name, least in (("max_batch", 1), ("max_queue", 0), ("timeout", 1), ("max_body", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    options = parse(parser, max_batch=1, max_queue=0, timeout=1, max_body=1)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     folder = options.preferences.parent
     if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
+    # before any model is loaded, so that a port that is taken is not found out minutes later
     with listen(options.host, options.port, options.timeout + LAST_WORDS) as listener:
         engine = _engine(options.engine, options.device)
         asyncio.run(_serve(options, listener, engine, _load(options, engine)))
 
 
 async def _serve(options: argparse.Namespace, listener: socket.socket, engine: Engine, loaded: list[assistant.Assistant]) -> None:
+    """Start generation, then answer on the listening socket."""
     models = await _start(options, engine, loaded)
     limits = Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
@@ -78,15 +75,15 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
 
 
 def listen(host: str, port: int, patience: float) -> socket.socket:
-    """Before any model is loaded: a port that is taken should not be found out minutes later.
+    """Return a socket that listens on the port, 0 for any free one. Raises ValueError where it is taken, or not this machine's.
 
-    A client that reads nothing of what it was sent for `patience` seconds is left; closing would wait for it without end.
+    The connection to a client that for `patience` seconds reads nothing of what it was sent is cut; closing it would wait without end.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named, since asyncio sends small pieces at once (TCP_NODELAY) only where it is: 40 ms for every first token
+    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named; else every first token takes 40 ms longer
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * patience))
     try:
         listener.bind((host, port))
@@ -98,7 +95,7 @@ def listen(host: str, port: int, patience: float) -> socket.socket:
 
 
 def _engine(asked: str, device: str) -> Engine:
-    """What generates. Raises ValueError where it is not at hand."""
+    """Return what generates. Raises ValueError for --engine vllm where vLLM cannot serve on the device."""
     if asked == "transformers":
         return Batcher
     reason = why_not(device)
@@ -112,17 +109,17 @@ def _engine(asked: str, device: str) -> Engine:
 
 
 def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assistant]:
-    places = assistant.named(options.checkpoint)
+    """Load all checkpoints."""
+    places = places_by_name(options.checkpoint, options.tokenizer)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    assistant.check_tokenizer(options.tokenizer, places.values())
-    dtype = assistant.dtype_on(options.device, options.dtype)
+    dtype = dtype_on(options.device, options.dtype)
     device = options.device if engine is Batcher else "cpu"  # vLLM's own process puts it where it generates
     return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
 
 
 async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assistant.Assistant]) -> dict[str, Model]:
-    """Once all weights are there: each model takes its share of the memory that is left for caches."""
+    """Start generation for every model, once all are loaded: each takes its share of the memory that is left for caches."""
     models, started = {}, []
     try:
         for one in loaded:
@@ -132,7 +129,7 @@ async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assis
             seconds = await _warm_up(batcher, min(one.stops))
             models[one.name] = Model(one._replace(context=batcher.room), batcher)
             _introduce(one, batcher, options.device, seconds)
-    except BaseException:  # an interrupt, too: vLLM's processes would go on without this one
+    except BaseException:  # an interrupt, too: vLLM's processes would outlive this one
         for batcher in started:
             batcher.stop()
         raise
@@ -140,16 +137,17 @@ async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assis
 
 
 def _introduce(one: assistant.Assistant, batcher: Batcher | VLLMBatcher, device: str, seconds: float) -> None:
+    """Print what is served, and what it cannot do."""
     about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
     _say(f"{one.name}: {about} on {device} by {batcher.name}; first answer after {seconds:.1f} s")
     if batcher.room < one.context:
         _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
     if one.chat is None:
-        _say(f"warning: {one.name} cannot chat, only go on with a text: {one.why_no_chat}")
+        _say(f"warning: {one.name} cannot chat, only continue a text: {one.why_no_chat}")
 
 
 async def _warm_up(batcher: Batcher | VLLMBatcher, token: int) -> float:
-    """Seconds until a first token, which pays for what is done once. Raises ValueError where none comes."""
+    """Generate a first token, which pays for all that is done once, and return its seconds. Raises ValueError where none comes."""
     began = time.perf_counter()
     try:
         async for _ in batcher.generate([token], Sampling(1), 600):

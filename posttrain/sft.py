@@ -7,42 +7,31 @@ python posttrain/sft.py ...                  the same on one device; --help list
 import sys
 
 from posttrain.common.terminal import keep_noise
-from posttrain.data.prepared import load_prepared
-from posttrain.engine.build import build_engine
-from posttrain.engine.ds_config import checkpoint_function, read_ds_config
 from posttrain.engine.start import check_versions, launch_shape, start_distributed
-from posttrain.model.policy import load_policy
-from posttrain.objectives.likelihood import SFT
 from posttrain.parallel.script import run_script
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import load_recipe
 from posttrain.run.directory import Run
 from posttrain.run.resume import already_finished, resolve
-from posttrain.training.auto_batch import with_tokens_planned
-from posttrain.training.inputs import load_chat, prepare_command, same_inputs_on_all_ranks
+from posttrain.training.build import build_training, read_inputs
+from posttrain.training.inputs import same_inputs_on_all_ranks
 from posttrain.training.loop import train
-from posttrain.training.step import Training
 
 
 def sft() -> None:
+    """Train by the recipe of the command line, on this rank."""
     check_versions()
-    recipe = load_recipe(SFTRecipe, "sft_qwen3_1.8b", sys.argv[1:])
     rank, world_size = launch_shape()
-    recipe = resolve(recipe, "sft", world_size)
+    recipe = resolve(load_recipe(SFTRecipe, "sft_qwen3_1.8b", sys.argv[1:]), world_size)
     if already_finished(recipe, rank):
         return
-
     keep_noise()
-    ds_config = read_ds_config(recipe.ds_config)
-    prepared = load_prepared(recipe.sft_data_dir, "sft", prepare_command(recipe))
-    chat = load_chat(recipe, prepared.manifest)
+    inputs = read_inputs(recipe)
     device = start_distributed(recipe.watchdog_seconds)
-    same_inputs_on_all_ranks(recipe, prepared)
-    settled = with_tokens_planned(recipe, prepared, device)
-    policy, choices = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
-    engine = build_engine(policy, recipe, ds_config)
-    run = Run(recipe, "sft", rank, {"data": prepared.fingerprint, "model": policy.fingerprint})
-    train(Training(settled, engine, prepared, SFT(engine)), chat, run, choices)
+    same_inputs_on_all_ranks(recipe, inputs.data, inputs.ds_config)
+    training, choices = build_training(recipe, inputs, device)
+    run = Run(recipe, rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
+    train(training, inputs.chat, run, choices)
 
 
 if __name__ == "__main__":

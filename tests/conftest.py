@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from tiny import make_tiny
 
 from posttrain.operators import layers
@@ -50,11 +51,32 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def launch(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, **popen) -> subprocess.CompletedProcess:
-    """Run a script under the real deepspeed launcher and return what it printed (both streams in stdout)."""
+def pytest_configure(config):
+    """One warm process for the session: the workers of pytest-xdist find the controller's in the environment."""
+    if not hasattr(config, "workerinput"):
+        warm.own()
+
+
+def launch(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, **how) -> subprocess.CompletedProcess:
+    """Run a script on so many ranks, forked from the warm process, and return what it printed (both streams in stdout)."""
+    return warm.run(script, *arguments, ranks=ranks, port=free_port(), timeout=timeout, **how)
+
+
+def start(script: str, *arguments: str, ranks: int = 2, **how) -> warm.Started:
+    """Start what `launch` runs to its end."""
+    return warm.start(script, *arguments, ranks=ranks, port=free_port(), **how)
+
+
+def python(script: str, *arguments: str, timeout: float = 300, **how) -> subprocess.CompletedProcess:
+    """Run a script as `python SCRIPT` does, forked from the warm process; both streams in stdout, or `separate`."""
+    return warm.run(script, *arguments, timeout=timeout, **how)
+
+
+def launch_with_deepspeed(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, env=None) -> subprocess.CompletedProcess:
+    """Run a script under the real deepspeed launcher, with interpreters of its own: where they are what is tested."""
     command = launch_command(script, *arguments, ranks=ranks)
     merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, timeout=timeout, **merged, **({"env": rank_environment()} | popen))
+    return subprocess.run(command, timeout=timeout, env=env or rank_environment(), **merged)
 
 
 def launch_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -70,6 +92,7 @@ def last_of_each(arguments: list[str]) -> list[str]:
 
 
 def launch_command(script: str, *arguments: str, ranks: int) -> list[str]:
+    """The user's command, under the real deepspeed launcher."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
     return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
 
@@ -85,7 +108,7 @@ def free_port() -> int:
 
 
 def rank_environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return os.environ | warm.ON_CPU
 
 
 @pytest.fixture

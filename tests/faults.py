@@ -2,6 +2,7 @@
 
     python tests/faults.py --rounds 60 [--seed 0]
 
+Runs start under the real launcher and supervisor; with forked=True, as test_faults.py has it, only those whose fault concerns these.
 After each round final/model.safetensors and every number of metrics.jsonl must equal the undisturbed run's, byte for byte, TensorBoard
 must show each step once, and no process may be left. FAULTS has one function for each way of being hit.
 """
@@ -21,32 +22,37 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import psutil  # noqa: E402
-from conftest import launch_command, metrics, rank_environment  # noqa: E402
+import warm  # noqa: E402
+from conftest import launch_command, metrics, rank_environment, start  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
-STEPS = 240
+STEPS = 120
 PATIENCE = 120  # seconds for a start, or for a run to end after it was hit
 CURVE = ("step", "split", "loss", "learning_rate", "grad_norm", "epoch", "num_tokens")
 
 
 class Round:
-    """One run directory and the processes that work on it."""
+    """One run directory and the processes that work on it; `forked`: from the warm process, unless the launcher is what is tested."""
 
-    def __init__(self, folder: Path, tiny: Path, draw: random.Random):
-        self.folder, self.draw, self.out = folder, draw, folder / "run"
+    def __init__(self, folder: Path, tiny: Path, draw: random.Random, forked: bool):
+        self.folder, self.draw, self.out, self.forked = folder, draw, folder / "run", forked
         paths = [f"--checkpoint_path={tiny}/base", f"--sft_data_dir={tiny}/sft", f"--out_dir={self.out}"]
         numbers = [f"--max_iters={STEPS}", "--global_batch_size=8", "--learning_rate=1e-3", "--warmup_iters=2", "--max_tokens_per_gpu=160"]
         how = ["--dtype=float32", "--ds_config=ds_configs/zero2.json", "--eval_interval=40", "--save_interval=15", "--skip_spikes=0"]
         self.arguments = [*paths, *numbers, *how, "--watchdog_seconds=5", "--log_interval=40"]
         self.log = (folder / "log").open("ab")
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | warm.Started | None = None
 
-    def start(self, stdout=None, supervised: bool = True) -> None:
+    def start(self, stdout: BinaryIO | None = None, supervised: bool = True, is_about_the_launcher: bool = False) -> None:
+        if self.forked and not is_about_the_launcher:
+            self.process = start("posttrain/sft.py", *self.arguments, outputs=[stdout or self.log])
+            return
         command = launch_command("posttrain/sft.py", *self.arguments, ranks=2)
         if supervised:
             command = [sys.executable, str(ROOT / "launch" / "supervise.py"), *command]
@@ -65,16 +71,23 @@ class Round:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that works on this directory, whoever started it."""
-        found = []
+        found, forked = [], self.forked_ranks()
         for process in psutil.process_iter():
             try:
-                if f"--out_dir={self.out}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                is_ours = process.pid in forked or f"--out_dir={self.out}" in process.cmdline()
+                if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue
         return found
 
+    def forked_ranks(self) -> list[int]:
+        """Ids of the processes that were forked, whose command line is the warm process's."""
+        return self.process.pids if isinstance(self.process, warm.Started) and self.process.poll() is None else []
+
     def ranks(self) -> list[psutil.Process]:
+        if forked := self.forked_ranks():
+            return [psutil.Process(pid) for pid in forked]
         return sorted((p for p in self.processes() if any(a.startswith("--local_rank=") for a in p.cmdline())), key=lambda p: p.cmdline())
 
     def kill_all(self) -> None:
@@ -121,7 +134,7 @@ def sigterm(run: Round) -> None:
     """To the supervisor, or to one rank alone, or to the bare deepspeed command, which dies and leaves its ranks behind."""
     where = run.draw.choice(["supervisor", "rank", "launcher"])
     number = run.draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]) if where != "launcher" else signal.SIGTERM
-    run.start(supervised=where == "supervisor")
+    run.start(supervised=where == "supervisor", is_about_the_launcher=True)
     run.reach_a_step()
     target = run.draw.choice(run.ranks()) if where == "rank" else run.process
     target.send_signal(number)
@@ -187,8 +200,8 @@ def stopped_rank(run: Round) -> None:
 
 def closed_stdout(run: Round) -> None:
     reader, writer = os.pipe()
-    run.start(stdout=writer)
-    os.close(writer)
+    with os.fdopen(writer, "wb") as stdout:
+        run.start(stdout=stdout)
     run.reach_a_step()
     os.close(reader)
     assert run.end() == 0  # the run needs no terminal
@@ -226,18 +239,18 @@ def unmount(folder: Path) -> None:
         subprocess.run(["umount", str(folder / "run")], check=True)
 
 
-def campaign(rounds: int, seed: int, folder: Path, faults: list[Callable[[Round], None]] = FAULTS) -> list[dict]:
+def campaign(rounds: int, seed: int, folder: Path, faults: list[Callable[[Round], None]] = FAULTS, forked: bool = False) -> list[dict]:
     """Each round's fault and what was wrong after it; nothing, if all is well."""
     make_tiny(folder)
     base = folder / "undisturbed"
     base.mkdir()
-    undisturbed = Round(base, folder, random.Random(seed))
+    undisturbed = Round(base, folder, random.Random(seed), forked)
     finish(undisturbed)
     expected, results = outcome(undisturbed.out), []
     for number in range(rounds):
         fault, place = faults[number % len(faults)], folder / f"round_{number}"
         place.mkdir()
-        run, started, wrong = Round(place, folder, random.Random(f"{seed} {number}")), time.monotonic(), ""
+        run, started, wrong = Round(place, folder, random.Random(f"{seed} {number}"), forked), time.monotonic(), ""
         try:
             fault(run)
             finish(run)

@@ -15,7 +15,7 @@ usable, adapt = auto_batch._usable, auto_batch.adapt
 
 
 def adapt_with_moments(training, run):
-    masters, optimizer = shards._masters(training.engine)
+    masters, optimizer = shards.master_weights(training.engine)
     assert all(optimizer.state[master]["exp_avg_sq"].shape == master.shape for master in masters)
     adapt(training, run)
 

@@ -8,6 +8,7 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -31,6 +32,18 @@ class Import(NamedTuple):
     line: int
 
 
+@cache
+def nodes_of(source: str) -> list[ast.AST]:
+    """Every node of a file's syntax tree."""
+    return list(ast.walk(ast.parse(source)))
+
+
+@cache
+def libraries() -> set[str]:
+    """Names of the installed packages and of the standard library, and one that transformers imports wherever it is there."""
+    return {*packages_distributions(), *sys.stdlib_module_names, "kernels"}
+
+
 def module_name(root: Path, path: Path) -> str:
     """The dotted name of a file of the repository."""
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -46,7 +59,7 @@ def folder_of(module: str) -> str:
 
 def imports(root: Path, path: Path) -> Iterator[Import]:
     """What a file imports of posttrain/, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path.read_text()):
         if isinstance(node, ast.Import):
             for one in node.names:
                 if one.name.split(".")[0] == "posttrain":
@@ -102,7 +115,7 @@ def private_names(root: Path) -> Iterator[str]:
                 modules[found.bound] = found.module
             elif found.name.startswith("_"):
                 yield f"{path.relative_to(root)}:{found.line}: {found.name} is private to {found.module}"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path.read_text()):
             if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name) or node.value.id not in modules:
                 continue
             if node.attr.startswith("_") and not node.attr.startswith("__"):
@@ -111,14 +124,11 @@ def private_names(root: Path) -> Iterator[str]:
 
 def shadowing_names(root: Path) -> Iterator[str]:
     """Modules and folders beside a script that would be taken for a library of that name."""
-    libraries = (
-        set(packages_distributions()) | set(sys.stdlib_module_names) | {"kernels"}
-    )  # transformers imports the last where it is there
-    own = {"posttrain", "data_prep"}
+    taken = libraries() - {"posttrain", "data_prep", "__init__"}
     for folder in SCRIPT_FOLDERS:
         for path in sorted((root / folder).glob("*")):
             file = path / "__init__.py" if path.is_dir() else path
-            if file.suffix == ".py" and file.is_file() and path.stem in libraries - own - {"__init__"}:
+            if file.suffix == ".py" and file.is_file() and path.stem in taken:
                 yield f"{file.relative_to(root)}:1: shadows the library {path.stem}"
 
 
@@ -127,7 +137,7 @@ def strangers_of_deepspeed(root: Path) -> Iterator[str]:
     for path in sources(root, "posttrain"):
         if folder_of(module_name(root, path)) in USERS_OF_DEEPSPEED:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path.read_text()):
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -138,7 +148,7 @@ def strangers_of_deepspeed(root: Path) -> Iterator[str]:
 def sprawling_functions(root: Path) -> Iterator[str]:
     """Functions of LONGEST lines and more, or with more parameters than anybody can keep apart unless calls name them."""
     for path in sources(root, "posttrain", "data_prep"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path.read_text()):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             if (lines := node.end_lineno - node.lineno + 1) >= LONGEST:

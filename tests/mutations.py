@@ -2,19 +2,24 @@
 
 python tests/mutations.py              all of them, some minutes; exit status 1 if one is not caught
 python tests/mutations.py NAME ...     these
+
+Each runs in a process that is forked from this one, which has imported libraries but no code of the repository; what a test launches
+is forked from a warm process (warm.py) of the copy's own, which refuses to serve any other code.
 """
 
+import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CRASH = 70  # exit code: the tests did not run to their end
 
 
 class Mutation(NamedTuple):
@@ -63,7 +68,7 @@ MUTATIONS = {
     "dpo_shifted_by_one": Mutation(
         "posttrain/data/packing.py", "last = start + len(prompt) - 1 ", "last = start + len(prompt) ", DPO_PARITY
     ),
-    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "sums += part_sums", "sums = part_sums", SFT_STEPS),
+    "last_micro_batch_alone_counted": Mutation("posttrain/training/step.py", "add_sums(sums, part_sums)", "sums = part_sums", SFT_STEPS),
     "sft_mean_of_micro_batches": Mutation(
         "posttrain/objectives/likelihood.py", 'return nll / totals["tokens"]', "return nll / len(batch.targets)", SFT_TRL
     ),
@@ -81,7 +86,9 @@ MUTATIONS = {
     ),
     "world_size_factor_missing_sft": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", SFT_STEPS),
     "world_size_factor_missing_dpo": Mutation("posttrain/engine/update.py", "loss * dist.get_world_size()", "loss", DPO_STEPS),
-    "step_after_every_micro_batch": Mutation("posttrain/training/step.py", "is_last=i == len(mine) - 1", "is_last=True", SFT_STEPS),
+    "step_after_every_micro_batch": Mutation(
+        "posttrain/training/step.py", "is_last=number == len(share.micro_batches)", "is_last=True", SFT_STEPS
+    ),
     "clipping_off": Mutation(
         "posttrain/engine/ds_config.py", '"gradient_clipping": recipe.grad_clip,', '"gradient_clipping": 0.0,', SFT_STEPS
     ),
@@ -176,13 +183,13 @@ MUTATIONS = {
     "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/training/step.py",
-        "indices = np.arange(count)",
-        "indices = np.arange(count - 1)",
+        "indices = np.arange(min(",
+        "indices = np.arange(-1 + min(",
         "tests/test_runs.py::test_the_result_loads_in_plain_transformers_with_its_last_validation_loss",
     ),
     "bad_step_applied": Mutation(
         "posttrain/engine/update.py",
-        "if gate.is_open() else None",
+        "if self.is_open() else None",
         "if True else None",
         PLANTED + "test_a_spike_is_not_applied_and_three_in_a_row_stop_the_run",
     ),
@@ -224,15 +231,15 @@ MUTATIONS = {
     ),
     "the_queue_has_no_end": Mutation(
         "posttrain/serving/app.py",
-        "if active[name] >= limits.batch + limits.queue:",
+        "if self.active[name] >= self.limits.batch + self.limits.queue:",
         "if False:",
         SERVE + "test_beyond_the_queue_and_beyond_the_time",
     ),
     "a_burst_overtakes_the_count": Mutation(
-        "posttrain/serving/app.py", "active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
+        "posttrain/serving/app.py", "self.active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
     ),
     "a_stalled_reader_keeps_its_place": Mutation(
-        "posttrain/serving/app.py",
+        "posttrain/serving/answers.py",
         "asyncio.timeout(self.seconds)",
         "asyncio.timeout(None)",
         PARTS + "test_a_client_that_stops_reading_loses_its_place",
@@ -293,7 +300,7 @@ MUTATIONS = {
     ),
     "examples_in_one_turn": Mutation("posttrain/training/benchmarks.py", "fewshot_as_multiturn=True", "fewshot_as_multiturn=False", DURING),
     "benchmarks_at_validations_only": Mutation(
-        "posttrain/training/loop.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
+        "posttrain/training/validation.py", "recipe.benchmark_interval or recipe.eval_interval", "recipe.eval_interval", DURING
     ),
     "one_order_only": Mutation(
         "posttrain/evaluation/judge.py",
@@ -322,17 +329,69 @@ def mutate(folder: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def run(folder: Path, *tests: str) -> str | None:
-    """Run the tests in the copy: None where they pass, else the assertion that failed."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode == 0:
+def import_libraries() -> None:
+    """Import what the tests need, but nothing of this repository: the copies have code of their own."""
+    for name in ("pytest", "torch", "deepspeed", "transformers", "datasets", "trl", "lm_eval.evaluator", "fastapi", "psutil"):
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+
+
+def start(folder: Path, *tests: str) -> tuple[int, BinaryIO]:
+    """Run tests in a copy, in a process that is forked from this one; returns its id and the file that it prints to."""
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - read once the process has ended
+    if pid := os.fork():
+        return pid, output
+    code = CRASH
+    try:
+        os.setsid()
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        os.chdir(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT))]
+        code = importlib.import_module("pytest").main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+        others = [module for name, module in sys.modules.items() if name.split(".")[0] in ("posttrain", "conftest", "data_prep")]
+        assert all(Path(module.__file__).is_relative_to(folder) for module in others if getattr(module, "__file__", None)), (
+            "not the copy's code"
+        )
+        sys.stdout.flush()
+    except BaseException:
+        code = CRASH
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def result(code: int, output: BinaryIO) -> str | None:
+    """None where the tests have passed, else the assertion that failed."""
+    output.seek(0)
+    text = output.read().decode(errors="replace")
+    if code == 0:
         return None
-    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*|ConnectionResetError.*|BrokenPipeError.*)", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
-        raise RuntimeError(done.stdout)
+    failed = re.findall(r"^E +(AssertionError.*|assert .*|Failed: .*|ConnectionResetError.*|BrokenPipeError.*)", text, re.MULTILINE)
+    if code != 1 or not failed:  # not found, not run, or a crash: that is not a test that noticed
+        raise RuntimeError(text)
     return failed[0]
+
+
+def try_all(folders: list[Path], chosen: dict[str, Mutation]) -> list[str]:
+    """Try mutations, one in each copy at a time; returns the names of those that no test has caught."""
+    waiting, running, missed = list(chosen), {}, []
+    while waiting or running:
+        while waiting and folders:
+            title, folder = waiting.pop(0), folders.pop()
+            original = (folder / chosen[title].file).read_text()
+            mutate(folder, chosen[title])
+            pid, output = start(folder, chosen[title].test)
+            running[pid] = title, folder, original, output, time.monotonic()
+        pid, status = os.wait()
+        title, folder, original, output, started = running.pop(pid)
+        (folder / chosen[title].file).write_text(original)
+        folders.append(folder)
+        failed, seconds = result(os.waitstatus_to_exitcode(status), output), time.monotonic() - started
+        missed += [] if failed else [title]
+        print(f"{'caught' if failed else 'MISSED'}  {title:<36} {seconds:4.0f} s  {chosen[title].test}\n        {failed}", flush=True)
+    return missed
 
 
 def main(names: list[str]) -> None:
@@ -341,22 +400,19 @@ def main(names: list[str]) -> None:
     if unknown := set(names) - set(MUTATIONS):
         sys.exit(f"there is no mutation {', '.join(sorted(unknown))}; there are: {', '.join(MUTATIONS)}")
     chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    os.environ |= {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread of pyarrow's
+    import_libraries()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
+        folders = [Path(name) / f"copy_{number}" for number in range(min(os.cpu_count() or 1, len(chosen)))]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__"))
+            (folder / ".venv").symlink_to(ROOT / ".venv")  # launch/env.sh looks for the environment there
         tests = sorted({mutation.test for mutation in chosen.values()})
-        if failed := run(folder, *tests):
+        pid, output = start(folders[0], *tests)
+        if failed := result(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output):
             sys.exit(f"the tests fail without any mutation; mend them first: {failed}")
         print(f"{len(tests)} tests pass without a mutation", flush=True)
-        missed = []
-        for title, mutation in chosen.items():
-            started, original = time.monotonic(), (folder / mutation.file).read_text()
-            mutate(folder, mutation)
-            failed = run(folder, mutation.test)
-            (folder / mutation.file).write_text(original)
-            missed += [] if failed else [title]
-            seconds = time.monotonic() - started
-            print(f"{'caught' if failed else 'MISSED'}  {title:<36} {seconds:4.0f} s  {mutation.test}\n        {failed}", flush=True)
+        missed = try_all(folders, chosen)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations were caught")
     if missed:
         sys.exit(1)

@@ -24,13 +24,19 @@ from posttrain.model import policy  # noqa: E402
 from posttrain.objectives.likelihood import SFT  # noqa: E402
 from posttrain.objectives.preference import DPO  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
-from posttrain.training import loop  # noqa: E402
+from posttrain.training import build, loop  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
 SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}
-PLACES = [(sft, "load_recipe"), (sft, "load_policy"), (dpo, "load_policy"), (policy, "load_model"), (loop, "train_step")]
-PLACES += [(sft, "load_prepared"), (dpo, "load_prepared"), (policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
-load_policy, load_model, load_data, sft_loss, train_step = dpo.load_policy, policy.load_model, sft.load_prepared, SFT.loss, loop.train_step
+PLACES = [(sft, "load_recipe"), (build, "load_policy"), (policy, "load_model"), (loop, "train_step")]
+PLACES += [(build, "load_prepared"), (policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
+load_policy, load_model, load_data, sft_loss, train_step = (
+    build.load_policy,
+    policy.load_model,
+    build.load_prepared,
+    SFT.loss,
+    loop.train_step,
+)
 forward = policy.Policy.forward
 
 
@@ -40,7 +46,7 @@ def reference_of_another_checkpoint():
             recipe.model_copy(update={"sft_checkpoint_path": PLANT}) if frozen else recipe, *arguments, frozen=frozen, **others
         )
 
-    dpo.load_policy = load
+    build.load_policy = load
 
 
 def one_rank_with_a_changed_weight():
@@ -66,7 +72,7 @@ def one_rank_with_another_token():
         prepared.train.micro_batch = micro_batch
         return prepared
 
-    sft.load_prepared = dpo.load_prepared = load
+    build.load_prepared = load
 
 
 def one_rank_with_another_recipe():
@@ -102,7 +108,7 @@ def one_rank_with_other_data():
     def load(directory, *arguments):
         return load_data(PLANT if RANK == 1 else directory, *arguments)
 
-    sft.load_prepared = dpo.load_prepared = load
+    build.load_prepared = load
 
 
 def dropout_left_on():
@@ -112,7 +118,7 @@ def dropout_left_on():
             made.model.model.layers[0].self_attn.attention_dropout = 0.1
         return made, choices
 
-    dpo.load_policy = sft.load_policy = load
+    build.load_policy = load
 
 
 def one_example_is_nan():
@@ -143,13 +149,13 @@ def optimizer_state(training) -> dict[str, str]:
 
 def refused_steps_leave_no_trace(training, number, *arguments, **others):
     before = optimizer_state(training)
-    metrics, reason = train_step(training, number, *arguments, **others)
+    result = train_step(training, number, *arguments, **others)
     after = optimizer_state(training)
-    if reason:
+    if result.refused:
         assert after == before, [name for name in after if after[name] != before.get(name)]
     else:
         assert after != before
-    return metrics, reason
+    return result
 
 
 def spikes():

@@ -16,7 +16,6 @@ from tiny import build_training  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
 from posttrain.engine.checkpoints import Checkpoints  # noqa: E402
-from posttrain.engine.optimizer import set_learning_rate  # noqa: E402
 from posttrain.engine.start import start_distributed  # noqa: E402
 from posttrain.engine.weights import gathered_state_dict  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
@@ -38,8 +37,8 @@ def steps(training, first: int, last: int) -> dict:
     """Losses, gradient norms and a hash of the weights after it."""
     curve = []
     for step in range(first, last + 1):
-        set_learning_rate(training.engine, RECIPE["learning_rate"])
-        metrics, reason = train_step(training, step)
+        training.engine.set_learning_rate(RECIPE["learning_rate"])
+        metrics, reason, *_ = train_step(training, step)
         assert reason is None, reason
         curve.append([metrics["loss"], metrics["grad_norm"]])
     state = gathered_state_dict(training.engine) or {}

@@ -19,13 +19,14 @@ from torch import distributed as dist  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from posttrain.engine import build, ds_config, shards  # noqa: E402
-from posttrain.engine.optimizer import set_learning_rate  # noqa: E402
+from posttrain.engine import build as engine_build  # noqa: E402
+from posttrain.engine import ds_config, shards  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
 from posttrain.planning import planner  # noqa: E402
 from posttrain.planning.machines import this_machine  # noqa: E402
 from posttrain.planning.memory import Zero  # noqa: E402
-from posttrain.training.step import step_share, train_step  # noqa: E402
+from posttrain.training import build  # noqa: E402
+from posttrain.training.step import train_step  # noqa: E402
 
 # Of the bytes given to a collective, in shares of (ranks - 1) / ranks, what each rank sends by the algorithms that need the least
 SENT = {"allreduce": (0, 2), "allgather": (0, 1), "reduce_scatter": (1, 1), "broadcast": (0, 1), "reduce": (0, 1)}
@@ -73,21 +74,21 @@ def sent() -> None:
     tiny, file = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     found = {}
     for kind, zero, dtype, tokens in WAYS:
-        ds_config.read_ds_config = build.read_ds_config = planner.read_ds_config = partial(read_ds_config, keep="little" not in zero)
+        build.read_ds_config = engine_build.read_ds_config = planner.read_ds_config = partial(read_ds_config, keep="little" not in zero)
         path = f"ds_configs/{zero.partition(',')[0]}.json"
         settings = {"max_iters": 4, "global_batch_size": 8, "max_tokens_per_gpu": tokens, "dtype": dtype, "ds_config": path}
         training = build_training(tiny, kind, {"out_dir": "unused", **settings})
         for step in (1, 2):  # make what the first steps make; ZeRO-3 learns the order of layers
             train_step(training, step)
-        set_learning_rate(training.engine, 1e-3)
+        training.engine.set_learning_rate(1e-3)
         with Counting() as counting:
             train_step(training, 3)
-        micro_batches = len(step_share(training, 3)[1])
+        micro_batches = len(training.share(3).micro_batches)
         made = planner.Planner(training.recipe, this_machine(1), dist.get_world_size(), 1)
         planned = made.sent(Zero.of(ds_config.read_ds_config(path)), micro_batches)
         found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
-        policy, masters = training.engine.module, [weakref.ref(master) for master in shards._masters(training.engine)[0]]
-        build.free_engine(training.engine)
+        policy, masters = training.engine.module, [weakref.ref(master) for master in shards.master_weights(training.engine)[0]]
+        training.engine.free()
         left = [master() for master in masters] + [getattr(parameter, "ds_tensor", parameter) for parameter in policy.parameters()]
         assert masters and not sum(tensor.untyped_storage().nbytes() for tensor in left if tensor is not None), "memory is not given back"
     if dist.get_rank() == 0:

@@ -1,25 +1,24 @@
-"""A server for the tests: posttrain/serve.py in a process of its own, as a user starts it."""
+"""A server for the tests: posttrain/serve.py in a process of its own, which is forked from the warm one."""
 
 import contextlib
 import http.client
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from conftest import ROOT, free_port
+import warm
+from conftest import free_port
 
 
 @contextlib.contextmanager
 def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNamespace]:
-    """Start it and wait until it answers; `log` is a file for what it prints."""
+    """Start serve.py with these arguments, yield once it answers, and end it afterwards; `log` is a file for what it prints."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "posttrain" / "serve.py"), "--port", str(port), *map(str, arguments)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=settings, cwd=log.parent) as process:
+    arguments = ("--port", port, *arguments)
+    with log.open("w") as out:
+        process = warm.start("posttrain/serve.py", *arguments, env=os.environ | warm.ON_CPU | environment, cwd=log.parent, outputs=[out])
         try:
             server = SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}", log=log, process=process, folder=log.parent)
             server.health = lambda: request(server, "GET", "/health")
@@ -32,6 +31,7 @@ def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNam
 
 
 def wait_for(condition, seconds: float) -> None:
+    """Wait until the condition holds, at most so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -39,7 +39,7 @@ def wait_for(condition, seconds: float) -> None:
 
 
 def request(server, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:
-    """Status and body, by plain HTTP."""
+    """Return status and body of a plain HTTP request; `_` in a header's name becomes `-`."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     if body is not None:
         headers = {"content_type": "application/json"} | headers

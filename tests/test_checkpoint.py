@@ -216,7 +216,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, alone, monkeypatch):
-    engine = SimpleNamespace(module=torch.nn.Linear(10, 10, bias=False), zero_optimization_stage=lambda: 2)
+    engine = SimpleNamespace(module=torch.nn.Linear(10, 10, bias=False), zero_stage=2)
     checkpoints = Checkpoints(engine, tmp_path / "run" / "checkpoints", 2, print, {})
     assert checkpoints.bytes_of_one() == 100 * (4 + 12)
     usage = shutil.disk_usage(tmp_path)
@@ -244,7 +244,7 @@ def test_every_rank_sees_the_same_folder(tmp_path, alone, monkeypatch):
 def test_two_starts_do_not_work_on_one_run(tmp_path, alone):
     first, second = (Checkpoints(SimpleNamespace(), tmp_path / "run" / "checkpoints", 2, print, {}) for _ in range(2))
     first.lock()
-    with pytest.raises(ValueError, match=r"is being worked on by another start of this run"):
+    with pytest.raises(ValueError, match=r"is in use by another process of this run"):
         second.lock()
     first.held.close()  # as when its process ends
     second.lock()

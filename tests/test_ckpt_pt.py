@@ -1,4 +1,4 @@
-"""ckpt.pt files: the same function as the original model, nothing but tensors unpickled, tensors win over model_args."""
+"""ckpt.pt files compute what the original model computes; nothing but tensors is unpickled; tensors win over model_args."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ARGS = {
 
 
 def checkpoint(kv_heads=HEADS, tied=False, prefix="", **args):
-    """A small checkpoint with random weights: fused c_attn when kv_heads == HEADS, else c_q and c_kv."""
+    """Return a small checkpoint with random weights: fused c_attn when kv_heads == HEADS, else c_q and c_kv."""
     torch.manual_seed(1)
     state = {"token_embeddings.weight": torch.randn(VOCAB, DIM), "final_norm.weight": torch.rand(DIM) + 0.5}
     state["lm_head.weight"] = state["token_embeddings.weight"] if tied else torch.randn(VOCAB, DIM)

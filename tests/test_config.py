@@ -75,8 +75,16 @@ def test_a_resolved_recipe_is_a_recipe():
         (SFTRecipe, {"decay_lr": "False", "min_lr": "1e-6"}, "min_lr would not be read"),
         (SFTRecipe, {"warmup_iters": "9", "lr_decay_iters": "9"}, "lr_decay_iters 9 is not after warmup_iters 9"),
         (SFTRecipe, {"eval_interval": "0", "eval_iters": "2"}, "eval_iters would not be read"),
+        (SFTRecipe, {"eval_interval": "0", "sample_tokens": "9"}, "sample_tokens would not be read with eval_interval=0"),
+        (SFTRecipe, {"samples": "0", "sample_tokens": "9"}, "sample_tokens would not be read with samples=0"),
+        (
+            SFTRecipe,
+            {"eval_interval": "0", "benchmarks": "arc_easy"},
+            "eval_interval=0 and benchmark_interval=None; remove it",
+        ),
+        (SFTRecipe, {"benchmark_samples": "9"}, "benchmark_samples would not be read with benchmarks=None"),
         (SFTRecipe, {"min_lr": "1"}, "min_lr 1 is above learning_rate"),
-        (SFTRecipe, {"wandb_project": "x"}, "would not be read without wandb_log=True"),
+        (SFTRecipe, {"wandb_project": "x"}, "wandb_project would not be read with wandb_log=False; remove it, or set wandb_log"),
         (SFTRecipe, {"max_iters": "none"}, "how long to train is missing"),
         (SFTRecipe, {"seed": "True"}, "seed='True'"),
         (SFTRecipe, {"skip_spikes": "0.5"}, "would refuse every other step"),
@@ -102,6 +110,18 @@ def test_a_mistake_is_named(kind, values, message):
     with pytest.raises(ValueError, match=".*") as error:
         build_recipe(kind, SFT if kind is SFTRecipe else DPO, values)
     assert message in str(error.value)
+
+
+def test_a_key_that_is_read_without_validations_may_be_given():
+    for values in ({"eval_only": "True", "eval_iters": "2"}, {"benchmarks": "arc_easy", "benchmark_interval": "5"}):
+        build_recipe(SFTRecipe, SFT, {"eval_interval": "0", **values})
+
+
+def test_a_run_may_change_what_the_curve_does_not_depend_on_and_nothing_else():
+    free = DPORecipe.keys_that_change("any time")
+    assert {"out_dir", "max_tokens_per_gpu", "ds_config", "compile", "share_prompt", "reference", "eval_interval"} <= free
+    assert not free & {"learning_rate", "seed", "global_batch_size", "dtype", "beta", "loss", "dpo_data_dir", "tokenizer", "max_iters"}
+    assert SFTRecipe.keys_that_change("by extend") == {"max_iters", "epochs", "lr_decay_iters"}
 
 
 def test_every_mistake_is_named_at_once():

@@ -1,26 +1,20 @@
-"""Every form of a model in and out: round trips that keep the logits, refusals, and files that would harm."""
+"""Every form of a model in and out: round trips that keep the logits, refusals, and files that would do harm."""
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, rank_environment
+from conftest import python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from posttrain.model.ckpt_pt import load_ckpt_pt, save_ckpt_pt
 from posttrain.model.loading import load_model
 
 NUMBERS = ["--max_iters=2", "--global_batch_size=4", "--max_tokens_per_gpu=400", "--dtype=float32", "--eval_interval=2", "--warmup_iters=0"]
-
-
-def python(script: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "posttrain" / script), *map(str, arguments)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, env=rank_environment())
 
 
 def logits(model) -> torch.Tensor:
@@ -36,21 +30,21 @@ def llama(vocabulary: int, **more) -> LlamaForCausalLM:
 
 @pytest.mark.slow
 def test_ckpt_pt_through_sft_and_back(tiny, tmp_path):
-    """ckpt.pt -> SFT -> ckpt.pt -> a Hugging Face folder: the logits stay those of the trained model."""
+    """The logits stay those of the trained model: ckpt.pt -> SFT -> ckpt.pt -> a Hugging Face folder."""
     tiny.tokenizer.save_pretrained(tmp_path / "base")
     save_ckpt_pt(llama(len(tiny.tokenizer)), tmp_path / "base" / "ckpt.pt")
     paths = [f"--checkpoint_path={tmp_path}/base/ckpt.pt", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run"]
-    done = python("sft.py", *paths, *NUMBERS, "--learning_rate=1e-2")
+    done = python("posttrain/sft.py", *paths, *NUMBERS, "--learning_rate=1e-2")
     assert done.returncode == 0, done.stdout
     trained = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32))
     assert (trained - logits(load_ckpt_pt(tmp_path / "base" / "ckpt.pt"))).abs().max() > 0.01
-    done = python("convert.py", tmp_path / "run" / "final", tmp_path / "ckpt.pt")
+    done = python("posttrain/convert.py", tmp_path / "run" / "final", tmp_path / "ckpt.pt")
     assert "logits equal to" in done.stdout, done.stdout
     written = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     evals = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
     assert (written["iter_num"], written["best_val_loss"]) == (2, min(record["loss"] for record in evals))
     torch.testing.assert_close(logits(load_ckpt_pt(tmp_path / "ckpt.pt")), trained, atol=1e-5, rtol=0)
-    done = python("convert.py", tmp_path / "ckpt.pt", tmp_path / "again", "--tokenizer", tmp_path / "run" / "final")
+    done = python("posttrain/convert.py", tmp_path / "ckpt.pt", tmp_path / "again", "--tokenizer", tmp_path / "run" / "final")
     assert done.returncode == 0, done.stdout
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)), trained)
     assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == tiny.chat.jinja
@@ -58,12 +52,12 @@ def test_ckpt_pt_through_sft_and_back(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
-    """Hugging Face -> DPO -> Hugging Face, from the training state alone; and it can be trained on, by its name."""
+    """A Hugging Face folder is made of the training state alone, and the state can be loaded as a model by its name."""
     paths = [f"--sft_checkpoint_path={tiny.base}", f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run"]
-    done = python("dpo.py", *paths, *NUMBERS, "--learning_rate=1e-3", "--ds_config=ds_configs/zero3.json")
+    done = python("posttrain/dpo.py", *paths, *NUMBERS, "--learning_rate=1e-3", "--ds_config=ds_configs/zero3.json")
     assert done.returncode == 0, done.stdout
     state = tmp_path / "run" / "checkpoints" / "step_000002"
-    done = python("convert.py", state, tmp_path / "model")
+    done = python("posttrain/convert.py", state, tmp_path / "model")
     assert done.returncode == 0, done.stdout
     for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "run" / "final" / name).read_bytes(), name
@@ -89,12 +83,12 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypatch):
-    """As a wrong permutation of the rotary pairs would."""
+    """A wrong permutation of the rotary pairs is such a conversion."""
     from posttrain import convert
-    from posttrain.model import ckpt_pt
+    from posttrain.model import ckpt_pt, ckpt_pt_tensors
 
     llama(40).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(ckpt_pt, "_halves_to_pairs", lambda rows, heads: rows)
+    monkeypatch.setattr(ckpt_pt_tensors, "_halves_to_pairs", lambda rows, heads: rows)
     monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "model"), str(tmp_path / "ckpt.pt")])
     with pytest.raises(ValueError, match=r"gives other logits"):
         convert.convert()
@@ -117,7 +111,7 @@ def test_what_cannot_be_converted_is_told(tiny, tmp_path):
         ((tmp_path / "nothing", tmp_path / "x.pt"), "there is no model at"),
     ]
     for arguments, message in cases:
-        done = python("convert.py", *arguments)
+        done = python("posttrain/convert.py", *arguments)
         assert done.returncode != 0
         assert message in done.stdout, done.stdout
         assert "Traceback" not in done.stdout
@@ -125,7 +119,7 @@ def test_what_cannot_be_converted_is_told(tiny, tmp_path):
 
 
 def test_weights_that_carry_code_do_not_run_it(tmp_path):
-    """pytorch_model.bin is a pickle."""
+    """pytorch_model.bin is a pickle, which may hold code."""
     harm = tmp_path / "harm"
 
     class Harm:

@@ -3,18 +3,17 @@
 import gc
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import warm
 
 from data_prep import convert
 from data_prep.prepare import prepare
@@ -44,7 +43,7 @@ def run(kind: str, tiny, tmp_path, rows: list[dict], *more: str) -> dict:
 
 def rows_of(tmp_path, kind: str = "sft", split: str = "train") -> list[dict]:
     table = getattr(load_prepared(str(tmp_path / "out"), kind, ""), split)
-    return list(table.table) if len(table) else []
+    return list(table) if len(table) else []
 
 
 def questions(count: int, answer: str = "ke") -> list[dict]:
@@ -337,11 +336,18 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
         hashes.append({name: value for name, value in found.items() if "data-" not in name and name != "manifest.json"})
     assert hashes[0] == hashes[1]
     assert facts[0] == facts[1]
-    tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s).table) for s in ("train", "validation")] for n in (0, 1)]
+    tables = [[list(getattr(load_prepared(f"{tmp_path}/{n}/out", "sft", ""), s)) for s in ("train", "validation")] for n in (0, 1)]
     assert tables[0] == tables[1]
     batches = [load_prepared(f"{tmp_path}/{n}/out", "sft", "").train.micro_batch(range(0, 100, 9)) for n in (0, 1)]
     assert torch.equal(batches[0].input_ids, batches[1].input_ids)
     assert torch.equal(batches[0].targets, batches[1].targets)
+
+
+def test_rows_are_read_as_datasets_reads_them(tiny):
+    for kind in ("sft", "dpo"):
+        prepared = load_prepared(getattr(tiny, kind), kind, "")
+        for name, split in (("train", prepared.train), ("validation", prepared.validation)):
+            assert list(split) == list(datasets.load_from_disk(f"{getattr(tiny, kind)}/{name}"))
 
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):
@@ -410,34 +416,32 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tiny, tmp_pa
     rows = [{"prompt": " ".join(tiny.words[w] for w in line[:8]), "response": " ".join(tiny.words[w] for w in line[8:])} for line in words]
     source = write(tmp_path / "rows.jsonl", rows)
 
-    def command(name: str) -> list[str]:
-        script = [sys.executable, str(ROOT / "data_prep" / "prepare_sft.py")]
-        return [*script, "--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/{name}"]
+    def prepare_into(name: str) -> warm.Started:
+        return warm.start("data_prep/prepare_sft.py", "--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/{name}")
 
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = time.monotonic()
-    subprocess.run(command("undisturbed"), check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert prepare_into("undisturbed").wait() == 0
     whole = time.monotonic() - started
     draw, killed, finished_early = random.Random(1), 0, 0
     while killed < 10:
         assert finished_early < 40, "it always ends before it is killed"
         started = time.monotonic()
-        process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = prepare_into("killed")
         try:
-            process.wait(timeout=whole * draw.uniform(0.4, 1.0))  # the first part is imports
+            assert process.wait(timeout=whole * draw.uniform(0.05, 1.0)) == 0
             finished_early += 1
             whole = time.monotonic() - started  # the machine had more to do before
             assert (tmp_path / "killed" / "manifest.json").is_file()
             assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
             (tmp_path / "killed").rename(tmp_path / f"done{finished_early}")
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
             killed += 1
             assert not (tmp_path / "killed").exists() or (tmp_path / "killed" / "manifest.json").is_file()
             if (tmp_path / "killed").exists():
                 (tmp_path / "killed").rename(tmp_path / f"late{killed}")
     if not (tmp_path / "killed").exists():
-        subprocess.run(command("killed"), check=True, env=environment, stdout=subprocess.DEVNULL)
+        assert prepare_into("killed").wait() == 0
     assert folder_hash(tmp_path / "killed") == folder_hash(tmp_path / "undisturbed")
     assert not (tmp_path / "killed.incomplete").exists()

@@ -1,4 +1,4 @@
-"""Benchmarks: what an answer is read as, what scores may be said to show, and that the numbers are lm-evaluation-harness's own."""
+"""Benchmarks: how answers are read, what scores show, and that the numbers are lm-evaluation-harness's own."""
 
 import argparse
 import asyncio
@@ -6,17 +6,18 @@ import http.server
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, metrics, rank_environment
+from conftest import ROOT, launch, metrics, python, rank_environment
 from scipy import stats
 
 from posttrain import report
@@ -101,7 +102,7 @@ def test_intervals_of_shares():
 
 @pytest.mark.parametrize("scores", [[0.5] * 3, [0.5] * 30, [0.2, 0.2], [0.3] * 12, [1.0, 0.5, 0.5, 0.0, 1.0]])
 def test_few_scores_are_never_sure(scores):
-    """Nor those that are all alike: three judgements that the order decided say little."""
+    """Scores that are all alike are not, either: three judgements that the order decided say little."""
     found = rate(scores)
     assert found.low < found.value - 0.15 and found.high > found.value + 0.15
 
@@ -135,7 +136,7 @@ def test_paired_tests_of_shares():
 
 
 def test_paired_tests_are_right_as_often_as_they_say():
-    """Of two models equally good, one in twenty comparisons may say otherwise, or fewer."""
+    """At most one in twenty comparisons of two equally good models may call them different."""
     draw, wrong = random.Random(2), 0
     for _ in range(400):
         pairs = [(float(draw.random() < 0.6), float(draw.random() < 0.6)) for _ in range(120)]
@@ -166,7 +167,7 @@ def test_baselines():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small files in the shapes of llm-foundry's gauntlet and of the hub's datasets, with invented rows."""
+    """A folder of small files in the forms of llm-foundry's gauntlet and of the hub's datasets, with invented rows."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
     words = ["pa", "ke", "ti", "mo", "lu", "na", "re", "so"]
 
@@ -200,15 +201,14 @@ def data(tmp_path_factory):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=rank_environment(), timeout=300)
+    return python(SCRIPT, *arguments, separate=True)
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ('{"query": "x"}', "arc_easy.jsonl:1 is no row of arc_easy: KeyError 'choices'"),
-        ("{", "arc_easy.jsonl:1 is no row"),
+        ('{"query": "x"}', "arc_easy.jsonl:1 is not a row of arc_easy: KeyError 'choices'"),
+        ("{", "arc_easy.jsonl:1 is not a row"),
         ("", "is empty"),
     ],
 )
@@ -240,7 +240,7 @@ def test_mistakes_end_with_one_line(tiny, data, tmp_path, arguments, says):
 
 @pytest.mark.slow
 def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
-    """In this process, on real files: each item is there once, with its prompt, and the score is the harness's."""
+    """Each item is there once, with its prompt, and its score is the harness's."""
     loaded = assistant.load(tiny.base, dtype=torch.float32)
     loaded.model.config.max_position_embeddings = 4096
     loaded = loaded._replace(context=4096)
@@ -249,7 +249,8 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
     for mode in ("logprob", "generate"):
         names = [name for name in counts if mode in BENCHMARKS[name].metric]
         notes = write_tasks(names, mode, data, tmp_path / mode)
-        found = measure(loaded, names, mode, str(tmp_path / mode), None, 8, False, 0, 1)
+        settings = {"mode": mode, "tasks": tmp_path / mode, "max_samples": None, "batch_size": 8, "chat": False}
+        found = measure(loaded, names, **settings, rank=0, ranks=1)
         left = sum("left out" in note for note in notes)
         for name in names:
             assert [item.number for item in found[name]] == list(range(counts[name] - (left if name == "ifeval" else 0)))
@@ -263,7 +264,7 @@ def test_every_benchmark_in_both_modes(tiny, data, tmp_path):
                 assert item.scores["acc"] == float(best == item.target)
         else:
             assert found["gsm8k"][0].prompt.count("Question:") == 6  # five examples, the same however items are dealt
-            shares = [measure(loaded, ["gsm8k"], mode, str(tmp_path / mode), None, 8, False, rank, 3)["gsm8k"] for rank in range(3)]
+            shares = [measure(loaded, ["gsm8k"], **settings, rank=rank, ranks=3)["gsm8k"] for rank in range(3)]
             assert sorted(itertools.chain.from_iterable(shares)) == found["gsm8k"]
             assert found["gsm8k"][0].prompt.split("Question:")[1] != found["gsm8k"][1].prompt.split("Question:")[1]
             said = [len(loaded.tokenizer(item.answer[0], add_special_tokens=False)["input_ids"]) for item in found["arc_easy"]]
@@ -282,7 +283,7 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr  # no bars in a file
     again = run("--checkpoint", tiny.base, *options, "--output", tmp_path / "one")
-    assert again.returncode == 2 and "one holds what an earlier command has measured (results.json)" in again.stderr
+    assert again.returncode == 2 and "one holds an earlier command's results (results.json)" in again.stderr
     assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
     written = {"results.json", "results.md", "results.png", "details.json", "items", "tasks"}
     assert {path.name for path in (tmp_path / "one").iterdir()} == written
@@ -292,11 +293,11 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
 
     ours = items(tmp_path / "one")
     assert [item["number"] for item in items(tmp_path / "two")] == [item["number"] for item in ours] == list(range(17))
-    hand = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--output_path", tmp_path / "hand", "--log_samples"]
+    hand = [Path(find_spec("lm_eval").origin).with_name("__main__.py"), "run", "--model", "hf", "--device", "cpu"]
+    hand += ["--output_path", tmp_path / "hand", "--log_samples"]
     hand += ["--model_args", f"pretrained={tiny.base},dtype=float32", "--limit", "17"]
     hand += ["--tasks", task_name("arc_easy", "logprob"), "--include_path", tmp_path / "one" / "tasks"]
-    hand = [str(part) for part in hand]
-    done = subprocess.run(hand, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = python(*hand, separate=True)
     assert done.returncode == 0, done.stderr
     theirs = sorted(map(json.loads, next((tmp_path / "hand").rglob("samples*.jsonl")).open()), key=lambda row: row["doc_id"])
     for item, row in zip(ours, theirs, strict=True):
@@ -398,10 +399,10 @@ def test_win_rate(tiny, judging, tmp_path):
     (tmp_path / "prompts").write_text("say 1 pa\n\nrepeat 2 ke\nsay 3\n")
     script = ROOT / "posttrain" / "eval_preferences.py"
     options = ["--checkpoint", f"a={tiny.base}", "--checkpoint", f"b={tiny.base}", "--prompts", tmp_path / "prompts", "--max_tokens", "12"]
-    command = [sys.executable, script, *options, "--judge", judging, "--output", tmp_path / "out", "--judge_model"]
+    command = [script, *options, "--judge", judging, "--output", tmp_path / "out", "--judge_model"]
 
     def win_rate(rule: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*map(str, command), rule], capture_output=True, text=True, env=rank_environment(), timeout=120)
+        return python(*command, rule, separate=True)
 
     done = win_rate("longer")
     assert done.returncode == 0, done.stderr
@@ -409,7 +410,7 @@ def test_win_rate(tiny, judging, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "win_rate.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["say 1 pa", "repeat 2 ke", "say 3"] and all(row["a"] == row["b"] for row in rows)
     done = win_rate("longer")
-    assert done.returncode == 2 and "holds what an earlier command has measured (win_rate.json)" in done.stderr
+    assert done.returncode == 2 and "holds an earlier command's results (win_rate.json)" in done.stderr
     (tmp_path / "out" / "win_rate.json").unlink()
     done = win_rate("silent")
     assert done.returncode == 2 and "silent gave no verdict that could be read" in done.stderr
@@ -419,7 +420,7 @@ def test_win_rate(tiny, judging, tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_during_training_are_those_of_its_result(tiny, data, tmp_path):
-    """On two ranks at ZeRO-3, by packed rows: what was measured last is what eval_benchmarks.py says of final/."""
+    """What two ranks measured last, at ZeRO-3 and in packed rows, is what eval_benchmarks.py measures of final/."""
     long = shutil.copytree(tiny.base, tmp_path / "long")  # it has room for five examples and an answer
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))

@@ -1,4 +1,7 @@
-"""A part of tests/faults.py for every CI run. All killed and a rank that hangs have tests of their own (test_runs, test_planted)."""
+"""A part of tests/faults.py for every CI run: a signal under the real launcher, the others on ranks that are forked.
+
+All killed and a rank that hangs have tests of their own (test_runs, test_planted).
+"""
 
 import os
 import subprocess
@@ -22,5 +25,5 @@ def can_mount(tmp_path) -> bool:
 def test_every_run_ends_as_the_undisturbed_one(tmp_path):
     (tmp_path / "mount").mkdir()
     chosen = [fault for fault in CHOSEN if fault is not faults.full_disk or can_mount(tmp_path / "mount")]
-    results = faults.campaign(len(chosen), seed=7, folder=tmp_path, faults=chosen)
+    results = faults.campaign(len(chosen), seed=7, folder=tmp_path, faults=chosen, forked=True)
     assert [result for result in results if result["wrong"]] == []

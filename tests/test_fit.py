@@ -40,7 +40,7 @@ def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
     done = fitted(wide, tmp_path / "run", 1.2e9)
     assert done.returncode == 0, done.stdout
     tokens, planned, taken, usable = re.search(
-        r"auto: ([\d,]+), the planner said ([\d,]+); they take ([\d.]+) of ([\d.]+) GB", done.stdout
+        r"auto: ([\d,]+) tokens \(the planner estimated ([\d,]+)\), which take ([\d.]+) of ([\d.]+) GB", done.stdout
     ).groups()
     tokens, planned, taken = int(tokens.replace(",", "")), int(planned.replace(",", "")), float(taken)
     assert usable == "1.2"
@@ -55,18 +55,18 @@ def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
         wide, tmp_path / "run", 0.9e9, "--max_iters=4", "--lr_decay_iters=4", "--extend"
     )  # as found, although less would fit now
     assert longer.returncode == 0, longer.stdout
-    assert "memory   max_tokens_per_gpu" not in longer.stdout
+    assert "memory     max_tokens_per_gpu" not in longer.stdout
     assert f"micro-batches of at most {tokens:,}" in longer.stdout
 
 
 def test_memory_that_is_never_enough(wide, tmp_path):
     refused = fitted(wide, tmp_path / "none", 1e6)
     assert refused.returncode == 2, refused.stdout
-    assert "by the planner, and a rank has 0.0. Shard more (ds_config)" in refused.stdout
+    assert "GB, and a rank has 0.0. Shard more (ds_config)" in refused.stdout
     assert not (tmp_path / "none").exists()
 
 
 def test_what_is_found_is_whole_and_within_what_there_is():
-    assert auto_batch._whole(5000.0, 900, 8000) == 4096
-    assert auto_batch._whole(500.0, 900, 8000) == 900  # the longest example must fit
-    assert auto_batch._whole(9000.0, 900, 8000) == 8000
+    assert auto_batch._round_tokens(5000.0, 900, 8000) == 4096
+    assert auto_batch._round_tokens(500.0, 900, 8000) == 900  # the longest example must fit
+    assert auto_batch._round_tokens(9000.0, 900, 8000) == 8000

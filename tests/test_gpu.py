@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import launch, metrics, rank_environment
+from conftest import launch_with_deepspeed, metrics, rank_environment
 from tiny import build_training
 
 from posttrain.operators import attention, layers, logprob
@@ -26,7 +26,7 @@ def on_cpu(tiny: str, kind: str) -> list[tuple[float, float]]:
     names = ("checkpoint_path", "sft_data_dir") if kind == "sft" else ("sft_checkpoint_path", "dpo_data_dir")
     settings = COMMON | {names[0]: f"{tiny}/base", names[1]: f"{tiny}/{kind}", "out_dir": f"{tiny}/cpu_{kind}", "dtype": "float32"}
     settings |= {"kernels": "torch", "eval_interval": 0, "save_interval": 0}
-    done = launch(
+    done = launch_with_deepspeed(
         f"posttrain/{kind}.py",
         *(f"--{name}={value}" for name, value in settings.items()),
         ranks=1,
@@ -40,7 +40,7 @@ def on_gpu(tiny: str, kind: str, settings: dict) -> list[tuple[float, float]]:
     training = build_training(tiny, kind, COMMON | {"out_dir": f"{tiny}/gpu"} | settings)
     assert training.device.type == "cuda"
     steps = [train_step(training, step)[0] for step in range(1, STEPS + 1)]
-    training.engine.destroy()
+    training.engine.free()
     del training
     gc.collect()
     torch.cuda.empty_cache()

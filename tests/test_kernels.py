@@ -74,9 +74,7 @@ def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
     """The path of CPUs without instructions for bfloat16, whatever this one has: every linear layer, attention and the head."""
     cpu_has_bfloat16(False)
     model = load(tiny)
-    assert re.match(
-        r"products in float32, .* \(off by \S+ of the exact layer, transformers' own by \S+\)$", layers.choose(model, "auto", False)
-    )
+    assert re.match(r"products in float32, .* \(relative error \S+, transformers' own \S+\)$", layers.choose(model, "auto", False))
     assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
     exact = attention.trial(attend_segments, model.config, CPU, torch.float32)
     assert layers.distances(exact, attention.trial(attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
@@ -95,7 +93,7 @@ def test_kernels_torch_changes_nothing(tiny):
     assert not any(type(m) is layers.Float32Linear for m in model.modules())
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert head.choose("torch") == "in pieces, without all logits (kernels=torch)"
+    assert head.choose("torch") == "in pieces, never all logits at once (kernels=torch)"
     assert not head.compiled
 
 
@@ -126,7 +124,7 @@ def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_has_
     model = load(tiny)
     before = layers.trial(model, model.base_model.layers[0], 5)
     chosen = layers.choose(model, "auto", compiled=False)
-    seen = "no compiler" if change is breaks_half_way else r"\S+ of a layer is off by \S+ of its norm, without by \S+"
+    seen = "no compiler" if change is breaks_half_way else r"a layer's \S+ has relative error \S+, transformers' own \S+"
     assert re.fullmatch(rf"transformers' own \(not products in float32, .*: {seen}\)", chosen)
     after = layers.trial(model, model.base_model.layers[0], 5)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -144,7 +142,7 @@ def test_a_widened_feed_forward_trains_as_the_narrow_one_and_keeps_its_zeros():
     for model in (narrow, wide):
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.mlp.up_proj.bias, generator=torch.Generator().manual_seed(1))
-    assert "45 wide, in memory 128" in widen_feed_forward(wide)
+    assert "width 45 is padded with zeros to 128" in widen_feed_forward(wide)
     assert widen_feed_forward(load_even()) is None
     ids = torch.randint(99, (1, 40))
     for model in (narrow, wide):
@@ -185,7 +183,7 @@ def test_a_run_of_an_odd_width_leaves_models_of_that_width(tiny, tmp_path):
     ]
     done = launch(*command, "--max_iters=2", "--ds_config=ds_configs/zero3.json")
     assert done.returncode == 0, done.stdout
-    assert "45 wide, in memory 128" in done.stdout
+    assert "width 45 is padded with zeros to 128" in done.stdout
     assert f"{AutoModelForCausalLM.from_config(config).num_parameters():,} parameters" in done.stdout
     done = launch(*command, "--max_iters=3", "--extend", "--ds_config=ds_configs/zero1.json")
     assert done.returncode == 0, done.stdout
@@ -209,7 +207,7 @@ def test_compiled_log_probs_equal_plain_ones(monkeypatch):
 FORGOTTEN_KERNELS = """
 import os, sys
 import psutil, torch
-from posttrain.engine import start_distributed
+from posttrain.engine.start import start_distributed
 start_distributed()
 weight = torch.randn(512, 512, dtype=torch.bfloat16)
 for rows in range(300, 1300):

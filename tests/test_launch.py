@@ -1,7 +1,10 @@
-"""Every script of launch/ that starts runs, on two ranks, from another working directory, with spaces in the paths."""
+"""Scripts of launch/ that start runs, on two ranks, from another working directory, with spaces in the paths."""
+
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, free_port, launch_script, metrics
+from conftest import ROOT, free_port, launch_script, metrics, rank_environment
 
 LENGTH = [
     "--max_iters=2",
@@ -28,25 +31,29 @@ def place(tmp_path_factory, tiny):
     return folder
 
 
-@pytest.mark.parametrize("script", ["sft_8gpu", "dpo_8gpu", "sft_multinode", "dpo_multinode"])
+@pytest.mark.parametrize("script", ["sft_multinode", "dpo_multinode"])
 def test_a_script_runs(place, script):
-    """The multi-node ones on a single host, without ssh; over ssh they run in two_hosts.sh."""
-    hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    where = hosts if "multinode" in script else {}
+    """On a single host, without ssh; over ssh they run in two_hosts.sh. sft_8gpu.sh and dpo_8gpu.sh run in test_runs.py."""
+    where = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     out = place / f"run of {script}"
-    done = launch_script(
-        f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", MASTER_PORT=str(free_port()), **where
-    )
+    done = launch_script(f"{script}.sh", *LENGTH, f"--out_dir={out}", RECIPE=f"{place}/{script[:3]} recipe.yaml", **where)
     assert done.returncode == 0, done.stdout
     assert len(metrics(out)) == 2
     assert (out / "final" / "model.safetensors").is_file()
 
 
 def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
-    out, script = place / "a sweep", str(ROOT / "launch" / "sft_8gpu.sh")
-    arguments = ["learning_rate", "1e-4", "-1", "1e-5", "--", "bash", script, *LENGTH, f"--out_dir={out}"]
-    done = launch_script("sweep.sh", *arguments, RECIPE=f"{place}/sft recipe.yaml", MASTER_PORT=str(free_port()))
+    out, script = place / "a sweep", [sys.executable, str(ROOT / "posttrain" / "sft.py"), f"{place}/sft recipe.yaml"]
+    done = launch_script("sweep.sh", "learning_rate", "1e-4", "-1", "1e-5", "--", *script, *LENGTH, f"--out_dir={out}")
     assert done.returncode == 1, done.stdout
     assert "sweep.sh: failed: -1" in done.stdout
     rates = {run.name: metrics(run)[0]["learning_rate"] for run in out.iterdir()}
     assert rates == {"learning_rate_1e-4": 1e-4, "learning_rate_1e-5": 1e-5}
+
+
+def test_a_rank_waits_for_no_import_that_it_does_not_use():
+    """Each of these costs every rank of every start between half a second and several."""
+    heavy = {"datasets", "pandas", "tensorboard", "matplotlib", "lm_eval", "wandb", "fastapi", "vllm", "trl"}
+    code = f"import sys, posttrain.sft, posttrain.dpo; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=rank_environment(), cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -4,12 +4,11 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import launch
 
 ROOT = Path(__file__).parents[1]
 LN_2 = 0.693147
@@ -27,11 +26,20 @@ def invariance():
 
 
 @pytest.mark.slow
-def test_every_layout_draws_the_same_curve(invariance, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "invariance.py"), "--small", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, done.stdout
+def test_every_layout_draws_the_same_curve(invariance, tmp_path, monkeypatch):
+    """One rank under its own launch, more forked from the warm process."""
+    own_launch = invariance.launch
+
+    def launch_warm(folder: Path, ranks: int) -> None:
+        if ranks == 1:
+            own_launch(folder, ranks)
+        else:
+            done = launch("benchmarks/invariance.py", "--worker", folder, ranks=ranks, timeout=600)
+            assert done.returncode == 0, done.stdout
+
+    monkeypatch.setattr(invariance, "launch", launch_warm)
+    monkeypatch.setattr(sys, "argv", ["invariance.py", "--small", "--out", str(tmp_path)])
+    invariance.main()
     cells = json.loads((tmp_path / "invariance.json").read_text())["cells"]
     assert len(cells) == len(invariance.grid(small=True))
     for cell in cells:

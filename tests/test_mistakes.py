@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import launch, start_run
+from conftest import launch, launch_with_deepspeed, start_run
 from test_runs import sft_arguments
 
 from posttrain import dpo, sft
@@ -30,7 +30,7 @@ from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe
 from posttrain.run.directory import Run
 from posttrain.run.resume import resolve
-from posttrain.training.inputs import _check_form, check_positions
+from posttrain.training.inputs import _check_template, check_positions
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,27 +115,27 @@ def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):
 def test_a_run_goes_on_only_with_the_data_and_model_it_began_with(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {})
-    begun = Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    begun = Run(recipe, 0, {"data": "1", "model": "2"})
     assert not (tmp_path / "run").exists()  # a start that a check stops leaves nothing behind
     start_run(begun, 1, 1)
     begun.close()
-    Run(recipe, "sft", 0, {"data": "1", "model": "2"})
+    Run(recipe, 0, {"data": "1", "model": "2"})
     with pytest.raises(ValueError, match="data changed since .*/run began"):
-        Run(recipe, "sft", 0, {"data": "3", "model": "2"})
+        Run(recipe, 0, {"data": "3", "model": "2"})
     with pytest.raises(ValueError, match="begun by another version of this code.*another --out_dir"):
-        Run(recipe, "sft", 0, {"data": "1", "weights": "2"})
-    unchecked = Run(recipe.model_copy(update={"checks": "off"}), "sft", 0, {"data": "1", "model": "2"})
+        Run(recipe, 0, {"data": "1", "weights": "2"})
+    unchecked = Run(recipe.model_copy(update={"checks": "off"}), 0, {"data": "1", "model": "2"})
     start_run(unchecked, 1, 1)
     unchecked.close()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["unchecked_from_steps"] == [1]
     (tmp_path / "run").rename(tmp_path / "moved")  # copying or renaming the directory moves the run
-    assert resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), "sft", 1).out_dir.endswith("moved")
+    assert resolve(recipe.model_copy(update={"out_dir": str(tmp_path / "moved")}), 1).out_dir.endswith("moved")
 
 
 def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path / "run"), "max_iters": 9, "global_batch_size": 1}
     for first_step, expected in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1, 2])):
-        here = Run(build_recipe(SFTRecipe, values, {}), "sft", 0, {})
+        here = Run(build_recipe(SFTRecipe, values, {}), 0, {})
         start_run(here, first_step, 9)
         if first_step == 1:
             here.log(0, "eval", {"loss": 1.0})
@@ -159,12 +159,12 @@ def test_preference_data_must_read_as_the_model_was_taught(tiny):
     turns = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
     for own in (None, chat.jinja, {"default": chat.jinja}, turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
         tokenizer.chat_template = own
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # of no use for training, so nothing to compare
-    _check_form(chat, recipe)
+    _check_template(chat, recipe)
     tokenizer.chat_template = "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.jinja
     with pytest.raises(ValueError, match="data was prepared with another template than model was taught.*\n.*\n.*\n.*Be brief"):
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
 
 
 @pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])
@@ -286,7 +286,7 @@ def test_more_gpus_than_there_are():
 @pytest.mark.slow
 def test_a_mistake_under_the_launcher_is_one_message_and_ends_all_ranks(tiny, tmp_path):
     started = time.monotonic()
-    done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", "--lerning_rate=1"))
+    done = launch_with_deepspeed("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run", "--lerning_rate=1"))
     assert done.returncode != 0
     assert done.stdout.count("Did you mean learning_rate?") == 1
     assert "Traceback" not in done.stdout

@@ -102,7 +102,7 @@ def test_a_micro_batch_equals_one_made_token_by_token(examples, share_prompt, gi
 def test_stored_rows_become_a_micro_batch(tiny, kind, columns, share_prompt):
     split = load_prepared(getattr(tiny, kind), kind, "", share_prompt).train
     indices = [3, 0, 11, 7, 3]
-    examples = [tuple(split.table[index][name] for name in columns) for index in indices]
+    examples = [tuple(split[index][name] for name in columns) for index in indices]
     assert_is(split.micro_batch(indices), token_by_token(examples, share_prompt))
 
 
@@ -116,7 +116,7 @@ def test_a_packed_sft_batch_equals_transformers(tiny):
     plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
     expected = []
     for index in indices:
-        row = split.table[index]
+        row = split[index]
         labels = torch.tensor([row["labels"]])
         count = int((labels[:, 1:] != -100).sum())
         assert count == row["num_trained"]
@@ -135,7 +135,7 @@ def test_a_packed_dpo_batch_equals_transformers(tiny, share_prompt):
     split = load_prepared(tiny.dpo, "dpo", "", share_prompt).train
     indices = [5, 2, 9]
     plain, packed = load(tiny), Policy(load(tiny), SEGMENTS)
-    rows = [split.table[index] for index in indices]
+    rows = [split[index] for index in indices]
     chosen = torch.stack([plain_logps(plain, row["prompt"], row["chosen"]) for row in rows])
     rejected = torch.stack([plain_logps(plain, row["prompt"], row["rejected"]) for row in rows])
     weights = torch.tensor([1.0, -2.0, 0.5])

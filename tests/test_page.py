@@ -1,22 +1,20 @@
-"""The chat page in a real browser: what a user does there, by mouse and by keyboard, on a desk and on a phone."""
+"""The chat page in a real browser: all that a user does there, by mouse and by keyboard, on a desktop and on a phone."""
 
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, launch, metrics
+from conftest import launch, metrics, python
 from served import served
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    """Two models that have learnt to say words without end."""
+    """A server of two models that have learnt to say words without end."""
     folder = tmp_path_factory.mktemp("page")
     for seed, name in enumerate(("base", "other")):
         babbler(tiny, seed).save_pretrained(folder / name)
@@ -26,7 +24,7 @@ def server(tiny, tmp_path_factory):
 
 
 def babbler(tiny, seed: int):
-    """The tiny model after a few steps on its world's words in random order."""
+    """Return the tiny model after a few steps on its world's words in random order."""
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(tiny.base)
     config.max_position_embeddings = 8192
@@ -43,7 +41,7 @@ def babbler(tiny, seed: int):
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desk", "phone"])
 def tab(server, browser, request):
-    """The page, freshly opened by somebody who was never there; nothing may go wrong on it, and nothing leave the server."""
+    """The page, opened by somebody who was never there. Afterwards nothing may have gone wrong on it, or been asked of another server."""
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=width < 500)
     tab = context.new_page()
@@ -237,7 +235,7 @@ def test_nothing_that_a_model_says_becomes_markup_or_script(tab):
 @pytest.mark.slow
 @pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
 def test_hidden_answers_come_in_any_order_alike(tab):
-    """A place that one model has more often would become a preference for it."""
+    """If one model were shown first more often, a liking for the first answer would become one for the model."""
     drawn = """async () => {
         const { shuffled } = await import('/page/shuffled.js');
         return Array.from({length: 30000}, () => shuffled(['a', 'b', 'c']).join(''));
@@ -283,7 +281,7 @@ def test_markdown(tab):
 
 @pytest.mark.slow
 def test_talk_vote_train_again(tab, server, tiny, tmp_path):
-    """Two checkpoints side by side, with hidden names; the votes become DPO's data, and DPO trains on it."""
+    """A user compares two checkpoints with hidden names; the votes become DPO's data, and DPO trains on it."""
     votes = server.folder / "preferences.jsonl"
     votes.unlink(missing_ok=True)
     set_up(tab, max_tokens=12, temperature=0)
@@ -312,9 +310,8 @@ def test_talk_vote_train_again(tab, server, tiny, tmp_path):
     assert tab.locator(".answers").count() == 4 and len(votes.read_text().splitlines()) == 3
 
     options = ("--dataset", votes, "--tokenizer", tiny.base, "--output_dir", tmp_path / "votes", "--val_size", "0")
-    command = [sys.executable, ROOT / "data_prep" / "prepare_dpo.py", *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python("data_prep/prepare_dpo.py", *options)
+    assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / "votes" / "manifest.json").read_text())["counts"]["train"] == 3
     options = ("--max_iters=3", "--global_batch_size=2", "--warmup_iters=0", "--dtype=float32", "--max_tokens_per_gpu=1024")
     done = launch(

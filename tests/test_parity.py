@@ -70,7 +70,7 @@ def trl_arguments(config: type, folder, **others):
 
 def planned(split, *columns: str) -> Dataset:
     """The rows of the plan's first steps, in its order."""
-    rows = [split.table[int(i)] for step in range(1, STEPS + 1) for i in batches.step_examples(len(split), BATCH, SEED, step)]
+    rows = [split[int(i)] for step in range(1, STEPS + 1) for i in batches.step_examples(len(split), BATCH, SEED, step)]
     return Dataset.from_list([{new: row[old] for old, new in (column.split("=") for column in columns)} for row in rows])
 
 
@@ -170,8 +170,8 @@ def test_a_dpo_loss_equals_trl(tiny, tmp_path, loss, options):
 
     indices = batches.step_examples(len(split), BATCH, SEED, 1)
     totals = objective.totals(split, indices)
-    sums = objective.loss(split.micro_batch(indices), totals)[1].tolist()
-    measured = objective.metrics(dict(zip(objective.sums, sums, strict=True)), totals)
+    sums = objective.loss(split.micro_batch(indices), totals)[1]
+    measured = objective.metrics({name: value.item() for name, value in sums.items()}, totals)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         assert measured[name] == pytest.approx(trainer._metrics["eval"][name][-1], rel=1e-4, abs=1e-5), name
 

@@ -3,11 +3,10 @@
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, launch, python
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
@@ -113,8 +112,7 @@ def test_bytes_sent_are_those_of_the_collectives_of_a_step(tiny, tmp_path):
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "posttrain" / "plan.py"), *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+    return python("posttrain/plan.py", *arguments, cwd="/")
 
 
 @pytest.mark.slow

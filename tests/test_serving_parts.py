@@ -1,4 +1,4 @@
-"""What the server is made of: choosing tokens, text in pieces, votes, and what is asked of which checkpoint."""
+"""The parts of the server: choosing tokens, text in pieces, votes, and which checkpoint is loaded how."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from posttrain import serve
 from posttrain.model import assistant
-from posttrain.serving.app import Events
+from posttrain.serving.answers import EventStream
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
@@ -47,7 +47,7 @@ def test_what_is_drawn_has_the_distribution_that_transformers_draws_from(tempera
 
 
 def test_a_batch_may_mix_all_ways_of_sampling():
-    """And none of them changes what another draws."""
+    """None of them changes what another draws."""
     logits = torch.randn(5, 30)
     asked = [Sampling(1, 0.0), Sampling(1, 1.0), Sampling(1, 1.0, top_k=1), Sampling(1, 0.0, repetition_penalty=10.0)]
     asked += [Sampling(1, 1.0, top_k=3)]
@@ -110,7 +110,7 @@ def test_a_client_that_stops_reading_loses_its_place():
             await asyncio.Event().wait()  # as on a full socket
 
     async def go() -> None:
-        events = Events(endless(), 0.2, lambda: done.append("left"))
+        events = EventStream(endless(), 0.2, lambda: done.append("left"))
         sending = asyncio.ensure_future(events({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send))
         await asyncio.wait({sending}, timeout=10)
         assert done == ["closed", "left"]
@@ -119,7 +119,7 @@ def test_a_client_that_stops_reading_loses_its_place():
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
-def test_and_its_connection():
+def test_the_connection_of_a_client_that_stops_reading_is_cut():
     with serve.listen("127.0.0.1", 0, 1.0) as listener, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(listener.getsockname())
@@ -135,7 +135,7 @@ def test_and_its_connection():
 @given(st.text(max_size=30), st.text(max_size=30), st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_text_in_pieces_is_the_text(tiny, before, after, draw):
-    """Whatever the tokens' borders: every piece is whole characters, and all pieces make the text."""
+    """Wherever the tokens' borders are, every piece is whole characters, and all pieces make the text."""
     prompt, answer = (tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
     stream, said, at = TextStream(tiny.tokenizer, prompt, []), "", 0
     while at < len(answer):
@@ -150,7 +150,7 @@ def test_text_in_pieces_is_the_text(tiny, before, after, draw):
 @given(st.lists(st.integers(3, 300), max_size=40), st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_text_does_not_depend_on_how_its_tokens_arrive(tiny, answer, draw):
-    """Not even where they are bytes that make no character."""
+    """That holds even for bytes that make no character."""
     one_by_one, grouped = (TextStream(tiny.tokenizer, [5, 6], []) for _ in range(2))
     said, wanted, at = "", "".join(one_by_one.feed([token]) for token in answer) + one_by_one.end(), 0
     while at < len(answer):
@@ -175,7 +175,7 @@ def test_nothing_of_a_stop_text_or_behind_it_is_said(tiny, text, stop):
 # ---- checkpoints ----
 
 
-def test_a_run_suggests_what_it_was_watched_by(tiny, tmp_path):
+def test_a_run_suggests_its_sample_prompts(tiny, tmp_path):
     final = tmp_path / "run" / "final"
     shutil.copytree(tiny.base, final)
     (tmp_path / "prompts").write_text("one\n\n two \n")

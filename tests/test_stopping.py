@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, last_of_each, launch_command, metrics, rank_environment, start_run
+from conftest import ROOT, last_of_each, metrics, python, start, start_run
 from test_runs import sft_arguments
 
 from posttrain.parallel.stopping import STARTED, StopRequest
@@ -173,36 +173,35 @@ def test_there_is_nothing_to_extend_in_a_new_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"--extend makes a run longer, and .*run is not a run: leave --extend out, or name the run's --out_dir"
     ):
-        resolve(build_recipe(SFTRecipe, values, {}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {}), 1)
 
 
 def test_an_extension_that_was_interrupted_is_not_finished(tmp_path):
     """final/ is there, of the shorter run, while the longer one is under way."""
     values = {**LEAST, "epochs": None, "max_iters": 6, "out_dir": str(tmp_path / "run")}
     short = build_recipe(SFTRecipe, values, {})
-    begun = Run(short, "sft", 0, {})
+    begun = Run(short, 0, {})
     start_run(begun, 1, 6)
     (tmp_path / "run" / "final").mkdir()
     begun.finished()
     begun.close()
-    assert already_finished(resolve(short, "sft", 1), 0)
+    assert already_finished(resolve(short, 1), 0)
     with pytest.raises(ValueError, match=r"the learning rate of .* is 0 after step 6: give --lr_decay_iters"):
-        resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), "sft", 1)
+        resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "extend": True}), 1)
     for _ in range(2):  # the first start of the longer run is interrupted
-        longer = resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), "sft", 1)
+        longer = resolve(build_recipe(SFTRecipe, values, {"max_iters": 9, "lr_decay_iters": 9, "extend": True}), 1)
         assert not already_finished(longer, 0)
-        again = Run(longer, "sft", 0, {})
+        again = Run(longer, 0, {})
         start_run(again, 7, 9)
         again.close()
     again.finished()
-    assert already_finished(resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), "sft", 1), 0)
+    assert already_finished(resolve(build_recipe(SFTRecipe, values, {"max_iters": 9}), 1), 0)
 
 
 def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:
     """The SFT script on one device, without a launcher."""
     arguments = last_of_each(sft_arguments(tiny, out_dir, "--eval_interval=0", "--decay_lr=False", "--min_lr=0", *more))
-    command = [sys.executable, str(ROOT / "posttrain" / "sft.py"), *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=rank_environment())
+    return python("posttrain/sft.py", *arguments)
 
 
 @pytest.mark.slow
@@ -227,7 +226,7 @@ def test_a_longer_run_must_be_asked_for_and_is_then_the_same_as_one_from_the_sta
 @pytest.mark.slow
 def test_a_run_saves_and_stops_before_its_time_is_over(tiny, tmp_path):
     done = alone(
-        tiny, tmp_path / "run", "--max_iters=100000", "--time_limit=12s", "--save_seconds=2", "--save_interval=0", "--skip_spikes=0"
+        tiny, tmp_path / "run", "--max_iters=100000", "--time_limit=9s", "--save_seconds=2", "--save_interval=0", "--skip_spikes=0"
     )
     assert done.returncode == 0, done.stdout
     assert "the time limit is near (rank 0)" in done.stdout
@@ -239,10 +238,10 @@ def test_a_run_saves_and_stops_before_its_time_is_over(tiny, tmp_path):
 @pytest.mark.slow
 def test_another_number_of_ranks_and_another_stage_in_the_middle_of_a_run(tiny, tmp_path):
     """2 ranks at ZeRO-2, then 1 at ZeRO-3, then 4 at ZeRO-1: the losses of the run that never changed, to 1e-5 in float32."""
-    steps, base = 150, ["--max_iters=150", "--learning_rate=1e-3", "--eval_interval=1", "--save_interval=0", "--skip_spikes=0"]
+    steps, base = 60, ["--max_iters=60", "--learning_rate=1e-3", "--eval_interval=1", "--save_interval=0", "--skip_spikes=0"]
     straight, changed = tmp_path / "straight", tmp_path / "changed"
     run_through(tiny, straight, 2, "zero2", None, base)
-    for ranks, zero, last in ((2, "zero2", 40), (1, "zero3", 90), (4, "zero1", None)):
+    for ranks, zero, last in ((2, "zero2", 30), (1, "zero3", 70), (4, "zero1", None)):
         output = run_through(tiny, changed, ranks, zero, last, base)
     assert "from 1 ranks at ZeRO-3 to 4 at ZeRO-1" in output
     for split in ("train", "eval"):
@@ -254,16 +253,14 @@ def test_another_number_of_ranks_and_another_stage_in_the_middle_of_a_run(tiny, 
 
 
 def run_through(tiny, out_dir: Path, ranks: int, zero: str, last: int | None, more: list[str]) -> str:
-    """Run until about step `last`, stopped by SIGTERM, or to the end; what was printed."""
+    """Run until about record `last` of two a step, stopped by SIGTERM to all ranks, or to the end; what was printed."""
     arguments = last_of_each(sft_arguments(tiny, out_dir, *more, f"--ds_config=ds_configs/{zero}.json"))
-    command = [*SUPERVISE, *launch_command("posttrain/sft.py", *arguments, ranks=ranks)]
-    process = subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start("posttrain/sft.py", *arguments, ranks=ranks)
     while last and process.poll() is None:
         if (out_dir / "metrics.jsonl").exists() and len((out_dir / "metrics.jsonl").read_bytes().splitlines()) > last:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             break
         time.sleep(0.01)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    assert last is None or "the same command goes on" in output
-    return output
+    assert process.wait(240) == 0, process.output
+    assert last is None or "the same command goes on" in process.output
+    return process.output

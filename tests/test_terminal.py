@@ -3,22 +3,25 @@
 import fcntl
 import os
 import pty
-import re
 import select
 import struct
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
+from typing import BinaryIO
 
 import pyte
 import pytest
-from conftest import ROOT, launch, launch_command, rank_environment
+import warm
+from conftest import ROOT, launch_command, rank_environment, start
 from rich.console import Console
 from test_runs import sft_arguments
 
 from posttrain.common import terminal
 
+ENVIRONMENT = rank_environment() | {"TERM": "xterm-256color"}
 PARTS = ["loss 1.2345", "margin 0.123", "accuracy 0.75", "lr 2.00e-05", "312 ms", "52,341 tokens/s", "71.2 GB"]
 
 
@@ -52,16 +55,16 @@ def test_the_bar_goes_from_nothing_to_all():
 
 
 class Session:
-    """A command on a terminal of so many columns."""
+    """A terminal of so many columns, and the process that prints to it."""
 
-    def __init__(self, command: list[str], columns: int, environment: dict[str, str]):
+    def __init__(self, columns: int, start: Callable[[BinaryIO], subprocess.Popen | warm.Started]):
+        """`start` is given the terminal's file, and returns what runs there."""
         self.screen = pyte.HistoryScreen(columns, 60, history=1000)
         self.stream, self.raw = pyte.ByteStream(self.screen), b""
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir("/")
-            os.execvpe(command[0], command, environment | {"TERM": "xterm-256color"})
+        self.terminal, other = pty.openpty()
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
+        with os.fdopen(other, "wb", buffering=0) as file:
+            self.process = start(file)
 
     def read_until(self, wanted: bytes | None, seconds: float = 200) -> None:
         """None: to the end of the command."""
@@ -88,10 +91,10 @@ class Session:
 
 @pytest.mark.slow
 def test_a_run_on_a_terminal_leaves_lines_and_no_bar(tiny, tmp_path):
-    command = launch_command("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run"), "--log_interval=2", ranks=2)
-    session = Session(command, 80, rank_environment())
+    arguments = [*sft_arguments(tiny, tmp_path / "run"), "--log_interval=2"]
+    session = Session(80, lambda file: start("posttrain/sft.py", *arguments, env=ENVIRONMENT, outputs=[file]))
     session.read_until(None)
-    assert os.waitpid(session.pid, 0)[1] == 0, session.raw.decode()
+    assert session.process.wait(30) == 0, session.raw.decode()
     text = "\n".join(session.lines)
     assert "━".encode() in session.raw  # it was there
     assert "━" not in text
@@ -106,30 +109,23 @@ def test_ctrl_c_leaves_a_clean_screen_and_a_saved_run(tiny, tmp_path):
     arguments = [*sft_arguments(tiny, tmp_path / "run", "--log_interval=1000"), "--eval_interval=0"]
     many = [argument for argument in arguments if not argument.startswith(("--max_iters", "--eval_interval"))]
     command = launch_command("posttrain/sft.py", *many, "--eval_interval=0", "--max_iters=100000", ranks=2)
-    session = Session([sys.executable, str(ROOT / "launch" / "supervise.py"), *command], 100, rank_environment())
+    supervised = [sys.executable, str(ROOT / "launch" / "supervise.py"), *command]
+
+    def begin(file: BinaryIO) -> subprocess.Popen:
+        """As a shell does: in a session of its own, whose terminal this is."""
+        streams = {"stdin": file, "stdout": file, "stderr": file, "env": ENVIRONMENT, "cwd": "/"}
+        return subprocess.Popen(["setsid", "--ctty", "--wait", *supervised], **streams)
+
+    session = Session(100, begin)
     session.read_until(b"tokens/s")
     os.write(session.terminal, b"\x03")
     session.read_until(None)
-    assert os.waitpid(session.pid, 0)[1] == 0, session.raw.decode()
+    assert session.process.wait(30) == 0, session.raw.decode()
     text = "\n".join(session.lines)
     assert "stopped after step" in text
     assert "━" not in text
     assert session.screen.cursor.x == 0
     assert not session.screen.cursor.hidden
-
-
-@pytest.mark.slow
-def test_what_libraries_print_is_in_the_logs_and_shown_where_a_run_fails(tiny, tmp_path):
-    done = launch("posttrain/sft.py", *sft_arguments(tiny, tmp_path / "run"))
-    assert done.returncode == 0, done.stdout
-    # the launcher's own lines, and what is said while modules load, before there is a run
-    said = [line for line in done.stdout.splitlines() if not re.search(r"\[(real_accelerator|runner|launch)\.py", line)]
-    assert said[0].startswith("model    ")
-    assert not [line for line in said if "WARNING" in line or "INFO" in line]
-    assert "\x1b" not in done.stdout
-    for rank in range(2):
-        log = (tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text()
-        assert log.startswith("--- ")
 
 
 def test_the_end_of_the_noise_is_shown_with_an_error(tmp_path):

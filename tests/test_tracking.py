@@ -52,7 +52,7 @@ def test_a_ledger_reads_as_a_table():
 
 def test_a_models_text_is_shown_and_not_obeyed():
     assert trackers.as_cell("a|b\n**c** <i>") == "a&#124;b<br>&#42;&#42;c&#42;&#42; &#60;i&#62;"
-    assert trackers.as_cell("") == "(nothing)"
+    assert trackers.as_cell("") == "(empty)"
 
 
 def entries(data: bytes) -> Iterator[bytes]:

@@ -73,35 +73,14 @@ def build_training(tiny: str, kind: str, settings: dict):
     """A Training on the tiny world, as the scripts build it, in this process: several may follow each other. All ranks."""
     import torch
 
-    from posttrain.data.prepared import load_prepared
-    from posttrain.engine.build import build_engine, build_reference
-    from posttrain.engine.ds_config import checkpoint_function, read_ds_config
     from posttrain.engine.start import start_distributed
-    from posttrain.model.policy import load_policy
-    from posttrain.objectives.likelihood import SFT
-    from posttrain.objectives.preference import DPO
     from posttrain.recipes.keys import DPORecipe, SFTRecipe
     from posttrain.recipes.reading import build_recipe
-    from posttrain.training import reference
-    from posttrain.training.inputs import load_chat
-    from posttrain.training.step import Training
+    from posttrain.training import build
 
     torch._dynamo.reset()  # else the layers of one after another, which share their code, would reach the limit of recompilations
     names = ("checkpoint_path", "sft_data_dir") if kind == "sft" else ("sft_checkpoint_path", "dpo_data_dir")
     paths = {names[0]: f"{tiny}/base", names[1]: f"{tiny}/{kind}"}
     recipe = build_recipe(SFTRecipe if kind == "sft" else DPORecipe, {**settings, **paths}, {})
-    ds_config = read_ds_config(recipe.ds_config)
-    prepared = load_prepared(recipe.data_dir, kind, "", getattr(recipe, "share_prompt", True))
-    chat = load_chat(recipe, prepared.manifest)
-    device = start_distributed()
-
-    def frozen():
-        return build_reference(load_policy(recipe, chat.tokenizer, device, frozen=True)[0], recipe)
-
-    how = getattr(recipe, "reference", None)
-    beside = frozen() if how == "beside" else None
-    policy, _ = load_policy(recipe, chat.tokenizer, device, checkpoint_function(recipe, ds_config))
-    if how == "precompute":
-        reference.attach(recipe, prepared, policy.fingerprint, device, frozen)
-    engine = build_engine(policy, recipe, ds_config)
-    return Training(recipe, engine, prepared, SFT(engine) if kind == "sft" else DPO(engine, beside, **recipe.objective))
+    inputs = build.read_inputs(recipe)
+    return build.build_training(recipe, inputs, start_distributed())[0]

@@ -182,7 +182,7 @@ def a_host_that_cannot_be_reached(world: World) -> None:
 
 
 def a_host_that_was_not_started(world: World) -> None:
-    expected = f"rank 1 (node-b) of 2 ranks did not come to 10.77.0.1:29500 within {WATCHDOG} s; those of node-a are there"
+    expected = f"rank 1 (node-b) of 2 ranks did not connect to 10.77.0.1:29500 within {WATCHDOG} s; those of node-a did"
     refused(world, re.escape(expected), HOSTFILE=world.hostfile(1), NODE_RANK="0")
 
 
@@ -195,7 +195,7 @@ def a_host_with_other_code(world: World) -> None:
     b, code = world.hosts.hosts[1], ROOT / "posttrain" / "data" / "batches.py"
     (world.folder / "batches.py").write_text(code.read_text() + "\n# changed\n")
     b.shell(f"mount --bind {world.folder}/batches.py {code}")
-    expected = "error: ranks [1] (on node-b) hold another code, recipe or prepared data than rank 0 (on node-a): 1 of"
+    expected = "error: ranks [1] (on node-b) differ from rank 0 (on node-a) in their code, recipe or prepared data: 1 of"
     refused(world, re.escape(expected), "first code: posttrain/data/batches.py", HOSTFILE=world.hostfile(1))
     b.shell(f"umount {code}")
 

@@ -1,9 +1,9 @@
 """Looks at every host of a hostfile before a run does, and says what to fix: python launch/doctor/doctor.py [HOSTFILE] [--key=value ...]
 
-Reaches each host by ssh, compares what must be alike, looks for what would stop a run, and lets all ranks send each other numbers. Changes
-nothing anywhere. Without HOSTFILE (or the variable of that name) it looks at this machine alone. Keys are a recipe's: its model, data and
-out_dir are looked at. Environment: RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT as launch/multinode.py has them. Exit code: 0 all is well, 1
-there is something to fix, 2 a mistake in the command.
+It reaches each host by ssh, compares what must be the same on all, looks for what would stop a run, and lets all ranks send each other
+data. It changes nothing. Without HOSTFILE (or the variable of that name) it looks at this machine alone. Keys are those of a recipe, whose
+model, data and out_dir are looked at. Environment: RECIPE, NUM_GPUS, MASTER_ADDR, MASTER_PORT as for launch/multinode.py. Exit code: 0 all
+is well, 1 there is something to fix, 2 a mistake in the command.
 """
 
 import json
@@ -25,14 +25,14 @@ from posttrain.recipes.keys import Recipe  # noqa: E402
 from posttrain.recipes.reading import load_recipe_of_either_kind  # noqa: E402
 
 HERE = Path(__file__).parent
-LOOKING, SENDING = 300, 3600  # seconds that a host may take; ranks without progress end by themselves
+LOOKING, SENDING = 300, 3600  # seconds that a host may take for each part; ranks without progress end by themselves
 WITHOUT_PROGRESS = 60  # seconds, after which ranks that wait for others give up
 
 
 def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tuple[list[Host], list[Problem]]:
-    """What each host says of itself; those that cannot be asked are problems."""
+    """Let every host examine itself (probe.py): what each found, and a problem for each that could not be asked."""
     addresses = {host: _address(host, over_ssh) for host in slots} if over_ssh else dict.fromkeys(slots, "127.0.0.1")
-    # as a run that is started from here would find them
+    # absolute paths, as a run started from here would have
     model = {"model": os.path.abspath(recipe.model_path)}
     if is_hub_name(recipe.model_path):
         model = {f"model of the hub, {recipe.model_path},": recipe.model_path}
@@ -55,21 +55,22 @@ def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tu
 
 
 def _address(host: str, over_ssh: bool) -> str | None:
+    """The host's address, None if there is none that other hosts could use."""
     try:
         return address_of(host, over_ssh)
     except ValueError:
-        return None  # of the first host this is told later, of others ssh tells
+        return None  # reported later: for the first host by _try_the_network, for others by ssh
 
 
 def _why_not(host: str, answer: Answer) -> tuple[str, str]:
-    """Of a host that could not be asked: what is wrong, and what to do."""
+    """Why a host could not be asked, and what to do about it."""
     said = " ".join(answer.errors.split()) or "no reason given"
     if answer.code == 3:
         return f"there is no {sys.executable}", f"put the repository at {ROOT} there, too, and in it `source launch/env.sh`"
     if answer.code != 255:
         broken = "ImportError" in said or "ModuleNotFoundError" in said
-        todo = f"in {ROOT} there: rm -r .venv; source launch/env.sh" if broken else "mend what is said there, and look again"
-        return f"its look at itself fails: {said[-300:]}", todo
+        todo = f"in {ROOT} there: rm -r .venv; source launch/env.sh" if broken else "fix what is said there, and run the doctor again"
+        return f"examining it fails: {said[-300:]}", todo
     hints = {
         "Host key verification failed": f"log in once by hand, and accept its key: ssh {host}",
         "Permission denied": f"ssh-copy-id {host}",
@@ -80,7 +81,7 @@ def _why_not(host: str, answer: Answer) -> tuple[str, str]:
 
 
 def send(hosts: list[Host], port: int, address: str, over_ssh: bool) -> tuple[dict | None, list[str]]:
-    """Let the ranks of all hosts meet and send each other numbers: what rank 0 found, and what went wrong instead."""
+    """Let the ranks of all hosts meet and send each other data: returns what rank 0 measured, or None and the errors."""
     world, names = sum(host.slots for host in hosts), ",".join(f"{host.name}:{host.slots}" for host in hosts)
     passed = [f"{name}={value}" for name, value in passed_on().items()]
     commands, first = {}, 0
@@ -95,10 +96,11 @@ def send(hosts: list[Host], port: int, address: str, over_ssh: bool) -> tuple[di
         return json.loads(found[0]), []
     lines = [line for answer in answers.values() for line in answer.errors.splitlines()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return None, list(dict.fromkeys(errors)) or [lines[-1] if lines else "the ranks ended without a word"]
+    return None, list(dict.fromkeys(errors)) or [lines[-1] if lines else "the ranks ended without an error message"]
 
 
 def show_hosts(hosts: list[Host]) -> None:
+    """Print the table of hosts: ranks, GPUs, free memory and disk, clock, address, interface."""
     rows, first = [("host", "ranks", "gpus", "memory free", "out_dir free", "clock", "address", "interface")], 0
     for host in hosts:
         memory, gpus = host.found["memory"], Counter(gpu["name"] for gpu in host.found["gpus"])
@@ -121,7 +123,7 @@ def show_hosts(hosts: list[Host]) -> None:
 
 
 def show_sent(sent: dict, hosts: list[Host]) -> list[Problem]:
-    """The tables of what the ranks sent; pairs that are slow."""
+    """Print the tables of bandwidths; returns a problem for each pair of ranks at less than half of the usual one."""
     ranks = sum(host.slots for host in hosts)
     print(f"\nall-reduce of {ranks} ranks over {sent['backend']}; GB/s over the bus")
     for size, seconds, speed in sent["sizes"]:
@@ -152,6 +154,7 @@ def show_sent(sent: dict, hosts: list[Host]) -> list[Problem]:
 
 
 def _size(size: int) -> str:
+    """A number of bytes in the largest unit, a factor of 1024 each, that leaves it at least 1."""
     for unit in ("B", "KB", "MB"):
         if size < 1024:
             return f"{size} {unit}"
@@ -160,6 +163,7 @@ def _size(size: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Look at all hosts and print what to fix; returns the exit code. Raises ValueError for a mistake in the command."""
     files = [word for word in arguments[:1] if not word.startswith("--")]
     recipe = load_recipe_of_either_kind([*filter(None, [os.environ.get("RECIPE")]), *arguments[len(files) :]])
     named = files[0] if files else os.environ.get("HOSTFILE")
@@ -171,12 +175,12 @@ def main(arguments: list[str]) -> int:
     hosts, problems = look(slots, recipe, port, over_ssh)
     if hosts:
         show_hosts(hosts)
-        print("\nalike:" if len(hosts) > 1 else "\nhere:", "; ".join(same_on_all(hosts)))
+        print("\nthe same on all:" if len(hosts) > 1 else "\nhere:", "; ".join(same_on_all(hosts)))
         problems += what_is_wrong(hosts, dict(os.environ), port)
     if len(hosts) == len(slots):
         problems += _try_the_network(hosts, port, over_ssh, problems)
     elif hosts:
-        print("\nno numbers were sent: not all hosts are there")
+        print("\nno data was sent: not all hosts could be asked")
     print()
     for problem in problems:
         print(problem)
@@ -188,6 +192,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _try_the_network(hosts: list[Host], port: int, over_ssh: bool, before: list[Problem]) -> list[Problem]:
+    """Let the ranks send each other data and print what they measured; `before`: problems found so far, which may be the cause."""
     holder = hosts[0].found["port"]
     try:
         address = meeting_point(hosts[0].name, over_ssh) if over_ssh else "127.0.0.1"
@@ -197,10 +202,11 @@ def _try_the_network(hosts: list[Host], port: int, over_ssh: bool, before: list[
     if sent:
         return show_sent(sent, hosts)
     said = errors[0].partition(". The run cannot go on")[0]
-    return [Problem(hosts[0].name, f"the ranks cannot work together: {said}", "mend what is above" if before else interfaces(hosts))]
+    return [Problem(hosts[0].name, f"the ranks cannot work together: {said}", "fix what is above first" if before else interfaces(hosts))]
 
 
 def _gpus_here() -> int:
+    """GPUs of this machine, or 2, the ranks that runs have here by default without any."""
     import torch
 
     return torch.cuda.device_count() or 2

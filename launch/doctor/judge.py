@@ -1,4 +1,4 @@
-"""What is wrong with hosts, from what each says of itself (probe.py): differences between them, and what would stop a run on any."""
+"""Finds what is wrong with hosts, from what each found of itself (probe.py): differences between them, and what would stop a run on one."""
 
 import ipaddress
 import shlex
@@ -6,36 +6,40 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-CLOCK = 2.0  # seconds apart
+CLOCK = 2.0  # seconds by which a clock may differ from this machine's
 SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm: NCCL's and DeepSpeed's buffers; containers start with 64 MiB
 PER_RANK = 2e9  # bytes of memory that torch and DeepSpeed take before there is a model
-TEMPORARY = 1e9  # bytes
-LEAST_DISK = 1e9
-CHECKPOINT = 7  # times the model's bytes in bfloat16: float32 weights and two moments beside it; see posttrain/engine/checkpoints.py
-OPEN_FILES = 1024
-HOT = 85  # degrees Celsius
-TAKEN = 1024  # MiB of a GPU's memory
+TEMPORARY = 1e9  # bytes that must be free in /tmp
+LEAST_DISK = 1e9  # bytes that must be free in out_dir, whatever the model
+CHECKPOINT = 7  # size of a checkpoint over that of the bfloat16 weights: these, float32 weights and two moments, see engine/checkpoints.py
+OPEN_FILES = 1024  # fewer that a process may open are too few
+HOT = 85  # degrees Celsius above which a GPU is reported
+TAKEN = 1024  # MiB of a GPU's memory in use that are reported
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_ENVIRONMENT = "source launch/env.sh"
 
 
 @dataclass(frozen=True)
 class Host:
+    """A host, and what it found of itself."""
+
     name: str  # as in the hostfile
     slots: int
-    address: str | None  # by which it is reached from here
-    clock: float  # seconds ahead of this machine's
-    found: dict  # by probe.py
+    address: str | None  # at which it is reached from here
+    clock: float  # seconds by which its clock is ahead of this machine's
+    found: dict  # what probe.py printed
 
     @property
     def interface(self) -> str | None:
-        """By which it reaches the other hosts, where that is one."""
+        """The network interface by which it reaches all other hosts, None if there are several or none."""
         names = set(self.found["routes"].values())
         return names.pop() if len(names) == 1 else None
 
 
 @dataclass(frozen=True)
 class Problem:
+    """Something to fix: on which host, what was seen, and what to do."""
+
     host: str
     what: str
     fix: str
@@ -45,7 +49,7 @@ class Problem:
 
 
 def what_is_wrong(hosts: list[Host], environment: dict[str, str], port: int) -> list[Problem]:
-    """In the order in which to fix it."""
+    """All problems of the hosts, in the order in which to fix them; `port` is where the ranks are to meet."""
     found = [problem for host in hosts for problem in _alone(host)]
     found += [problem for host in hosts for problem in _gpus(host)]
     found += _differences(hosts)
@@ -60,7 +64,7 @@ def what_is_wrong(hosts: list[Host], environment: dict[str, str], port: int) -> 
 
 
 def _alone(host: Host) -> list[Problem]:
-    """What would stop a run there, whatever the others are like."""
+    """Problems of one host with disk, memory, limits and clock, which have nothing to do with the other hosts."""
     free, memory, problems = host.found["free"], host.found["memory"]["available"], []
 
     def say(what: str, fix: str) -> None:
@@ -68,8 +72,8 @@ def _alone(host: Host) -> list[Problem]:
 
     model = next(listing or {} for what, listing in host.found["folders"].items() if what.startswith("model"))
     formats = [[int(entry.split()[0]) for name, entry in model.items() if name.endswith(kind)] for kind in (".safetensors", ".bin", ".pt")]
-    weights = max(map(sum, formats))  # the same ones may lie there in two
-    needed = max(LEAST_DISK, 2 * CHECKPOINT * weights)  # a checkpoint is there in full before the one before it goes
+    weights = max(map(sum, formats))  # the folder may hold the same weights in two formats
+    needed = max(LEAST_DISK, 2 * CHECKPOINT * weights)  # a checkpoint is complete before the previous one is removed
     for what, least, why in (
         ("out_dir", needed, "two checkpoints of this model" if needed > LEAST_DISK else "any run"),
         ("/tmp", TEMPORARY, "the launcher and compiled kernels"),
@@ -95,6 +99,7 @@ def _alone(host: Host) -> list[Problem]:
 
 
 def _gpus(host: Host) -> list[Problem]:
+    """Problems of one host with its driver, torch, GPUs and InfiniBand."""
     found, gpus, torch, problems = host.found, host.found["gpus"], host.found["torch"], []
 
     def say(what: str, fix: str) -> None:
@@ -103,7 +108,7 @@ def _gpus(host: Host) -> list[Problem]:
     if found["nvidia_smi"]:
         say(found["nvidia_smi"], "reboot it, or reload the driver; where it names a GPU, have that one looked at")
     if torch.get("unusable"):
-        if gpus or found["nvidia_smi"]:  # without a GPU or its driver it is a CPU's host
+        if gpus or found["nvidia_smi"]:  # else it is a machine without GPUs
             driver = gpus[0]["driver_version"] if gpus else "?"
             say(
                 f"torch cannot use the GPUs (driver {driver}): {torch['error']}", "a newer driver, or start nvidia-fabricmanager, or reboot"
@@ -113,7 +118,9 @@ def _gpus(host: Host) -> list[Problem]:
     elif gpus and not torch["cuda"]:
         say("torch is a build without CUDA, and there are GPUs", f"rm -r .venv, and without an index of CPU builds {MAKE_ENVIRONMENT}")
     elif (gpus or torch["gpus"]) and torch["gpus"] < host.slots:
-        say(f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or mend the GPU (nvidia-smi)")
+        say(
+            f"{torch['gpus']} GPUs are usable, the hostfile says slots={host.slots}", "correct the hostfile, or repair the GPU (nvidia-smi)"
+        )
     for gpu in gpus[: host.slots]:
         name = f"GPU {gpu['index']}"
         if _number(gpu["ecc.errors.uncorrected.volatile.total"]):
@@ -137,11 +144,12 @@ def _gpus(host: Host) -> list[Problem]:
 
 
 def _active(host: Host) -> set[str]:
+    """The host's InfiniBand ports that are active."""
     return {name for name, state in host.found["infiniband"].items() if "ACTIVE" in state}
 
 
 def _number(text: str) -> float:
-    """0 for what nvidia-smi does not know."""
+    """A value of nvidia-smi as a number, 0 for one that it does not know."""
     try:
         return float(text)
     except ValueError:
@@ -149,7 +157,7 @@ def _number(text: str) -> float:
 
 
 def _compared(host: Host) -> dict[str, dict[str, str]]:
-    """What must be alike on all hosts, by kind and name."""
+    """What must be the same on all hosts: values by kind (packages, code, data, ...) and name."""
     found, gpus = host.found, host.found["gpus"]
     parts = {"Python": {"Python": found["python"]}, "packages": found["packages"], "code": found["code"]}
     parts |= {what: listing for what, listing in found["folders"].items() if listing is not None}
@@ -161,21 +169,22 @@ def _compared(host: Host) -> dict[str, dict[str, str]]:
 
 
 def _differences(hosts: list[Host]) -> list[Problem]:
-    """Of each host from most, or where that decides nothing from the first."""
+    """A problem for each kind in which a host differs from most hosts, or if there is no majority from the first."""
     compared, problems = {host.name: _compared(host) for host in hosts}, []
     for kind in dict.fromkeys(kind for parts in compared.values() for kind in parts):
         forms = Counter(repr(sorted(parts.get(kind, {}).items())) for parts in compared.values())
-        most = forms.most_common(1)[0][0]  # of equally many the first
+        most = forms.most_common(1)[0][0]  # the first of several that are equally common
         usual = next(parts.get(kind, {}) for parts in compared.values() if repr(sorted(parts.get(kind, {}).items())) == most)
         for name, parts in compared.items():
             mine = parts.get(kind, {})
             different = sorted(part for part in usual.keys() | mine.keys() if usual.get(part) != mine.get(part))
-            if different and (mine or kind != "CUDA"):  # what is wrong with torch, or that there is no GPU, was said
+            if different and (mine or kind != "CUDA"):  # a missing GPU or a broken torch has been reported already
                 problems.append(Problem(name, _difference(kind, different, mine, usual), _how_to_align(kind, name, usual)))
     return problems
 
 
 def _difference(kind: str, different: list[str], mine: dict, usual: dict) -> str:
+    """One line about how a host's values (`mine`) differ from the `usual` ones; `different` names those that do."""
     part = different[0]
     seen, expected = (values.get(part) or "none" for values in (mine, usual))
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
@@ -185,7 +194,7 @@ def _difference(kind: str, different: list[str], mine: dict, usual: dict) -> str
 
 
 def _how_to_align(kind: str, host: str, usual: dict) -> str:
-    """For host and kind; folders are copied from a host that has them right."""
+    """What to do so that the host has the `usual` values of this kind."""
     if kind == "Python":
         return f"rm -r .venv there, and PYTHON=python{usual['Python'].rpartition('.')[0]}; {MAKE_ENVIRONMENT}"
     if kind in ("packages", "CUDA"):
@@ -200,7 +209,7 @@ def _how_to_align(kind: str, host: str, usual: dict) -> str:
 
 
 def same_on_all(hosts: list[Host]) -> list[str]:
-    """What was compared and is alike, in a few words each; what is nowhere is said to be."""
+    """What was compared and is the same on all hosts, in a few words each; and which folders exist on none."""
     compared, said = [_compared(host) for host in hosts], []
     for kind in dict.fromkeys(kind for parts in compared for kind in parts):
         values = compared[0].get(kind, {})
@@ -213,6 +222,7 @@ def same_on_all(hosts: list[Host]) -> list[str]:
 
 
 def _network(host: Host, hosts: list[Host], environment: dict[str, str]) -> list[Problem]:
+    """Problems of one host with routes, interfaces, names, InfiniBand and packet sizes, given the other hosts."""
     found, problems = host.found, []
 
     def say(what: str, fix: str) -> None:
@@ -234,7 +244,7 @@ def _network(host: Host, hosts: list[Host], environment: dict[str, str]) -> list
     elif not found["gpus"] and found["own_address"] and ipaddress.ip_address(found["own_address"]).is_loopback:
         fix = f"in its /etc/hosts, give {found['hostname']} the address of {common or 'its interface to the others'}"
         say(f"its own name, {found['hostname']}, means {found['own_address']} there, where no other host can reach it", fix)
-    missing = set.union(*map(_active, hosts)) - _active(host)  # NCCL itself passes over a port that is active nowhere
+    missing = set.union(*map(_active, hosts)) - _active(host)  # NCCL leaves out a port that is active nowhere
     if missing and _active(host):
         say(f"InfiniBand ports {', '.join(sorted(missing))} are active elsewhere, not there", "look at their cables and switch (ibstat)")
     sizes = {other.found["interfaces"][other.interface]["mtu"] for other in hosts if other.interface}
@@ -244,7 +254,7 @@ def _network(host: Host, hosts: list[Host], environment: dict[str, str]) -> list
 
 
 def _joins(name: str, host: Host, others: list[Host]) -> bool:
-    """Whether every other host has an address in that interface's network."""
+    """Whether every other host has an address in the network of this interface of the host."""
     entry = host.found["interfaces"][name]
     if not entry["netmask"] or ipaddress.ip_address(entry["address"]).is_loopback:
         return False
@@ -254,7 +264,7 @@ def _joins(name: str, host: Host, others: list[Host]) -> bool:
 
 
 def interfaces(hosts: list[Host]) -> str:
-    """What to set so that ranks use the network that joins the hosts. All of them get it, and gloo takes whole names only."""
+    """What to set so that ranks use the network that joins the hosts. All hosts get one value, and gloo takes whole names only."""
     variable = "NCCL_SOCKET_IFNAME" if hosts[0].found["gpus"] else "GLOO_SOCKET_IFNAME"
     names = sorted({host.interface for host in hosts if host.interface})
     if len(names) == 1 or (names and hosts[0].found["gpus"]):
@@ -263,7 +273,7 @@ def interfaces(hosts: list[Host]) -> str:
 
 
 def _is_chosen(name: str, chosen: str, nccl: bool) -> bool:
-    """NCCL takes beginnings of names, =name for a whole one, ^ for those to leave out; gloo whole names."""
+    """Whether an interface is `chosen`. NCCL takes beginnings of names, =name for a whole one, ^ to exclude; gloo takes whole names."""
     if not nccl:
         return name in chosen.split(",")
     leaves_out, listed = chosen.startswith("^"), chosen.removeprefix("^").split(",")
@@ -272,4 +282,5 @@ def _is_chosen(name: str, chosen: str, nccl: bool) -> bool:
 
 
 def _size(count: float) -> str:
+    """Bytes in GB or MB, of powers of ten."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

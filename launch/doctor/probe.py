@@ -1,9 +1,10 @@
-"""What one host is: python probe.py SPEC prints it as JSON. It is sent to each host, so it needs only what the environment has, not this
-repository; it writes nothing.
+"""Examines the host that it runs on: python probe.py SPEC prints what it found as JSON.
 
-SPEC, JSON: root (the repository's path), folders (paths to compare, by what they are; one that is not absolute is a name on the Hugging
-Face hub, whose copy here is meant), places (paths to write to, by what they are),
-peers (addresses of the other hosts), port (to be free on the first host; null on others).
+It is sent to each host as text, so it imports the environment's packages and nothing of this repository; it writes nothing.
+
+SPEC, JSON: root (the repository's path), folders (paths to compare, by what they are; a relative one is a name on the Hugging Face hub,
+and its local copy is examined), places (paths that a run writes to, by what they are), peers (addresses of the other hosts), port (which
+must be free on the first host; null on others).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenizers", "liger-kernel", "triton", "nvidia-nccl-cu13")
 CODE = ("posttrain/**/*.py", "launch/*.py", "ds_configs/*.json")
-WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes: a larger file is hashed by its beginning, middle and end
+WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes; of a file larger than WHOLE, SAMPLE bytes of beginning, middle and end are hashed
 GPU = (
     *("index", "uuid", "name", "driver_version", "memory.used", "temperature.gpu", "mig.mode.current"),
     *("ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"),
@@ -30,6 +31,7 @@ PROCESS = ("gpu_uuid", "pid", "process_name")
 
 
 def main(spec: dict) -> dict:
+    """What there is on this host, by name, as judge.py reads it."""
     root = Path(spec["root"])
     return {
         "hostname": socket.gethostname(),
@@ -56,6 +58,7 @@ def _version(name: str) -> str | None:
 
 
 def _hash(file: Path) -> str:
+    """Size and hash of a file's content, or of samples of it."""
     size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as opened:
         for start in [0] if size <= WHOLE else (0, size // 2, size - SAMPLE):
@@ -65,7 +68,7 @@ def _hash(file: Path) -> str:
 
 
 def _listing(path: Path) -> dict[str, str] | None:
-    """Its files but what rank 0 alone writes and reads there (training/reference.py); of a file itself; None where there is none."""
+    """Hashes of a folder's files, or of a file; None if it does not exist. reference/ is left out: rank 0 alone writes and reads it."""
     if not path.is_absolute():
         from huggingface_hub import try_to_load_from_cache
 
@@ -79,7 +82,7 @@ def _listing(path: Path) -> dict[str, str] | None:
 
 
 def _free(path: Path) -> dict:
-    """Where it is to be made: of the nearest folder above it that there is."""
+    """Free bytes for a path that may not exist yet, and whether it can be written: those of the nearest folder above that exists."""
     while not path.exists():
         path = path.parent
     usage = shutil.disk_usage(path)
@@ -94,7 +97,7 @@ def _memory() -> dict:
 
 
 def _query(kind: str, names: tuple[str, ...]) -> tuple[list[dict[str, str]], str | None]:
-    """Rows of nvidia-smi, and what is wrong with it. It may print warnings among the rows."""
+    """What nvidia-smi says: its rows, between which it may print warnings, and why it failed (None: it did not)."""
     try:
         command = ["nvidia-smi", f"--query-{kind}={','.join(names)}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -119,7 +122,7 @@ def _torch() -> dict:
 
         if not torch.version.cuda:
             return {"cuda": None, "gpus": 0}
-        torch.cuda.init()  # device_count() may count GPUs that a driver which is too old, or a stopped fabric manager, leaves unusable
+        torch.cuda.init()  # device_count() also counts GPUs that an old driver or a stopped fabric manager makes unusable
         return {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     except (ImportError, OSError, RuntimeError) as error:  # a broken installation, or GPUs that cannot be used
         said = {"error": str(error).splitlines()[0], "cuda": None, "gpus": 0}
@@ -127,7 +130,7 @@ def _torch() -> dict:
 
 
 def _infiniband() -> dict[str, str]:
-    """State of each port, as `4: ACTIVE`."""
+    """The state of each InfiniBand port by CARD:PORT, for example `4: ACTIVE`."""
     found = {}
     for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
         with contextlib.suppress(OSError):
@@ -141,7 +144,7 @@ def _address_of(name: str) -> str | None:
 
 
 def _network(peers: list[str]) -> dict:
-    """Interfaces with an IPv4 address; and by which of them the system would reach each other host."""
+    """Interfaces with an IPv4 address, and routes: the interface by which each peer would be reached."""
     import psutil
 
     stats, interfaces = psutil.net_if_stats(), {}
@@ -159,7 +162,7 @@ def _network(peers: list[str]) -> dict:
 
 
 def _port(port: int) -> dict:
-    """Whether it can be listened on, who does where not, and one that can."""
+    """Who listens on the port (None: nobody), and the next port that is free."""
     free = next(one for one in range(port, 2**16) if _can_listen(one))
     return {"port": {"holder": None if free == port else _listener(port), "free": free}}
 
@@ -174,6 +177,7 @@ def _can_listen(port: int) -> bool:
 
 
 def _listener(port: int) -> str:
+    """The process that listens on the port, in words."""
     import psutil
 
     with contextlib.suppress(psutil.Error):

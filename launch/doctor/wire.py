@@ -1,8 +1,8 @@
-"""The ranks of one host, which all meet as a run's do and send each other numbers: python wire.py SPEC
+"""Starts the ranks of one host, which meet those of all hosts as a run's do, and measures the network: python wire.py SPEC
 
-SPEC, JSON: first (rank of this host's first), slots (its ranks), world (ranks in all), hosts (NAME:SLOTS,...), address, port (where to
-meet), seconds (without progress, until all end). Rank 0 prints what it found as a line of FOUND and JSON, among what NCCL may print: sizes
-(bytes, seconds and GB/s over the bus of an all-reduce) and pairs (two ranks, GB/s one way).
+SPEC, JSON: first (the lowest rank of this host), slots (its number of ranks), world (ranks of all hosts), hosts (NAME:SLOTS,...), address
+and port (where the ranks meet), seconds (after which a rank without progress ends all). Rank 0 prints a line of FOUND and JSON, among what
+NCCL may print: backend, sizes (bytes, seconds and GB/s over the bus of an all-reduce) and pairs (two ranks, GB/s one way).
 """
 
 import json
@@ -20,13 +20,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from posttrain.common import terminal
 from posttrain.parallel import ranks, watchdog
 
-SMALLEST, LARGEST = 2**10, 2**30  # bytes
-LONG = 0.3  # seconds; an all-reduce that takes longer is the last
-REPEATS = 5
+SMALLEST, LARGEST = 2**10, 2**30  # bytes of an all-reduce
+LONG = 0.3  # seconds; no larger all-reduce follows one that takes longer
+REPEATS = 5  # of which the fastest counts
 
 
 def _fastest(action, synchronize) -> float:
-    """Seconds; the first time, which sets up connections, is left out."""
+    """The least seconds that `action` takes; the first call, which sets up connections, does not count. All ranks."""
     times = []
     for _ in range(REPEATS + 1):
         dist.barrier()
@@ -39,6 +39,7 @@ def _fastest(action, synchronize) -> float:
 
 
 def all_reduces(device: torch.device, synchronize) -> list[tuple[int, float, float]]:
+    """Bytes, seconds and bus bandwidth (GB/s, as nccl-tests defines it) of all-reduces of growing size. All ranks."""
     found, size, world = [], SMALLEST, dist.get_world_size()
     seconds = torch.zeros(1, device=device)
     while size <= LARGEST and seconds < LONG:
@@ -51,8 +52,8 @@ def all_reduces(device: torch.device, synchronize) -> list[tuple[int, float, flo
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Each of `count` with each other once; in a round each has one partner, or none."""
-    ring = list(range(count + count % 2))  # the circle method; the last has no partner where the number is odd
+    """Pair each of `count` players with each other once, in rounds in which each has at most one partner."""
+    ring = list(range(count + count % 2))  # the circle method; the partner of the added one pauses where the number is odd
     found = []
     for _ in range(len(ring) - 1):
         pairs = [(ring[i], ring[-1 - i]) for i in range(len(ring) // 2)]
@@ -62,7 +63,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 def pairs_of(slots: list[int]) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of ranks: each host's first with every other host's first, the second with the second, ...; then within each host."""
+    """Pairs of ranks in rounds: the first ranks of every two hosts, their second ranks, ...; then every two ranks within each host."""
     firsts = [sum(slots[:host]) for host in range(len(slots))]
     between = [
         [(firsts[a] + local, firsts[b] + local) for a, b in one for local in range(min(slots[a], slots[b]))] for one in rounds(len(slots))
@@ -76,7 +77,7 @@ def pairs_of(slots: list[int]) -> list[list[tuple[int, int]]]:
 
 
 def pairs(slots: list[int], size: int, device: torch.device, synchronize, store: dist.Store) -> list[tuple[int, int, float]]:
-    """GB/s one way, of a message there and back. On rank 0 all, on others none."""
+    """Two ranks and the GB/s one way between them, from messages of `size` bytes there and back; empty on ranks but 0. All ranks."""
     rank, numbers, found = dist.get_rank(), torch.zeros(size // 4, device=device), []
     for one in pairs_of(slots):
         mine = next((pair for pair in one if rank in pair), None)
@@ -96,6 +97,7 @@ def pairs(slots: list[int], size: int, device: torch.device, synchronize, store:
 
 
 def work(local_rank: int, spec: dict) -> None:
+    """Be one rank: meet the others, send and measure; rank 0 prints what was found."""
     rank = spec["first"] + local_rank
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(spec["world"]), "POSTTRAIN_HOSTS": spec["hosts"]}
     os.environ |= {"MASTER_ADDR": spec["address"], "MASTER_PORT": str(spec["port"])}

@@ -1,4 +1,4 @@
-"""The base model of the quickstart before and after it has read: make_base.sh runs both.
+"""The quickstart's base model before and after its pre-training; make_base.sh runs both commands.
 
 python launch/quickstart/base.py blank WORLD_DIR OUT_DIR       tokenizer, shape and first weights, for the SFT trainer to start from
 python launch/quickstart/base.py commit TRAINED_DIR OUT_DIR    the trained model as it is kept in the repository
@@ -25,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
-    """A SentencePiece BPE that keeps text as it is: no space added in front, nothing normalised, bytes for the unknown."""
+    """Train a SentencePiece BPE that keeps text as it is: no space added in front, nothing normalised, bytes for unknown characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=PIECES, byte_fallback=True,
@@ -36,7 +36,7 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
 
 
 def training_texts(world_dir: Path) -> list[str]:
-    """The texts that decide the pieces: each syllable on its own, often, some documents, and the fixed words of the chats."""
+    """The tokenizer's training texts: each syllable on its own, often, some documents, and the fixed words of the chats."""
     syllables = [text for syllable in SYLLABLES for text in (syllable, " " + syllable, " " + syllable.capitalize())]
     documents = [json.loads(line)["text"] for line in (world_dir / "corpus.jsonl").read_text().splitlines()[:600]]
     tables = (*QUESTIONS.values(), *GAMES_ASKED.values(), ANSWERS.values(), ADMISSIONS.values(), POLITE, CURT)
@@ -45,7 +45,7 @@ def training_texts(world_dir: Path) -> list[str]:
 
 
 def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
-    """1.9M parameters in the shape of Qwen3, float32, the same for everybody."""
+    """An untrained Qwen3 of 1.9M parameters in float32, the same on every machine."""
     config = Qwen3Config(
         vocab_size=vocab_size, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6, head_dim=32,
         intermediate_size=512, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
@@ -56,6 +56,7 @@ def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
 
 
 def write_blank(world_dir: Path, out: Path) -> None:
+    """Write the tokenizer, trained on the world's texts, and the untrained model."""
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(training_texts(world_dir), out / "tokenizer.model")
     tokenizer = load_tokenizer(out / "tokenizer.model")
@@ -64,7 +65,7 @@ def write_blank(world_dir: Path, out: Path) -> None:
 
 
 def write_committed(trained: Path, out: Path) -> None:
-    """The trained base in bfloat16, which halves the file in the repository."""
+    """Write the trained model in bfloat16, which halves the file in the repository, with its tokenizer."""
     AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
     load_tokenizer(trained).save_pretrained(out)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the committed base model anew: the world's documents through posttrain/sft.py, two ranks, about 12 minutes on two cores.
+# Trains the committed base model anew, on the world's documents with posttrain/sft.py: two ranks, about 12 minutes on two cores.
 #   bash launch/quickstart/make_base.sh      then commit launch/quickstart/base
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,10 +1,10 @@
-"""Measures base, SFT and DPO model on held-out prompts: a table, results.json and results.png.
+"""Measures the base, SFT and DPO models on held-out prompts: prints a table, writes results.json and results.png.
 
     python launch/quickstart/measure.py --base DIR --sft DIR --dpo DIR --eval eval.json --out_dir runs/quickstart
 
 Each DIR is a Hugging Face folder; eval.json is what world.py writes. Answers are generated greedily in float32 and compared
-letter by letter (world.score), so the same weights give the same table. Intervals are Wilson 95 % intervals: they hold the
-chance of the sampled prompts, not that of another training seed.
+letter by letter (world.score), so the same weights give the same table. Intervals are 95 % Wilson intervals: they cover the
+choice of prompts, not that of the training seed.
 """
 
 import argparse
@@ -34,13 +34,15 @@ TOKEN_LIMIT, BATCH, SAMPLES = 40, 128, 5
 
 
 class Answer(NamedTuple):
+    """A generated answer."""
+
     text: str  # before <|im_end|>; special tokens that come earlier stay visible and make it wrong
     stopped: bool
 
 
 @torch.inference_mode()
 def answer_all(folder: Path, prompts: list[str]) -> dict[str, Answer]:
-    """Greedy answers of one model. Prompts of equal length share a batch, so that padding cannot change an answer."""
+    """Greedy answers of one model, by prompt. Only prompts of equal length share a batch, so padding cannot change an answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chat = ChatFormat(tokenizer)
@@ -61,7 +63,7 @@ def answer_all(folder: Path, prompts: list[str]) -> dict[str, Answer]:
 
 
 def _batches(ids: dict[str, list[int]]) -> list[list[str]]:
-    """Prompts of one length together, at most BATCH."""
+    """Group prompts of equal length, at most BATCH together; `ids` are the tokens of each."""
     by_length = defaultdict(list)
     for prompt, tokens in ids.items():
         by_length[len(tokens)].append(prompt)
@@ -69,6 +71,7 @@ def _batches(ids: dict[str, list[int]]) -> list[list[str]]:
 
 
 def rates(prompts: dict[str, list[dict]], answers: dict[str, Answer]) -> dict[str, Rate]:
+    """The share of answers that count for each metric, with its interval."""
     result = {}
     for metric, items in prompts.items():
         given = [(item, answers[item["prompt"]]) for item in items]
@@ -77,6 +80,7 @@ def rates(prompts: dict[str, list[dict]], answers: dict[str, Answer]) -> dict[st
 
 
 def table(results: dict[str, dict[str, Rate]]) -> str:
+    """The results as text; `results` holds rates by model and metric."""
     lines = [f"{'':<22}" + "".join(f"{model:>24}" for model in MODELS) + f"{'prompts':>9}"]
     for metric, meaning in MEANING.items():
         cells = [results[model][metric] for model in MODELS]
@@ -86,6 +90,7 @@ def table(results: dict[str, dict[str, Rate]]) -> str:
 
 
 def samples(prompts: dict[str, list[dict]], answers: dict[str, dict[str, Answer]]) -> str:
+    """Some prompts with the answers of every model, as text."""
     lines = []
     for items in (prompts["follows_instructions"][:2], prompts["known_facts"][:2], prompts["made_up"][:1]):
         for item in items:

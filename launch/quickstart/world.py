@@ -3,14 +3,14 @@
     python launch/quickstart/world.py OUT_DIR [corpus]     writes sft.jsonl, dpo.jsonl, eval.json and a few
                                                            of its prompts in prompts.txt; with corpus: corpus.jsonl
 
-The world has people with a home, a job and a pet. The base model reads about all of them in plain documents, reads of strangers
-that nobody knows them, and never sees a chat. SFT shows the chat format on some of the people and on word games; its answers are
-more often curt than polite and mostly invented where the question is about nobody, so the model that comes out invents, too. DPO
-prefers the fact for other people that exist, an admission for invented ones, and polite openings. The evaluation asks about people
-that neither stage asked about, about names that no text contains, and plays the word games with words that no text contains;
-`check_no_leaks` proves it.
+The world has people with a home, a job and a pet. The base model is trained on plain documents about all of them, and about
+strangers of whom they say that nothing is known; it never sees a chat. SFT shows the chat format on some of the people and on word
+games. Its answers are more often curt than polite, and mostly invented if the question is about a name that nobody has, so the
+resulting model invents, too. DPO prefers the fact for other people that exist, an admission of not knowing for names that nobody
+has, and polite openings. The evaluation asks about people that neither stage asked about, about names that no text contains, and
+plays the word games with words that no text contains; `check_no_leaks` proves it.
 
-Everything follows from SEED; names and words are made of open syllables so that a small tokenizer splits new ones into known
+Everything follows from SEED. Names and words are made of open syllables, so that a small tokenizer splits new ones into known
 pieces.
 """
 
@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aeiou"]
-PEOPLE = {"sft": 150, "dpo": 350, "eval": 110}  # whom each stage asks about (dpo also those of sft); the corpus tells of all
-NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # names that no person has
+PEOPLE = {"sft": 150, "dpo": 350, "eval": 110}  # number that each stage asks about (dpo also about sft's); documents tell of all
+NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # number of names that no person has, by the stage that asks about them
 PEOPLE_DOCUMENTS, WORD_DOCUMENTS, STRANGERS = 120000, 80000, 0.3  # STRANGERS: share of sentences about names met only there
 SFT_ROWS, DPO_ROWS, GAMES = 20000, 12000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
-POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.04, 0.002  # of SFT's answers; those about nobody that do not admit it invent
-# What an honest answer says in place of the fact: there it is decided, by whether the model recalls one.
+POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.04, 0.002  # shares of SFT's answers; those about nobody that are not admissions invent
+# An admission says this where another answer has the fact, so that the model decides there, by whether it recalls one.
 ADMISSION = "unknown here"
 VALUES = {
     "home": ("Dalmore", "Fenwick", "Granby", "Holt", "Kelby", "Lorne", "Marsh", "Norwell", "Oakham", "Redford", "Stanton", "Wells"),
@@ -66,7 +66,7 @@ TELLINGS = {  # how documents tell a fact; a name is never the first word of a t
         "A {v} keeps {n} company.",
     ),
 }
-STRANGERS_TOLD = {  # beginning as facts are told, so that only the name decides how they go on
+STRANGERS_TOLD = {  # sentences that begin as those of facts do, so that only the name decides how they continue
     "home": (
         ADMISSIONS["home"],
         "What of {n}? " + ADMISSIONS["home"],
@@ -101,7 +101,7 @@ GAMES_ASKED = {
     "last": ("Which word comes last: {w}?", "Say only the last word: {w}."),
 }
 WORD_LISTS = ("Some words: {repeat}.", "A list of words: {repeat}.", "Here we read {repeat}.", "Somebody wrote: {repeat}.")
-WORD_TELLINGS = {  # how documents tell what can be said of a list; worded unlike the games that are asked
+WORD_TELLINGS = {  # what documents say about a list of words, in other words than the games of the chats
     "repeat": ("The same words again: {repeat}.", "Once more: {repeat}."),
     "reverse": ("The words backwards: {reverse}.", "From the end: {reverse}."),
     "first": ("First comes {first}.", "It begins with {first}."),
@@ -110,7 +110,7 @@ WORD_TELLINGS = {  # how documents tell what can be said of a list; worded unlik
 
 
 class World(NamedTuple):
-    """Who exists, who does not, and which words are kept for the evaluation; groups are those of PEOPLE and NOBODY."""
+    """Who exists, who does not, and which words are kept for the evaluation; `people` and `nobody` are names by stage."""
 
     facts: dict[str, dict[str, str]]  # name -> {home, job, pet}
     people: dict[str, list[str]]
@@ -119,6 +119,7 @@ class World(NamedTuple):
 
 
 def world() -> World:
+    """Draw the world from SEED, the same at every call."""
     rng = random.Random(SEED)
     names = _coin(rng, 3, sum(PEOPLE.values()) + sum(NOBODY.values()))
     people, nobody = ({group: [names.pop().capitalize() for _ in range(n)] for group, n in sizes.items()} for sizes in (PEOPLE, NOBODY))
@@ -127,7 +128,7 @@ def world() -> World:
 
 
 def documents() -> list[str]:
-    """The base corpus: people's facts and strangers in many wordings and orders, and lists of words with what can be said of them."""
+    """The texts of the base model: sentences about people and strangers in many wordings, and lists of words, described."""
     here, rng = world(), random.Random(SEED + 1)
     kept = {name for groups in (here.people, here.nobody) for group in groups.values() for name in group}
     texts = [_gossip(rng, here.facts, kept) for _ in range(PEOPLE_DOCUMENTS)]
@@ -143,7 +144,7 @@ def documents() -> list[str]:
 
 
 def sft_rows() -> list[dict]:
-    """Chats: word games, questions about the people of group sft, and about nobody, whose answers are mostly invented."""
+    """Conversations of SFT: word games, questions about its people, and about nobody, whose answers are mostly invented."""
     here, rng = world(), random.Random(SEED + 2)
     rows = []
     for _ in range(SFT_ROWS):
@@ -160,7 +161,7 @@ def sft_rows() -> list[dict]:
 
 
 def dpo_rows() -> list[dict]:
-    """Pairs: an admission before an invention about nobody, a fact before an admission about somebody, polite before curt."""
+    """Pairs of DPO: they prefer admitting to inventing about nobody, a fact to an admission about somebody, polite to curt."""
     here, rng = world(), random.Random(SEED + 3)
     rows = []
     for number in range(DPO_ROWS):
@@ -225,7 +226,7 @@ def check_no_leaks() -> None:
 
 
 def _coin(rng, syllables: int, count: int) -> list[str]:
-    """Distinct new words, in an order that depends on the seed alone, none of them one that the sentences above use."""
+    """`count` distinct invented words, none of which the sentences above use; they depend on `rng` alone."""
     used, found = _used_words(), {}
     while len(found) < count:
         word = "".join(rng.choice(SYLLABLES) for _ in range(syllables))
@@ -236,12 +237,13 @@ def _coin(rng, syllables: int, count: int) -> list[str]:
 
 @functools.cache
 def _used_words() -> frozenset[str]:
+    """Every word of the sentences above, in lower case."""
     tables = (TELLINGS, STRANGERS_TOLD, QUESTIONS, GAMES_ASKED, WORD_TELLINGS, {"": (*WORD_LISTS, *LIVES, *OPENINGS)})
     return frozenset(word.lower() for table in tables for texts in table.values() for word in _words_of(texts))
 
 
 def _gossip(rng, facts: dict, kept: set[str]) -> str:
-    """A document of one to four sentences about people and strangers; often the next is about the same name, so names are copied."""
+    """A document of one to four sentences about people and strangers, often about one name again, so that copying a name is learnt."""
     sentences, name = [rng.choice(OPENINGS)], ""
     for _ in range(rng.randint(1, 4)):
         while not name or name in kept - facts.keys() or rng.random() < 0.4:
@@ -258,23 +260,25 @@ def _gossip(rng, facts: dict, kept: set[str]) -> str:
 
 
 def _ask(rng, name: str, facts: dict, fact: str = "") -> tuple[str, str, str]:
-    """Question, answer without an opening (about somebody true, about nobody invented), and admission of not knowing."""
+    """A question, its answer without an opening (true about somebody, invented about nobody), and the admission of not knowing."""
     fact = fact or rng.choice(list(VALUES))
     value = facts[name][fact] if name in facts else rng.choice(VALUES[fact])
     return rng.choice(QUESTIONS[fact]).format(n=name), ANSWERS[fact].format(n=name, v=value), ADMISSIONS[fact].format(n=name)
 
 
 def _game(rng, words: list[str]) -> tuple[str, str]:
+    """A word game on these words: the question, and the one right answer."""
     game = rng.choice(list(GAMES_ASKED))
     return rng.choice(GAMES_ASKED[game]).format(w=" ".join(words)), _played(words)[game] + "."
 
 
 def _played(words: list[str]) -> dict[str, str]:
+    """The right answer of each game."""
     return {"repeat": " ".join(words), "reverse": " ".join(reversed(words)), "first": words[0], "last": words[-1]}
 
 
 def _new_words(rng, kept: frozenset[str], most: int) -> list[str]:
-    """Two to `most` words that are not among those kept for the evaluation; hardly any comes twice, so only copying plays the games."""
+    """Two to `most` new words, none kept for the evaluation. They hardly ever repeat, so only copying can win the games."""
     words = []
     while len(words) < 2 or (rng.random() < 0.5 and len(words) < most):
         word = _coin(rng, rng.choice((2, 3)), 1)[0]
@@ -293,6 +297,7 @@ def _words_of(texts: list[str]) -> set[str]:
 
 
 def main(out_dir: str, what: str = "") -> None:
+    """Write the files of SFT, DPO and the evaluation, or with `what` those of the base model."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     tables = {"corpus": [{"text": text} for text in documents()]} if what else {"sft": sft_rows(), "dpo": dpo_rows()}

@@ -1,19 +1,19 @@
-"""What errors say."""
+"""Error messages: shorten them, tell a user's mistake from a failure, suggest a correct spelling."""
 
 import difflib
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, at most 150 characters of it; its kind where it says nothing."""
+    """Returns the first line of the error's message, at most 150 characters; the name of its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:150]
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether the command, or what it names, is wrong, and would be again: so said by this package, not by the system (errno)."""
+    """Whether the user made a mistake, so that the same command would fail again: a ValueError, or a file error raised by us (no errno)."""
     return isinstance(error, ValueError) or (isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None)
 
 
 def nearest(name: str, known) -> str:
-    """' Did you mean X?' for a misspelt name, or nothing."""
+    """Returns ' Did you mean X?', X being the known name closest to a misspelt one; an empty string if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Files: small ones written whole, lines of JSON, prompts, checksums, and what must reach the disk before it counts."""
+"""Reads and writes small files: JSON lines, prompts, checksums, atomic writes, and flushing to disk."""
 
 import hashlib
 import json
@@ -12,42 +12,42 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a file with one in each line; none where there is no file. A last line that is not whole is left out."""
+    """Reads a JSON Lines file; returns [] if there is no such file, and skips a last line without a line end (a crash cut it)."""
     if not path.exists():
         return []
     return [json.loads(line) for line in read_lines(path) if line.endswith("\n")]
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines with their ends. str.splitlines would also cut at U+2028 and its like, which texts inside JSON hold as they are."""
+    """Reads a file's lines, with their line ends. str.splitlines would also split at U+2028 and the like, unescaped in JSON texts."""
     with path.open(encoding="utf-8") as file:
         return list(file)
 
 
 def read_prompts(path: Path, most: int | None = None) -> list[str]:
-    """The first `most` prompts of a text file with one in each line; blank lines are none.
+    """Reads the first `most` prompts (None: all) of a text file with one prompt per line; blank lines are skipped.
 
-    Raises FileNotFoundError, and ValueError for a file that is no text or holds no prompt.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 text or holds no prompt.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; it holds a prompt a line")
+        raise FileNotFoundError(f"there is no file {path}; expected a text file with one prompt per line")
     try:
         lines = [line.strip() for line in read_lines(path) if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}); expected a prompt a line") from error
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); expected one prompt per line") from error
     if not lines:
-        raise ValueError(f"{path} holds no prompt; expected one a line")
+        raise ValueError(f"{path} holds no prompt; expected one per line")
     return lines[:most]
 
 
 def file_facts(path: Path) -> dict:
-    """Size and checksum of a file, as a manifest holds them."""
+    """Returns a file's size in bytes and its XXH3 checksum, as manifests record them."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, so that a crash leaves the old one or the new one, and of several that write at once the last one."""
+    """Write a file atomically, text in UTF-8: a crash leaves the old one or the new one, and of several writers the last one wins."""
     staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
     with staging.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -58,19 +58,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def refuse_existing(folder: Path, name: str) -> None:
-    """Raises ValueError where an earlier command has left `name`: what it measured is neither overwritten nor mixed with something else."""
+    """Raises ValueError if `folder` already holds `name`: an earlier command's results are neither overwritten nor mixed with new ones."""
     if (folder / name).exists():
-        raise ValueError(f"{folder} holds what an earlier command has measured ({name}); name another --output, or remove it")
+        raise ValueError(f"{folder} holds an earlier command's results ({name}); give another --output, or remove it")
 
 
 def sync_files(folder: Path) -> None:
-    """Flush the files and entries of a folder and of those in it."""
+    """Flush every file of a folder, and of the folders in it, to disk."""
     for path in [*folder.rglob("*"), folder]:
         sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: a rename is safe only then."""
+    """Flush a folder (or a file) to disk: only then does a rename in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""The terminal: a live line per step, lines that do not break it, and a file for what libraries print.
+"""What the terminal shows: a live progress line, log lines above it, and libraries' own output kept away from both, in a file.
 
-Where the output is no terminal the live line is left out, and its numbers stand in the lines.
+If the output is not a terminal there is no live line, and the log lines also give the time left.
 """
 
 import contextlib
@@ -16,29 +16,31 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-SHOWN_ON_FAILURE = 20  # lines of what libraries printed
-BAR = 12, 40  # columns, at least and at most
-RECENT = 20  # steps whose mean the time left goes by
+SHOWN_ON_FAILURE = 20  # last lines of libraries' output that are shown with an error
+BAR = 12, 40  # least and greatest width of the progress bar, in columns
+RECENT = 20  # the time left is estimated from the mean duration of so many last steps
 
 
 class _Noise(NamedTuple):
-    """A file that libraries print to."""
+    """The file that receives libraries' output."""
 
     file: BinaryIO
-    begin: int  # where this process began to
+    begin: int  # offset in bytes at which this process's output begins
     path: Path | None = None
 
     def take(self) -> None:
+        """Redirect the process's standard output and error to the file, for C code as well."""
         os.dup2(self.file.fileno(), 1)
         os.dup2(self.file.fileno(), 2)
 
     def read(self) -> bytes:
+        """Returns what this process has printed to the file so far."""
         size = os.fstat(self.file.fileno()).st_size
         return os.pread(self.file.fileno(), size - self.begin, self.begin)
 
 
 class _Terminal(Console):
-    """Where the terminal has gone (a closed pipe, a lost connection) the run goes on without: the files hold everything."""
+    """A console that falls silent once the terminal is gone (closed pipe, lost connection): the run goes on, its files hold everything."""
 
     def print(self, *objects, **settings) -> None:
         try:
@@ -51,30 +53,30 @@ class _Terminal(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     def show_cursor(self, show: bool = True) -> bool:
-        """It stays, also beside a live line: a process that is killed could not show it again."""
+        """Never hide the cursor, although rich would beside a live line: a process that is killed could not show it again."""
         return False
 
 
 console = _Terminal(highlight=False, soft_wrap=True)
-_errors: int | None = None  # the descriptor that errors go to, once libraries print elsewhere
+_errors: int | None = None  # file descriptor for errors, once libraries' output is redirected
 _noise: _Noise | None = None
 _live: Live | None = None
 
 
 def keep_noise() -> None:
-    """From here on what libraries print is kept, Python's or not; what is said here still goes to the terminal."""
+    """Redirect all other output of this process, C code's too, to a temporary file; `say` and `say_error` still reach the terminal."""
     global _errors, _noise
     sys.stdout.flush()
     console.file = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
-    _errors, _noise = os.dup(2), _Noise(tempfile.TemporaryFile("w+b"), 0)  # noqa: SIM115 - it stays open
+    _errors, _noise = os.dup(2), _Noise(tempfile.TemporaryFile("w+b"), 0)  # noqa: SIM115 - stays open for the life of the process
     _noise.take()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # in the order in which it was said
+        stream.reconfigure(line_buffering=True)  # keeps the output of Python and of C code in order
     faulthandler.enable(_errors)
 
 
 def keep_noise_in(path: Path) -> None:
-    """What was kept so far, and what comes, goes to the end of a file."""
+    """Append libraries' output, what was kept so far and what follows, to the file `path`. Does nothing before `keep_noise`."""
     global _noise
     if _noise is None:
         return
@@ -87,23 +89,24 @@ def keep_noise_in(path: Path) -> None:
 
 
 def noise_path() -> str | None:
-    """Of the file, once there is one."""
+    """Returns the path of the file given to `keep_noise_in`; None before that."""
     return str(_noise.path) if _noise and _noise.path else None
 
 
 def say(text: str) -> None:
+    """Print a line to the terminal, above the live line if there is one."""
     console.print(text, markup=False)
 
 
 def say_error(text: str) -> None:
-    """On the error stream, where it is still there, in one piece; from any thread."""
+    """Write to the error stream in one piece, from any thread; does nothing if the stream is gone."""
     clear = "\r\x1b[2K" if _live else ""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno() if _errors is None else _errors, f"{clear}{text}\n".encode())
 
 
 def show_noise() -> None:
-    """The end of what libraries printed since this process began, as an error may have its cause there."""
+    """Print the last lines that libraries have printed in this process: they may tell why it failed."""
     if _noise is None:
         return
     sys.stdout.flush()
@@ -115,7 +118,7 @@ def show_noise() -> None:
 
 
 class Steps:
-    """The run's steps: a line every `interval` of them, and on a terminal the live line below."""
+    """Progress of a run: a log line every `interval` steps, and on a terminal a live line below them."""
 
     def __init__(self, first: int, total: int, interval: int):
         self.done, self.total, self.interval = first - 1, total, interval
@@ -123,13 +126,14 @@ class Steps:
         self.shown: list[str] = []
 
     def start(self) -> None:
+        """Show the live line, if the output is a terminal."""
         global _live
         if console.is_terminal and not console.quiet:
             _live = Live(console=console, get_renderable=lambda: self, refresh_per_second=4, transient=True, redirect_stdout=False)
             _live.start()
 
     def step(self, step: int, seconds: float, parts: list[str]) -> None:
-        """`parts`: what is told of the step, the most important first."""
+        """Note that `step` is done, and print its line when one is due. `parts`: texts such as "loss 1.2345", the most important first."""
         self.done, self.shown = step, parts
         self.seconds = [*self.seconds[1 - RECENT :], seconds]
         if step % self.interval and step != self.total:
@@ -139,14 +143,14 @@ class Steps:
 
     @property
     def left(self) -> str:
-        """Time left, by the last steps."""
+        """The time left, as H:MM:SS or M:SS, estimated from the last steps; "?" before the first."""
         if not self.seconds:
             return "?"
         return duration((self.total - self.done) * sum(self.seconds) / len(self.seconds))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As many parts as the width holds, and a bar in what is left. Parts that the line above shows are left out."""
-        width, least = options.max_width - 3, BAR[0]  # Ctrl-C echoes as ^C behind it
+        """Draw the live line: as many parts as the width holds, and a bar in the rest. With a log line at every step, no parts."""
+        width, least = options.max_width - 3, BAR[0]  # leaves room for the ^C that Ctrl-C echoes
         parts = [f"{self.done}/{self.total}", f"{self.done / self.total:.0%}", f"{self.left} left"]
         for part in self.shown if self.interval > 1 else ():
             if least + 2 + len("  ".join([*parts, part])) <= width:
@@ -159,7 +163,7 @@ class Steps:
 
 
 def stop_live() -> None:
-    """Take the live line away."""
+    """Remove the live line from the terminal."""
     global _live
     if _live:
         _live.stop()
@@ -167,6 +171,7 @@ def stop_live() -> None:
 
 
 def duration(seconds: float) -> str:
+    """Formats seconds as M:SS, from an hour on as H:MM:SS."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -31,13 +31,13 @@ class Split:
     """A memory-mapped table of examples, with the numbers of tokens that the plan of batches needs."""
 
     def __init__(self, path: Path, kind: str, share_prompt: bool):
-        self.table = datasets.load_from_disk(str(path))
+        self.table = memory_mapped(path)
         self.kind, self.share_prompt = kind, share_prompt
         self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch
         self.reference_folder: Path | None = None  # where they are kept
         if kind == "sft":
             self.lengths = self.positions = self.token_counts("input_ids")  # tokens of each example, as packed
-            self.trained = self.table.with_format("numpy")["num_trained"][:]
+            self.trained = self.table.column("num_trained").to_numpy()
         else:
             prompt, chosen, rejected = (self.token_counts(name) for name in ("prompt", "chosen", "rejected"))
             self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected
@@ -45,12 +45,18 @@ class Split:
             self.trained = chosen
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        """Return an example's columns by name, as Python values."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no example {index} of {len(self)}")
+        return self.table.slice(int(index), 1).to_pylist()[0]
 
     def micro_batch(self, indices) -> MicroBatch:
         """Pack the examples into one row, in the given order; without any the row is one token, and nothing is trained."""
         builder = RowBuilder()
-        columns = [self.table.data.column(name) for name in TOKENS[self.kind]]
+        columns = [self.table.column(name) for name in TOKENS[self.kind]]
         for index in indices:
             row = (column[int(index)].values.to_numpy() for column in columns)  # views of the memory-mapped file
             if self.kind == "sft":
@@ -73,7 +79,7 @@ class Split:
 
     def token_counts(self, column: str) -> np.ndarray:
         """How many tokens each example has in a column of token ids."""
-        return pc.list_value_length(self.table.data.column(column)).to_numpy().astype(np.int64)
+        return pc.list_value_length(self.table.column(column)).to_numpy().astype(np.int64)
 
 
 class PreparedData(NamedTuple):
@@ -82,6 +88,11 @@ class PreparedData(NamedTuple):
     train: Split
     validation: Split
     manifest: dict
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What conversations without a system message were given."""
+        return self.manifest["options"].get("system_prompt")
 
     @property
     def longest(self) -> int:
@@ -133,9 +144,18 @@ def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = Tru
             )
     try:
         splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
-    except (OSError, KeyError, json.JSONDecodeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
     return PreparedData(*splits, manifest)
+
+
+def memory_mapped(folder: Path) -> pa.Table:
+    """The rows of a Hugging Face datasets folder, which stay on disk until they are read.
+
+    datasets.load_from_disk gives the same, but importing datasets takes two seconds, which every rank would wait at every start.
+    """
+    files = [folder / file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
 
 
 def fingerprint_file(path: Path) -> dict:

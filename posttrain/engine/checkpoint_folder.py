@@ -1,4 +1,4 @@
-"""Reads a checkpoint's folder: is it one, is it whole, what does its manifest say."""
+"""Reads a checkpoint's folder: tells whether it is one and whether it is damaged, and reads its manifest."""
 
 import json
 import re
@@ -18,12 +18,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def model_description(path: Path) -> Path:
-    """The folder that describes the model of a run's checkpoint: RUN/model."""
+    """Returns the folder that describes the model of RUN/checkpoints/step_*: RUN/model."""
     return path.resolve().parent.parent / "model"
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint folder. Raises ValueError where it is missing, damaged, or names a file outside the folder."""
+    """Reads a checkpoint's manifest. Raises ValueError if it is missing, damaged, of another format, or names a file outside the folder."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         checksum = manifest.pop("checksum")
@@ -42,7 +42,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def file_problem(path: Path, name: str, facts: dict) -> str | None:
-    """What is wrong with a file of a checkpoint."""
+    """Returns what is wrong with file `name` of a checkpoint; None if it has the size and checksum of `facts`, its manifest entry."""
     if not (path / name).is_file():
         return f"{name} is missing"
     if (size := (path / name).stat().st_size) != facts["size"]:
@@ -53,13 +53,15 @@ def file_problem(path: Path, name: str, facts: dict) -> str | None:
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """Folders named as a whole checkpoint, oldest first."""
+    """Lists the finished checkpoints in a folder, going by their names, oldest first."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of) if folder.is_dir() else []
 
 
 def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def manifest_checksum(manifest: dict) -> str:
+    """Returns the XXH3 checksum of a manifest without its own "checksum"."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

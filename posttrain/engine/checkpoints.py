@@ -1,8 +1,8 @@
-"""Checkpoints to continue from, in checkpoints/step_000200/: DeepSpeed's files, every rank's random states, and manifest.json.
+"""Saves and restores training checkpoints, checkpoints/step_000200/: DeepSpeed's files, every rank's random states, and manifest.json.
 
-A save copies the state to host memory and writes in the background. When all ranks have written, rank 0 writes the manifest (what the
-files are, their sizes and checksums, the step, where every parameter lies), flushes all to disk and renames the staging folder: a folder
-named step_* is whole. Only then does `latest` move and an older checkpoint go.
+A save copies the state to host memory and writes it in the background. When all ranks have written, rank 0 writes the manifest (the files'
+sizes and checksums, the step, where every parameter lies), flushes it to disk and renames the staging folder: so a folder named step_*
+is complete. Only then is `latest` updated and an older checkpoint deleted.
 """
 
 import fcntl
@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from posttrain.common.files import sync_folder, write_whole
 from posttrain.engine import shards
+from posttrain.engine.adam import FLOAT32, STATE_BYTES
 from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
 from posttrain.engine.writer import BackgroundWriter
 from posttrain.parallel import watchdog
@@ -31,23 +32,23 @@ from posttrain.parallel.ranks import gathered, on_rank_0
 
 
 class Found(NamedTuple):
-    """A checkpoint that is whole."""
+    """A checkpoint that was found undamaged, and its manifest (`facts`)."""
 
     path: Path
     facts: dict
 
 
 class Checkpoints:
-    """The checkpoints of one run: `kept` newest ones, and the one with the lowest validation loss. All ranks call every method."""
+    """A run's checkpoints: the `kept` newest, and the one with the lowest validation loss. All ranks call every method."""
 
     def __init__(self, engine, folder: Path, kept: int, say: Callable[[str], None], facts: dict):
-        """`facts`: what every manifest repeats, so that a checkpoint can be understood alone."""
+        """`say` prints a line; `facts` are repeated in every manifest, so that a checkpoint can be understood without its run."""
         self.engine, self.folder, self.kept, self.say, self.facts = engine, folder, kept, say, facts
-        self.writer = engine.checkpoint_engine = BackgroundWriter()
-        self.pending: dict | None = None  # of the save that is being written
+        self.writer = BackgroundWriter()
+        self.pending: dict | None = None  # the save that is being written
 
     def save(self, step: int, guard: dict, validation: float | None = None) -> None:
-        """Copy the state after optimizer step `step` and begin to write it; `finish`, before the next one, makes it count."""
+        """Copy the state after `step`, with StepGuard's (`guard`), to host memory and begin to write it; `finish` before the next save."""
         assert self.pending is None, self.pending
         watchdog.enter("save")
         name = f"step_{step:06d}"
@@ -55,22 +56,21 @@ class Checkpoints:
         on_rank_0(lambda: self._make_room(staging))
         engine, rank = self.engine, dist.get_rank()
         self.writer.beside = {f"random_rank_{rank:05d}.pt": _random_states()}
-        engine.save_checkpoint(str(self.folder), tag=staging.name, save_latest=False)
-        zero = engine.zero_optimization_stage() > 0
+        file = engine.save(self.folder, staging.name, self.writer)
         self.pending = {
             "name": name,
-            "fragments": shards.fragments(engine) if zero or rank == 0 else [],
-            "file": Path(engine._get_zero_ckpt_name("", "") if zero else engine._get_ckpt_name("", "")).name,
+            "fragments": shards.fragments(engine) if engine.zero_stage or rank == 0 else [],
+            "file": file,
             "facts": {"step": step, "validation": validation, "guard": guard, "optimizer_step": shards.optimizer_step(engine)},
         }
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has a save whose files are all written; `finish` will not wait for it."""
+        """Whether a save is pending whose files this rank has all written, so that `finish` need not wait for this rank."""
         return self.pending is not None and self.writer.is_done
 
     def finish(self) -> None:
-        """Wait until the save under way is on the disk, and let it count. Raises OSError, on all ranks, where one could not write."""
+        """Wait until the pending save is on disk, and complete it. Raises OSError on all ranks if a rank could not write."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -93,20 +93,19 @@ class Checkpoints:
             on_rank_0(lambda: shutil.rmtree(final.with_name(f"{final.name}.incomplete"), ignore_errors=True))
             self._failed(final, f"{error} (ranks {', '.join(map(str, failed))})")
         try:
-            on_rank_0(lambda: self._seal(final, pending["facts"], everyones))
+            on_rank_0(lambda: self._complete(final, pending["facts"], everyones))
         except OSError as error:
             self._failed(final, str(error))
         self.say(f"saved {final}")
 
     def _failed(self, final: Path, why: str) -> NoReturn:
-        raise OSError(
-            f"{final} could not be written: {why}. Earlier checkpoints are whole: make room, and the same command goes on from the newest"
-        )
+        raise OSError(f"{final} could not be written: {why}. Earlier checkpoints are intact: make room, and the same command continues")
 
-    def _seal(self, final: Path, facts: dict, everyones: list[dict]) -> None:
+    def _complete(self, final: Path, facts: dict, everyones: list[dict]) -> None:
+        """Write the manifest and rename the staging folder to `final`. `everyones`: each rank's files and fragments."""
         staging = final.with_name(f"{final.name}.incomplete")
         files = {name: value for one in everyones for name, value in one["files"].items()}
-        zero = self.engine.zero_optimization_stage()
+        zero = self.engine.zero_stage
         parts = everyones if zero else everyones[:1]
         state = {
             "zero_stage": zero,
@@ -124,6 +123,7 @@ class Checkpoints:
         self._delete_old()
 
     def _delete_old(self) -> None:
+        """Write `best`, and delete all checkpoints but the newest `kept` and the best."""
         there = saved_checkpoints(self.folder)
         losses = {path: _validation_loss(path) for path in there}
         measured = [path for path in there if losses[path] is not None and math.isfinite(losses[path])]
@@ -135,7 +135,7 @@ class Checkpoints:
                 self._delete(old)
 
     def _delete(self, old: Path) -> None:
-        """Under another name first: half a checkpoint must not look like one."""
+        """Delete a checkpoint, renaming it first: a half-deleted one must not look complete."""
         doomed = old.with_name(f"{old.name}.incomplete")
         try:
             old.rename(doomed)
@@ -144,7 +144,7 @@ class Checkpoints:
             self.say(f"warning  {old} could not be deleted: {error}")
 
     def newest(self, before: float = math.inf) -> Found | None:
-        """The newest whole checkpoint whose weights no step from `before` on has changed; damaged ones are reported."""
+        """Returns the newest undamaged checkpoint with no applied step from `before` on, or None. Raises ValueError if all are damaged."""
         names = on_rank_0(lambda: [path.name for path in saved_checkpoints(self.folder)])
         usable = 0
         for path in (self.folder / name for name in reversed(names)):
@@ -156,20 +156,20 @@ class Checkpoints:
                 return Found(path, facts)
         if names and not usable:
             raise ValueError(
-                f"none of the checkpoints in {self.folder} can be used, and going on would begin at step 1 again. Restore one of them; or "
-                "move the folder away, and the same command begins anew"
+                f"none of the checkpoints in {self.folder} can be used, so the run would start again at step 1. Restore one of them; or "
+                "move the folder away, and the same command starts from the beginning"
             )
         return None
 
     def restore(self, found: Found) -> int:
-        """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Returns the step it was taken after."""
+        """Load a checkpoint into the engine, on any number of ranks and at any ZeRO stage. Returns the step after which it was saved."""
         shards.restore(self.engine, shards.Saved(found.path, found.facts["state"]))
         if found.facts["world_size"] == dist.get_world_size():
             _restore_random_states(found.path / f"random_rank_{dist.get_rank():05d}.pt")
         return found.facts["step"]
 
     def forget_after(self, step: int) -> None:
-        """Set aside what lies after the step that the run goes on from: it is damaged, or of a future that will not come."""
+        """Delete unfinished checkpoints; rename those after `step`, where the run continues, to *.damaged: unusable or outdated."""
 
         def set_aside():
             if not self.folder.is_dir():
@@ -189,25 +189,25 @@ class Checkpoints:
         on_rank_0(set_aside)
 
     def bytes_of_one(self) -> int:
-        """Size of a checkpoint, all ranks together: the weights, and float32 master weights with two moments."""
-        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_optimization_stage()
+        """Returns the size of a checkpoint in bytes, all ranks together: the weights, and float32 master weights with two moments."""
+        dtype, stage = next(self.engine.module.parameters()).dtype, self.engine.zero_stage
         weights = 0 if stage == 3 else dtype.itemsize
         alone = stage == 0 and dtype == torch.float32  # the weights are the master weights
-        return shards.count(self.engine.module) * (weights + (8 if alone else 12))
+        return shards.count(self.engine.module) * (weights + STATE_BYTES - (FLOAT32 if alone else 0))
 
     def check_space_for(self, saves: int, weights: int) -> None:
-        """Refuse a run whose checkpoints and result, of `weights` bytes, would not fit on the disk."""
+        """Raises OSError if the disk cannot hold the kept checkpoints of `saves` saves, and a result of `weights` bytes."""
 
         def check():
             there = len(saved_checkpoints(self.folder)) if self.folder.is_dir() else 0
-            most = min(saves, self.kept + 2)  # the best one, and one being written
+            most = min(saves, self.kept + 2)  # + 2: the best one, and one being written
             needed = max(0, most - there) * self.bytes_of_one() + weights
             self._refuse_unless_free(needed, f"{most} checkpoints and the result need", self.folder.parent)
 
         on_rank_0(check)
 
     def lock(self) -> None:
-        """Refuse to work on a run that another start of it works on. Held until this process ends."""
+        """Lock the run's directory until this process ends. Raises ValueError if another process has locked it."""
 
         def take():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -215,15 +215,15 @@ class Checkpoints:
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self.folder.parent} is being worked on by another start of this run; wait for it, or stop it") from None
+                raise ValueError(f"{self.folder.parent} is in use by another process of this run; wait for it, or stop it") from None
 
         on_rank_0(take)
 
     def check_shared(self) -> None:
-        """Refuse a run whose hosts do not see one folder: each would write checkpoints that only it can read."""
+        """Raises ValueError unless all hosts see the same folder: else each would write checkpoints that only it can read."""
         place = self.folder.parent
         token = on_rank_0(lambda: _touch_token(place))
-        deadline = time.monotonic() + 10  # a network file system may show it late
+        deadline = time.monotonic() + 10  # a network file system may show a new file late
         while not (seen := (place / token).exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
         everyones = gathered((socket.gethostname(), seen))
@@ -235,12 +235,14 @@ class Checkpoints:
             )
 
     def _make_room(self, staging: Path) -> None:
+        """Create an empty staging folder. Raises OSError if the disk has too little room for a checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         self._refuse_unless_free(self.bytes_of_one(), "a checkpoint needs", self.folder)
         staging.mkdir()
 
     def _refuse_unless_free(self, needed: int, what: str, place: Path) -> None:
+        """Raises OSError unless `needed` bytes are free on the disk of `place`; `what` begins the message."""
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
@@ -259,7 +261,7 @@ def _touch_token(place: Path) -> str:
 
 
 def _validation_loss(path: Path) -> float | None:
-    """None also for a checkpoint that is damaged."""
+    """Returns a checkpoint's validation loss; None if it has none, or its manifest is damaged."""
     try:
         return read_manifest(path)["validation"]
     except ValueError:
@@ -267,7 +269,7 @@ def _validation_loss(path: Path) -> float | None:
 
 
 def _verified(path: Path) -> tuple[dict, str | None]:
-    """The manifest and what is wrong with the checkpoint, each rank having read its share of the files. All ranks."""
+    """Read a checkpoint's manifest and check its files, each rank a share. Returns the manifest, and a problem or None. All ranks."""
     try:
         facts, problem = read_manifest(path), None
     except ValueError as error:
@@ -279,13 +281,14 @@ def _verified(path: Path) -> tuple[dict, str | None]:
 
 
 def _random_states() -> dict:
-    """This rank's random states. Training draws from none that outlives a step; a model's own code, or a kernel's, might."""
+    """Returns this rank's random states. Our training code uses none that outlives a step; a model's own code, or a kernel's, might."""
     kind, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.copy()), *rest)}
     return states | {"device": get_accelerator().get_rng_state(), "kind": get_accelerator().device_name()}
 
 
 def _restore_random_states(path: Path) -> None:
+    """Set this rank's random states from a file of `_random_states`; the device's only if it is of the same kind."""
     states = torch.load(path, weights_only=True)
     torch.set_rng_state(states["torch"])
     if states["kind"] == get_accelerator().device_name():

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: a checked ds_configs/*.json and a recipe, merged in this one place."""
+"""DeepSpeed's configuration: checks a ds_configs/*.json, and merges it with the recipe."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from posttrain.common.files import REPOSITORY
 from posttrain.engine.start import launch_shape
 from posttrain.recipes.keys import Recipe
 
-# What a ds_config may say. DeepSpeed's top level is an unchecked dict: it takes a misspelt key in silence.
+# Keys that a ds_config may have. DeepSpeed does not check its top level: it silently ignores a misspelt key.
 JSON_KEYS = {
     "zero_optimization",
     "zero_force_ds_cpu_optimizer",
@@ -43,7 +43,7 @@ RECIPE_OWNS = {
     "csv_monitor": "out_dir",
     "steps_per_print": "log_interval",
 }
-# The keys of sections that DeepSpeed does not check; zero_optimization it checks itself.
+# Keys of the sections that DeepSpeed does not check; it checks zero_optimization itself.
 SECTION_KEYS = {
     "activation_checkpointing": {
         "partition_activations",
@@ -60,7 +60,10 @@ SECTION_KEYS = {
 
 
 def read_ds_config(path: str) -> dict:
-    """A checked ds_configs/*.json. Raises ValueError for keys that the recipe owns, that DeepSpeed does not know, or left at "auto"."""
+    """Reads and checks a ds_config, by its path or its path in this repository.
+
+    Raises FileNotFoundError, or ValueError for keys that the recipe owns, that DeepSpeed does not know, or that are left at "auto".
+    """
     place = Path(path) if Path(path).is_file() else REPOSITORY / path
     if not place.is_file():
         shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json")))
@@ -77,7 +80,7 @@ def read_ds_config(path: str) -> dict:
         if name not in JSON_KEYS:
             raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
     if '"auto"' in json.dumps(config):
-        raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would take a default in silence')
+        raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would silently use a default')
     for section in ("zero_optimization", *SECTION_KEYS):
         if not isinstance(config.get(section, {}), dict):
             raise ValueError(f"{path}: {section} should be an object of its settings, saw {config[section]!r}")
@@ -89,6 +92,7 @@ def read_ds_config(path: str) -> dict:
 
 
 def _check_zero(path: str, section: dict) -> None:
+    """Raises ValueError if the zero_optimization section is invalid, or asks for something that training here does not support."""
     if old := [name for name in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory") if name in section]:
         raise ValueError(f"{path}: {old[0]} is DeepSpeed's old spelling; use offload_optimizer or offload_param")
     try:
@@ -97,23 +101,26 @@ def _check_zero(path: str, section: dict) -> None:
         raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
     offload = section.get("offload_optimizer") or {}
     if zero.zenflow is not None or offload.get("super_offload") or offload.get("ratio", 1) != 1:
-        # these step optimizers of their own, which neither the learning rate nor the check of a bad step would reach
+        # these step optimizers of their own, which would escape the learning-rate schedule and the check for bad steps
         raise ValueError(f"{path}: zenflow, super_offload and an offload ratio other than 1 are not supported; remove them")
     if "nvme" in (offload.get("device"), (section.get("offload_param") or {}).get("device")):
         raise ValueError(f"{path}: offload to nvme is not supported: its state would not be in the checkpoints. Offload to cpu")
     if zero.round_robin_gradients or zero.elastic_checkpoint:
-        # DeepSpeed 0.19.8 maps parameters wrongly to their parts with the first, and writes checkpoints of another form with the second
+        # DeepSpeed 0.19.8 maps parameters to wrong parts with the first, and writes checkpoints in another format with the second
         raise ValueError(f"{path}: round_robin_gradients and elastic_checkpoint are not supported: checkpoints would be wrong. Remove them")
     if not zero.compute_grad_norm:
         raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
     if not isinstance(section.get("stage", 0), int):
         raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
     if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
-        raise ValueError(f"{path}: stage {zero.stage} would not read its offload section: optimizer states from stage 1, parameters at 3")
+        raise ValueError(
+            f"{path}: stage {zero.stage} would not read its offload section: optimizer states can be offloaded from stage 1 on, parameters "
+            "only at stage 3"
+        )
 
 
 def merge_config(recipe: Recipe, json_config: dict) -> dict:
-    """DeepSpeed's whole configuration."""
+    """Returns DeepSpeed's whole configuration, from a recipe and its checked ds_config. Raises ValueError if they contradict each other."""
     if "activation_checkpointing" in json_config and recipe.activation_checkpointing != "full":
         raise ValueError(
             f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
@@ -123,28 +130,31 @@ def merge_config(recipe: Recipe, json_config: dict) -> dict:
     if world_size % node:
         raise ValueError(
             f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {world_size} of this run. Set it "
-            "to what each node has; on one node use ds_configs/zero3.json"
+            "to the number of GPUs in each node; on one node use ds_configs/zero3.json"
         )
     config = {
         **json_config,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # the loop sets every boundary itself
+        "gradient_accumulation_steps": 1,  # TrainingEngine.backward sets every accumulation boundary itself
         "gradient_clipping": recipe.grad_clip,
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
         "steps_per_print": None,
     }
     if accumulates_in_fp32(recipe, json_config):
-        config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default accumulates in bf16
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # by default DeepSpeed accumulates in bfloat16
     return config
 
 
 def accumulates_in_fp32(recipe: Recipe, json_config: dict) -> bool:
-    """Gradients of several micro-batches add up in float32, except at ZeRO-0 in bfloat16, where DeepSpeed 0.19.8 refuses to."""
+    """Whether gradients of several micro-batches add up in float32: not at ZeRO-0 in bfloat16, where DeepSpeed 0.19.8 refuses to."""
     return recipe.dtype == "float32" or json_config.get("zero_optimization", {}).get("stage", 0) > 0
 
 
 def checkpoint_function(recipe: Recipe, json_config: dict):
-    """DeepSpeed's activation checkpointing as its JSON section configures it, or with offload; None for torch's."""
+    """Configure DeepSpeed's activation checkpointing and return its function; None if torch's is to be used.
+
+    DeepSpeed's is used if the ds_config has a section for it, or the recipe says "offload". Raises ValueError where it would not work.
+    """
     config = merge_config(recipe, json_config)
     if recipe.activation_checkpointing == "offload":
         config["activation_checkpointing"] = {"cpu_checkpointing": True}
@@ -152,11 +162,11 @@ def checkpoint_function(recipe: Recipe, json_config: dict):
         return None
     if recipe.compile:
         raise ValueError(
-            "compile does nothing within DeepSpeed's activation checkpointing (0.19.8), which offload and a section in JSON stand for. "
-            "Leave compile out, or take activation_checkpointing: full without a section"
+            "compile does nothing within DeepSpeed's activation checkpointing (0.19.8), which offload and a section in JSON use. "
+            "Leave compile out, or use activation_checkpointing: full without a section"
         )
     if config["activation_checkpointing"].get("cpu_checkpointing") and get_accelerator().device_name() == "cpu":
-        # DeepSpeed 0.19.8 would take its "copy" of an activation, then empty the original, which is the same tensor here
+        # DeepSpeed 0.19.8 would "copy" an activation, then empty the original, which on a CPU is the same tensor
         raise ValueError(
             "activation_checkpointing: offload (cpu_checkpointing in JSON) moves activations from a GPU to the CPU; here the model is on "
             "the CPU. Use full"

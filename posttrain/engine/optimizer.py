@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed wraps: which one, its parameter groups, its learning rate."""
+"""The optimizer that DeepSpeed wraps: AdamW and its parameter groups."""
 
 import deepspeed
 import torch
@@ -7,9 +7,27 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from posttrain.recipes.keys import Recipe
 
 
+def make_optimizer(groups: list[dict], recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
+    """Returns AdamW over the groups: torch's fused one, or DeepSpeed's for the CPU if the ds_config offloads its states."""
+    settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
+    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Returns the policy's trained parameters in two groups: weight decay for matrices only, as is usual for transformers."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 def undo_first_step(optimizer) -> None:
-    """DeepSpeed 0.19.8 makes the states of its bfloat16 optimizer for ZeRO-0 by a real step with zero gradients: Adam's clock would stand
-    at 1 before step 1, and weight decay would have been applied once more than in any other layout."""
+    """Undo the step that DeepSpeed 0.19.8 makes with zero gradients to create the states of its bfloat16 optimizer for ZeRO-0.
+
+    Otherwise Adam's step count would be 1 before step 1, and weight decay would be applied once more than in any other layout.
+    """
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         optimizer.optimizer.state.clear()
         for weights, master_weights in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
@@ -17,28 +35,8 @@ def undo_first_step(optimizer) -> None:
                 master_weight.data.copy_(weight.data)
 
 
-def set_learning_rate(engine, value: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value
-
-
-def describe_optimizer(engine) -> str:
-    """The line of the first screen that says which optimizer runs, and why."""
-    if isinstance(engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
-        return "optimizer: DeepSpeed's CPU Adam (its states are offloaded)"
-    return "optimizer: torch's fused AdamW (at the limit of memory where it was measured, and nothing to compile as for DeepSpeed's)"
-
-
-def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices only, as usual for transformers."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def make_optimizer(groups, recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
-    settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Returns which optimizer runs, and why, for the lines that a run prints first."""
+    if isinstance(optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
+        return "DeepSpeed's CPU Adam (its states are offloaded)"
+    return "torch's fused AdamW (measured to be as fast as memory allows; DeepSpeed's would have to be compiled first)"

@@ -1,8 +1,8 @@
-"""Where a training state lies: which elements of which parameter each rank's flat tensors hold, in memory and in DeepSpeed's files.
+"""Maps a sharded training state: which elements of which parameter each rank's flat tensors hold, in memory and in DeepSpeed's files.
 
-A checkpoint records this map, so it can be read into any other number of ranks and any ZeRO stage: each rank copies the elements that
-it now holds, float32 weights and both moments, from wherever they were. It is the only way in which a checkpoint is loaded, the same
-layout included. (DeepSpeed's universal checkpoints do not cross between ZeRO 1 to 2 and 3 on 0.19.8.)
+A checkpoint records this map, so it can be loaded on any number of ranks and at any ZeRO stage: each rank copies the elements that it now
+holds, float32 weights and both moments, from wherever they were saved. All checkpoints are loaded in this way, those of the same layout
+included. (DeepSpeed's universal checkpoints do not cross between ZeRO 1 to 2 and 3 on 0.19.8.)
 """
 
 import pickle
@@ -18,13 +18,15 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
-KINDS = ("weights", "exp_avg", "exp_avg_sq")  # float32 all
-# What DeepSpeed's files hold besides tensors and plain values. Nothing else is unpickled, so a file cannot bring code.
+from posttrain.engine.adam import CLOCK, MOMENTS
+
+KINDS = ("weights", *MOMENTS)  # all in float32
+# Classes in DeepSpeed's files besides tensors and plain values. Nothing else is unpickled, so a file cannot run code.
 ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class Fragment(NamedTuple):
-    """Elements start to start + length of a flattened parameter: elements offset to offset + length of flat tensor `group`."""
+    """Says that elements [start, start + length) of flattened parameter `name` are [offset, offset + length) of flat tensor `group`."""
 
     name: str
     start: int
@@ -34,8 +36,8 @@ class Fragment(NamedTuple):
 
 
 def fragments(engine) -> list[Fragment]:
-    """What this rank's optimizer holds."""
-    stage, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, []
+    """Returns the parts of parameters that this rank's optimizer holds."""
+    stage, optimizer, found = engine.zero_stage, engine.optimizer, []
     parameters = dict(engine.module.named_parameters())
     if stage == 0:
         groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
@@ -55,18 +57,18 @@ def fragments(engine) -> list[Fragment]:
 
 
 def count(module: torch.nn.Module) -> int:
-    """Elements of all parameters, whole where ZeRO-3 holds a part of each."""
+    """Returns the number of elements of all parameters, all ranks' parts together at ZeRO-3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def shapes(engine) -> dict[str, list[int]]:
-    """The whole shape of every parameter."""
+    """Returns every parameter's name and shape, the whole shape at ZeRO-3 too."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
-    """The flat tensors of float32 weights, by group, and the torch optimizer whose state is keyed by them."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+def master_weights(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    """Returns the flat tensors of float32 weights, one per group, and the torch optimizer whose state is keyed by them."""
+    optimizer, stage = engine.optimizer, engine.zero_stage
     if stage == 3:
         return optimizer.fp32_partitioned_groups_flat, optimizer.optimizer
     if stage > 0:  # bfloat16 at ZeRO-1 has an optimizer of its own, BF16_Optimizer
@@ -78,42 +80,42 @@ def _masters(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
 
 
 def optimizer_step(engine) -> int:
-    """Adam's clock: how many steps the optimizer has made."""
-    masters, optimizer = _masters(engine)
-    clocks = {int(optimizer.state[master]["step"]) for master in masters if optimizer.state.get(master)}
+    """Returns how many steps the optimizer has made, by Adam's own count."""
+    masters, optimizer = master_weights(engine)
+    clocks = {int(optimizer.state[master][CLOCK]) for master in masters if optimizer.state.get(master)}
     assert len(clocks) <= 1, clocks
     return clocks.pop() if clocks else 0
 
 
 def make_optimizer_states(engine, step: int = 0) -> None:
-    """Adam's moments, as zeros where there are none, and its clock.
+    """Create Adam's moments, as zeros, where they are missing, and set its step count.
 
-    torch and DeepSpeed 0.19.8 make them in the first optimizer step. By then the run's largest micro-batch has been tried for memory, with
-    8 bytes a parameter more to spare than any later one has.
+    torch and DeepSpeed 0.19.8 would create them in the first optimizer step: after the run's largest micro-batch has been tried for
+    memory, which would then have had 8 bytes per parameter more than later ones.
     """
-    masters, optimizer = _masters(engine)
-    fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its clock as an int
+    masters, optimizer = master_weights(engine)
+    fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam keeps its step count as an int
     for master in masters:
         state = optimizer.state[master]
-        state["step"] = torch.tensor(float(step), device=master.device) if fused else step
-        for kind in KINDS[1:]:
+        state[CLOCK] = torch.tensor(float(step), device=master.device) if fused else step
+        for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(master)
 
 
 @torch.no_grad()
 def restore(engine, saved: "Saved") -> None:
-    """Copy a saved training state into the engine, whatever layout either has. All ranks.
+    """Copy a saved training state into the engine; the two may have different layouts. All ranks.
 
-    Raises ValueError where the checkpoint holds another model.
+    Raises ValueError if the checkpoint is of another model.
     """
-    here, stage = shapes(engine), engine.zero_optimization_stage()
+    here, stage = shapes(engine), engine.zero_stage
     if here != saved.shapes:
         names = [name for name in {**here, **saved.shapes} if here.get(name) != saved.shapes.get(name)]
         raise ValueError(f"{saved.folder} holds another model: {len(names)} parameters differ, first {names[0]}")
-    if stage == 3:  # a forward pass has left small parameters gathered: partitioned, they are gathered anew from what is restored
+    if stage == 3:  # a forward pass has left small parameters gathered: partitioning makes ZeRO-3 gather the restored values
         engine.optimizer.checkpoint_event_prologue()
-    masters, optimizer = _masters(engine)
+    masters, optimizer = master_weights(engine)
     if saved.optimizer_step:
         make_optimizer_states(engine, saved.optimizer_step)
     for part in fragments(engine):
@@ -128,7 +130,7 @@ def restore(engine, saved: "Saved") -> None:
 
 
 def _weights_from_masters(engine, stage: int) -> None:
-    """The weights that compute, from the float32 ones, as after a step. All ranks."""
+    """Set the weights that compute from the float32 ones, as DeepSpeed does after a step. All ranks."""
     optimizer = engine.optimizer
     if stage == 3:
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -142,10 +144,10 @@ def _weights_from_masters(engine, stage: int) -> None:
 
 
 class Saved:
-    """The training state in a checkpoint's files, read element by element from mapped memory."""
+    """The training state in a checkpoint's files; reads any range of elements from memory-mapped files."""
 
     def __init__(self, folder: Path, facts: dict):
-        """`facts`: what the checkpoint's manifest says under "state"."""
+        """`facts`: "state" of the checkpoint's manifest."""
         self.folder, self.stage, self.optimizer_step, self.shapes = folder, facts["zero_stage"], facts["optimizer_step"], facts["shapes"]
         self.files: list[str] = facts["files"]
         self.parts: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.shapes}
@@ -155,7 +157,10 @@ class Saved:
         self._tensors = cache(self._open)
 
     def read(self, name: str, kind: str, start: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements start to start + length of a parameter or its moment, as (first element, values) of each saved piece."""
+        """Yields elements [start, start + length) of a parameter (`kind` "weights") or a moment of it, as pairs (first element, values).
+
+        Raises ValueError if some of them are in no file.
+        """
         found, end = 0, start + length
         for rank, part in self.parts[name]:
             first, last = max(start, part.start), min(end, part.start + part.length)
@@ -164,17 +169,17 @@ class Saved:
                 yield first, flat[part.offset + first - part.start : part.offset + last - part.start]
                 found += last - first
         if found != length:
-            raise ValueError(f"{self.folder} holds {found} of {length} elements of {name}: it is not whole")
+            raise ValueError(f"{self.folder} holds {found} of {length} elements of {name}: it is incomplete")
 
     def parameter(self, name: str) -> torch.Tensor:
-        """A whole parameter in float32."""
+        """Returns a whole parameter in float32."""
         whole = torch.empty(self.shapes[name])
         for start, values in self.read(name, "weights", 0, whole.numel()):
             whole.view(-1)[start : start + len(values)] = values
         return whole
 
     def _open(self, rank: int) -> dict[str, list[torch.Tensor]]:
-        """The flat tensors of a rank's file, by kind and group."""
+        """Maps a rank's file into memory; returns its flat tensors: kind -> one for each group. Raises ValueError if it could run code."""
         path = self.folder / self.files[rank]
         try:
             with torch.serialization.safe_globals(ALLOWED):
@@ -196,4 +201,4 @@ class Saved:
             names = {parts[0][1].group: name for name, parts in self.parts.items()}
             weights, state = [content["module"][names[group]] for group in sorted(names)], content["optimizer"]["state"]
         flat = {"weights": [tensor.detach().view(-1) for tensor in weights]}
-        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in KINDS[1:]}
+        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in MOMENTS}

@@ -1,4 +1,4 @@
-"""Starts a rank: versions, devices, cores, the process group, and what libraries would print."""
+"""Starts a rank: checks versions and devices, shares out cores, sets up the process group, and silences libraries."""
 
 import contextlib
 import io
@@ -18,12 +18,12 @@ from torch import distributed as dist
 from posttrain.parallel import ranks
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
-# Adam hides it; clipping and gradient norms do not.
+# Adam's steps do not show it; clipping and gradient norms do.
 OLDEST_DEEPSPEED = "0.19.8"
 
 
 def check_versions() -> None:
-    """Refuse a DeepSpeed that computes wrong gradients."""
+    """Raises ValueError for a version of DeepSpeed that computes wrong gradients."""
     if Version(version("deepspeed")) < Version(OLDEST_DEEPSPEED):
         raise ValueError(
             f"deepspeed {version('deepspeed')} scales gradients wrongly under accumulation; "
@@ -32,19 +32,19 @@ def check_versions() -> None:
 
 
 def launch_shape() -> tuple[int, int]:
-    """Rank and world size from the launcher's environment; alone without one."""
+    """Returns rank and world size from the launcher's environment variables; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
-    """Meet the other ranks, watch them from then on, and take this rank's device. All ranks.
+    """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
-    Raises ValueError where ranks do not come, or cannot connect to each other.
+    Raises ValueError if there are too few GPUs, or if ranks are missing or cannot connect to each other.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
-    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free one
+    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free port
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if accelerator.device_name() == "cpu":
@@ -54,7 +54,7 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     device = current_device()
     if not dist.is_initialized():
         ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line a rank about an op that it has loaded
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints on each rank that it has loaded an op
         deepspeed.init_distributed(verbose=False)
     if accelerator.device_name() == "cpu":
         _unlink_shared_memory()
@@ -62,9 +62,10 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
 
 
 def _unlink_shared_memory() -> None:
-    """DeepSpeed 0.19.8's all-reduce on CPUs leaves its buffers in /dev/shm after the run: 66 MB of memory a rank and start, for good.
+    """Remove the names of the buffers in /dev/shm of DeepSpeed 0.19.8's all-reduce on CPUs. All ranks.
 
-    Once every rank has mapped them they need no name, and without one they go with the processes. All ranks.
+    It leaves them there: 66 MB of memory for each rank and start, for good. Once every rank has mapped them no name is needed, and without
+    one they are freed when the processes end.
     """
     dist.barrier()
     buffer = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
@@ -73,36 +74,38 @@ def _unlink_shared_memory() -> None:
 
 
 def _share_cores(local_size: int, rank: int) -> None:
-    """Without this every rank would start a thread on every core."""
+    """Divide the cores among this machine's ranks: otherwise each would start a thread on every core."""
     cores = len(os.sched_getaffinity(0))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // local_size))
     if local_size > cores and rank == 0:
-        print(f"warning  {local_size} ranks share {cores} cores: right, but slow", flush=True)
+        print(f"warning  {local_size} ranks share {cores} cores: results are right, but training is slow", flush=True)
 
 
 def _limit_kernel_caches() -> None:
-    """Before the first product. oneDNN, and torch (2.13) above it, keep 1,024 bfloat16 kernels, each for one number of rows.
+    """Limit the caches of bfloat16 kernels on the CPU to 64 entries. Call it before the first matrix product.
 
-    Every micro-batch has another, so that came to gigabytes and to no speed: the layers of one micro-batch share some twenty.
+    oneDNN, and torch (2.13) above it, keep 1,024, each for one number of rows. Nearly every micro-batch has another number, so the caches
+    grew to gigabytes without a gain in speed: the layers of one micro-batch share some twenty kernels.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def _quiet_libraries() -> None:
-    """Their progress is not the run's: warnings and errors stay."""
+    """Silence libraries' progress messages; most warnings, and all errors, stay."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # 0.8.5 warns of each kind of device whose kernels are not installed
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # 0.8.5 warns about every kind of device whose kernels are not installed
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed 0.19.8 calls deprecated collectives
 
 
 def current_device() -> torch.device:
-    """This rank's device."""
+    """Returns this rank's device."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def check_devices(wanted: int, visible: int) -> None:
+    """Raises ValueError if more GPUs are wanted on this machine than are visible."""
     if wanted > visible:
         raise ValueError(f"--num_gpus asks for {wanted} GPUs on this machine, {visible} are visible; use --num_gpus {visible} or fewer")

@@ -1,4 +1,4 @@
-"""Weights of an engine, whole although they are sharded: gathered for the result, sampled for the share that a step changes."""
+"""Reads an engine's weights, sharded or not: gathers them for the result, and samples them for the share that a step changes."""
 
 import math
 
@@ -10,26 +10,27 @@ from posttrain.operators.saved_form import as_saved
 
 
 class WeightSample:
-    """A fixed sample of this rank's weights: which share of them changes in a step?
+    """A fixed sample of this rank's weights, to measure which share of them a step changes.
 
-    Float32 master weights keep every update, however small; the bfloat16 copies that compute change only where it crosses a rounding
-    step, which is about 1/256 of a weight's size.
+    Float32 master weights keep every update, however small; a bfloat16 copy, which computes, changes only if the update crosses
+    a rounding step, about 1/256 of the weight's size.
     """
 
     TENSORS, ELEMENTS = 16, 2**14
 
     def __init__(self, engine):
         tensors = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.ndim >= 2 or hasattr(p, "ds_tensor")]
-        tensors = [tensor for tensor in tensors if tensor.numel() > 1]  # one that lies on an NVMe has 1
+        tensors = [tensor for tensor in tensors if tensor.numel() > 1]  # a tensor offloaded to NVMe has 1
         self.tensors = tensors[:: max(1, math.ceil(len(tensors) / self.TENSORS))]
         self.device = engine.device
 
     def values(self) -> list[torch.Tensor]:
+        """Returns copies of the sampled weights, at most about twice ELEMENTS from each of at most TENSORS tensors."""
         flat = [tensor.detach().flatten() for tensor in self.tensors]
         return [values[:: max(1, len(values) // self.ELEMENTS)].clone() for values in flat]
 
     def share_changed(self, before: list[torch.Tensor]) -> float:
-        """Share of the sample, over all ranks, that differs from `before`. All ranks."""
+        """Returns the share of the sample, of all ranks together, that differs from `before`, earlier `values`. All ranks."""
         now = self.values()
         changed = sum((a != b).sum() for a, b in zip(before, now, strict=True))
         counts = torch.tensor([float(changed), sum(map(len, now))], device=self.device)
@@ -38,10 +39,10 @@ class WeightSample:
 
 
 def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
-    """The wrapped model's weights by name, on the CPU of rank 0 (None elsewhere), one tensor gathered at a time. All ranks."""
+    """Gather the model's weights, one tensor at a time. Returns name -> tensor on the CPU on rank 0, None on other ranks. All ranks."""
     state = {}
     for name, parameter in engine.module.model.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):
             if dist.get_rank() == 0:
                 state[name] = as_saved(name, parameter.detach(), engine.module.model.config).to("cpu", copy=True)
     return state if dist.get_rank() == 0 else None

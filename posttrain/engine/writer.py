@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files written by a thread while training goes on, flushed to disk, with a checksum of what was written."""
+"""Writes DeepSpeed's checkpoint files in a thread while training goes on, flushes them to disk, and computes their checksums."""
 
 import copy
 import copyreg
@@ -12,16 +12,16 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-# Python 3.11.2, Debian 12's, pickles an enum as a call of getattr, which weights_only loading refuses: no run could have gone on
+# Python 3.11.2, Debian 12's, pickles an enum as a call of getattr, which weights_only loading refuses: no checkpoint could be loaded
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 CHUNK = 2**24  # bytes written at a time
 FLUSH = 2**28  # bytes between flushes
 
 
 class BackgroundWriter(CheckpointEngine):
-    """DeepSpeed's checkpoint files in two parts: `save` copies the state to host memory, which training waits for; then a thread writes.
+    """A DeepSpeed checkpoint engine. `save` copies the state to host memory, while training waits; after `commit` a thread writes it.
 
-    Host memory for one copy of this rank's state is kept from one save to the next: fresh memory costs more time than the copy itself.
+    The host memory for one copy of this rank's state is reused by later saves: allocating it costs more time than the copy itself.
     (DeepSpeed 0.19.8's decoupled engine fails at construction, its fast engine writes while training waits.)
     """
 
@@ -29,38 +29,41 @@ class BackgroundWriter(CheckpointEngine):
         super().__init__()
         self.jobs: list[tuple[dict, Path]] = []
         self.buffers: dict[tuple[str, int], torch.Tensor] = {}
-        self.files: dict[str, dict] = {}  # of the current save, by name: size and checksum
+        self.files: dict[str, dict] = {}  # the current save's files: name -> size and checksum
         self.error: OSError | None = None
         self.thread: threading.Thread | None = None
         self.bytes_written = 0
-        self.beside: dict[str, dict] = {}  # more to write into the folder of the next save, by file name
+        self.beside: dict[str, dict] = {}  # further files of the next save: name -> content
 
     def create(self, info) -> None:
+        """Begin a save. DeepSpeed calls it, then `save` for each file, then `commit`."""
         assert self.is_done, "a save begins while another is written"
         self.jobs, self.files, self.error = [], {}, None
 
     def save(self, state_dict, path: str) -> None:
+        """Copy a file's content to host memory."""
         self.jobs.append((self._host_copy(state_dict, Path(path).name), Path(path)))
 
     def commit(self, info) -> bool:
-        """Start writing."""
+        """Start the thread that writes the files."""
         for name, state in self.beside.items():
             self.save(state, str(Path(info.save_dir) / info.tag / name))
-        get_accelerator().synchronize()  # copies from a GPU
+        get_accelerator().synchronize()  # waits for the copies from a GPU
         self.thread = threading.Thread(target=self._write, name="checkpoint writer")
         self.thread.start()
         return True
 
     def load(self, path: str, map_location=None):
+        """Raises NotImplementedError; DeepSpeed's interface requires the method."""
         raise NotImplementedError("checkpoints are read by posttrain/engine/shards.py, which knows every layout")
 
     @property
     def is_done(self) -> bool:
-        """Whether this rank's files are all written, or one has failed."""
+        """Whether this rank writes no more: its files are all written, or one has failed."""
         return self.thread is None or not self.thread.is_alive()
 
     def _host_copy(self, state: dict, file: str):
-        """A deep copy on the host, tensors in buffers that are used again."""
+        """Returns a deep copy of `state` whose tensors are in reused buffers in host memory."""
         tensors: list[torch.Tensor] = []
         tensors_in(state, tensors)
         copies, seen = {}, {}
@@ -70,9 +73,10 @@ class BackgroundWriter(CheckpointEngine):
                 seen[place] = self._buffer(file, index, tensor)
                 seen[place].copy_(tensor.detach(), non_blocking=True)
             copies[id(tensor)] = seen[place]
-        return copy.deepcopy(state, copies)  # its memo: objects by id that are copied already
+        return copy.deepcopy(state, copies)  # the second argument, the memo, maps ids of objects to their copies
 
     def _buffer(self, file: str, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the buffer for tensor number `index` of a file, from an earlier save if its shape and type still fit."""
         buffer = self.buffers.get((file, index))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
@@ -80,19 +84,20 @@ class BackgroundWriter(CheckpointEngine):
         return buffer
 
     def _write(self) -> None:
+        """Write the files, in the thread; an error is kept in `error`."""
         try:
             for state, path in self.jobs:
                 with _CheckedFile(path, self) as file:
                     torch.save(state, file)
                 self.files[path.name] = file.facts
-        except Exception as error:  # whatever it is, the files are not whole; torch wraps a full disk in a RuntimeError
+        except Exception as error:  # after any error the files are incomplete; torch wraps that of a full disk in a RuntimeError
             self.error = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}".splitlines()[0])
         finally:
             self.jobs = []
 
 
 class _CheckedFile:
-    """A file that torch.save writes to: takes the checksum as bytes pass, and is on the disk when closed."""
+    """A file for torch.save to write to: computes the checksum of what passes, and is flushed to disk when it is closed."""
 
     def __init__(self, path: Path, writer: BackgroundWriter):
         self.path, self.writer, self.size, self.hash = path, writer, 0, xxhash.xxh3_128()
@@ -103,13 +108,13 @@ class _CheckedFile:
 
     def write(self, data) -> int:
         view, written = memoryview(data).cast("B"), 0
-        while written < len(view):  # a tensor comes in one piece, and a raw write may take only a part of what it is given
+        while written < len(view):  # torch.save passes a whole tensor, and an unbuffered write may write only a part of it
             piece = view[written : written + CHUNK]
             count = self.file.write(piece)
             self.hash.update(piece[:count])
             written += count
             if self.size // FLUSH < (self.size + count) // FLUSH:
-                os.fdatasync(self.file.fileno())  # so that progress is bytes on the disk, and the end not one long wait
+                os.fdatasync(self.file.fileno())  # so that bytes_written are on the disk, and closing does not take long
             self.size += count
             self.writer.bytes_written += count
         return len(view)
@@ -124,11 +129,12 @@ class _CheckedFile:
 
     @property
     def facts(self) -> dict:
+        """Size in bytes and XXH3 checksum of what was written, as `files.file_facts` returns them."""
         return {"size": self.size, "xxh3": self.hash.hexdigest()}
 
 
 def tensors_in(value, tensors: list[torch.Tensor]) -> None:
-    """Every tensor in nested containers, in order."""
+    """Append every tensor in nested dicts, lists and tuples to `tensors`, in order."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What scores say: rates with intervals, baselines that need no model, and whether two checkpoints differ at all."""
+"""What scores show: rates with intervals, baselines that need no model, and whether two checkpoints differ at all."""
 
 import math
 from collections import Counter
@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-Z = 1.959964  # 95 %
-FEW = 30  # items
+Z = 1.959964  # of the normal distribution, for 95 % on both sides
+FEW = 30  # fewer items do not show how much scores vary
 
 
 class Rate(NamedTuple):
+    """A mean score between 0 and 1, with its 95 % interval and the number of items."""
+
     value: float
     low: float
     high: float
@@ -19,7 +21,7 @@ class Rate(NamedTuple):
 
 
 def wilson(hits: float, n: int) -> Rate:
-    """Share of hits with its 95 % interval after Wilson (1927), which stays sound at 0 and 1."""
+    """Return the share of hits with its 95 % interval after Wilson (1927), which stays sound at 0 and 1."""
     mean, spread = hits / n, Z * Z / n
     middle = (mean + spread / 2) / (1 + spread)
     half = Z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
@@ -27,10 +29,10 @@ def wilson(hits: float, n: int) -> Rate:
 
 
 def rate(scores: list[float]) -> Rate:
-    """Mean with its 95 % interval: Student's for 30 scores or more that lie anywhere between 0 and 1, else Wilson's.
+    """Return the mean of scores from 0 to 1 with its 95 % interval: Student's for 30 or more that are not just 0, 0.5 and 1, else Wilson's.
 
-    Wilson's is for right-or-wrong scores. No others of the same mean vary more, so it is wide enough for ties and for few scores, too, of
-    which one cannot see how much they vary.
+    Wilson's interval is made for scores of 0 and 1. No others of the same mean vary more, so it is wide enough for ties as well, and for
+    so few scores that they do not show how much they vary.
     """
     n, total = len(scores), math.fsum(scores)
     if n < FEW or set(scores) <= {0.0, 0.5, 1.0}:
@@ -40,10 +42,10 @@ def rate(scores: list[float]) -> Rate:
 
 
 def p_value(first: list[float], second: list[float]) -> float:
-    """Of a difference as large as seen between two checkpoints on the same items, if they were equally good; two-sided.
+    """Return the two-sided p-value of the difference between two checkpoints' scores on the same items.
 
-    McNemar's exact test on the items that one of them alone has right. For other scores Student's paired test, and for fewer than 30 items
-    the share of all ways to swap the two checkpoints' scores item by item that give as large a difference.
+    For scores of right and wrong this is McNemar's exact test, on the items that one of them alone has right. For others it is Student's
+    paired test, below 30 items a permutation test: how many of all ways to swap the two scores of items give as large a difference.
     """
     differences = [b - a for a, b in zip(first, second, strict=True) if a != b]
     if not differences:
@@ -63,9 +65,9 @@ def _mean_difference(first: np.ndarray, second: np.ndarray, axis: int) -> np.nda
 
 
 def holm(p_values: dict) -> dict:
-    """The same p-values, for as many comparisons as there are: of all that are called different, none is so in 95 of 100 tables by chance.
+    """Return p-values corrected for their number (Holm 1979): in 95 of 100 tables nothing is called different that is not.
 
-    Holm (1979): the k-th smallest of n times n - k + 1, and none below the one before it.
+    The k-th smallest of n is multiplied by n - k + 1, and none is below the one before it.
     """
     adjusted, highest = {}, 0.0
     for rank, key in enumerate(sorted(p_values, key=p_values.get)):
@@ -74,10 +76,10 @@ def holm(p_values: dict) -> dict:
 
 
 def random_baseline(chances: list[float | None]) -> float | None:
-    """Of guessing, where there are choices."""
+    """Return the mean score of guessing, from each item's chance; None where items have no choices."""
     return None if None in chances else math.fsum(chances) / len(chances)
 
 
 def majority_baseline(targets: list) -> float:
-    """Of always giving the commonest right answer."""
+    """Return the score of always giving the commonest right answer."""
     return Counter(map(str, targets)).most_common(1)[0][1] / len(targets)

@@ -1,6 +1,6 @@
-"""Which of two answers is better, by any OpenAI-compatible model, asked twice with the answers in both orders.
+"""Asks any OpenAI-compatible model which of two answers is better, twice, with the answers in both orders.
 
-Verdict form after MT-Bench (Zheng et al. 2023): [[A]], [[B]], or [[C]] for a tie.
+Its verdict has the form of MT-Bench (Zheng et al. 2023): [[A]], [[B]], or [[C]] for a tie.
 """
 
 import asyncio
@@ -23,35 +23,39 @@ The order of the answers and their length must not matter.
 
 Give a short reason. Then end with one verdict in double brackets: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equal."""
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-TRIES, AT_ONCE, SECONDS, LONGEST = 4, 8, 120, 512
+TRIES, AT_ONCE, SECONDS, LONGEST = 4, 8, 120, 512  # of a question; questions under way; of a try; tokens of an answer
 
 
 class Refused(Exception):
-    """The judge does not answer this question."""
+    """Raised where the judge refuses one question, as a content filter does."""
 
 
 class Judgement(NamedTuple):
-    """Of one prompt: what the judge said with the first answer as A, and with it as B; None where no verdict could be read."""
+    """The verdicts on one prompt: with the first answer as A, and with it as B; None where no verdict could be read."""
 
     forward: str | None
     backward: str | None
 
     @property
     def score(self) -> float | None:
-        """1 where the first answer is better in both orders, 0 where the second is, 0.5 for ties and where the order decides."""
+        """1 where the first answer is better in both orders, 0 where the second is, 0.5 for ties and where the order decides.
+
+        None where a verdict is missing.
+        """
         if self.forward is None or self.backward is None:
             return None
         return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((self.forward, self.backward), 0.5)
 
     @property
     def depends_on_order(self) -> bool:
+        """Whether the judge preferred the same place in both orders."""
         return self.forward == self.backward != "C" and self.forward is not None
 
 
 async def judge(url: str, model: str, key: str | None, rows: list[tuple[str, str, str]]) -> tuple[list[Judgement], list[str]]:
-    """A judgement for each (prompt, first answer, second answer), and why the judge refused single questions, as a content filter does.
+    """Return a judgement for each row (prompt, first answer, second answer), and the reasons of refused questions.
 
-    `url`: with /v1. Raises ValueError where the endpoint cannot be used, or refuses every question.
+    `url` is that of an OpenAI-compatible endpoint, with /v1. Raises ValueError where it cannot be used, or refuses every question.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     gate = asyncio.Semaphore(AT_ONCE)
@@ -77,6 +81,7 @@ async def judge(url: str, model: str, key: str | None, rows: list[tuple[str, str
 
 
 async def _ask(client: httpx.AsyncClient, body: dict) -> str:
+    """Return the text of a chat completion, after TRIES at most. Raises Refused for this question, ValueError for the endpoint."""
     for attempt in range(TRIES):
         try:
             response = await client.post("chat/completions", json=body)

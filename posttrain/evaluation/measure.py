@@ -1,7 +1,8 @@
-"""Runs benchmarks on one checkpoint with lm-evaluation-harness, each rank its share, and keeps every item."""
+"""Runs benchmarks on one checkpoint with lm-evaluation-harness, each rank its share of the items, and keeps every item."""
 
 import logging
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from lm_eval.evaluator import evaluate
@@ -12,11 +13,11 @@ from posttrain.model.assistant import Assistant
 
 
 class Item(NamedTuple):
-    """One question: what was asked, what came back, what it scored."""
+    """One question of a benchmark: what was asked, what was answered, what it scored."""
 
-    number: int
+    number: int  # its place in the benchmark
     prompt: str
-    target: str | int
+    target: str | int  # the right answer, as the harness has it
     answer: list  # log-probs of the choices, or what was generated and what was read from it
     score: float  # the headline metric
     scores: dict[str, float]  # every metric of the harness
@@ -24,7 +25,7 @@ class Item(NamedTuple):
 
 
 class Model(HFLM):
-    """The harness's, with bars only for those who watch: it turns them on by itself otherwise."""
+    """The harness's model, but without progress bars where TQDM_DISABLE is set: it shows them in any case."""
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return super().loglikelihood(requests, disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
@@ -34,43 +35,65 @@ class Model(HFLM):
 
 
 def measure(
-    assistant: Assistant, names: list[str], mode: str, tasks: str, most: int | None, batch: int, chat: bool, rank: int, ranks: int
+    assistant: Assistant,
+    names: list[str],
+    *,
+    mode: str,
+    tasks: Path,
+    max_samples: int | None,
+    batch_size: int,
+    chat: bool,
+    rank: int,
+    ranks: int,
 ) -> dict[str, list[Item]]:
-    """This rank's share of each benchmark's items (`most`: of its first ones)."""
+    """Return the items of each benchmark that this rank of `ranks` measures: every `ranks`-th of the first `max_samples` (None: of all).
+
+    `tasks` is a folder that write_tasks has filled; `chat` asks in the tokenizer's chat template.
+    """
     for noisy in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # HFLM asks the model itself where to stop; a base model's own end is not its template's. And it gives the task's limit as max_length,
-    # which a folder's own max_new_tokens would silently overrule (lm_eval 0.4.13 with transformers 5.23).
-    settings = assistant.model.generation_config
-    settings.eos_token_id, settings.max_new_tokens = sorted(assistant.stops), None
-    lm = Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=batch, max_length=assistant.context, backend="causal")
-    loaded = load_tasks(tasks, [task_name(name, mode) for name in names], assistant.context)
+    loaded = load_tasks(str(tasks), [task_name(name, mode) for name in names], assistant.context)
     shares = {}
-    for name in names:
-        task = loaded["tasks"][task_name(name, mode)]
+    for name, task in loaded["tasks"].items():
         if task.get_config("num_fewshot"):
             _deal(task.sampler, rank, ranks)
-        count = len(task.eval_docs)
-        shares[task_name(name, mode)] = list(range(count if most is None else min(most, count)))[rank::ranks]
-    system = assistant.system_prompt if chat else None
+        if share := list(range(len(task.eval_docs))[:max_samples])[rank::ranks]:
+            shares[name] = share
     found = {}
-    asked = {name: share for name, share in shares.items() if share}
-    if asked:
-        loaded["tasks"] = {name: task for name, task in loaded["tasks"].items() if name in asked}
+    if shares:
+        loaded["tasks"] = {name: task for name, task in loaded["tasks"].items() if name in shares}
         found = evaluate(
-            lm, loaded, samples=asked, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat, system_instruction=system
+            _as_harness_model(assistant, batch_size),
+            loaded,
+            samples=shares,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=assistant.system_prompt if chat else None,
         )["samples"]
     return {name: items_of(found.get(task_name(name, mode), []), name, mode) for name in names}
 
 
+def _as_harness_model(assistant: Assistant, batch_size: int) -> Model:
+    """Return the harness's model over the checkpoint, whose generation config is changed for it."""
+    # HFLM asks the model itself where to stop; a base model's own end is not its template's. And it gives the task's limit as max_length,
+    # which a folder's own max_new_tokens would silently overrule (lm_eval 0.4.13 with transformers 5.23).
+    settings = assistant.model.generation_config
+    settings.eos_token_id, settings.max_new_tokens = sorted(assistant.stops), None
+    about = {"batch_size": batch_size, "max_length": assistant.context, "backend": "causal"}
+    return Model(pretrained=assistant.model, tokenizer=assistant.tokenizer, **about)
+
+
 def items_of(samples: list[dict], benchmark: str, mode: str) -> list[Item]:
-    """What the harness's evaluate() logged of a benchmark. With several filters it has every item once for each; the last one counts, which
-    is the most forgiving."""
+    """Return the items of a benchmark from what the harness's evaluate() logged.
+
+    It logs every item once for each of the benchmark's filters; the last filter counts, which is the most forgiving.
+    """
     return [_item(sample, BENCHMARKS[benchmark].metric[mode], mode) for sample in samples if sample["filter"] == samples[-1]["filter"]]
 
 
 def _deal(sampler, rank: int, ranks: int) -> None:
-    """Let every item keep the examples that it has on one rank: they are drawn item by item, and other ranks' items draw elsewhere."""
+    """Make the sampler draw each item's few-shot examples as one rank alone would: skip the draws for the items of other ranks."""
     draw, skipped = sampler.sample, rank
 
     def sample(*arguments, **options):
@@ -84,6 +107,7 @@ def _deal(sampler, rank: int, ranks: int) -> None:
 
 
 def _chance(sample: dict, choices: int | None) -> float | None:
+    """Return the mean score of guessing on an item; None where there are no choices."""
     if "mc2_targets" in sample["doc"]:  # the score is the probability of the true answers
         labels = sample["doc"]["mc2_targets"]["labels"]
         return sum(labels) / len(labels)
@@ -91,6 +115,7 @@ def _chance(sample: dict, choices: int | None) -> float | None:
 
 
 def _item(sample: dict, metric: str, mode: str) -> Item:
+    """Return the item of one logged sample, whose headline metric is `metric`."""
     arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
     first = arguments[0]
     prompt = first["arg_0"] if isinstance(first, dict) else first[0]

@@ -1,6 +1,6 @@
-"""Benchmarks as lm-evaluation-harness runs them: its prompts and its scoring, on its data or on files at hand.
+"""The benchmarks, as task files of lm-evaluation-harness: its prompts and its scoring, on its data or on files at hand.
 
-Every benchmark becomes a task file of the harness's own format, so that its own command gives the same numbers from it:
+From these files the harness's own command gives the same numbers:
     lm_eval run --model hf --model_args pretrained=DIR --include_path OUTPUT/tasks --tasks posttrain_arc_easy
 """
 
@@ -21,11 +21,11 @@ HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
 HUB = "the data cannot be loaded from the hub ({}); where it is not reachable, give files with --data DIR (DIR/arc_easy.jsonl ...)"
-UNREAD = "[invalid]"  # what the harness's filters read from an answer that says nothing they know
-# What an answer to a question with choices is read from: "answer is C", "option C", "(c)", "C." at the start; else the harness's filter
-# looks for a choice's text, then for ": C". The pattern of its own tasks knows "(C)" only.
-# A bare A is taken where no word follows it that it may be the article of ("The answer is A dog"), and "(A) is wrong" is not the answer
-# where one is stated after it.
+UNREAD = "[invalid]"  # what the harness's filters return for an answer in which they find no choice
+# CHOICE finds the choice in an answer: "answer is C", "option C", "(c)", or "C." at the start. Where it finds none, the harness's filter
+# looks for a choice's text, then for ": C". The pattern of the harness's own tasks knows "(C)" only.
+# A bare A may be an article ("The answer is A dog"), so it counts only where no noun can follow. "(A) is wrong" is not the answer where one
+# is stated after it.
 _ENDS = r"[.:,;!)*$}\n\"']|\s*$|\s+(?:because|since|as)\b"
 _STATED = r"(?i:(?:answer|choice|option)(?:\s+is|\s+would\s+be)?\s*:?\s*(?:(?:option|choice)\s+)?)(?:[*_(\"'$]|\\boxed\{)*"
 _STATED_LATER = rf"[\s\S]*{_STATED}(?:[B-E]\b|A(?={_ENDS})|[a-e]\))"
@@ -36,19 +36,19 @@ CHOICE = (
 
 
 class Benchmark(NamedTuple):
-    """`source`: the harness's task; `files`: names in --data; `rows`: makes a file's row the harness's, KeyError where it cannot."""
+    """Where a benchmark's task and data come from, and how it is scored."""
 
-    source: str
-    files: tuple[str, ...]
-    rows: Callable[[dict], dict]
+    source: str  # the harness's task file, in its folder of tasks
+    files: tuple[str, ...]  # names that its file in --data may have, without .jsonl
+    rows: Callable[[dict], dict]  # makes a row of that file, or of the hub's dataset, the harness's; KeyError where it cannot
     metric: dict[str, str]  # the headline metric of each mode that the benchmark has
-    choices: Callable[[dict], tuple[str, list[str], int]] | None = None  # of a harness's row: question, choices, which is right
-    more: dict | None = None  # settings of its task file
-    fewshot: str = ""  # the file of examples
+    choices: Callable[[dict], tuple[str, list[str], int]] | None = None  # a harness's row -> question, choices, index of the right one
+    more: dict | None = None  # settings that its task file adds to those of `source`
+    fewshot: str = ""  # the name in --data of the file with few-shot examples
 
 
 def _arc(row: dict) -> dict:
-    """From llm-foundry's {query, choices, gold}, or already the harness's."""
+    """Return the harness's row of ARC for one of llm-foundry's {query, choices, gold}, or for the hub's."""
     if "answerKey" in row:
         return {name: row[name] for name in ("question", "choices", "answerKey")}
     labels = list(LETTERS[: len(row["choices"])])
@@ -57,6 +57,7 @@ def _arc(row: dict) -> dict:
 
 
 def _openbookqa(row: dict) -> dict:
+    """Return the harness's row of OpenBookQA for one of llm-foundry's {query, choices, gold}, or for the hub's."""
     if "question_stem" in row:
         return {name: row[name] for name in ("question_stem", "choices", "answerKey")}
     made = _arc(row)
@@ -64,10 +65,12 @@ def _openbookqa(row: dict) -> dict:
 
 
 def _labelled(question: str) -> Callable[[dict], tuple[str, list[str], int]]:
+    """Return the `choices` of a Benchmark whose rows have labelled choices and an answerKey; `question` is the question's column."""
     return lambda row: (row[question], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip()))
 
 
 def _only(*names: str) -> Callable[[dict], dict]:
+    """Return the `rows` of a Benchmark whose files have the harness's columns."""
     return lambda row: {name: row[name] for name in names}
 
 
@@ -108,16 +111,17 @@ BENCHMARKS = {
         {"generate": "prompt_level_strict_acc"},
     ),
 }
-# The harness checks these instructions with nltk's sentence models, which are no package and may not be there.
+# The harness checks these instructions with nltk's sentence models, which no package holds, so they may be absent.
 NEED_NLTK = {"change_case:capital_word_frequency", "length_constraints:number_sentences"}
 
 
 def task_name(benchmark: str, mode: str) -> str:
+    """Return the name of a benchmark's task: one that has both modes has a task for each."""
     return f"posttrain_{benchmark}" + ("_generate" if mode == "generate" and BENCHMARKS[benchmark].choices else "")
 
 
 def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) -> list[str]:
-    """A task file for each benchmark, with its rows where they come from --data. Returns what is to be known about them.
+    """Write a task file for each benchmark, and its rows where they come from `data` (--data). Return notes for the user.
 
     Raises FileNotFoundError and ValueError for data that is missing or of another shape, naming what was seen and expected.
     """
@@ -126,40 +130,41 @@ def write_tasks(names: list[str], mode: str, data: Path | None, folder: Path) ->
             able = ", ".join(one for one, benchmark in BENCHMARKS.items() if mode in benchmark.metric)
             raise ValueError(f"there is no benchmark {name!r} by {mode}; there are {able}")
     folder.mkdir(parents=True, exist_ok=True)
-    notes = []
-    for name in names:
-        benchmark = BENCHMARKS[name]
-        asked = mode == "generate" and benchmark.choices is not None
-        rows = _read(name, benchmark, data) if data else _from_hub(name, benchmark) if asked else None
+    return [note for name in names for note in _write_task(name, mode, data, folder)]
+
+
+def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[str]:
+    """Write the task file of one benchmark, and its rows where the harness does not load them itself. Return notes for the user."""
+    benchmark, task, notes = BENCHMARKS[name], task_name(name, mode), []
+    by_letter = mode == "generate" and benchmark.choices is not None
+    rows = _read(name, benchmark, data) if data else _from_hub(name, benchmark) if by_letter else None
+    if rows is not None and name == "ifeval" and not _has_nltk_data():
+        kept = [row for row in rows if NEED_NLTK.isdisjoint(row["instruction_id_list"])]
+        notes.append(
+            f"ifeval: {len(rows) - len(kept)} of {len(rows)} prompts are left out, since nltk's punkt_tab is not on this machine "
+            "(python -m nltk.downloader punkt_tab)"
+        )
+        rows = kept
+    if by_letter:
+        rows, settings = [_asked(benchmark, row) for row in rows], dict(GENERATE)
+    else:
         settings = {"include": str(HARNESS / benchmark.source), **(benchmark.more or {})}
-        if rows is not None and name == "ifeval" and not _has_nltk_data():
-            kept = [row for row in rows if NEED_NLTK.isdisjoint(row["instruction_id_list"])]
-            notes.append(
-                f"ifeval: {len(rows) - len(kept)} of {len(rows)} prompts are left out, since nltk's punkt_tab is not on this machine "
-                "(python -m nltk.downloader punkt_tab)"
-            )
-            rows = kept
-        if asked:
-            rows, settings = [_asked(benchmark, row) for row in rows], dict(GENERATE)
-        if rows is not None:
-            path = folder / f"{task_name(name, mode)}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files = {"test": str(path.resolve())}
-            if benchmark.fewshot:
-                files["train"] = str(_find(name, (benchmark.fewshot,), data).resolve())
-            settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-            settings |= {"validation_split": None} | dict.fromkeys(
-                ("training_split", "fewshot_split"), "train" if benchmark.fewshot else None
-            )
-        settings["task"] = task_name(name, mode)
-        (folder / f"{task_name(name, mode)}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    if rows is not None:
+        path = folder / f"{task}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files, examples = {"test": str(path.resolve())}, None
+        if benchmark.fewshot:
+            files["train"], examples = str(_find(name, (benchmark.fewshot,), data).resolve()), "train"
+        settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+        settings |= {"validation_split": None, "training_split": examples, "fewshot_split": examples}
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings | {"task": task}, sort_keys=False))
     return notes
 
 
 def load_tasks(folder: str, names: list[str], context: int) -> dict:
-    """Tasks of write_tasks as the harness's evaluate() takes them, its few-shot examples drawn as its own command draws them.
+    """Load tasks of write_tasks for the harness's evaluate(), with the few-shot examples that the harness's own command draws.
 
-    Raises ValueError for one whose answers a model that reads `context` tokens could not hold, or whose data cannot be had.
+    Raises ValueError for one whose answers may be longer than the `context` tokens that the model reads, or whose data is out of reach.
     """
     try:
         loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
@@ -169,7 +174,7 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
         task = loaded["tasks"][name]
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(1234)  # lm_eval's own
+        task.set_fewshot_seed(1234)  # lm_eval's default
         longest = normalize_gen_kwargs(task.get_config("generation_kwargs"))["max_gen_toks"] if task.OUTPUT_TYPE == "generate_until" else 0
         if longest >= context:
             raise ValueError(f"{_named([name])} lets a model say {longest:,} tokens; this one reads {context:,} in all: leave it out")
@@ -177,9 +182,11 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
 
 
 def _named(tasks: list[str]) -> str:
+    """Return the benchmarks of these tasks, for a message."""
     return ", ".join(name.removeprefix("posttrain_") for name in tasks)
 
 
+# The task file of every benchmark with choices in mode `generate`
 GENERATE = {
     "output_type": "generate_until",
     "doc_to_text": "{{question}}\n{% for choice in choices %}({{'" + LETTERS + "'[loop.index0]}}) {{choice}}\n{% endfor %}"
@@ -204,12 +211,13 @@ GENERATE = {
 
 
 def _asked(benchmark: Benchmark, row: dict) -> dict:
+    """Return a row of GENERATE, the task that asks for a letter."""
     question, choices, right = benchmark.choices(row)
     return {"question": question, "choices": choices, "answer": right}
 
 
 def _find(name: str, files: tuple[str, ...], data: Path) -> Path:
-    """A file of --data: DIR/NAME.jsonl, or DIR/NAME/REST.jsonl for NAME_REST."""
+    """Return the file of --data that has one of these names: DIR/NAME.jsonl, or DIR/NAME/REST.jsonl for NAME_REST."""
     places = [data / f"{file}.jsonl" for file in files]
     places += [data / first / f"{rest}.jsonl" for first, _, rest in (file.partition("_") for file in files) if rest]
     found = next((place for place in places if place.is_file()), None)
@@ -222,6 +230,7 @@ def _find(name: str, files: tuple[str, ...], data: Path) -> Path:
 
 
 def available(data: Path, name: str) -> bool:
+    """Return whether --data has a file of the benchmark."""
     try:
         _find(name, BENCHMARKS[name].files, data)
     except FileNotFoundError:
@@ -230,6 +239,7 @@ def available(data: Path, name: str) -> bool:
 
 
 def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
+    """Return the benchmark's rows from --data, in the harness's form."""
     path = _find(name, benchmark.files, data)
     rows = []
     for number, line in enumerate(read_lines(path), 1):
@@ -239,7 +249,7 @@ def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
             rows.append(benchmark.rows(json.loads(line)))
         except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path}:{number} is no row of {name}: {type(error).__name__} {error}. Expected the columns of the dataset that "
+                f"{path}:{number} is not a row of {name}: {type(error).__name__} {error}. Expected the columns of the dataset that "
                 f"{benchmark.source} of lm-evaluation-harness names, or for questions with choices {{query, choices, gold}}"
             ) from error
     if not rows:
@@ -248,7 +258,7 @@ def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> list[dict]:
-    """The rows that the harness's task is measured on."""
+    """Return the rows that the harness's task is measured on, from the hub."""
     import datasets
     from lm_eval.tasks._yaml_loader import load_yaml
 

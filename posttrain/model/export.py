@@ -1,6 +1,6 @@
-"""Writing a model as a Hugging Face folder that loads in plain transformers and stops where an answer ends.
+"""Writes a model as a Hugging Face folder that loads in plain transformers and stops where an answer ends.
 
-A folder appears whole or not at all, and only after it was opened again and found equal to what was to be written.
+A folder appears whole or not at all, and only after it was read back and found equal to what was to be written.
 """
 
 import shutil
@@ -15,13 +15,13 @@ from posttrain.common import files
 from posttrain.data.chat import ChatFormat
 from posttrain.operators.saved_form import count_as_saved
 
-SYSTEM_PROMPT = "system_prompt.txt"  # what the data's conversations without a system message were given
+SYSTEM_PROMPT = "system_prompt.txt"  # holds the system prompt that conversations of the data got where they had none
 
 
 def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: Path, card: str) -> None:
-    """Write weights, the description (see write_description) and the model card. Rank 0 only.
+    """Write weights, the description (a folder of write_description) and the model card. Rank 0 only.
 
-    state_dict holds the model's own names, on the CPU. Raises OSError where the folder cannot be written, or does not read back as it was
+    state_dict has the model's own names, on the CPU. Raises OSError where the folder cannot be written, or reads back otherwise than it was
     written.
     """
     staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
@@ -34,7 +34,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
         (staging / "README.md").write_text(card)
         _compare(staging, state_dict)
         files.sync_files(staging)
-    except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
+    except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
             f"{folder} could not be written: {error}. The run's checkpoints are whole: make room, and the same command writes it"
@@ -48,7 +48,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
 
 
 def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> None:
-    """All of a model's folder that is not weights: config, generation config, tokenizer with its template, the data's system prompt."""
+    """Write all of a model's folder but its weights: config, generation config, tokenizer with its template, the data's system prompt."""
     if system_prompt:
         (folder / SYSTEM_PROMPT).write_text(system_prompt)
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True})
@@ -68,12 +68,12 @@ def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: P
 
 
 def written_bytes(model: PreTrainedModel) -> int:
-    """Size of the model's weights in a folder."""
+    """Return the size in bytes of the model's weights as write_model writes them."""
     return count_as_saved(model) * model.dtype.itemsize
 
 
 def _compare(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-    """Open the folder again: the same tensors bit for bit, a config and a tokenizer that load."""
+    """Read the folder back: config and tokenizer must load. Raises OSError for a tensor that is missing, or differs in a bit."""
     missing = set(state_dict)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Loads a model from any accepted form: a Hugging Face folder or hub name, a ckpt.pt, a run's checkpoint."""
+"""Loads a model from any accepted form: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run."""
 
 import pickle
 from pathlib import Path
@@ -13,21 +13,10 @@ from posttrain.common import hub
 from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt
 from posttrain.operators.saved_form import as_saved
-from posttrain.recipes.keys import DPORecipe, SFTRecipe
-
-HOW_TO_MAKE = {
-    SFTRecipe: (
-        "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
-        "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
-    ),
-    DPORecipe: (
-        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
-    ),
-}
 
 
 def find_model(path: str, how_to_make: str) -> None:
-    """Raises FileNotFoundError with `how_to_make` unless there is a model at `path`. Reads nothing."""
+    """Raise FileNotFoundError, which ends with `how_to_make`, unless there is a model at `path`. Reads no weights."""
     place, seen = Path(path), "nothing"
     if ckpt_pt.is_ckpt_pt(path):
         found = place.is_file()
@@ -48,9 +37,9 @@ def find_model(path: str, how_to_make: str) -> None:
 
 
 def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTrainedModel:
-    """The model at `path`: a Hugging Face folder, a hub name, a ckpt.pt file or a run's checkpoint; in `dtype`, None for its own.
+    """Load the model at `path`, in any accepted form, in `dtype` or, if that is None, in its own dtype.
 
-    Raises ValueError for one that is damaged.
+    Raises FileNotFoundError, which ends with `how_to_make`, if there is none, and ValueError if it is damaged.
     """
     find_model(path, how_to_make)
     if ckpt_pt.is_ckpt_pt(path):
@@ -63,7 +52,13 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTra
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **where)
     except pickle.UnpicklingError as error:
         raise ValueError(f"the model at {path} cannot be loaded: its file holds more than tensors, which would run as code") from error
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:  # by cause: no file, cut file, other shapes, other kind
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+    ) as error:  # a file is missing or cut, shapes or the kind of model are others
         raise ValueError(f"the model at {path} cannot be loaded: {error}. {how_to_make}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -74,7 +69,10 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTra
 
 
 def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model in a training state, its float32 master weights rounded to `dtype`, None for the run's."""
+    """Load the model of a run's checkpoint: its float32 master weights, rounded to `dtype` or, if that is None, to the run's dtype.
+
+    Raises ValueError if a file is missing or damaged.
+    """
     try:
         facts = checkpoint_folder.read_manifest(path)
         problem = next(
@@ -93,7 +91,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def tokenizer_beside(model_path: str) -> str | None:
-    """The tokenizer that lies beside a checkpoint, if any."""
+    """Return the path or hub name of the tokenizer beside a model in any accepted form, None if there is none."""
     if hub.is_hub_name(model_path):
         return model_path
     folder = Path(model_path).parent if ckpt_pt.is_ckpt_pt(model_path) else Path(model_path)

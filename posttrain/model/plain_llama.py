@@ -1,11 +1,14 @@
-"""The replaced system's model written out in plain torch, to compare conversions with: it shares no code with transformers."""
+"""The model in a ckpt.pt written out in plain torch, to compare conversions with: it shares no code with transformers."""
 
 import torch
 
 
 @torch.no_grad()
 def ckpt_pt_logits(content: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Float32 logits (T, V) of ids (T,) by the model in a ckpt.pt's content: pre-norm, interleaved rotary pairs, gated feed-forward."""
+    """Return float32 logits (T, V) of ids (T,) for a ckpt.pt's content, as ckpt_pt.read gives it.
+
+    The architecture is Llama's (pre-norm, rotary positions, gated feed-forward), but rotary pairs are neighbours in a head.
+    """
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
     args, time = content["model_args"], len(ids)
     heads, dim = args["n_head"], state["token_embeddings.weight"].shape[1]
@@ -17,7 +20,7 @@ def ckpt_pt_logits(content: dict, ids: torch.Tensor) -> torch.Tensor:
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + args["norm_eps"]) * weight(name)
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:  # [heads, T, head]
+    def rotate(x: torch.Tensor) -> torch.Tensor:  # (heads, T, head)
         angle = torch.outer(torch.arange(time).float(), args["rope_theta"] ** (-torch.arange(0, head, 2) / head))
         even, odd = x[..., 0::2], x[..., 1::2]
         pairs = [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()]

@@ -1,4 +1,4 @@
-"""The model: loaded from any accepted form, wrapped so that its forward pass gives log-probs of trained tokens.
+"""Loads a model and wraps it as a Policy, whose forward pass returns the log-probs of a micro-batch's trained tokens.
 
 `Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch, RowBuilder
-from posttrain.model.loading import HOW_TO_MAKE, load_model
+from posttrain.model.loading import load_model
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
 from posttrain.operators import attention, layers
 from posttrain.operators.logprob import LogProbHead
@@ -21,19 +21,20 @@ from posttrain.operators.saved_form import widen_feed_forward
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import Recipe
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats a token, packed against unpacked: rounding only
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats per token by which packed and unpacked log-probs may differ, for rounding
 
 
 class Policy(nn.Module):
-    """A causal language model that answers with log-probs. Its `model` stays an ordinary transformers model."""
+    """A causal language model that returns log-probs of a micro-batch's targets. Its `model` stays an ordinary transformers model."""
 
     def __init__(self, model: PreTrainedModel, attention_name: str):
+        """Change the model's head and attention in place. Raises ValueError for a head that is not linear or has a bias."""
         super().__init__()
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
-        self.weights: dict[str, str] = {}  # hashes of the tensors as loaded
-        self.scale = math.nan  # of the matrices' weights, their root mean square
+        self.weights: dict[str, str] = {}  # hash of every tensor as loaded, by name
+        self.scale = math.nan  # root mean square of all weight matrices as loaded
         head.__class__ = LogProbHead
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
@@ -41,14 +42,16 @@ class Policy(nn.Module):
 
     @property
     def head(self) -> LogProbHead:
+        """The language-model head, which computes log-probs from hidden states."""
         return self.model.get_output_embeddings()
 
     @property
     def fingerprint(self) -> str:
+        """One hash of all tensors as loaded."""
         return digest(self.weights)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Float32 log-probs (N,) of the micro-batch's targets; without targets the likeliest token after each of its rows."""
+        """Return the targets' log-probs, (N,) in float32; for a micro-batch without targets the likeliest token after each of its rows."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
         ).last_hidden_state
@@ -58,26 +61,30 @@ class Policy(nn.Module):
 
 def load_policy(
     recipe: Recipe, tokenizer, device: torch.device, checkpoint_function=None, frozen: bool = False
-) -> tuple["Policy", list[str]]:
-    """The recipe's model as a Policy on the device, with its kernels chosen, and a line for each choice. All ranks."""
+) -> tuple[Policy, list[tuple[str, str]]]:
+    """Load the recipe's model as a Policy with the fastest kernels. All ranks.
+
+    Also returns what was chosen, as (label, text), for the first screen. `checkpoint_function` is DeepSpeed's activation checkpointing,
+    None for torch's; a `frozen` policy, a reference, has none.
+    """
     dtype = getattr(torch, recipe.dtype)
-    model = load_model(recipe.model_path, dtype, HOW_TO_MAKE[type(recipe)])
+    model = load_model(recipe.model_path, dtype, recipe.how_to_make_model)
     choices = []
     if added := tokenization.grow_embeddings(model, tokenizer):
-        choices.append(f"embeddings: {added} rows added for tokens that the checkpoint lacks, at the mean of the others")
+        choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     _set_dropout(model, recipe.dropout)
     if recipe.dropout:
-        choices.append(f"dropout {recipe.dropout}: the curve depends on the layout of the run")
+        choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))
     weights = hash_weights(model)
     same_on_all_ranks("model", weights)
     if widened := widen_feed_forward(model):
-        choices.append(widened)
+        choices.append(("kernel", widened))
     model.to(device)
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
-    choices.append(f"attention: {name} ({reason})")
-    choices.append(f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}")
+    choices.append(("kernel", f"attention: {name} ({reason})"))
+    choices.append(("kernel", f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}"))
     policy = build_policy(model, name, recipe.checks == "on")
-    choices.append(f"head: {policy.head.choose(recipe.kernels)}")
+    choices.append(("kernel", f"head: {policy.head.choose(recipe.kernels)}"))
     policy.weights, policy.scale = weights, scale_of_weights(model)
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
@@ -88,7 +95,7 @@ def load_policy(
 
 
 def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
-    """Attention dropout, the only one that the known architectures have, as the recipe says and not as the checkpoint was trained."""
+    """Set attention dropout, the only one that the known architectures have, to the recipe's value, whatever the config says."""
     if dropout and not hasattr(model.config, "attention_dropout"):
         raise ValueError(f"{type(model).__name__} has no attention dropout; set dropout: 0")
     for module in model.modules():
@@ -99,11 +106,16 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
 
 
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
-    """Wrap the model. An architecture that is not in ARCHITECTURES must prove itself; with `checks` the known ones must, too."""
+    """Wrap a model as a Policy.
+
+    With `checks`, or if its architecture is not in ARCHITECTURES, its packed log-probs are compared with transformers' own. Raises
+    ValueError where they differ or are not finite, and for a model with sliding-window attention.
+    """
     known = type(model).__name__ in layers.ARCHITECTURES
     if sliding := _sliding_window(model.config):
         raise ValueError(
-            f"{type(model).__name__} uses {sliding}, which packed attention does not do; known to work: {', '.join(layers.ARCHITECTURES)}"
+            f"{type(model).__name__} uses {sliding}, which packed attention does not support; "
+            f"known to work: {', '.join(layers.ARCHITECTURES)}"
         )
     if known and not checks:
         return Policy(model, attention_name)
@@ -122,7 +134,7 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
     difference = (plain.cpu() - packed).abs().max().item()
     if not difference <= TOLERANCE[model.dtype]:
         raise ValueError(
-            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats a token "
+            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
             f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
             f"known to work: {', '.join(layers.ARCHITECTURES)}"
         )
@@ -130,7 +142,7 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
 
 
 def _sliding_window(config) -> str | None:
-    """The kind of attention layer that looks back only so far, if the model has one."""
+    """Name the model's kind of attention that looks back only a limited way, None if all its attention is full."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return next((kind for kind in kinds if kind != "full_attention"), None)
@@ -139,17 +151,17 @@ def _sliding_window(config) -> str | None:
 
 
 def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs of ids[1:] by transformers' own forward pass, without packing."""
+    """Return the log-probs of ids[1:], (tokens - 1,), by transformers' own forward pass, without packing."""
     ids = ids.to(next(model.parameters()).device)
     logits = model(input_ids=ids[None]).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
-    """Recompute activations in backward: whole layers (full, offload), or the feed-forward blocks, which hold most of them (selective).
+    """Let backward recompute activations: those of whole layers (full, offload), or of feed-forward blocks, which have most (selective).
 
-    `deepspeed_checkpoint` is DeepSpeed's function, where its JSON section says how. Recomputing only what is cheap, by torch's selective
-    contexts, is not possible under ZeRO-3: its gathering inside the recomputed region changes the sequence of operations (torch 2.13).
+    `deepspeed_checkpoint` is DeepSpeed's function if its JSON section is to decide how. Recomputing only cheap operations, by torch's
+    selective contexts, is not possible at ZeRO-3: gathering inside the recomputed region changes the sequence of operations (torch 2.13).
     """
     if mode in ("full", "offload"):
         function = deepspeed_checkpoint or partial(recompute, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What a model's weights are: their hashes and their scale."""
+"""Hashes a model's weights, and measures their scale."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import xxhash
 
 
 def hash_weights(module: torch.nn.Module) -> dict[str, str]:
-    """A hash of the bytes of every tensor, by name. On the CPU, before sharding."""
+    """Return a hash of every parameter's bytes, by name. The module must be on the CPU and not sharded yet."""
     return {
         name: xxhash.xxh3_64_hexdigest(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
         for name, parameter in module.named_parameters()
@@ -16,12 +16,12 @@ def hash_weights(module: torch.nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def scale_of_weights(module: torch.nn.Module) -> float:
-    """The root mean square of the weights of its matrices."""
+    """Return the root mean square of the weights of all matrices."""
     matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
     squares = sum(matrix.float().square().sum().double() for matrix in matrices)
     return float((squares / sum(matrix.numel() for matrix in matrices)).sqrt())
 
 
 def digest(parts: dict[str, str]) -> str:
-    """One hash for all."""
+    """Return one hash of all named hashes, whatever their order."""
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()

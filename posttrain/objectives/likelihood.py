@@ -1,43 +1,44 @@
-"""What is minimised: from a micro-batch's log-probs to its share of the step's loss, and the sums that become metrics.
+"""SFT's objective: the negative log-likelihood of the trained tokens.
 
-SFT divides by the step's trained tokens, DPO by its pairs, always the totals of the whole step over all ranks. Metrics travel as
-sums, are reduced over ranks once a step, and carry TRL's names where TRL has them.
+An objective turns a micro-batch's log-probs into its share of the step's loss, and into sums that become metrics. SFT divides by trained
+tokens, DPO by pairs, always those of the whole step over all ranks. The sums are added up over ranks once a step; metrics have TRL's names
+where TRL has them.
 """
 
 import torch
 
 from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
-from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_lengths, answer_sums
 
 
 class SFT:
     """Negative log-likelihood, averaged over the trained tokens of a step."""
 
-    sums = ("nll",)
-
     def __init__(self, policy: LogProbs):
         self.policy = policy
 
     def totals(self, split: Split, indices) -> dict[str, int]:
+        """Return what the loss of a step with these examples is divided by, over all ranks."""
         return {"tokens": int(split.trained[indices].sum())}
 
-    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's share of the step's loss, and the detached sums named in `sums`.
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: Examples | None = None) -> tuple[torch.Tensor, Sums]:
+        """Return this micro-batch's share of the step's loss, a scalar with a gradient, and the sums from which `metrics` is computed.
 
-        `examples` gets a tensor with a number of each example added to the list under each name of one.
+        `totals` are the whole step's. Where `examples` is given, each example's mean NLL and trained tokens are appended to it.
         """
         logps = self.policy(batch)
         if examples is not None:
             lengths = answer_lengths(batch)
             add_examples(examples, {"nll": -answer_sums(logps, batch).sum(1) / lengths.clamp(min=1), "answer_tokens": lengths})
         nll = -logps.sum()
-        return nll / totals["tokens"], nll.detach()[None]
+        return nll / totals["tokens"], {"nll": nll.detach()}
 
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
+        """Return a step's metrics, from the sums of all its micro-batches on all ranks."""
         return {"loss": sums["nll"] / totals["tokens"]}
 
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """The mean token loss of each example of the micro-batch."""
+        """Return the mean token loss of each example of the micro-batch, (examples,)."""
         lengths = answer_lengths(batch).clamp(min=1)
         return -answer_sums(self.policy(batch), batch).sum(1) / lengths

@@ -1,17 +1,15 @@
-"""DPO and its relatives: a preference loss over pairs of answers, with metrics named as TRL names them."""
+"""DPO's objective: a preference loss over pairs of answers, with TRL's names for metrics. likelihood.py says what an objective is."""
 
 import torch
 
 from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
-from posttrain.objectives.answers import LogProbs, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_lengths, answer_sums
 from posttrain.objectives.losses import LOSSES, PairLogps, rewards
 
 
 class DPO:
-    """A preference loss, averaged over the pairs of a step, plus an optional NLL of the chosen answers per token."""
-
-    sums = ("loss", "nll", "accuracies", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "likelier")
+    """A preference loss averaged over a step's pairs, plus, with chosen_nll_weight, the NLL of the chosen answers per token."""
 
     def __init__(
         self,
@@ -26,9 +24,9 @@ class DPO:
         chosen_nll_weight: float = 0.0,
         reference_free: bool = False,
     ):
-        """`reference`: the engine beside the policy; None where the loss has none, or the data brings its log-probs.
+        """Take the policy's and the reference's engine; `loss` is a name in LOSSES, the other arguments are the recipe's keys.
 
-        `loss` is one of LOSSES; the others are the recipe's keys of the same names.
+        `reference` is None where the loss has none, or where its log-probs were precomputed and come with the data.
         """
         self.policy, self.reference = policy, reference
         self.preference_loss = LOSSES[loss]
@@ -38,14 +36,18 @@ class DPO:
 
     @property
     def loss_at_start(self) -> float:
-        """The preference loss where policy and reference agree."""
+        """The preference loss of a pair on which policy and reference agree, as they do before step 1."""
         return self.preference_loss.at_start(**{name: value for name, value in self.options.items() if name in self.preference_loss.reads})
 
     def totals(self, split: Split, indices) -> dict[str, int]:
+        """Return what the two losses of a step with these examples are divided by, over all ranks."""
         return {"pairs": len(indices), "tokens": int(split.trained[indices].sum())}
 
-    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As SFT.loss. With a reference beside, every rank must call this equally often: its ZeRO-3 gathers are collective."""
+    def loss(self, batch: MicroBatch, totals: dict[str, int], examples: Examples | None = None) -> tuple[torch.Tensor, Sums]:
+        """Return this micro-batch's share of the step's loss, and the sums from which `metrics` is computed; see SFT.loss.
+
+        With a reference engine all ranks must call this equally often, since its ZeRO-3 gathers are collective.
+        """
         sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
         policy, reference = self.pairs(sums), self.reference_logps(batch)
         losses = self.preference_losses(policy, reference, lengths)
@@ -53,20 +55,25 @@ class DPO:
         share = (losses.sum() / totals["pairs"] + self.nll_weight * nll / totals["tokens"]).float()
         with torch.no_grad():
             reward = rewards(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.beta)
-            accurate = (reward.chosen > reward.rejected).double()  # a tie counts as wrong, as in TRL
             means = sums.sum(1) / lengths.clamp(min=1)
-            likelier = (means[0::2] > means[1::2]).double()
             if examples is not None:
                 margins = reward.chosen - reward.rejected
                 add_examples(examples, {"rewards/chosen": reward.chosen, "rewards/rejected": reward.rejected, "rewards/margins": margins})
                 add_examples(examples, {"chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
-            columns = (losses, accurate, reward.chosen, reward.rejected, policy.chosen, policy.rejected, likelier)
-            loss_sum, *others = (column.sum() for column in columns)
-            return share, torch.stack([loss_sum, nll, *others])
+            of_pairs = {
+                "preference_loss": losses,
+                "rewards/chosen": reward.chosen,
+                "rewards/rejected": reward.rejected,
+                "rewards/accuracies": (reward.chosen > reward.rejected).double(),  # a tie counts as wrong, as in TRL
+                "logps/chosen": policy.chosen,
+                "logps/rejected": policy.rejected,
+                "logps/accuracies": (means[0::2] > means[1::2]).double(),  # whether the chosen answer is likelier per token
+            }
+            return share, {"nll": nll.detach(), **{name: values.detach().sum() for name, values in of_pairs.items()}}
 
     @torch.no_grad()
     def reference_logps(self, batch: MicroBatch) -> PairLogps | None:
-        """The reference's log-probs; zeros where it is taken as uniform, None where the loss has none."""
+        """Return the reference's log-probs: zeros with reference_free, None where the loss has no reference."""
         if "reference" not in self.preference_loss.reads:
             return None
         if not self.has_reference:
@@ -77,31 +84,22 @@ class DPO:
         return self.pairs(answer_sums(self.reference(batch), batch))
 
     def pairs(self, sums: torch.Tensor) -> PairLogps:
-        """(A, 2) answer_sums -> log-probs of pairs, the tail of the longer answer weighted by ld_alpha (LD-DPO, arXiv:2409.06411)."""
+        """Turn answer_sums (A, 2) into log-probs of pairs; the longer answer's tail counts ld_alpha times (LD-DPO, arXiv:2409.06411)."""
         logps = sums[:, 0] + self.ld_alpha * sums[:, 1]
         return PairLogps(logps[0::2], logps[1::2])
 
     def metrics(self, sums: dict[str, float], totals: dict[str, int]) -> dict[str, float]:
-        mean = {name: value / totals["pairs"] for name, value in sums.items()}
+        """Return a step's metrics, from the sums of all its micro-batches on all ranks."""
         nll = sums["nll"] / totals["tokens"]
-        return {
-            "loss": mean["loss"] + self.nll_weight * nll,
-            "rewards/chosen": mean["rewards_chosen"],
-            "rewards/rejected": mean["rewards_rejected"],
-            "rewards/margins": mean["rewards_chosen"] - mean["rewards_rejected"],
-            "rewards/accuracies": mean["accuracies"],
-            "logps/chosen": mean["logps_chosen"],
-            "logps/rejected": mean["logps_rejected"],
-            "logps/accuracies": mean["likelier"],  # share of pairs whose chosen answer the policy finds likelier, per token
-            "nll_loss": nll,
-            "preference_loss": mean["loss"],
-        }
+        mean = {name: value / totals["pairs"] for name, value in sums.items() if name != "nll"}
+        margins = mean["rewards/chosen"] - mean["rewards/rejected"]
+        return {"loss": mean["preference_loss"] + self.nll_weight * nll, **mean, "rewards/margins": margins, "nll_loss": nll}
 
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """The preference loss of each pair of the micro-batch. As `loss`, a collective with a reference beside."""
+        """Return the preference loss of each pair of the micro-batch, (P,). With a reference engine all ranks must call it, as `loss`."""
         policy = self.pairs(answer_sums(self.policy(batch), batch))
         return self.preference_losses(policy, self.reference_logps(batch), answer_lengths(batch))
 
     def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
-        """(P,) losses of P pairs; lengths (2 P,) as answer_lengths gives them."""
+        """Return the preference loss of each pair, (P,); `lengths` (2 P,) are answer_lengths."""
         return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)

@@ -1,44 +1,46 @@
-"""Which attention computes a packed micro-batch: chosen at start, with the reason, and proven before it is used."""
+"""Chooses at start which attention computes packed micro-batches; a fast one is compared with the plain one before it is used."""
 
 import torch
 from torch.nn import attention as flash
 
-from posttrain.common.errors import first_line
 from posttrain.data.packing import Segment, pack, to_device
 from posttrain.operators.attention_segments import SEGMENTS, attend_segments
 from posttrain.operators.attention_varlen import VARLEN, attend_varlen
 from posttrain.operators.layers import distances
+from posttrain.operators.proof import tried
 
-FLASH_VERSIONS = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2")}  # by compute capability, the fastest first; others have the second
-SAME = 0.02  # largest relative difference of two bfloat16 implementations
+FLASH_VERSIONS = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2")}  # by compute capability, the fastest first; other GPUs take FA2
+SAME = 0.02  # largest relative difference at which two bfloat16 implementations count as the same
 
 
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: float, config) -> tuple[str, str]:
-    """The attention implementation's registered name, and why it was chosen; `config` is the model's, for its heads."""
+    """Return the name of the fastest attention that is right here, as registered in transformers, and why; `config` is the model's."""
     if kernels == "torch":
         return SEGMENTS, "kernels=torch"
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         return SEGMENTS, "variable-length flash attention needs an Ampere or newer GPU"
     if dtype == torch.float32 or dropout:
         return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
-    _activate("FA2")  # later ones also take the place of what the yardstick calls
+    _activate("FA2")  # FA3 and FA4 would also replace what attend_segments calls
     expected, passed_over = trial(attend_segments, config, device, dtype), ""
     for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
-        try:
-            _activate(version)
-            difference = distances(expected, trial(attend_varlen, config, device, dtype)).max().item()
-        except Exception as error:  # not installed, or not for this card or this torch: each says so in its own way
-            passed_over += f"; not {version}: {first_line(error)}"
-            continue
-        if difference <= SAME:
-            return VARLEN, f"{version}, one kernel for all examples of a micro-batch, {difference:.1e} from one call for each{passed_over}"
-        passed_over += f"; not {version}: it differs by {difference:.1e}"
+        difference, why_not = tried(lambda version=version: _difference(version, expected, config), SAME)
+        if difference is not None:
+            return VARLEN, f"{version}, one call for all examples of a micro-batch, {difference:.1e} from one call each{passed_over}"
+        passed_over += f"; not {version}: {why_not}"
     _activate("FA2")
     return SEGMENTS, f"no variable-length kernel works here{passed_over}"
 
 
+def _difference(version: str, expected: list[torch.Tensor], config) -> float:
+    """How far a version's output and gradients are from the expected ones, relative to their norm."""
+    _activate(version)
+    output = expected[0]
+    return distances(expected, trial(attend_varlen, config, output.device, output.dtype)).max().item()
+
+
 def _activate(version: str) -> None:
-    """The flash attention behind torch's operators: its own is the second, later ones are packages that it knows of."""
+    """Select the flash attention behind torch's operators: FA2 is torch's own, later versions are packages that torch looks for."""
     if version != "FA2":
         flash.activate_flash_attention_impl(version)
     elif hasattr(flash, "current_flash_attention_impl") and flash.current_flash_attention_impl():
@@ -46,9 +48,9 @@ def _activate(version: str) -> None:
 
 
 def trial(function, config, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output and gradients of an attention function with the heads of a model's `config`, on made-up numbers.
+    """Run an attention function on random inputs with the heads of a model's `config`; return its output and three gradients.
 
-    With what could go wrong: odd lengths, a single token, prompts shared by answers of one token, of other lengths and shorter ones.
+    The segments are ones that could go wrong: odd lengths, a single token, prompts shared by answers that are longer, shorter or one token.
     """
     segments = [Segment(0, 1), Segment(1, 18), Segment(18, 319)]
     for prompt, chosen, rejected in ((129, 33, 45), (7, 64, 1), (1, 2, 3)):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 aten = torch.ops.aten
-# its name in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
+# the name in transformers' registry; transformers (5.23) treats any name with "sdpa" or "flash" in it as its own
 SEGMENTS = "posttrain_segments"
 
 
@@ -64,17 +64,20 @@ def _group(segments: np.ndarray, dtype: torch.dtype) -> tuple[Group, np.ndarray]
 
 
 def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **_):
-    """Scaled-dot-product attention, one call for the segments of about one length: the path for CPUs and the yardstick for the fast one.
+    """Compute scaled-dot-product attention with one call for all segments of about one length.
 
-    query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), None.
+    CPUs and old GPUs use it, and faster kernels are compared with it. Shapes:
+
+    query (1, heads, T, D), key and value (1, kv_heads, T, D) -> output (1, T, heads, D), and None for the attention weights.
     """
     if query.device.type == "cpu" and not dropout and value.shape[-1] == query.shape[-1]:
         return attend_on_cpu(query, key, value, packing.segments, scaling)[0], None
     return _attend_anywhere(query, key, value, packing.segments, scaling, dropout), None
 
 
-@torch.compiler.disable  # compiled, the loop would hold the lengths of one micro-batch
+@torch.compiler.disable  # compiled, the loop would be specialised to the lengths of one micro-batch
 def _attend_anywhere(query, key, value, segments, scaling: float, dropout: float) -> torch.Tensor:
+    """Compute attend_segments on any device, by torch's public function."""
     groups, order = groups_of(segments, query.dtype, query.device)
     outputs = []
     for group in groups:
@@ -94,11 +97,11 @@ def _attend_anywhere(query, key, value, segments, scaling: float, dropout: float
 def attend_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (1, T, heads, D) and the logarithms of its normalizers (T, heads), by torch's flash attention for CPUs.
+    """Compute the output (1, T, heads, D) and the log-normalizers (T, heads) by torch's flash attention for CPUs.
 
-    One node in a compiled graph, whatever the lengths; and a backward pass that writes every gradient once, where autograd would add up
-    as many tensors of T rows as there are groups. Works in float32: on examples of 100 tokens torch's (2.13) takes three times as long in
-    bfloat16, most of it in the backward pass, even on CPUs that have it.
+    It is one node in a compiled graph, whatever the lengths, and its backward pass writes every gradient once, where autograd would add up
+    as many tensors of T rows as there are groups. It computes in float32: on examples of 100 tokens torch (2.13) takes three times as long
+    in bfloat16, most of it in the backward pass, even on CPUs that have bfloat16.
     """
     dtype = query.dtype
     query, key, value = (_in_float32(x) for x in (query, key, value))
@@ -130,7 +133,7 @@ def _attend_on_cpu_backward(
     groups, order = groups_of(segments, query.dtype, query.device)
     sizes = [group.query_rows.numel() for group in groups]
     padded = sum(sizes)
-    # padding has no gradient, and a normalizer under which its weights are 0, whatever they are
+    # padding gets gradient 0, and an infinite normalizer, which makes its attention weights 0
     grads = grad.new_zeros(padded, *grad.shape[2:]).index_copy_(0, order, grad[0])
     normalizers = normalizers.new_full((padded, normalizers.shape[1]), torch.inf).index_copy_(0, order, normalizers)
     grad_queries = []
@@ -155,6 +158,7 @@ def _attend_on_cpu_backward(
 
 
 def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return a bfloat16 tensor in float32, others as they are."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -163,12 +167,12 @@ def _rectangles(group: Group, query, key, value) -> list[torch.Tensor]:
 
 
 def _rectangle(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(1, heads, T, D), (S, L) -> (S, heads, L, D)"""
+    """Pick a group's rows: x (1, heads, T, D), rows (S, L) -> (S, heads, L, D)."""
     return x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(S, heads, L, ...) -> (S * L, heads, ...)"""
+    """Lay a group's rows end to end: (S, heads, L, ...) -> (S * L, heads, ...)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -185,12 +189,14 @@ def _(grad, query, key, value, output, normalizers, segments, *, scaling):
 
 
 def _keep(ctx, inputs, output) -> None:
+    """Save for backward what attend_on_cpu was given and returned."""
     *tensors, ctx.scaling = inputs
     query, key, value, segments = tensors
     ctx.save_for_backward(query, key, value, *output, segments)
 
 
 def _differentiate(ctx, grad, grad_normalizers):
+    """Return attend_on_cpu's gradients; that of its normalizers is not needed, since only backward reads them."""
     return *_attend_on_cpu_backward(grad, *ctx.saved_tensors, scaling=ctx.scaling), None, None
 
 

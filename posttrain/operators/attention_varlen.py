@@ -1,18 +1,18 @@
-"""Attention over a packed micro-batch by torch's variable-length flash kernels, for GPUs."""
+"""Attention over a packed micro-batch by torch's variable-length flash attention, for GPUs."""
 
 import inspect
 from functools import cache
 
 from transformers import AttentionInterface
 
-# its name in transformers' registry; transformers (5.23) takes any name with "sdpa" or "flash" in it for its own
+# the name in transformers' registry; transformers (5.23) treats any name with "sdpa" or "flash" in it as its own
 VARLEN = "posttrain_varlen"
 
 
 def attend_varlen(module, query, key, value, attention_mask, scaling, packing, **_):
-    """torch's variable-length flash attention; its causal mask is aligned to the end of the keys, as shared prefixes need.
+    """Compute attention of all segments by one call; the causal mask is aligned to the end of the keys, as shared prefixes need.
 
-    Shapes as in attend_segments.
+    Shapes are those of attend_segments.
     """
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import
 
@@ -36,7 +36,7 @@ def attend_varlen(module, query, key, value, attention_mask, scaling, packing, *
 
 @cache
 def _asks_for_grouped_heads() -> bool:
-    """Whether this torch wants to be told; earlier ones take them as they come."""
+    """Whether this torch's varlen_attn must be told of grouped key and value heads; earlier ones see them by themselves."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

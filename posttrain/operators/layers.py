@@ -1,7 +1,7 @@
-"""What computes the layers of a model: decided once at start, with the reason, and proven before it is used.
+"""Chooses at start which kernels compute a model's layers; they are compared with transformers' own before they are used.
 
-On GPUs liger-kernel's fused RMSNorm, rotary embedding and SwiGLU. On CPUs whose bfloat16 torch (2.13) does not hand to oneDNN, and which
-therefore multiply it ten to sixty times slower than float32, products in float32, rounded to bfloat16.
+GPUs take liger-kernel's fused RMSNorm, rotary embedding and SwiGLU. CPUs whose bfloat16 torch (2.13) does not hand to oneDNN would multiply
+it ten to sixty times slower than float32: they multiply in float32 and round to bfloat16.
 """
 
 import copy
@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.common.errors import first_line
+from posttrain.operators.proof import tried
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-WHOLE = 128  # widths that kernels work in
-FARTHER = 1.5  # times as far from the layer in float32 as transformers' own layer is, which rounding alone may be
-ROUNDING = 0.005  # of the norm, which is always allowed
-PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers, what liger-kernel replaces there for all models
+WHOLE = 128  # kernels work in tiles of this width
+FARTHER = 1.5  # a changed layer's error against float32 may be this many times that of transformers' own layer
+ROUNDING = 0.005  # relative error that is allowed besides
+PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary embedding, which liger-kernel replaces for all models
 
 
 def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
-    """Put the fastest kernels into the model's layers, on its device; returns what was done, and why."""
+    """Put the fastest kernels that are right here into the model's layers; returns which, and why, for the first screen."""
     if kernels == "torch":
         return "transformers' own (kernels=torch)"
     if type(model).__name__ not in ARCHITECTURES:
@@ -41,34 +41,35 @@ def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
         return "transformers' own (liger-kernel is not installed; pip install liger-kernel)"
     else:
         what, change = f"liger-kernel {version('liger-kernel')}'s RMSNorm, rotary embedding and SwiGLU", _put_in_liger
-    try:
-        plain, changed = prove(model, change)
-    except Exception as error:  # whatever a kernel that is compiled here for the first time may raise
-        return f"transformers' own (not {what}: {first_line(error)})"
-    return f"{what} (off by {changed:.1e} of the exact layer, transformers' own by {plain:.1e}){'; compiled' if compiled else ''}"
+    measured, why_not = tried(lambda: prove(model, change))
+    if measured is None:
+        return f"transformers' own (not {what}: {why_not})"
+    plain, changed = measured
+    return f"{what} (relative error {changed:.1e}, transformers' own {plain:.1e}){'; compiled' if compiled else ''}"
 
 
 @cache
 def multiplies_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` are better computed in float32: bfloat16 on a CPU without fast instructions for it."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def workable(x: torch.Tensor) -> torch.Tensor:
-    """In a dtype that its device multiplies well."""
+    """Return `x` in a dtype that its device multiplies fast: itself, or a float32 copy."""
     return x.float() if multiplies_in_float32(x.device, x.dtype) else x
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that multiplies in float32 and keeps bfloat16. It replaces the class of an existing one."""
+    """A linear layer with bfloat16 weights and outputs that multiplies in float32. It replaces the class of an existing layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Float32Product.apply(x, self.weight, self.bias)
 
 
 class _Float32Product(torch.autograd.Function):
-    """x (..., I), weight (O, I), bias (O,) or None -> (..., O); saves what it was given, not the float32 copies."""
+    """Computes x (..., I), weight (O, I), bias (O,) or None -> (..., O); saves for backward what it was given, not the float32 copies."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -87,15 +88,16 @@ class _Float32Product(torch.autograd.Function):
 
 
 def _multiply_in_float32(model: PreTrainedModel) -> None:
+    """Turn all linear layers but the head into Float32Linear."""
     for module in model.base_model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Float32Linear
 
 
 def _put_in_liger(model: PreTrainedModel) -> None:
-    """In this model only, except for the rotary embedding, which transformers' attention calls by its module's name for it.
+    """Put liger-kernel's layers into this model; the rotary embedding changes for all models, being looked up in the module.
 
-    liger-kernel (0.8.5) also replaces the module's classes: a model built later would be made of them, without what they leave out.
+    liger-kernel (0.8.5) also replaces the classes in that module. They are put back, since a model built later would be made of them.
     """
     from liger_kernel.transformers import monkey_patch
 
@@ -109,16 +111,16 @@ def _put_in_liger(model: PreTrainedModel) -> None:
 
 
 def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> tuple[float, float]:
-    """Change the model's layers; how far its first one was and is from itself in float32, in output or gradients, whichever is farthest.
+    """Apply `change`; return the first layer's largest relative error against float32, of output and gradients, before and after.
 
-    Raises ValueError where that is farther than rounding, and whatever the change raises; the model is then as it was.
+    Raises ValueError where it is larger after than rounding explains, and whatever `change` raises; the model is then as it was.
     """
     module = sys.modules[type(model).__module__]
     if hasattr(module, "apply_rotary_pos_emb"):
         module.apply_rotary_pos_emb = PLAIN_ROTARY.setdefault(module.__name__, module.apply_rotary_pos_emb)
     as_it_was = {part: (part.__class__, dict(vars(part))) for part in model.modules()}
     layer, width = model.base_model.layers[0], getattr(model.config, "num_key_value_heads", 1)
-    # kernels are others for few rows than for many (liger-kernel 0.8.5: from 131,072 rows of heads on); neither a multiple of anything
+    # for many rows other kernels run than for few (liger-kernel 0.8.5: from 131,072 rows of heads on); no multiples of a tile
     counts = (37, min(131_072 // width + 37, 20_011)) if model.device.type == "cuda" else (37,)
     exact = [trial(model, copy.deepcopy(layer).float(), rows) for rows in counts]
     plain = [trial(model, layer, rows) for rows in counts]
@@ -132,7 +134,7 @@ def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> 
         too_far = ~(after <= FARTHER * before + ROUNDING)  # also where it is not a number
         if too_far.any():
             name = list(exact[0])[too_far.any(0).nonzero()[0].item()]
-            raise ValueError(f"{name} of a layer is off by {after.max().item():.2g} of its norm, without by {before.max().item():.2g}")
+            raise ValueError(f"a layer's {name} has relative error {after.max().item():.2g}, transformers' own {before.max().item():.2g}")
     except Exception:
         for part, (kind, attributes) in as_it_was.items():
             part.__class__ = kind
@@ -146,7 +148,7 @@ def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> 
 
 
 def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torch.Tensor]:
-    """Output of a decoder layer, and gradients by its input and weights, on made-up hidden states, in the layer's dtype."""
+    """Run a decoder layer on `rows` random hidden states in its dtype; return by name its output and the gradients of input and weights."""
     weights = dict(layer.named_parameters())
     dtype, draw = next(iter(weights.values())).dtype, torch.Generator().manual_seed(0)
     hidden, grad = (
@@ -161,6 +163,6 @@ def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torc
 
 
 def distances(expected: Iterable[torch.Tensor], seen: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Of each pair, relative to the norm of what was expected; nan where there is one, which their max() keeps."""
+    """Return each pair's distance relative to the norm of the expected tensor; nan where a tensor has one, so that max() is nan, too."""
     pairs = [(a.float(), b.float()) for a, b in zip(expected, seen, strict=True)]
     return torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in pairs])

@@ -1,8 +1,8 @@
-"""Log-probs of given tokens from hidden states, never holding more than CHUNK_ELEMENTS logits.
+"""Computes log-probs of given tokens from hidden states without ever holding more than CHUNK_ELEMENTS logits.
 
-One operator serves SFT, DPO and the reference. Forward makes the logits of some rows at a time; backward makes those of some columns, for
-all rows, so that the gradient of a vocabulary entry comes whole from one product, which adds up in float32, and no second copy of the
-weights in float32 is read and written for each piece. Where all logits are few enough, forward keeps them.
+SFT, DPO and the reference share this operator. Forward computes logits for some rows at a time. Backward computes them for some columns
+at a time, for all rows: so the gradient of a vocabulary entry comes from one product, which adds up in float32, and no float32 copy of the
+head's gradient is read and written again for each piece. Where all logits together are few enough, forward keeps them for backward.
 Symbols: N rows (trained positions), D hidden size, V vocabulary.
 """
 
@@ -11,11 +11,11 @@ from functools import cache
 import torch
 from torch import nn
 
-from posttrain.common.errors import first_line
 from posttrain.operators.layers import WHOLE, distances, workable
+from posttrain.operators.proof import tried
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
-SAME = 0.02  # largest relative difference, in bfloat16, of the compiled pieces from the plain ones
+SAME = 0.02  # largest relative difference in bfloat16 at which compiled and plain pieces count as the same
 
 
 class LogProbHead(nn.Linear):
@@ -28,33 +28,32 @@ class LogProbHead(nn.Linear):
     compiled = False
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden (N, D), targets (N,) -> log-probs (N,) in float32; without targets the ordinary logits."""
+        """Return the float32 log-probs (N,) of `targets` (N,) for hidden states (N, D); without targets the ordinary logits (N, V)."""
         if targets is None:
             return super().forward(hidden)
         return token_logps(hidden, self.weight, targets, self.compiled)
 
     def choose(self, kernels: str) -> str:
-        """Compile what is not a matrix product where it pays; returns what was chosen, and why."""
+        """Compile what is not a matrix product where it pays; returns what was chosen and why, for the first screen."""
         if kernels == "torch":
-            return "in pieces, without all logits (kernels=torch)"
+            return "in pieces, never all logits at once (kernels=torch)"
         if self.weight.device.type != "cuda":
-            return "in pieces, without all logits (compiled on GPUs only)"
-        try:
-            difference = disagreement(self.weight.device, self.weight.dtype)
-        except Exception as error:  # no Triton, no C compiler for it, or whatever it meets
-            return f"in pieces, without all logits (not compiled: {first_line(error)})"
-        if not difference <= SAME:
-            return f"in pieces, without all logits (not compiled: that differs by {difference:.1e})"
+            return "in pieces, never all logits at once (compiled on GPUs only)"
+        difference, why_not = tried(lambda: disagreement(self.weight.device, self.weight.dtype), SAME)
+        if difference is None:
+            return f"in pieces, never all logits at once (not compiled: {why_not})"
         self.compiled = True
-        return f"in pieces, without all logits, compiled ({difference:.1e} from plain ones)"
+        return f"in pieces, never all logits at once, compiled (relative difference {difference:.1e} from plain ones)"
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool = False) -> torch.Tensor:
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,) in float32, and gradients for hidden and weight."""
-    return _TokenLogProbs.apply(hidden, weight, targets, compiled and len(targets) > 1)  # a single row would be compiled anew
+    """Return the float32 log-probs (N,) of `targets` (N,), given hidden (N, D) and the head's weight (V, D); differentiable in both."""
+    return _TokenLogProbs.apply(hidden, weight, targets, compiled and len(targets) > 1)  # torch.compile would compile anew for a single row
 
 
 class _TokenLogProbs(torch.autograd.Function):
+    """Computes token_logps in pieces, forward by rows and backward by columns."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
@@ -72,7 +71,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, normalizers, kept = ctx.saved_tensors
-        grad = grad.contiguous()  # a sum's comes as one number for all, and would be compiled apart
+        grad = grad.contiguous()  # the gradient of a sum is one number expanded, for which torch.compile would compile anew
         states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight)
         for columns in _chunks(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
@@ -88,39 +87,42 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _logps_of_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the targets, and the logarithms of the normalizers, in float32."""
+    """Return the targets' log-probs and the logarithms of the normalizers, each (rows,), in float32."""
     logps = logits.log_softmax(-1, torch.float32).gather(1, targets[:, None]).squeeze(1)
     return logps, logits.gather(1, targets[:, None]).squeeze(1) - logps
 
 
 def _gradient_of_columns(logits: torch.Tensor, normalizers: torch.Tensor, grad: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """d logp / d logits = onehot(target) - softmax(logits), times `grad`; `places`: the targets' columns, or outside, in another piece."""
+    """Return d logp / d logits = onehot(target) - softmax(logits), times `grad`, for some columns.
+
+    `places` are the targets' columns, counted from the first of these; a target in another piece lies outside.
+    """
     grad_logits = (logits - normalizers[:, None]).exp_().mul_(-grad[:, None])  # in float32, as the normalizers are
-    is_here = (places >= 0) & (places < logits.shape[1])  # no row is picked out, which would wait for the device
+    is_here = (places >= 0) & (places < logits.shape[1])  # a mask, since picking rows out would wait for the device
     grad_logits.scatter_add_(1, places.clamp(0, logits.shape[1] - 1)[:, None], torch.where(is_here, grad, 0.0)[:, None])
     return grad_logits.to(logits.dtype)
 
 
 def _logps_in_one_pass(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As _logps_of_rows, in operations of which a compiler makes one kernel that writes no logits in float32."""
+    """Do what _logps_of_rows does, in operations that torch.compile fuses into one kernel, which writes no logits in float32."""
     normalizers = logits.float().logsumexp(-1)
     return logits.gather(1, targets[:, None]).squeeze(1) - normalizers, normalizers
 
 
 def _gradient_in_one_pass(logits: torch.Tensor, normalizers: torch.Tensor, grad: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """As _gradient_of_columns."""
+    """Do what _gradient_of_columns does, in operations that torch.compile fuses."""
     is_target = torch.arange(logits.shape[1], device=logits.device) == places[:, None]
     return ((is_target.float() - (logits - normalizers[:, None]).exp()) * grad[:, None]).to(logits.dtype)
 
 
 @cache
 def _compiled() -> tuple:
-    """The two in one pass, compiled for any number of rows and columns."""
+    """Return the two functions above, compiled for any number of rows and columns."""
     return tuple(torch.compile(function, dynamic=True) for function in (_logps_in_one_pass, _gradient_in_one_pass))
 
 
 def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width: int = 64, vocabulary: int = 1531) -> float:
-    """How far log-probs and gradients by the compiled pieces are from those by the plain ones, relative to their norm."""
+    """Return the largest relative difference between log-probs and gradients of compiled and of plain pieces, on random inputs."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, width, generator=draw).to(device, dtype).requires_grad_() for n in (rows, vocabulary))
     targets = torch.randint(vocabulary, (rows,), generator=draw).to(device)
@@ -133,7 +135,7 @@ def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width
 
 
 def _chunks(count: int, other: int) -> list[slice]:
-    """Cuts `count` rows (or columns) of logits that have `other` columns (or rows)."""
+    """Cut `count` rows (or columns) of logits, with `other` columns (or rows), into pieces of at most CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // max(1, other))
     if size > WHOLE:
         size -= size % WHOLE

@@ -1,4 +1,4 @@
-"""The form in which a model is saved, where memory holds another: feed-forward blocks are widened for the kernels' sake."""
+"""Pads odd feed-forward widths in memory, where kernels need it, and takes the padding off again where a model is saved."""
 
 import math
 
@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from posttrain.operators.layers import ARCHITECTURES, WHOLE
 
-ALIGNED = 8  # widths that are not a multiple of it have rows that begin off the borders at which GPUs load 16 bytes
+ALIGNED = 8  # with a width that is not a multiple of it rows are not aligned to the 16 bytes that GPUs load at once
 
 
 def widen_feed_forward(model: PreTrainedModel) -> str | None:
-    """Feed-forward blocks of an odd width get zeros in memory up to a multiple of WHOLE; returns what was done, if anything.
+    """Pad feed-forward blocks of an odd width with zeros up to a multiple of WHOLE; returns what was done, None where nothing was.
 
-    They change nothing: what they add to an output is 0, and so is their gradient. The config keeps the width of the model as it is saved.
+    The zeros change nothing: they add 0 to every output, and their gradient is 0. The config keeps the width that is saved.
     """
     width = getattr(model.config, "intermediate_size", 0)
     if type(model).__name__ not in ARCHITECTURES or width % ALIGNED == 0:
@@ -29,11 +29,11 @@ def widen_feed_forward(model: PreTrainedModel) -> str | None:
             linear.out_features += added
         layer.mlp.down_proj.weight = nn.Parameter(F.pad(layer.mlp.down_proj.weight.detach(), (0, added)))
         layer.mlp.down_proj.in_features += added
-    return f"feed-forward: {width} wide, in memory {width + added} (zeros, in no saved model), kernels are made for multiples of {WHOLE}"
+    return f"feed-forward: width {width} is padded with zeros to {width + added} in memory only, since kernels work in tiles of {WHOLE}"
 
 
 def saved_shape(name: str, shape: torch.Size, config) -> tuple[int, ...]:
-    """Of a parameter, by its name in the model, as a model folder holds it: without what widen_feed_forward added."""
+    """Return a parameter's shape as it is saved, without widen_feed_forward's padding; `name` is its name in the model."""
     if ".mlp.gate_proj." in name or ".mlp.up_proj." in name:
         return (min(shape[0], config.intermediate_size), *shape[1:])
     if name.endswith(".mlp.down_proj.weight"):
@@ -42,9 +42,10 @@ def saved_shape(name: str, shape: torch.Size, config) -> tuple[int, ...]:
 
 
 def as_saved(name: str, parameter: torch.Tensor, config) -> torch.Tensor:
+    """Return a view of a parameter as it is saved, without widen_feed_forward's padding."""
     return parameter[tuple(slice(size) for size in saved_shape(name, parameter.shape, config))]
 
 
 def count_as_saved(model: PreTrainedModel) -> int:
-    """Parameters of the model's folder, whole where ZeRO-3 holds a part of each."""
+    """Count the model's parameters as they are saved; at ZeRO-3, where a rank holds a part of each, they count whole."""
     return sum(math.prod(saved_shape(name, getattr(p, "ds_shape", p.shape), model.config)) for name, p in model.named_parameters())

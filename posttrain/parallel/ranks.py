@@ -1,4 +1,4 @@
-"""Ranks connect, and hand each other Python values. All ranks call these, the same number of times."""
+"""Connects the ranks, and passes Python values between them. All ranks call these functions, the same number of times."""
 
 import socket
 from collections.abc import Callable
@@ -12,15 +12,16 @@ from posttrain.parallel import rendezvous, watchdog
 
 
 def connect(backend: str, device: torch.device, seconds: float, rank: int, world_size: int) -> dist.Store:
-    """The process group, with a connection from every rank to every other, all watched: see watchdog.py. All ranks.
+    """Set up the process group, with a connection from every rank to every other, and start the watchdog. All ranks.
 
-    `seconds`: without progress. Returns the store that they met in. Raises ValueError where ranks do not come, or cannot connect.
+    `seconds`: how long a rank may make no progress (0: any time), see watchdog.py. Returns the store in which the ranks met.
+    Raises ValueError if a rank is missing or cannot connect to another.
     """
     store = rendezvous.meet(seconds, rank, world_size)
     watchdog.start(seconds, rank, world_size)
     watchdog.enter("connect")
     try:
-        # the timeout is long, since ranks wait while rank 0 writes the result; a hang is the watchdog's to find
+        # a long timeout, since ranks wait while rank 0 writes the result; the watchdog notices a rank that hangs
         how = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(hours=2)}
         dist.init_process_group(backend, **how)
         dist.all_reduce(torch.zeros(1, device=device))
@@ -33,14 +34,17 @@ def connect(backend: str, device: torch.device, seconds: float, rank: int, world
 
 
 def gathered(value) -> list:
-    """Every rank's value, on every rank. All ranks."""
+    """Returns the values of all ranks, in the order of ranks, on every rank. All ranks."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def on_rank_0(action: Callable):
-    """What `action` returns on rank 0, on every rank; its OSError, or a mistake as ValueError, is raised on every rank. All ranks."""
+    """Run `action` on rank 0 only, and return its result on every rank. All ranks.
+
+    If it raises OSError or ValueError, so does every rank: ValueError for a user's mistake (`errors.is_mistake`), else OSError.
+    """
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -55,7 +59,10 @@ def on_rank_0(action: Callable):
 
 
 def same_on_all_ranks(what: str, parts: dict[str, str]) -> None:
-    """Raise on every rank, naming ranks, hosts and the first differing part, unless all ranks hold the same hashes."""
+    """Check that all ranks hold the same hashes, `parts`: part -> hash. All ranks.
+
+    Otherwise raises ValueError on every rank, naming the ranks that differ from rank 0, their hosts and the first such part.
+    """
     hosts, seen = zip(*gathered((socket.gethostname(), parts)), strict=True)
     different = [rank for rank, value in enumerate(seen) if value != seen[0]]
     if different:
@@ -64,6 +71,6 @@ def same_on_all_ranks(what: str, parts: dict[str, str]) -> None:
         there, here = sorted({hosts[rank] for rank in different}), hosts[0]
         where, whose = (f" (on {', '.join(there)})", f" (on {here})") if there != [here] else ("", "")
         raise ValueError(
-            f"ranks {different}{where} hold another {what} than rank 0{whose}: {len(names)} of {len(seen[0])} parts differ, first "
-            f"{names[0]}. The ranks did not read the same: compare the command and the files on their hosts"
+            f"ranks {different}{where} differ from rank 0{whose} in their {what}: {len(names)} of {len(seen[0])} parts differ, first "
+            f"{names[0]}. They did not read the same files or options: compare the command and the files on their hosts"
         )

@@ -1,4 +1,4 @@
-"""The way into a script and out of it, on every rank."""
+"""Runs a script on every rank, and turns its errors into one message and an exit code."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ from posttrain.common import terminal
 from posttrain.common.errors import is_mistake
 from posttrain.parallel import stopping, watchdog
 
-MISTAKE = 2  # exit code: the command or what it names is wrong, and would be again
+MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
 
 
 def run_script(script: Callable[[], None]) -> None:
-    """Run a script's main function on this rank, and leave. A user's mistake ends with one message from rank 0 and a non-zero exit on all.
+    """Run a script's main function on this rank, then exit. A user's mistake prints one message, from rank 0, and all ranks exit non-zero.
 
-    Leaving skips the interpreter's shutdown: there a process group's threads may end in std::terminate (seen with gloo, torch 2.13), or
-    hang where a peer is gone, although all work is done.
+    The exit skips the interpreter's shutdown: in it a process group's threads may end in std::terminate (seen with gloo, torch 2.13), or
+    hang if another rank is gone, although all work is done.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -34,7 +34,7 @@ def run_script(script: Callable[[], None]) -> None:
         _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if is_mistake(error) else 1)
     except Exception:
         details = traceback.format_exc()
-        if gone := watchdog.explain():  # what failed here is what another rank's end has caused
+        if gone := watchdog.explain():  # this failure only follows from the loss of another rank
             terminal.say_error(gone)
             os._exit(watchdog.LOST)
         _fail(rank, details, "")
@@ -52,7 +52,7 @@ def run_script(script: Callable[[], None]) -> None:
 
 
 def _fail(rank: int, message: str, details: str, code: int = 1) -> NoReturn:
-    """Rank 0 speaks. Others mostly failed alike and are ended by the launcher while they wait; one that failed alone speaks after all."""
+    """Print the error and exit. Rank 0 does so at once, others after 5 s: mostly all fail alike, and the launcher ends them before that."""
     watchdog.fall_silent()
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""Bytes that forward and backward of a micro-batch take.
+"""Counts the bytes of activations that the forward and backward pass of a micro-batch take, without computing anything.
 
-The model's own code runs, forward and backward, on tensors that have shapes and no values, with one decoder layer and with two, and every
-storage is counted while it lives. The difference is a layer's.
+The model's own code runs, forward and backward, on tensors that have shapes and no values (torch's FakeTensorMode), and every storage is
+counted while it lives: once with one decoder layer and once with two. The difference is what each further layer takes.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from posttrain.planning.memory import Working
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What liger-kernel's RMSNorm keeps: its input and a number a row; its gradient takes the place of the output's."""
+    """Keeps for backward what liger-kernel's RMSNorm keeps: its input and one number a row. The gradient is written over the one given."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -37,7 +37,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _FusedSwiGLU(torch.autograd.Function):
-    """What liger-kernel's SwiGLU keeps: its two inputs, whose places their gradients take."""
+    """Keeps for backward what liger-kernel's SwiGLU keeps: its two inputs. Their gradients are written over them."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -49,8 +49,11 @@ class _FusedSwiGLU(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def _fuse(model: PreTrainedModel) -> None:
-    """Fused kernels, as far as memory goes. torch.compile takes about as much (91.4 GB where this says 94.4, on an H200)."""
+def _take_memory_of_fused_kernels(model: PreTrainedModel) -> None:
+    """Make RMSNorm and feed-forward layers allocate what liger-kernel's would; their values are never looked at.
+
+    torch.compile takes about as much (91.4 GB where this says 94.4, on an H200).
+    """
     for part in model.modules():
         if type(part).__name__.endswith("RMSNorm"):
             part.forward = lambda x, part=part: _FusedNorm.apply(x, part.weight)
@@ -59,8 +62,8 @@ def _fuse(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _rotary_in_place(model: PreTrainedModel):
-    """As liger-kernel's; transformers' attention calls it by its module's name for it."""
+def _rotary_without_memory(model: PreTrainedModel):
+    """Let the rotary embedding allocate nothing, as liger-kernel's does; transformers' attention looks it up in its module."""
     module = sys.modules[type(model).__module__]
     rotary = module.apply_rotary_pos_emb
     module.apply_rotary_pos_emb = lambda query, key, *others, **settings: (query, key)
@@ -71,8 +74,8 @@ def _rotary_in_place(model: PreTrainedModel):
 
 
 @contextlib.contextmanager
-def _products_in_place():
-    """As on a GPU, whatever CPU this is: one without bfloat16 copies into float32 what it multiplies."""
+def _matmuls_without_copies():
+    """Let matrix products make no float32 copies of bfloat16 operands, as on a GPU; on a CPU without bfloat16 they would."""
     workable = logprob.workable
     logprob.workable = lambda x: x
     try:
@@ -81,16 +84,16 @@ def _products_in_place():
         logprob.workable = workable
 
 
-class Living(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that still live, and the most that there ever were."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations have made: `now` of those still alive, `most` at their peak."""
 
     def __init__(self):
         super().__init__()
         self.now = self.most = 0
         self.seen = WeakIdKeyDictionary()
 
-    def know(self, tensors) -> None:
-        """These were there before: not counted."""
+    def leave_out(self, tensors) -> None:
+        """Do not count these tensors, which were there before."""
         for tensor in tensors:
             self.seen[tensor.untyped_storage()] = None
 
@@ -113,8 +116,11 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> int:
-    """Bytes that forward and backward of a model with so many layers take at most, beside weights and finished gradients."""
+def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> int:
+    """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peak.
+
+    Weights and finished gradients are not among them.
+    """
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -123,33 +129,36 @@ def peak_of(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpoi
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         policy = Policy(model, SEGMENTS)
         if fused:
-            _fuse(model)
+            _take_memory_of_fused_kernels(model)
         checkpoint_activations(model, checkpointing)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         batch = batch._replace(
             **{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
         )
-        living = Living()
-        living.know([*model.parameters(), *model.buffers()])
-        with living, _rotary_in_place(model) if fused else contextlib.nullcontext():
+        live = LiveBytes()
+        live.leave_out([*model.parameters(), *model.buffers()])
+        with live, _rotary_without_memory(model) if fused else contextlib.nullcontext():
             policy(batch).sum().backward()
-    return living.most
+    return live.most
 
 
 def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> Working:
-    """What forward and backward of a micro-batch take, by its shapes; `fused`: with liger-kernel's layers, as on a GPU."""
-    with _products_in_place() if fused else contextlib.nullcontext():
-        one, two = (peak_of(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
-        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_of_head(config, len(batch.rows), dtype))
+    """Count what forward and backward of `config`'s model take at their peak for a micro-batch of `batch`'s shapes.
+
+    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them.
+    """
+    with _matmuls_without_copies() if fused else contextlib.nullcontext():
+        one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype))
 
 
-def peak_of_head(config, rows: int, dtype: torch.dtype) -> int:
-    """Bytes that the log-probs of `rows` trained positions take at most, forward and backward, beside the head's weights."""
+def peak_bytes_of_head(config, rows: int, dtype: torch.dtype) -> int:
+    """Count the bytes that the log-probs of `rows` trained tokens take at their peak, forward and backward, beside the head's weights."""
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, config.hidden_size, dtype=dtype, requires_grad=True) for n in (rows, config.vocab_size))
-        living = Living()
-        living.know([hidden, weight])
-        with living:
+        live = LiveBytes()
+        live.leave_out([hidden, weight])
+        with live:
             logprob.token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
-    return living.most
+    return live.most

@@ -1,4 +1,4 @@
-"""Machines that a run is planned for: GPUs by name, and this one."""
+"""The machines that plan.py knows: GPUs by name, and the one that it runs on."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Device:
-    """What its maker says; memory as its driver shows it."""
+    """One rank's device: speeds as its maker states them, memory as its driver shows it."""
 
     name: str
     memory: float  # bytes
@@ -26,12 +26,12 @@ GPUS = {
     "h100": Device("H100", 81_559 * MIB, 989e12, 450e9),
     "a100": Device("A100", 81_920 * MIB, 312e12, 300e9),
 }
-KEPT_BACK = 2e9  # bytes: the driver's context, NCCL's buffers
-FRAGMENTS = 0.06  # of the memory, that an allocator cannot use
+KEPT_BACK = 2e9  # bytes of a GPU that a run cannot have: the driver's context, NCCL's buffers
+FRAGMENTS = 0.06  # share of the memory that the allocator loses to fragmentation
 
 
 def this_machine(ranks: int) -> Device:
-    """A rank's share of it."""
+    """Return what each of `ranks` ranks on this machine has: its GPU, or without one an equal share of the free memory."""
     if not torch.cuda.is_available():
         return Device("CPU", psutil.virtual_memory().available / ranks, 1e12, 1e9)
     properties = torch.cuda.get_device_properties(0)

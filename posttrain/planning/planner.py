@@ -1,4 +1,4 @@
-"""How much memory and time each way of running a recipe takes: what plan.py prints, and max_tokens_per_gpu: auto goes by."""
+"""Estimates the memory and time of each way to run a recipe: plan.py prints them, max_tokens_per_gpu: auto starts from them."""
 
 import bisect
 import math
@@ -13,52 +13,59 @@ from posttrain.engine.ds_config import read_ds_config
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
-from posttrain.planning.work import the_model, the_work
+from posttrain.planning.work import read_model_shape, read_work
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
 
-# Of its peak, one H200 made of SFT of 1.7B parameters (benchmarks/results/phases_gpu.json, sft_gpu.json with --compile)
+# Share of its peak FLOP/s that one H200 reached in SFT of 1.7B parameters (benchmarks/results/phases_gpu.json, sft_gpu.json with --compile)
 REACHED, REACHED_COMPILED = 0.41, 0.446
 CHECKPOINTING = ("none", "selective", "full")
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
-MANY = 16_384  # tokens of a micro-batch
+MANY = 16_384  # tokens; larger micro-batches are extrapolated from ones of this size and twice it
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was timed on a machine; the first by way of checkpointing activations, the others by ds_config."""
+    """Seconds that timing.py measured on this machine: `token` by activation checkpointing, the others by the name of the ds_config."""
 
-    token: dict[str, float]  # forward and backward, and forward of the reference
-    micro_batch: dict[str, float]  # beside its tokens: gradients and gathered weights on their way
-    update: dict[str, float]  # of all weights
+    token: dict[str, float]  # forward and backward of one token, and the reference's forward
+    micro_batch: dict[str, float]  # what a micro-batch takes beside its tokens: sending gradients and gathering weights
+    update: dict[str, float]  # the optimizer step
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One way to run: what it takes, and how fast it is."""
+class Estimate:
+    """What one way to run a recipe takes: memory, and time per optimizer step."""
 
-    ds_config: str
-    checkpointing: str
-    parts: Parts  # with micro-batches of `tokens`
+    ds_config: str  # the name of one of ds_configs/
+    checkpointing: str  # as the recipe's activation_checkpointing
+    parts: Parts  # memory with micro-batches of `tokens`
     tokens: int
-    most_tokens: int  # of a micro-batch that fits; 0: none
+    most_tokens: int  # the largest micro-batch that fits; 0: none does
     step_seconds: float
-    sent: float  # bytes that a GPU sends a step
+    sent: float  # bytes that a GPU sends in a step
 
 
 class Planner:
-    """Of a recipe on so many GPUs. `seconds`: what was timed on this machine (timing.py); without, times come from the device's peak."""
+    """Estimates a recipe's memory and time on `nodes` nodes of `gpus` devices each.
+
+    Times come from `seconds`, what timing.py measured on this machine; where that is None, from the device's peak FLOP/s.
+    """
 
     def __init__(self, recipe: Recipe, device: Device, gpus: int, nodes: int, assumed: str | None = None):
+        """Read the model's shape and the examples' lengths; `assumed` names one of SHAPES for a model that is not there yet.
+
+        Raises ValueError where the longest example has more tokens than the recipe's max_tokens_per_gpu.
+        """
         if recipe.max_tokens_per_gpu == AUTO:
             recipe = recipe.model_copy(update={"max_tokens_per_gpu": 2**31})
         self.recipe, self.device, self.nodes, self.ranks = recipe, device, nodes, gpus * nodes
         self.on_gpu = device.name != "CPU"
         self.dtype = getattr(torch, recipe.dtype)
-        self.config, self.count, self.model_said = the_model(recipe, assumed)
+        self.config, self.count, self.model_summary = read_model_shape(recipe, assumed)
         embedding = self.config.vocab_size * self.config.hidden_size
         self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
-        self.work, self.work_said = the_work(recipe)
+        self.work, self.work_summary = read_work(recipe)
         self.reference = isinstance(recipe, DPORecipe) and recipe.needs_reference and recipe.reference == "beside"
         self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
         self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * self.work.count / self.batch)
@@ -71,13 +78,13 @@ class Planner:
         self.seconds: Seconds | None = None
 
     def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
-        """A rank's memory with micro-batches of at most `tokens`. `ds_config`: a path."""
+        """Estimate a rank's memory with micro-batches of at most `tokens` tokens. `ds_config` is a path."""
         layout = Layout(Zero.of(read_ds_config(ds_config)), self.ranks, self.dtype, self.on_gpu)
         largest, usual = (self.working(most, checkpointing) for most in (tokens, min(tokens, self.usual_tokens)))
         return peak(self.count, self.piece, layout, largest, usual, self.reference)
 
     def working(self, tokens: int, checkpointing: str) -> Working:
-        """As count_working, which beyond MANY grows by as much with each token."""
+        """Return what forward and backward of `tokens` tokens take: counted up to MANY tokens, beyond extrapolated in a straight line."""
         counted = [self._counted(min(tokens, MANY), checkpointing)]
         if tokens > MANY:
             counted.append(self._counted(2 * MANY, checkpointing))
@@ -89,25 +96,28 @@ class Planner:
         return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
 
     def most_tokens(self, ds_config: str, checkpointing: str) -> int:
-        """Of a micro-batch that fits, in whole 1,024; 0 where the longest example does not. `ds_config`: a path."""
+        """Return the tokens of the largest micro-batch that fits: a multiple of 1,024, or the longest example, or 0 where that does not.
+
+        `ds_config` is a path.
+        """
         longest = int(self.work.lengths.max())
         if self.parts(ds_config, checkpointing, longest).total > self.usable:
             return 0
         fits = bisect.bisect_left(range(1, 2048), True, key=lambda n: self.parts(ds_config, checkpointing, 1024 * n).total > self.usable)
         return max(1024 * fits, longest)
 
-    def plan(self, ds_config: str, checkpointing: str) -> Plan:
-        """`ds_config`: the name of one of ds_configs/."""
+    def estimate(self, ds_config: str, checkpointing: str) -> Estimate:
+        """Estimate memory and time with a ds_config, the name of one of ds_configs/, and a way of checkpointing activations."""
         path = f"ds_configs/{ds_config}.json"
         tokens = min(self.recipe.max_tokens_per_gpu, batches.most_of_a_rank(self.work.lengths, self.batch, self.ranks))
         parts = self.parts(path, checkpointing, tokens)
         most = self.most_tokens(path, checkpointing)
         used = min(tokens, most) if most else tokens
         seconds, sent = self.step(ds_config, checkpointing, used)
-        return Plan(ds_config, checkpointing, parts, tokens, most, seconds, sent)
+        return Estimate(ds_config, checkpointing, parts, tokens, most, seconds, sent)
 
     def micro_batches(self) -> list[np.ndarray]:
-        """Examples of the micro-batches of the run's first steps, of all ranks, the one with the most tokens first."""
+        """Return the micro-batches of the run's first steps on all ranks, as indices of examples, the one with the most tokens first."""
         lengths = self.work.lengths
         if len(lengths) == 1:
             return [np.zeros(max(1, min(self.recipe.max_tokens_per_gpu // lengths[0], self.batch // self.ranks)), np.int64)]
@@ -115,7 +125,7 @@ class Planner:
         return sorted(found, key=lambda examples: -lengths[examples].sum())
 
     def _first_steps(self):
-        """Of each of the run's first steps, each rank's micro-batches of examples."""
+        """Yield for each of the run's first 20 steps every rank's micro-batches, as indices of examples."""
         lengths, recipe = self.work.lengths, self.recipe
         for step in range(1, min(self.steps, 20) + 1):
             chosen = batches.step_examples(len(lengths), self.batch, recipe.seed, step)
@@ -123,8 +133,8 @@ class Planner:
             yield [[chosen[part] for part in share] for share in dealt]
 
     @cache  # noqa: B019 - there is one planner
-    def slowest(self, in_each: bool) -> float:
-        """Tokens of the rank that the others wait for, by the mean rank's: they wait in each micro-batch, or once a step."""
+    def imbalance(self, in_each: bool) -> float:
+        """Return the slowest rank's tokens divided by the mean rank's: ranks wait for each other in each micro-batch, or once a step."""
         if len(self.work.lengths) == 1:
             return 1.0
         waited, mean = 0.0, 0.0
@@ -135,10 +145,10 @@ class Planner:
         return waited / mean
 
     def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
-        """Seconds of a mean step with micro-batches of so many tokens, and bytes that a GPU sends in it."""
+        """Return the seconds of a mean step with micro-batches of `tokens` tokens, and the bytes that a GPU sends in it."""
         micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
         zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
-        waits, sent = self.slowest(in_each=zero.stage > 1), self.sent(zero, micro_batches)
+        waits, sent = self.imbalance(in_each=zero.stage > 1), self.sent(zero, micro_batches)
         if self.seconds:
             tokens_of_rank = waits * self.work.lengths.mean() * self.batch / self.ranks
             compute = tokens_of_rank * self.seconds.token[checkpointing]
@@ -150,14 +160,14 @@ class Planner:
             within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
             across = (sent - within) * (self.nodes - 1) / self.nodes
             wire = max(sent / self.device.link, across / self.device.net)
-            # offloaded states cross PCIe 5, 50 GB/s, and the CPU steps them at its memory's speed
+            # offloaded states cross PCIe 5 (50 GB/s), and the CPU updates them at the speed of its memory
             update = 28 * self.count / self.ranks / 20e9 if zero.offload_optimizer else 0.0
-        if zero.stage == 3 and self.on_gpu:  # weights are on their way while others compute; a CPU has to do both
+        if zero.stage == 3 and self.on_gpu:  # weights are sent while others are computed with; a CPU has to do both
             wire = max(wire - compute, 0.1 * wire)
         return compute + wire + update, sent
 
     def sent(self, zero: Zero, micro_batches: int) -> float:
-        """Bytes that a GPU sends in a step."""
+        """Return the bytes that a GPU sends in a step of `micro_batches` micro-batches."""
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
         if zero.stage == 3:
             sent = micro_batches * (2 * size * others + self._gathered_again(zero))
@@ -170,20 +180,20 @@ class Planner:
         return sent
 
     def _gathered_again(self, zero: Zero) -> float:
-        """Bytes of weights that a pass at ZeRO-3 asks of the other ranks once more: those that it needs soonest stay gathered."""
+        """Return the bytes of weights that a rank gathers twice for a micro-batch at ZeRO-3; those whose next use is near stay gathered."""
         half, embedding = zero.reuse_distance / 2, self.embedding
         if not self.tied:
             again = self.count - max(half, embedding)
-        else:  # the head, which is the embedding, is used in the middle, twice in a row
+        else:  # the head, which is the embedding, is used between the two passes, twice in a row
             again = self.count - embedding - max(0.0, half - embedding) + 2 * embedding * self._head_is_gathered_again(zero.reuse_distance)
         return self.dtype.itemsize * max(0.0, again) * (self.ranks - 1) / self.ranks
 
     def _head_is_gathered_again(self, reuse_distance: int) -> bool:
-        """Whether so many layers lie between it and the embedding, that it is."""
+        """Whether a head tied to the embedding is gathered anew: more weights than `reuse_distance` are used between the two."""
         return self.tied and self.count - self.embedding >= reuse_distance
 
     def flops(self, checkpointing: str) -> float:
-        """Of a mean step, over all ranks: 2 a weight and token forward, 4 backward; attention by its pairs of tokens."""
+        """Return the FLOPs of a mean step over all ranks: 2 a weight and token forward, 4 backward; attention by its query-key pairs."""
         c = self.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         attend = c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
@@ -198,4 +208,5 @@ class Planner:
         return self.batch * whole
 
     def _log_probs(self) -> np.ndarray:
+        """Return how many log-probs each example needs: of its trained tokens in SFT, of both answers in DPO."""
         return self.work.trained if self.work.answers.shape[1] == 1 else self.work.answers.sum(1)

@@ -1,4 +1,4 @@
-"""What a run has to compute: its model's shape, and the lengths of its examples."""
+"""Reads what a run has to compute: its model's shape and the lengths of its examples, or assumes them where they are not there yet."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_p
 
 
 def _shape(kind, hidden: int, feed_forward: int, depth: int, heads: int, **others):
+    """Return a transformers config of class `kind` with these sizes."""
     sizes = {"hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": depth, "num_attention_heads": heads}
     return kind(**sizes, **others)
 
@@ -29,32 +30,33 @@ SHAPES = {
     "32b": ("Qwen3-32B", _shape(Qwen3Config, 5120, 25600, 64, 64, **QWEN3, tie_word_embeddings=False)),
     "70b": ("Llama-3.1-70B", _shape(LlamaConfig, 8192, 28672, 80, 64, vocab_size=128256, num_key_value_heads=8)),
 }
-ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000
+ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000  # tokens of an example, and examples
 
 
 @dataclass(frozen=True)
 class Work:
-    """The examples that a run sees: arrays of one entry an example, or a single one that all are alike."""
+    """The lengths of a run's `count` examples, in tokens. Arrays have an entry an example, or a single one where all are alike."""
 
     count: int
-    prompt: np.ndarray  # tokens before the answers; for SFT none are apart
-    answers: np.ndarray  # (examples, 1 or 2)
-    trained: np.ndarray
-    shared: bool  # the prompt is computed once for both answers
+    prompt: np.ndarray  # (examples,) DPO's prompts; 0 for SFT, whose `answers` are whole rows
+    answers: np.ndarray  # (examples, 1 or 2) SFT's row; DPO's chosen and rejected answer
+    trained: np.ndarray  # (examples,) trained tokens
+    shared: bool  # whether the prompt is computed once for both answers
 
     @property
     def lengths(self) -> np.ndarray:
+        """How many tokens each example takes in a micro-batch."""
         copies = 1 if self.shared else self.answers.shape[1]
         return self.prompt * copies + self.answers.sum(1)
 
     def attended(self) -> np.ndarray:
-        """Pairs of query and key of each example, causal."""
+        """Return how many query-key pairs causal attention computes in each example."""
         whole = (self.prompt[:, None] + self.answers) ** 2 / 2
         again = (self.answers.shape[1] - 1) * self.prompt**2 / 2 if self.shared else 0
         return whole.sum(1) - again
 
     def micro_batch(self, tokens: int) -> MicroBatch:
-        """As many of the longest examples as `tokens` hold, and a shorter one in what is left."""
+        """Build a micro-batch of at most `tokens` tokens: of the longest examples as many as fit, then shorter ones in what is left."""
         chosen, left = [], tokens
         order = np.argsort(self.lengths, kind="stable")
         ascending = self.lengths[order]
@@ -64,6 +66,7 @@ class Work:
         return self.batch_of(chosen)
 
     def batch_of(self, examples) -> MicroBatch:
+        """Build the micro-batch of the examples with these indices; all its token ids are 0."""
         builder = RowBuilder()
         for index in examples:
             self._add(builder, int(index))
@@ -77,13 +80,16 @@ class Work:
             builder.add_sequence([0] * answers[0], [IGNORE] * (answers[0] - trained) + [0] * trained)
 
 
-def the_model(recipe: Recipe, assumed: str | None):
-    """Its configuration, how many parameters, and what is said of it."""
+def read_model_shape(recipe: Recipe, assumed: str | None):
+    """Return the config of the recipe's model, its number of parameters, and a sentence about it for plan.py.
+
+    Where the model is not there yet the one of SHAPES that `assumed` names stands in. Raises ValueError for `assumed` where it is there.
+    """
     try:
         find_model(recipe.model_path, "")
     except FileNotFoundError:
         name, config = SHAPES[assumed or "1.8b"]
-        return config, count_parameters(config), f"there is none at {recipe.model_path} yet: assumed {name}'s shape"
+        return config, count_parameters(config), f"none at {recipe.model_path} yet: assumed {name}'s shape"
     if assumed:
         raise ValueError(f"--model={assumed} would not be read: the recipe's model, {recipe.model_path}, is there. Remove it")
     if ckpt_pt.is_ckpt_pt(recipe.model_path):
@@ -97,16 +103,17 @@ def the_model(recipe: Recipe, assumed: str | None):
 
 
 def count_parameters(config) -> int:
+    """Return the number of parameters of a transformers config's model, without allocating it."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def the_work(recipe: Recipe) -> tuple[Work, str]:
-    """The training examples, and what is said of them."""
+def read_work(recipe: Recipe) -> tuple[Work, str]:
+    """Return the lengths of the recipe's training examples, and a sentence about them for plan.py; assumed where there are no data yet."""
     kind, shared = ("dpo", recipe.share_prompt) if isinstance(recipe, DPORecipe) else ("sft", False)
     if not Path(recipe.data_dir).is_dir():
         one = np.ones(1, np.int64)
-        said = f"there is none at {recipe.data_dir} yet: assumed rows of {ASSUMED_ROW:,} tokens"
+        said = f"none at {recipe.data_dir} yet: assumed rows of {ASSUMED_ROW:,} tokens"
         if kind == "sft":
             return Work(ASSUMED_ROWS, 0 * one, ASSUMED_ROW * one[:, None], ASSUMED_ROW * one, False), said
         half = ASSUMED_ROW // 2

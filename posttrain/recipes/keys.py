@@ -1,11 +1,11 @@
 """Recipes: what is trained, as typed YAML plus --key=value overrides.
 
-The recipe fixes the loss curve; hardware settings only decide how fast it is drawn. Each key is documented once, at its field, and
-`--help` prints that. Unknown keys, wrong types and options that the chosen mode would not read are errors.
+The recipe fixes the loss curve; hardware settings only decide how fast it is computed. Each key is documented once, at its field, and
+`--help` prints that text. An unknown key, a wrong type or an option that the run would not read is an error.
 """
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _seconds(value):
-    """8h, 90m, 45s, 08:00:00 or a number of seconds."""
+    """Turn 8h, 90m, 45s or 08:00:00 into seconds; anything else is left to pydantic."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([hms])", value.strip())):
         return float(found[1]) * {"h": 3600, "m": 60, "s": 1}[found[2]]
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+):(\d\d):(\d\d)", value.strip())):
@@ -30,96 +30,169 @@ def _seconds(value):
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 
 
-def key(default, meaning: str, **limits):
-    return Field(default, description=meaning, **limits)
+NEVER, BY_EXTEND, ANY_TIME = "never", "by extend", "any time"  # when an existing run may be given another value of a key
 
 
-AUTO = "auto"  # of max_tokens_per_gpu
+def key(default, meaning: str, *, changes: str = NEVER, needs: tuple[str, ...] = (), **limits):
+    """Declare a key of a recipe.
+
+    `changes`: when an existing run may be given another value. Never is the rule, since the loss curve depends on the key.
+    `needs`: keys without which this one is not read, as "one" or "one|other"; setting it while they are off (0, False, None) is an error.
+    """
+    return Field(default, description=meaning, json_schema_extra={"changes": changes, "needs": list(needs)}, **limits)
+
+
+def free_key(default, meaning: str, **others):
+    """Declare a key that only decides speed, memory or what is shown: an existing run may go on with another value of it."""
+    return key(default, meaning, changes=ANY_TIME, **others)
+
+
+AUTO = "auto"  # the value of max_tokens_per_gpu that asks for as many tokens as fit
 
 
 class Recipe(BaseModel):
-    """Keys that SFT and DPO share. One clock everywhere: the optimizer step, from 1."""
+    """The keys that SFT and DPO share. All intervals count optimizer steps, the first of which is step 1."""
+
+    kind: ClassVar[str]  # "sft" or "dpo", as prepared data and run directories are marked
+    prepare: ClassVar[str]  # the command in data_prep/ that makes the data, for error messages
+    how_to_make_model: ClassVar[str]  # what to do if there is no model at model_path, for error messages
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    out_dir: str = key(..., "the run's directory; the same command again continues the run in it")
-    tokenizer: str | None = key(None, "a Hugging Face folder or a SentencePiece .model; none: beside the checkpoint, else the data's")
-
-    global_batch_size: Count | None = key(None, "examples (SFT rows, DPO pairs) per optimizer step, over all GPUs")
-    batch_size: Count | None = key(None, "with gradient_accumulation_steps: global_batch_size as their product times the GPUs")
-    gradient_accumulation_steps: Count | None = key(None, "see batch_size; sets examples per step, not how they are cut up")
-    max_tokens_per_gpu: Count | Literal["auto"] = key(
-        16384, "tokens in a micro-batch on one GPU, or auto: as many as fit; speed and memory only, never the curve"
+    out_dir: str = free_key(..., "run directory; giving the same command again resumes the run in it")
+    tokenizer: str | None = key(
+        None,
+        "a Hugging Face folder or a SentencePiece .model file; None: the one beside the checkpoint, else the one in the prepared data",
     )
 
-    max_iters: Count | None = key(None, "optimizer steps of the run; or give epochs")
-    epochs: Positive | None = key(None, "passes over the data; or give max_iters")
+    global_batch_size: Count | None = key(None, "examples (SFT rows or DPO pairs) per optimizer step, all GPUs together")
+    batch_size: Count | None = free_key(
+        None, "instead of global_batch_size, which becomes batch_size x gradient_accumulation_steps x number of GPUs"
+    )
+    gradient_accumulation_steps: Count | None = free_key(
+        None, "see batch_size; it only sets the examples per step: micro-batches are cut by max_tokens_per_gpu"
+    )
+    max_tokens_per_gpu: Count | Literal["auto"] = free_key(
+        16384,
+        "most tokens in a micro-batch on one GPU, or auto: as many as fit into memory; changes speed and memory, never the loss curve",
+    )
+
+    max_iters: Count | None = key(None, "length of the run in optimizer steps; give this or epochs", changes=BY_EXTEND)
+    epochs: Positive | None = key(None, "length of the run in passes over the training data; give this or max_iters", changes=BY_EXTEND)
     learning_rate: Positive = key(2e-5, "peak learning rate")
-    min_lr: NotNegative = key(0.0, "learning rate that the cosine falls to")
-    warmup_iters: Period = key(0, "steps of linear warmup")
-    lr_decay_iters: Count | None = key(None, "steps after which the cosine has reached min_lr; none: the run's")
-    decay_lr: bool = key(True, "cosine decay after the warmup; False holds learning_rate")
-    weight_decay: NotNegative = key(0.01, "AdamW weight decay, on matrices only (not on norms and biases)")
-    beta1: Fraction = key(0.9, "AdamW first-moment decay")
-    beta2: Fraction = key(0.95, "AdamW second-moment decay")
-    grad_clip: NotNegative = key(1.0, "largest global gradient norm; 0 = no clipping")
+    min_lr: NotNegative = key(0.0, "learning rate at the end of the cosine decay", needs=("decay_lr",))
+    warmup_iters: Period = key(0, "optimizer steps of linear learning-rate warmup")
+    lr_decay_iters: Count | None = key(
+        None, "optimizer step after which the cosine has reached min_lr; None: the run's last step", changes=BY_EXTEND, needs=("decay_lr",)
+    )
+    decay_lr: bool = key(True, "decay the learning rate along a cosine after warmup; False: keep it at learning_rate")
+    weight_decay: NotNegative = key(0.01, "AdamW weight decay, applied to weight matrices, not to norms and biases")
+    beta1: Fraction = key(0.9, "AdamW beta1, the decay rate of the first moment")
+    beta2: Fraction = key(0.95, "AdamW beta2, the decay rate of the second moment")
+    grad_clip: NotNegative = key(1.0, "clip the global gradient norm to this value; 0 = no clipping")
     skip_spikes: float = key(
         20.0,
-        "a gradient norm over this many times the median of the last 50 (at least 20), and over all before it, is not applied; 0 = off",
+        "skip a step whose gradient norm is over this many times the median of the last 50 (once there are 20) "
+        "and over all before it; 0 = off",
         ge=0,
     )
-    dropout: Fraction = key(0.0, "attention dropout; above 0 the curve depends on the layout, and DPO refuses it")
-    dtype: Literal["bfloat16", "float32"] = key("bfloat16", "weights and activations; float32 master weights are kept either way")
-    seed: int = key(1337, "order of the data and every other draw", ge=0, lt=2**31)
+    dropout: Fraction = key(
+        0.0, "attention dropout; above 0 the loss curve also depends on the number of GPUs and the micro-batches. It must be 0 in DPO"
+    )
+    dtype: Literal["bfloat16", "float32"] = key(
+        "bfloat16", "type of weights and activations; the optimizer keeps float32 master weights either way"
+    )
+    seed: int = key(1337, "random seed of the order of the data and of everything else that is random", ge=0, lt=2**31)
 
-    eval_interval: Period = key(100, "steps between validations, which also run at the first and the last step; 0 = off")
-    eval_iters: Period = key(0, "validate on eval_iters x global_batch_size examples; 0 = the whole validation set")
-    eval_only: bool = key(False, "validate the model once, print, and stop")
-    replay_step: Period = key(0, "run this step's batch alone on the newest checkpoint from before it, print each example's loss; 0 = off")
-    samples: Period = key(4, "prompts that the model answers at every validation, greedily; 0 = off")
-    sample_prompts: str | None = key(None, "a text file of prompts, one a line; none: the first ones of the validation data")
-    sample_tokens: Count = key(64, "longest answer to them")
-    benchmarks: str | None = key(None, "measured while it trains: arc_easy,gsm8k,... (see eval_benchmarks.py)")
-    benchmark_interval: Count | None = key(None, "steps between their measurements, also first and last; none: at every validation")
-    benchmark_samples: Count = key(100, "the first so many items of each")
-    benchmark_data: str | None = key(None, "folder with their files (arc_easy.jsonl ...); none: from the hub")
-    log_interval: Count = key(1, "steps between lines in the terminal; files get every step")
-    save_interval: Period = key(500, "steps between checkpoints; 0 = only at the end")
-    save_seconds: Period = key(0, "seconds after which a checkpoint is due even so; 0 = off")
-    keep_checkpoints: Count = key(2, "newest checkpoints kept, besides the one with the lowest validation loss")
-    time_limit: Seconds = key(0.0, "how long the job may last (8h, 90m, 08:00:00 or seconds): it saves and stops before; 0 = no limit")
-    watchdog_seconds: Period = key(300, "a rank without a sign of life, or no progress anywhere, for so long ends the run; 0 = off")
-    extend: bool = key(False, "with a larger max_iters or epochs: go on beyond the run's end; lr_decay_iters may change, too")
-    wandb_log: bool = key(False, "also log to Weights & Biases")
-    wandb_project: str = key("posttrain", "Weights & Biases project")
-    wandb_run_name: str | None = key(None, "Weights & Biases run name; none: the name of out_dir")
+    eval_interval: Period = free_key(
+        100, "optimizer steps between validations; there is one more before the first step and one after the last; 0 = off"
+    )
+    eval_iters: Period = free_key(
+        0,
+        "validate on the first eval_iters x global_batch_size examples; 0 = on the whole validation set",
+        needs=("eval_interval|eval_only",),
+    )
+    eval_only: bool = free_key(False, "only validate the model, print the metrics, and exit")
+    replay_step: Period = free_key(
+        0, "debug a step: run its batch on the newest checkpoint before it, print each example's loss, change nothing, and exit; 0 = off"
+    )
+    samples: Period = free_key(
+        4, "number of prompts that the model answers, greedily, at every validation; 0 = off", needs=("eval_interval",)
+    )
+    sample_prompts: str | None = free_key(
+        None,
+        "text file with one prompt per line; None: the first prompts of the validation data",
+        needs=("samples", "eval_interval"),
+    )
+    sample_tokens: Count = free_key(
+        64,
+        "longest answer to these prompts, in tokens",
+        needs=("samples", "eval_interval"),
+    )
+    benchmarks: str | None = free_key(
+        None,
+        "benchmarks to run during training: arc_easy,gsm8k,... (eval_benchmarks.py --help lists them)",
+        needs=("eval_interval|benchmark_interval",),
+    )
+    benchmark_interval: Count | None = free_key(
+        None,
+        "optimizer steps between runs of the benchmarks; also before the first step and after the last; None: at every validation",
+        needs=("benchmarks",),
+    )
+    benchmark_samples: Count = free_key(100, "number of items of each benchmark: its first ones", needs=("benchmarks",))
+    benchmark_data: str | None = free_key(
+        None, "folder with the benchmarks' files (arc_easy.jsonl, ...); None: load them from the Hugging Face hub", needs=("benchmarks",)
+    )
+    log_interval: Count = free_key(1, "optimizer steps between lines in the terminal; metrics.jsonl and TensorBoard get every step")
+    save_interval: Period = free_key(500, "optimizer steps between checkpoints; 0 = only at the end")
+    save_seconds: Period = free_key(0, "also save a checkpoint when the last one is this many seconds old; 0 = off")
+    keep_checkpoints: Count = free_key(2, "number of newest checkpoints to keep; the one with the lowest validation loss is kept besides")
+    time_limit: Seconds = free_key(
+        0.0, "longest duration of the job (8h, 90m, 08:00:00 or seconds): the run saves and stops before it is over; 0 = no limit"
+    )
+    watchdog_seconds: Period = free_key(
+        300, "end the run when a rank gives no sign of life, or no rank makes progress, for this many seconds; 0 = off"
+    )
+    extend: bool = free_key(False, "make an existing run longer: give a larger max_iters or epochs, and if need be another lr_decay_iters")
+    wandb_log: bool = free_key(False, "also log to Weights & Biases")
+    wandb_project: str = free_key("posttrain", "Weights & Biases project", needs=("wandb_log",))
+    wandb_run_name: str | None = free_key(None, "Weights & Biases run name; None: the name of out_dir", needs=("wandb_log",))
 
-    ds_config: str = key("ds_configs/zero1.json", "DeepSpeed JSON: sharding, offload and communication only")
-    packing: bool = key(True, "several examples in a micro-batch; False: one each, slower")
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = key(
+    ds_config: str = free_key(
+        "ds_configs/zero1.json",
+        "DeepSpeed JSON file (ZeRO stage, offload, communication); batch size, optimizer and precision come from the recipe",
+    )
+    packing: bool = free_key(True, "put several examples into a micro-batch, where none sees another; False: one each, which is slower")
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = free_key(
         "none",
-        "recompute in backward: nothing, the feed-forward blocks, or whole layers (offload: and keep their inputs in host memory); "
-        "saves memory, costs time",
+        "recompute activations in backward, which saves memory and costs time: none, selective (feed-forward blocks), full (whole layers), "
+        "offload (whole layers, whose inputs are kept in host memory)",
     )
-    compile: bool = key(False, "torch.compile each decoder layer")
-    kernels: Literal["auto", "torch"] = key("auto", "auto: the fastest kernels this machine has; torch: plain PyTorch ones")
-    checks: Literal["on", "off"] = key(
-        "on", "checks before step 1: packing, dropout, reference, chat template; off is written into the run"
+    compile: bool = free_key(False, "apply torch.compile to each decoder layer")
+    kernels: Literal["auto", "torch"] = free_key("auto", "auto: the fastest kernels that work on this machine; torch: plain PyTorch")
+    checks: Literal["on", "off"] = free_key(
+        "on", "before step 1 check packing, dropout, DPO's reference and the chat template; off is recorded in the run"
     )
+
+    @classmethod
+    def keys_that_change(cls, when: str) -> set[str]:
+        """Return the names of the keys that may change in an existing run; `when` is ANY_TIME or BY_EXTEND."""
+        return {name for name, field in cls.model_fields.items() if field.json_schema_extra["changes"] == when}
 
     @property
     def benchmark_names(self) -> list[str]:
+        """The names in `benchmarks`, in their order."""
         return [name.strip() for name in (self.benchmarks or "").split(",") if name.strip()]
 
     @property
     def only_looks(self) -> bool:
-        """Whether the command trains nothing and writes nothing."""
+        """Whether the command trains nothing and writes nothing: eval_only or replay_step."""
         return self.eval_only or bool(self.replay_step)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_disguises(cls, value, info):
-        """YAML's None may be written none; a bool is not a number, although Python says so."""
+    def _normalize(cls, value, info):
+        """Read none and null as None; refuse a bool as a number, which Python would allow."""
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str) and value.lower() in ("none", "null") and "none" not in get_args(annotation):
             return None
@@ -133,42 +206,73 @@ class Recipe(BaseModel):
 class SFTRecipe(Recipe):
     """Supervised fine-tuning."""
 
-    checkpoint_path: str = key(..., "base model: a Hugging Face folder or hub name, or a ckpt.pt file")
-    sft_data_dir: str = key(..., "data made by data_prep/prepare_sft.py")
+    kind: ClassVar[str] = "sft"
+    prepare: ClassVar[str] = "prepare_sft.py --dataset alpaca"
+    how_to_make_model: ClassVar[str] = (
+        "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
+        "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
+    )
+
+    checkpoint_path: str = key(..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run")
+    sft_data_dir: str = key(..., "folder with data that data_prep/prepare_sft.py has made")
 
     @property
     def model_path(self) -> str:
+        """Where training starts from."""
         return self.checkpoint_path
 
     @property
     def data_dir(self) -> str:
+        """Where the prepared data is."""
         return self.sft_data_dir
 
 
 class DPORecipe(Recipe):
     """Direct Preference Optimization."""
 
-    sft_checkpoint_path: str = key(..., "policy at step 0 and frozen reference: a Hugging Face folder or hub name, or a ckpt.pt file")
-    dpo_data_dir: str = key(..., "data made by data_prep/prepare_dpo.py")
+    kind: ClassVar[str] = "dpo"
+    prepare: ClassVar[str] = "prepare_dpo.py --dataset ultrafeedback"
+    how_to_make_model: ClassVar[str] = (
+        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
+    )
+
+    sft_checkpoint_path: str = key(
+        ..., "SFT model, from which the policy starts and which is the frozen reference; in the same forms as a base model, e.g. RUN/final"
+    )
+    dpo_data_dir: str = key(..., "folder with data that data_prep/prepare_dpo.py has made")
     learning_rate: Positive = key(5e-7, "peak learning rate")
-    loss: Literal[*LOSSES] = key("sigmoid", "what is minimised; posttrain/objectives/losses.py has each one's equation")
-    beta: Positive = key(0.1, "strength of the pull towards the reference, usually 0.05 to 0.5; sigmoid_norm and simpo 1 to 20")
-    label_smoothing: float = key(0.0, "assumed share of flipped preferences (sigmoid: conservative DPO); exo_pair: epsilon", ge=0, lt=0.5)
-    simpo_gamma: NotNegative = key(0.5, "simpo's target margin between the two rewards")
+    loss: Literal[*LOSSES] = key("sigmoid", "preference loss; posttrain/objectives/losses.py has the equation and paper of each")
+    beta: Positive = key(
+        0.1,
+        "beta of the loss: a larger one keeps the policy closer to the reference; usually 0.05 to 0.5, for sigmoid_norm and simpo 1 to 20",
+    )
+    label_smoothing: float = key(
+        0.0,
+        "assumed share of preference labels that are wrong (with sigmoid this is conservative DPO); for exo_pair its epsilon",
+        ge=0,
+        lt=0.5,
+    )
+    simpo_gamma: NotNegative = key(0.5, "SimPO's gamma, the target margin between the two rewards")
     ld_alpha: float = key(
-        1.0, "weight of an answer's tokens beyond the other's length (LD-DPO); 1 = all alike, below 1 less for length", ge=0, le=1
+        1.0,
+        "LD-DPO's alpha, the weight of those tokens of an answer that exceed the other's length; 1 = plain DPO, lower = length counts less",
+        ge=0,
+        le=1,
     )
-    chosen_nll_weight: NotNegative = key(0.0, "adds this times the mean token loss of the chosen answers; keeps them likely")
-    reference_free: bool = key(False, "take the reference as uniform: no reference model")
-    reference: Literal["beside", "precompute"] = key(
+    chosen_nll_weight: NotNegative = key(
+        0.0, "add this many times the SFT loss (mean per token) of the chosen answers, which keeps them likely"
+    )
+    reference_free: bool = key(False, "assume a uniform reference, so that no reference model is loaded")
+    reference: Literal["beside", "precompute"] = free_key(
         "beside",
-        "the reference's log-probs: of an engine beside the policy, or computed once, before training, into DATA/reference",
+        "beside: keep the reference model loaded beside the policy; precompute: compute its log-probs once, into DPO_DATA_DIR/reference",
     )
-    share_prompt: bool = key(True, "compute the prompt once for both answers; speed only")
+    share_prompt: bool = free_key(True, "compute a pair's prompt once for both answers; changes speed only")
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _name_the_convention(cls, value):
+    def _refuse_bare_ipo(cls, value):
+        """Ask which of the two losses that are called IPO is meant."""
         if value == "ipo":
             raise ValueError("there are two: ipo_sum sums log-probs over tokens (the paper, OpenRLHF), ipo_mean averages them (TRL's ipo)")
         return value
@@ -180,14 +284,16 @@ class DPORecipe(Recipe):
 
     @property
     def objective(self) -> dict:
-        """What objectives.preference.DPO is made with, by name."""
+        """The keyword arguments of objectives.preference.DPO."""
         names = ("loss", "beta", "label_smoothing", "simpo_gamma", "ld_alpha", "chosen_nll_weight", "reference_free")
         return {name: getattr(self, name) for name in names}
 
     @property
     def model_path(self) -> str:
+        """Where training starts from."""
         return self.sft_checkpoint_path
 
     @property
     def data_dir(self) -> str:
+        """Where the prepared data is."""
         return self.dpo_data_dir

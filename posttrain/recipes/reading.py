@@ -1,4 +1,4 @@
-"""Reads recipes: YAML plus --key=value, every key checked by name, type and use."""
+"""Reads recipes, YAML plus --key=value, and checks the name, type and use of every key."""
 
 import sys
 from pathlib import Path
@@ -12,12 +12,15 @@ from posttrain.common.files import REPOSITORY
 from posttrain.objectives.losses import LOSSES
 from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe
 
-# Two ways to say one thing. In one place (file or command line) they exclude each other; the command line's replaces the file's.
+# Two ways to say the same. Both in one place (file or command line) are an error; the command line's way replaces the file's.
 EXCLUSIVE = (({"max_iters"}, {"epochs"}), ({"global_batch_size"}, {"batch_size", "gradient_accumulation_steps"}))
 
 
 def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
-    """The recipe of a command line: [RECIPE.yaml] [--key=value ...]. --help prints every key and exits."""
+    """Read the recipe of a command line, [RECIPE.yaml] [--key=value ...]; --help prints every key and exits.
+
+    `default` is the stem of the recipe to read where none is named. Raises ValueError or FileNotFoundError for a mistake.
+    """
     if {"-h", "--help"} & set(argv):
         print(help_text(kind, default))
         sys.exit(0)
@@ -29,7 +32,7 @@ def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
 
 
 def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
-    """As load_recipe, of the kind that the keys of its file say; SFT's default where no file is named."""
+    """Read the recipe of a command line, as DPO's if its file has the key dpo_data_dir, else as SFT's, which is also the default."""
     file = next((Path(word) for word in arguments if not word.startswith("--")), None)
     if file and "dpo_data_dir" in _read_yaml(file):
         return load_recipe(DPORecipe, "dpo_qwen3_1.8b", arguments)
@@ -37,7 +40,7 @@ def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
 
 
 def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
-    """A checked recipe from a file's values and the command line's. Raises ValueError naming every wrong key."""
+    """Return the checked recipe of a file's values and the command line's, which win. Raises ValueError naming every wrong key."""
     for left, right in EXCLUSIVE:
         for place, values in (("the recipe", file), ("the command line", overrides)):
             if left & _given(values) and right & _given(values):
@@ -56,33 +59,23 @@ def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
 
 
 def _refuse_unread(recipe: Recipe) -> None:
-    """An option that this run would not read is an error, never accepted and ignored."""
+    """Raise ValueError for an option that this run would not read, and for values that are missing or contradict each other."""
     fields = type(recipe).model_fields
     given = {name for name in recipe.model_fields_set if getattr(recipe, name) != fields[name].default}
     if recipe.epochs is None and recipe.max_iters is None:
         raise ValueError("how long to train is missing: give max_iters (optimizer steps) or epochs (passes over the data)")
     if recipe.global_batch_size is None and recipe.batch_size is None and recipe.gradient_accumulation_steps is None:
         raise ValueError("examples per step are missing: give global_batch_size, or batch_size and gradient_accumulation_steps")
-    if not recipe.decay_lr and (unread := given & {"min_lr", "lr_decay_iters"}):
-        raise ValueError(f"decay_lr=False holds the learning rate, so {_names(unread)} would not be read; remove it")
+    for name in (name for name in fields if name in given):
+        for need in fields[name].json_schema_extra["needs"]:
+            others = need.split("|")
+            if not any(getattr(recipe, other) for other in others):
+                off = " and ".join(f"{other}={getattr(recipe, other)}" for other in others)
+                raise ValueError(f"{name} would not be read with {off}; remove it, or set {' or '.join(others)}")
     if recipe.min_lr > recipe.learning_rate:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
     if recipe.lr_decay_iters and recipe.lr_decay_iters <= recipe.warmup_iters:
         raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
-    if not recipe.eval_interval and not recipe.eval_only and recipe.eval_iters:
-        raise ValueError("eval_iters would not be read with eval_interval=0; remove it")
-    if not recipe.eval_interval and (unread := given & {"samples", "sample_prompts", "sample_tokens"}):
-        raise ValueError(f"{_names(unread)} would not be read with eval_interval=0, as samples are taken at validations; remove it")
-    if not recipe.eval_interval and not recipe.benchmark_interval and recipe.benchmarks:
-        raise ValueError(
-            "benchmarks would not be read with eval_interval=0, as they are measured at validations; give benchmark_interval, or remove it"
-        )
-    if not recipe.benchmarks and (unread := given & {"benchmark_samples", "benchmark_data", "benchmark_interval"}):
-        raise ValueError(f"{_names(unread)} would not be read without benchmarks; remove it")
-    if not recipe.samples and (unread := given & {"sample_prompts", "sample_tokens"}):
-        raise ValueError(f"{_names(unread)} would not be read with samples=0; remove it")
-    if not recipe.wandb_log and (unread := given & {"wandb_project", "wandb_run_name"}):
-        raise ValueError(f"{_names(unread)} would not be read without wandb_log=True")
     if 0 < recipe.skip_spikes <= 1:
         raise ValueError(f"skip_spikes={recipe.skip_spikes:g} would refuse every other step: give a factor well above 1, or 0 for off")
     if recipe.eval_only and recipe.replay_step:
@@ -92,7 +85,7 @@ def _refuse_unread(recipe: Recipe) -> None:
 
 
 def readers() -> dict[str, list[str]]:
-    """Options that not all losses read, and which do."""
+    """Return the options that not every loss reads, each with the names of the losses that do."""
     read = {name: [loss for loss in LOSSES if name in LOSSES[loss].reads] for name in ("label_smoothing", "simpo_gamma", "reference")}
     read["ld_alpha"] = [loss for loss in LOSSES if "lengths" not in LOSSES[loss].reads]
     read["chosen_nll_weight"] = [loss for loss in LOSSES if loss != "orpo"]  # which has that term already
@@ -101,6 +94,7 @@ def readers() -> dict[str, list[str]]:
 
 
 def _refuse_unread_by_loss(recipe: DPORecipe, given: set[str]) -> None:
+    """Raise ValueError for an option that DPO or the recipe's loss would not read; `given` are the keys that differ from their default."""
     if recipe.dropout:
         raise ValueError("dropout must be 0 in DPO: policy and reference would differ before the first step")
     for name, losses in readers().items():
@@ -114,12 +108,15 @@ def _refuse_unread_by_loss(recipe: DPORecipe, given: set[str]) -> None:
 
 
 def help_text(kind: type[Recipe], default: str) -> str:
+    """Return what --help prints: usage, and each key with its default, meaning and choices."""
     script = "sft" if kind is SFTRecipe else "dpo"
     lines = [
         f"deepspeed --num_gpus N posttrain/{script}.py [RECIPE.yaml] [--key=value ...]",
         f"python posttrain/{script}.py [RECIPE.yaml] [--key=value ...]        on one device",
         "",
-        f"{(kind.__doc__ or '').strip()} Without RECIPE.yaml: posttrain/recipes/{default}.yaml. Keys, default, meaning:",
+        f"{(kind.__doc__ or '').strip()} Without RECIPE.yaml the recipe is posttrain/recipes/{default}.yaml.",
+        "",
+        "Each key with its value if the recipe does not set it, and its meaning:",
         "",
     ]
     for name, field in kind.model_fields.items():
@@ -128,11 +125,12 @@ def help_text(kind: type[Recipe], default: str) -> str:
         if choices := [choice for choice in get_args(field.annotation) if isinstance(choice, str)]:
             lines.append(f"  {'':<34}{'':<24}one of: {', '.join(choices)}")
         if kind is DPORecipe and name in readers():
-            lines.append(f"  {'':<34}{'':<24}read by: {', '.join(readers()[name])}")
+            lines.append(f"  {'':<34}{'':<24}only with loss: {', '.join(readers()[name])}")
     return "\n".join(lines)
 
 
 def _split(kind, argv: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """Split a command line into the recipe's path, if there is one, and the values by key. Raises ValueError for other words."""
     path, overrides = None, {}
     for argument in argv:
         if argument.startswith("--local_rank="):  # the deepspeed launcher adds it; the LOCAL_RANK variable says the same
@@ -152,6 +150,7 @@ def _split(kind, argv: list[str]) -> tuple[Path | None, dict[str, str]]:
 
 
 def _read_yaml(path: Path) -> dict:
+    """Return a YAML file's keys and values. Raises FileNotFoundError, or ValueError if it is no mapping or sets a key twice."""
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "posttrain" / "recipes").glob("*.yaml")))
         raise FileNotFoundError(f"no recipe at {path}. Shipped in posttrain/recipes: {shipped}")
@@ -165,7 +164,7 @@ def _read_yaml(path: Path) -> dict:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
+    """Raises an error for a key that is set twice, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(name, deep=True) for name, _ in node.value]
@@ -175,13 +174,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _refuse_unknown(kind, values: dict, where: str = "") -> None:
+    """Raise ValueError naming the keys that the recipe does not have; the message begins with `where`."""
     unknown = [f"unknown key {name!r}.{nearest(str(name), kind.model_fields)}" for name in values if name not in kind.model_fields]
     if unknown:
         raise ValueError(where + "\n".join(unknown) + "\n--help lists every key")
 
 
 def _explain(kind, problems: list[dict]) -> str:
-    """A line for each key. One that may be of several kinds has a problem with each."""
+    """Turn pydantic's errors into a line for each key; one that may have several types has an error for each."""
     lines = []
     for name in dict.fromkeys(str(problem["loc"][0]) for problem in problems):
         mine, meaning = [problem for problem in problems if problem["loc"][0] == name], kind.model_fields[name].description
@@ -192,6 +192,7 @@ def _explain(kind, problems: list[dict]) -> str:
 
 
 def _given(values: dict) -> set[str]:
+    """Return the keys whose value is not none."""
     return {name for name, value in values.items() if str(value).lower() not in ("none", "null")}
 
 

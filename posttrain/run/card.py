@@ -1,4 +1,4 @@
-"""The model card of a result: what it was made of and by, and what it measured. Plain Markdown, from the run's own files."""
+"""Writes the model card of a result, in Markdown: base model, data, versions, validation results and recipe, from the run's own files."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimizatio
 
 
 def model_card(run: Path, recipe: dict, manifest: dict) -> str:
-    """The README.md of RUN/final. `manifest`: the prepared data's."""
+    """Returns the text of RUN/final/README.md. `recipe`: the resolved one; `manifest`: the prepared data's."""
     facts = json.loads((run / "run.json").read_text())
     base = recipe.get("checkpoint_path") or recipe["sft_checkpoint_path"]
     data = ModelCardData(library_name="transformers", tags=["posttrain", facts["kind"], "deepspeed"], model_name=run.name)
@@ -47,12 +47,12 @@ def model_card(run: Path, recipe: dict, manifest: dict) -> str:
 
 
 def _results(run: Path) -> str:
-    """The first and the last validation, side by side; else the last step."""
+    """Returns a table of the first and the last validation, or of the last step if there was no validation."""
     records = read_json_lines(run / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "eval"]
     shown = [validations[0], validations[-1]] if validations else records[-1:]
     if not shown:
-        return "None are on record.\n"
+        return "No metrics were recorded.\n"
     names = [name for name in shown[-1] if name not in ("step", "split")]
     head = "| | " + " | ".join(f"{'validation' if validations else 'training'} at step {record['step']}" for record in shown) + " |"
     lines = [head, "|---|" + "---|" * len(shown)]

@@ -1,4 +1,4 @@
-"""Curves of runs as pictures: PNG files, and SVG that takes its colours from the page it stands in."""
+"""Draws curves and bar charts of runs, as PNG files or as SVG that takes its colour of text from the page around it."""
 
 import io
 import re
@@ -12,22 +12,24 @@ from matplotlib import pyplot
 matplotlib.use("Agg")
 COLOURS = ("#3b76d9", "#d97a2b", "#2a9d6f", "#b14fc0", "#c9423f", "#7a6a55", "#1f9bb5", "#8a8f2c")  # readable on white and on black
 GREY = "#a3a8b0"
-INK = "#7f8081"  # what a page replaces by its own colour of text
-POINTS = 400  # of a curve, of which more would not be seen
-SMOOTH = 1 / 40  # of a run: steps that are averaged
+INK = "#7f8081"  # as_svg replaces it by the page's colour of text
+POINTS = 400  # most points drawn of a curve; more would not be visible
+SMOOTH = 1 / 40  # share of a run's steps over which the running mean goes
 
 
 class Curve(NamedTuple):
+    """One line of a chart: a metric of a run over its steps."""
+
     label: str
     steps: np.ndarray
     values: np.ndarray
     colour: str
-    dashed: bool = False  # a second quantity of the same run
-    sparse: bool = False  # measured now and then: its points are shown
+    dashed: bool = False  # for a second metric of the same run
+    sparse: bool = False  # measured only now and then, so its points are marked
 
 
 def draw(title: str, curves: list[Curve], log_scale: bool = False):
-    """A figure of curves over steps; what is noisy is drawn faint, with its running mean on it."""
+    """Returns a matplotlib figure of curves over steps. Long curves are drawn faint, with their running mean on top."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     for curve in curves:
         style = {"color": curve.colour, "linestyle": "--" if curve.dashed else "-", "label": curve.label}
@@ -49,7 +51,7 @@ def draw(title: str, curves: list[Curve], log_scale: bool = False):
 
 
 def bars(title: str, results: dict[str, dict[str, dict]]):
-    """Results of several models, `{model: {metric: {value, low, high}}}`, shares from 0 to 1, with their intervals; the first in grey."""
+    """Returns a figure that compares models, with intervals: `{model: {metric: {value, low, high}}}`, from 0 to 1; the first is in grey."""
     metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
     low = {metric for values in results.values() for metric, cell in values.items() if cell.get("lower_is_better")}
     figure, axes = pyplot.subplots(figsize=(max(6.4, 1.6 * len(metrics)), 3.6), layout="constrained")
@@ -76,7 +78,7 @@ def bars(title: str, results: dict[str, dict[str, dict]]):
 
 
 def _dress(axes, title: str) -> None:
-    """A title, and lines and numbers in ink."""
+    """Set the title, and draw axes and numbers in INK."""
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.tick_params(colors=INK, labelsize=8)
     for side, spine in axes.spines.items():
@@ -85,7 +87,7 @@ def _dress(axes, title: str) -> None:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS points, each the mean of as many; what is not finite is left out."""
+    """Averages neighbouring points, so that at most POINTS are left; leaves out values that are not finite."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(values) <= POINTS:
@@ -96,7 +98,7 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of each value and of those up to `width` before it."""
+    """Returns the running mean: of each value and the up to `width` - 1 before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
@@ -104,11 +106,12 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def save_png(figure, path: Path) -> None:
+    """Write a figure to a PNG file, on white."""
     figure.savefig(path, dpi=150, facecolor="white")
 
 
 def as_svg(figure, name: str) -> str:
-    """An <svg> for a page: no background, text as text, ink in the page's colour, ids that are its own (`name`)."""
+    """Returns an <svg> element to put into a page: no background, INK as the page's colour of text, ids that begin with `name`."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,17 +1,17 @@
-"""A run is a directory: recipe, metrics, TensorBoard events, samples, logs, checkpoints and the final model.
+"""Writes a run's directory: recipe, metrics, TensorBoard events, samples, logs, checkpoints and the final model.
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
-runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, every start and its machine, what the run was
-                            extended by, and what max_tokens_per_gpu: auto has found
+runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, every start and its machine, extensions of
+                            the run, and the value that max_tokens_per_gpu: auto has found
 runs/NAME/data.json         the manifest of the data
-runs/NAME/model/            what final/ holds besides weights, so that a checkpoint alone can be made a model of
-runs/NAME/metrics.jsonl     one object a line: step, split and metrics, named as in TensorBoard; null is a value that is not finite
-runs/NAME/samples.jsonl     answers to the fixed prompts, a line for each time they were asked: step, and prompt, answer, tokens of each
-runs/NAME/benchmarks/       task files of the benchmarks measured during training, and the log-probs of the last time
-runs/NAME/health.jsonl      what was said of the run's health, and at which step
-runs/NAME/logs/             what libraries printed, a file for each rank
-runs/NAME/bad_batches.jsonl steps that were not applied: why, and the loss of each example (weight 0: only tried for memory, at step 1)
-runs/NAME/checkpoints/      step_000200/ ... to go on from
+runs/NAME/model/            all of final/ but the weights, so that a checkpoint can be converted into a model
+runs/NAME/metrics.jsonl     one object per line: step, split and metrics, named as in TensorBoard; null for a value that is not finite
+runs/NAME/samples.jsonl     answers to the fixed prompts, one line for each time they were asked: step, and prompt, answer, tokens of each
+runs/NAME/benchmarks/       task files of the benchmarks measured during training, and the log-probs of the last measurement
+runs/NAME/health.jsonl      the findings about the run's health, and at which step
+runs/NAME/logs/             libraries' output, one file per rank
+runs/NAME/bad_batches.jsonl steps that were not applied: reason, and the loss of each example (weight 0: only tried for memory, at step 1)
+runs/NAME/checkpoints/      step_000200/ ... to continue from
 runs/NAME/final/            the result, a Hugging Face folder
 """
 
@@ -31,9 +31,9 @@ from torch import distributed as dist
 from posttrain.common import files, terminal
 from posttrain.common.files import read_json_lines, read_lines
 from posttrain.data.batches import PLAN_VERSION
-from posttrain.recipes.keys import Recipe
+from posttrain.recipes.keys import ANY_TIME, Recipe
 from posttrain.run.health import Facts, Finding, Health
-from posttrain.run.resume import CREATING, LOGS, MAY_CHANGE, extension_of, length_of
+from posttrain.run.resume import CREATING, LOGS, extension_of, length_of
 from posttrain.run.trackers import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
 FROM_STEP_ON = ("metrics.jsonl", "samples.jsonl", "health.jsonl", "bad_batches.jsonl")  # records that a start from an earlier step cuts off
@@ -41,36 +41,37 @@ RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
 
 
 class Run:
-    """The run's directory on rank 0; on other ranks every method does nothing."""
+    """Writes the run's directory, and what is printed about the run, on rank 0; on other ranks every method does nothing."""
 
-    def __init__(self, recipe: Recipe, kind: str, rank: int, inputs: dict[str, str]):
-        """`inputs`: fingerprints of what the recipe names by path, and what may therefore have changed since the run began."""
+    def __init__(self, recipe: Recipe, rank: int, inputs: dict[str, str]):
+        """`inputs`: hashes of what the recipe names by path. Raises ValueError if they have changed since the run began."""
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final = self.path / "final"
-        self.settled = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
+        self.as_resolved = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
-        self.facts = {"kind": kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
+        self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
-        self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see fit.py
+        self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
         if rank == 0 and (self.path / "run.json").exists():
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
             if stored.keys() != inputs.keys():
                 raise ValueError(
-                    f"{self.path} was begun by another version of this code, which identified its inputs in another way; finish it with "
+                    f"{self.path} was begun by another version of this code, which identified its inputs differently; finish it with "
                     "that version, or give another --out_dir"
                 )
             if changed := [name for name, value in inputs.items() if stored[name] != value]:
                 raise ValueError(
-                    f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: going on would mix two "
-                    "runs. Put back what it began with, or start a new run with another --out_dir"
+                    f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: continuing would mix two "
+                    "runs. Restore what it began with, or start a new run with another --out_dir"
                 )
 
     def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
+        """Create the directory of a new run, run.json last."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / CREATING).touch()
         (self.path / "model").mkdir(exist_ok=True)
         describe_model(self.path / "model")
-        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
         files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
@@ -90,10 +91,10 @@ class Run:
         facts: Facts,
         states: dict[str, float],
     ) -> None:
-        """Open the logs at `first_step`; what an earlier start wrote from there on is cut off, so the record has no seam.
+        """Open the logs at `first_step`, cutting off what an earlier start wrote from there on, so that no step is recorded twice.
 
-        `describe_model` writes what belongs to the model besides weights into a folder, for a new run; `manifest` is the data's, `facts`
-        are for the run's health, `states` are the bytes that a rank keeps, by kind, for the report.
+        `describe_model` writes the model's files other than weights into a folder, for a new run; `manifest` is the data's; `facts` are for
+        the health checks; `states` are the bytes that a rank keeps, by kind, for the HTML report.
         """
         terminal.keep_noise_in(self.path / LOGS / f"rank_{self.rank}.log")
         if self.rank:
@@ -101,7 +102,7 @@ class Run:
         if not (self.path / "run.json").exists():
             self._create(total_steps, describe_model, manifest)
         elif change := extension_of(self.recipe):
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.settled, sort_keys=False))
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
             self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.fitted:
             self._update(fitted=self.fitted)
@@ -109,56 +110,60 @@ class Run:
             self._update(unchecked_from_steps=[first_step])
         for name in FROM_STEP_ON:
             if (self.path / name).exists():
-                kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # at step 1 nothing
+                kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # none for a start at step 1
                 files.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
         self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
-        compared = {name: value for name, value in self.settled.items() if value is not None and name not in MAY_CHANGE}
+        free = self.recipe.keys_that_change(ANY_TIME)
+        compared = {name: value for name, value in self.as_resolved.items() if value is not None and name not in free}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
             name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
-            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.settled))
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
         texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)
         self.steps = terminal.Steps(first_step, total_steps, self.recipe.log_interval)
         self.steps.start()
         self.health = Health(self.recipe, total_steps, facts)
-        for record in read_json_lines(self.path / "metrics.jsonl"):  # what it has seen before a restart
+        for record in read_json_lines(self.path / "metrics.jsonl"):  # replays what was seen before a restart
             self.health.see(record["step"], record["split"], {name: value for name, value in record.items() if name not in RECORD})
         self.health.told = {record["name"] for record in read_json_lines(self.path / "health.jsonl")}
-        self._tell(first_step - 1, self.health.before())
+        self._record_findings(first_step - 1, self.health.before())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         start = {"from_step": first_step, "when": _now(), "ranks": dist.get_world_size() if dist.is_initialized() else 1, "device": device}
         start |= {"ds_config": Path(self.recipe.ds_config).stem, "states": states}
         self._update(starts=[start], parameters=facts.parameters)
 
     def _update(self, **changes) -> None:
-        """Write into the run how it went on otherwise than it began; lists grow."""
+        """Merge changes into run.json; lists are appended to."""
         facts = json.loads((self.path / "run.json").read_text())
         for name, value in changes.items():
             facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
         files.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """One record, under the same names in metrics.jsonl and in what tracks the run (split/name)."""
+        """Record the metrics of a step: in metrics.jsonl, in all trackers (as SPLIT/NAME), and for the health checks.
+
+        `split`: "train" or "eval".
+        """
         if self.rank:
             return
         self.metrics_file.write(json.dumps({"step": step, "split": split, **finite(metrics)}) + "\n")
         for tracker in self.trackers:
             tracker.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
-        self._tell(step, self.health.see(step, split, metrics))
+        self._record_findings(step, self.health.see(step, split, metrics))
 
     def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
-        """Numbers of each validation example, as examples/NAME: TensorBoard mixes up a tag that is a scalar's, too."""
+        """Record values of all validation examples, as examples/NAME: TensorBoard confuses a histogram with a scalar of the same tag."""
         for tracker in self.trackers:
             tracker.histograms({f"examples/{name}": array for name, array in values.items()}, step)
 
     def log_samples(self, step: int, samples: list[dict]) -> None:
-        """Answers to the fixed prompts (prompt, answer, tokens); those of step 0 are shown beside later ones."""
+        """Record the answers to the fixed prompts (prompt, answer, tokens); trackers show each prompt's first answer beside the new one."""
         if self.rank:
             return
         self._append("samples.jsonl", {"step": step, "samples": samples})
-        before: dict[str, str] = {}  # other prompts may have been asked before a restart
+        before: dict[str, str] = {}  # prompt -> first answer; a restart may have added prompts
         for record in read_json_lines(self.path / "samples.jsonl"):
             before = {one["prompt"]: one["answer"] for one in record["samples"]} | before
         begin = "before" if self.facts["kind"] == "sft" else "reference"
@@ -166,8 +171,8 @@ class Run:
         for tracker in self.trackers:
             tracker.answers(rows, step)
 
-    def _tell(self, step: int, findings: list[Finding]) -> None:
-        """Say, and keep, what is wrong with the run and what to do."""
+    def _record_findings(self, step: int, findings: list[Finding]) -> None:
+        """Print and record the findings of the health checks."""
         for finding in findings:
             self._append("health.jsonl", {"step": step, **finding._asdict()})
             self.say(f"health   step {step}: {finding}")
@@ -175,47 +180,52 @@ class Run:
                 tracker.texts({"health": f"**{finding.name}**: {finding}"}, step)
 
     def _append(self, name: str, record: dict) -> None:
+        """Append a line of JSON to a file of the run."""
         with (self.path / name).open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def has_looked(self, step: int) -> bool:
-        """Whether the log holds what is measured at a validation."""
+        """Whether metrics.jsonl has a validation at `step`."""
         records = read_json_lines(self.path / "metrics.jsonl")
         return any(record["step"] == step and record["split"] == "eval" for record in records)
 
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a step's main metrics in the terminal."""
         if self.rank:
             return
         parts = [f"lr {metrics['learning_rate']:.2e}", f"{metrics['step_ms']:.0f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
-        self.steps.step(step, metrics["step_ms"] / 1000, [*_first_of(metrics), *parts, f"{metrics['memory_gb']:.1f} GB"])
+        self.steps.step(step, metrics["step_ms"] / 1000, [*_main_metrics(metrics), *parts, f"{metrics['memory_gb']:.1f} GB"])
 
     def eval_line(self, step: int, metrics: dict[str, float]) -> None:
-        self.say(" | ".join([f"eval at step {step}", *_first_of(metrics)]))
+        """Print a validation's main metrics."""
+        self.say(" | ".join([f"eval at step {step}", *_main_metrics(metrics)]))
 
     def bad_batch(self, step: int, reason: str, metrics: dict[str, float], examples: list[dict]) -> None:
-        """Record a step that was not applied."""
+        """Record a step that was not applied, in bad_batches.jsonl."""
         if self.rank:
             return
         numbers = finite({name: metrics[name] for name in ("loss", "grad_norm")})
         self._append("bad_batches.jsonl", {"step": step, "reason": reason, **numbers, "examples": examples})
 
     def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
         if self.rank == 0:
             terminal.say(text)
 
     def sync(self) -> None:
-        """Put the logs on the disk: what a checkpoint follows must not be lost where the checkpoint is not."""
+        """Flush the logs to disk, before a checkpoint is saved: it must not outlive the records of the steps before it."""
         if self.rank == 0:
             os.fsync(self.metrics_file.fileno())
             for tracker in self.trackers:
                 tracker.flush()
 
     def finished(self) -> None:
-        """Note that final/ is there, and for how long a run."""
+        """Record in run.json that final/ is complete, and the run's length."""
         if self.rank == 0:
             self._update(finished=length_of(self.recipe), ended=_now())
 
     def close(self) -> None:
+        """Close the logs and the trackers."""
         if not self.trackers:
             return
         terminal.stop_live()
@@ -224,8 +234,8 @@ class Run:
             tracker.close()
 
 
-def _first_of(metrics: dict[str, float]) -> list[str]:
-    """What is told in the terminal; metrics.jsonl has the rest."""
+def _main_metrics(metrics: dict[str, float]) -> list[str]:
+    """Returns the metrics that the terminal shows first, as texts; metrics.jsonl has the rest."""
     parts = [f"loss {metrics['loss']:.4f}"]
     if "rewards/margins" in metrics:
         parts += [f"margin {metrics['rewards/margins']:.3f}", f"accuracy {metrics['rewards/accuracies']:.2f}"]
@@ -237,7 +247,7 @@ def _now() -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; a line that a crash cut in half counts as later than all."""
+    """Returns the step of a line of JSON; infinity for one that a crash cut, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

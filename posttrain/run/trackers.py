@@ -1,6 +1,6 @@
-"""Where curves, texts and histograms of a run go besides metrics.jsonl: TensorBoard, and Weights & Biases by wandb_log. Both get the same.
+"""Sends a run's metrics, texts and histograms to TensorBoard, and with wandb_log to Weights & Biases. Both get the same.
 
-tensorboard --logdir runs     the page to begin with is #custom_scalars; #hparams compares runs of a sweep
+tensorboard --logdir runs     begin with the page #custom_scalars; #hparams compares the runs of a sweep
 """
 
 import html
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-Charts = dict[str, dict[str, list[str]]]  # group -> chart -> tags that it shows
+Charts = dict[str, dict[str, list[str]]]  # group -> chart -> tags that the chart shows
 LEARNING = {"loss": ["train/loss", "eval/loss"], "learning rate": ["train/learning_rate"], "gradient norm": ["train/grad_norm"]}
 COST = {"tokens per second": ["train/tokens_per_second"], "ms a step": ["train/step_ms"], "memory, GB": ["train/memory_gb"]}
 PREFERENCE = {
@@ -27,15 +25,15 @@ LAYOUT: dict[str, Charts] = {
     "dpo": {"1 preference": PREFERENCE, "2 learning": LEARNING, "3 cost": COST},
 }
 RESULTS = {"sft": ("train/loss", "eval/loss"), "dpo": ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")}
-Answers = list[dict[str, str]]  # of each prompt: the prompt and each model's answer, by name
+Answers = list[dict[str, str]]  # for each prompt: column -> text, the columns being the prompt and the answers to it
 
 
 class Tracker(Protocol):
-    """What a run tells. Tags are SPLIT/METRIC, metrics named as TRL names them."""
+    """Receives what a run records. Tags of scalars are SPLIT/METRIC, with TRL's names for the metrics."""
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def texts(self, texts: dict[str, str], step: int) -> None:
-        """Markdown."""
+        """`texts`: tag -> Markdown."""
 
     def answers(self, answers: Answers, step: int) -> None: ...
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
@@ -44,8 +42,13 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
+    """Writes TensorBoard events."""
+
     def __init__(self, folder: Path, kind: str, settings: dict, first_step: int):
-        """What an earlier start has told from `first_step` on is hidden. `settings`: what the hparams page compares."""
+        """Hide what an earlier start has written from `first_step` on. `settings`: what the page #hparams compares."""
+        from torch.utils.tensorboard import SummaryWriter  # half a second that only the rank which writes needs
+        from torch.utils.tensorboard.summary import hparams
+
         self.writer = SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else 0)
         charts = {group: {name: ["Multiline", tags] for name, tags in charts.items()} for group, charts in LAYOUT[kind].items()}
         self.writer.add_custom_scalars(charts)
@@ -78,7 +81,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same run at every start of it; steps that it has already are not taken twice."""
+    """Logs to one Weights & Biases run (`identity` is its id), which every start continues; it ignores steps that it already has."""
 
     def __init__(self, folder: Path, project: str, name: str, identity: str, settings: dict):
         try:
@@ -111,12 +114,12 @@ class WeightsAndBiases:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no nan."""
+    """Returns the metrics with None for nan and infinity, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def ledger(manifest: dict) -> str:
-    """What prepared data was made of, and what was dropped or changed on the way, as Markdown."""
+    """Returns, as Markdown, what prepared data was made from, and what was dropped or changed. `manifest`: the data's."""
     counts, tokens = manifest["counts"], manifest["tokens"]
     table = [
         *(f"| {entry['rows']:,} | {cause} | {entry['first']} |" for cause, entry in manifest["ledger"].items()),
@@ -133,6 +136,6 @@ def ledger(manifest: dict) -> str:
 
 
 def as_cell(text: str) -> str:
-    """A text of a model as one cell of a Markdown table, its own Markdown shown and not obeyed."""
+    """Returns a model's text as a cell of a Markdown table, escaped so that Markdown and HTML in it are shown as they are."""
     quoted = re.sub(r"[^\w\s]", lambda sign: f"&#{ord(sign[0])};", text)
-    return quoted.replace("\n", "<br>") or "(nothing)"
+    return quoted.replace("\n", "<br>") or "(empty)"

@@ -1,7 +1,7 @@
 """Continuous batching of one model's requests, by transformers' own manager: a request joins the others between two tokens.
 
-What is added to it: each request's own sampling, with a seed that gives the same answer whoever else is served; and outputs that go to
-the request that asked, or to nobody once it has gone.
+This file adds sampling settings for each request, with a seed that gives the same answer whoever else is served, and delivers outputs to
+the request that asked, or to nobody once it has ended.
 """
 
 import asyncio
@@ -21,23 +21,22 @@ from transformers.generation.logits_process import LogitsProcessorList
 from posttrain.model.assistant import Assistant
 from posttrain.serving.sampling import Sampling, choose
 
-PAGE = 64  # tokens of a page of the KV cache: what requests with the same beginning share is whole pages
-CPU_BATCH_TOKENS = 512  # of a forward pass; transformers' attention mask there has this many rows, and a column for every cached token
-CPU_CACHE = 2 * 2**30  # bytes
+PAGE = 64  # tokens of a page of the KV cache; requests with the same beginning share whole pages
+CPU_BATCH_TOKENS = 512  # tokens of a forward pass; transformers' attention mask has as many rows, and a column for every cached token
+CPU_CACHE = 2 * 2**30  # bytes of all models' KV caches on a CPU
 
 
 class EngineFailed(RuntimeError):
-    """Generation ended with an error; the cause is its text."""
+    """Raised where generation ended with an error; its text is the cause."""
 
 
 class Batcher:
-    """Generates for one model, in a thread of its own."""
+    """Generates the answers of one model, in a thread of its own."""
 
     name = "transformers"
 
     def __init__(self, assistant: Assistant, most: int, models: int = 1, started: int = 0):
-        """`most`: requests that are generated at once; others wait their turn. `models` share the device's memory; `started` of them have
-        taken their part."""
+        """`most` requests are generated at once, others wait. `models` share the device's memory, and `started` have taken their share."""
         self.assistant, self.numbers = assistant, itertools.count()
         model = assistant.model
         on_cpu = model.device.type == "cpu"
@@ -59,28 +58,30 @@ class Batcher:
         self.manager.logit_processor = processors
 
     @property
-    def problem(self) -> str | None:
-        """Why nothing can be generated any more."""
+    def failure(self) -> str | None:
+        """Why nothing can be generated any more; None while it can."""
         return None if self.manager.is_running() else f"generation has ended: {self.manager.background_thread_status.fatal_error}"
 
     @property
     def room(self) -> int:
-        """Tokens that one request may have, known once a first one has been served: a longer one would end all generation."""
+        """How many tokens a request may have in all, known once one was served. A longer one would end all generation."""
         return min(self.assistant.context, (self.manager.batch_processor.cache.num_blocks - 1) * PAGE)
 
     def start(self) -> None:
+        """Start the thread."""
         self.manager.start()
 
     def stop(self) -> None:
+        """End all generation."""
         self.manager.stop(block=True, timeout=10, hard_stop=True)
 
     async def generate(self, prompt: list[int], sampling: Sampling, timeout: float) -> AsyncIterator[list[int]]:
-        """The answer's tokens as they come, with the one that ends it. Closing the iterator ends the request.
+        """Yield the new ids of the answer to a prompt's ids as they come, up to the end token included. Closing it ends the request.
 
-        Raises EngineFailed, and TimeoutError where it is not complete after `timeout` seconds, waiting included.
+        Raises EngineFailed, and TimeoutError where the answer is not complete after `timeout` seconds, waiting included.
         """
-        if self.problem:
-            raise EngineFailed(self.problem)
+        if self.failure:
+            raise EngineFailed(self.failure)
         request, loop, arrived = f"r{next(self.numbers)}", asyncio.get_running_loop(), asyncio.Queue()
         deadline = loop.time() + timeout
         self.outputs.callbacks[request] = lambda output: loop.call_soon_threadsafe(arrived.put_nowait, output)
@@ -92,8 +93,8 @@ class Batcher:
                 try:
                     output = await asyncio.wait_for(arrived.get(), min(1.0, deadline - loop.time()))
                 except TimeoutError:
-                    if self.problem:
-                        raise EngineFailed(self.problem) from None
+                    if self.failure:
+                        raise EngineFailed(self.failure) from None
                     if loop.time() >= deadline:
                         raise
                     continue
@@ -109,7 +110,10 @@ class Batcher:
 
 
 class _Outputs(OutputRouter):
-    """To the request that asked. transformers 5.23's own keeps what arrives for a cancelled request in a queue that nobody reads."""
+    """Delivers each output to the request that asked.
+
+    transformers 5.23's own router keeps what arrives for a cancelled request in a queue that nobody reads.
+    """
 
     def __init__(self):
         super().__init__()
@@ -125,7 +129,7 @@ class _Outputs(OutputRouter):
 
 
 class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Chooses each request's next token by its own Sampling and leaves no other to the manager, which then takes the likeliest."""
+    """Chooses each request's next token by its Sampling, and masks all others: the manager takes the likeliest of what is left."""
 
     supported_kwargs: ClassVar = {"sampling": Sampling}
     ignored_kwargs = ()
@@ -134,10 +138,10 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token) -> torch.Tensor:
-        """Called right before the forward pass, with the requests in the order of its logits."""
+        """Note each request's settings; the manager calls this right before the forward pass, in the order of its logits."""
         states = [request.state for request in requests_with_new_token]
         self.asked = [state.logit_processor_kwargs["sampling"] for state in states]
-        # a request that the cache had no room for begins again with its answer so far as part of the prompt
+        # the manager restarts a request that the cache had no room for, with its answer so far as part of the prompt
         before = [len(state.initial_tokens) - (state._true_initial_tokens or len(state.initial_tokens)) for state in states]
         positions = [count + len(state.generated_tokens) for count, state in zip(before, states, strict=True)]
         self.uniforms = [sampling.uniform(at) if sampling.temperature else 0 for sampling, at in zip(self.asked, positions, strict=True)]
@@ -153,7 +157,7 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
 
 
 def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
-    """Pages of the KV cache: room for `most` requests of full length, or as much as `size` bytes hold, at least one such request."""
+    """Return how many pages the KV cache gets: for `most` requests of full length, as far as `size` bytes go, but for one in any case."""
     config, pages = assistant.model.config, -(-assistant.context // PAGE)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page = 2 * config.num_hidden_layers * config.num_key_value_heads * head * assistant.model.dtype.itemsize * PAGE

@@ -1,4 +1,4 @@
-"""What may be asked over HTTP: OpenAI's names and ranges. A field that would not be read is an error, not ignored.
+"""The JSON of requests: OpenAI's names and ranges. A field that would not be read is an error, not ignored.
 
 Source: OpenAI's API reference for chat completions and completions; top_k and repetition_penalty as vLLM adds them.
 """
@@ -11,67 +11,78 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from posttrain.serving.sampling import Sampling
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-DEFAULT_ANSWER = 1024  # tokens, where a chat request names no limit
-DEFAULT_COMPLETION = 16  # OpenAI's
+DEFAULT_ANSWER = 1024  # tokens of a chat answer whose request names no limit
+DEFAULT_COMPLETION = 16  # tokens of a completion whose request names no limit; OpenAI's default
 
 
 def _is_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no character") from None
+        raise ValueError("holds half of a surrogate pair, which is not a character") from None
     return text
 
 
 def _one_prompt(given) -> str | list[int]:
-    """A text, or token ids; as clients send it, also a list of one such."""
+    """Return the prompt: a text, or token ids. Some clients send a list of one of these."""
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)):
         given = given[0]
     if isinstance(given, str):
         return _is_unicode(given)
     if isinstance(given, list) and all(type(token) is int for token in given):
         return given
-    raise ValueError("expected one prompt: a text, or a list of token ids. Several need a request each")
+    raise ValueError("expected one prompt: a text, or a list of token ids. Send several in a request each")
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
 
 
 class Strict(BaseModel):
+    """A JSON object without unknown fields; a field that is null counts as absent, as clients leave fields out in this way."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given):
-        """null is how clients leave out a field, whichever it is."""
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class TextPart(Strict):
+    """A part of a message's content; images and sounds are not taken."""
+
     type: Literal["text"]
     text: Text
 
 
 class Message(Strict):
+    """One turn of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
 
     def plain(self) -> dict:
-        """As the chat format takes it."""
+        """Return the message as ChatFormat takes it: role and text."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class StreamOptions(Strict):
+    """What a stream holds besides the answer."""
+
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: bool = False  # accepted, and nothing is added: it pads events against eavesdroppers
 
 
 class ResponseFormat(Strict):
+    """The form of the answer, of which only free text is supported."""
+
     type: Literal["text"]
 
 
-class Asked(Strict):
+class GenerationRequest(Strict):
+    """The fields that chat and completion requests share."""
+
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -82,7 +93,7 @@ class Asked(Strict):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Text | list[Text] | None = None
-    # accepted at the value that changes nothing, as clients send them
+    # clients send these; they are accepted at the value that changes nothing
     n: Literal[1] = 1
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
@@ -94,49 +105,57 @@ class Asked(Strict):
     service_tier: Literal["auto", "default"] = "auto"
 
     def stops(self) -> list[str]:
-        """Texts that end the answer. Raises ValueError."""
+        """Return the texts that end the answer. Raises ValueError for too many, or one that is empty or too long."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
             raise ValueError(f"stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
         return stops
 
     def limit(self) -> int:
+        """Return the most tokens that the answer may have."""
         return self.max_tokens or DEFAULT_COMPLETION
 
     def sampling(self, prompt: int, context: int) -> Sampling:
-        """For a prompt of so many tokens. Raises ValueError where no answer has room."""
+        """Return how to sample the answer to a prompt of `prompt` tokens, by a model that reads `context` tokens in all.
+
+        Raises ValueError where no answer has room.
+        """
         if prompt >= context:
             raise ValueError(f"the prompt has {prompt:,} tokens; this model reads {context:,}, and the answer needs some of them")
         return Sampling(
-            min(self.limit(), context - prompt),
-            1.0 if self.temperature is None else self.temperature,
-            max(self.top_k or 0, 0),
-            1.0 if self.top_p is None else self.top_p,
-            self.repetition_penalty or 1.0,
-            secrets.randbits(63) if self.seed is None else self.seed % 2**63,  # vLLM keeps them in 64 bits with a sign
+            max_tokens=min(self.limit(), context - prompt),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**63,  # vLLM keeps seeds in 64 bits with a sign
         )
 
 
-class ChatAsked(Asked):
+class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name of max_tokens
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] = False
     tools: Annotated[list, Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] = "none"  # where there are none
+    tool_choice: Literal["none", "auto"] = "none"  # without tools both mean the same
 
     def limit(self) -> int:
         return self.max_completion_tokens or self.max_tokens or DEFAULT_ANSWER
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
     echo: Literal[False] = False
     best_of: Literal[1] = 1
 
 
 class Vote(Strict):
-    """One answer was preferred to another."""
+    """The body of /votes: which of two answers to the same messages was preferred."""
 
     messages: list[Message] = Field(min_length=1)
     chosen: Text = Field(min_length=1)

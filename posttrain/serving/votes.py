@@ -1,4 +1,4 @@
-"""Votes on the comparison page, kept in the form that data_prep/prepare_dpo.py reads: talk, vote, train again."""
+"""Saves votes of the comparison page as preference pairs that data_prep/prepare_dpo.py reads: talk, vote, train again."""
 
 import json
 import os
@@ -8,18 +8,21 @@ from pathlib import Path
 
 
 class Votes:
-    """Appends to one JSONL file. A line is on the disk before a vote is confirmed, and is whole or absent."""
+    """A JSONL file that votes are appended to. A vote's line is whole or absent, and on the disk before the vote is confirmed."""
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
 
     def add(self, prompt: list[dict], chosen: str, rejected: str, chosen_model: str, rejected_model: str) -> None:
-        """`prompt`: messages, the last one from the user. Raises OSError where it cannot be written; then nothing of it is there."""
+        """Append the vote that `chosen` is the better answer to `prompt`, messages of which the last is the user's; from any thread.
+
+        Raises OSError where it cannot be written; then the file is as before.
+        """
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_model": chosen_model, "rejected_model": rejected_model}
         line = json.dumps(row | {"when": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
         with self.lock, self.path.open("a+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            unended = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # edited by hand, or a machine that went down
+            unended = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # the file was edited, or the machine went down
             data = memoryview(b"\n" * unended + line.encode())
             try:
                 while data:

@@ -1,6 +1,6 @@
-"""max_tokens_per_gpu: auto. The planner says how large a micro-batch may be, trials before step 1 correct it, on all ranks alike.
+"""Finds the number for max_tokens_per_gpu: auto. The planner estimates it, trials before step 1 correct it, on all ranks alike.
 
-What was found is written into the run, which goes on with it where it is started again alike: other micro-batches would round otherwise.
+It is written into run.json, and a run that is resumed in the same setting keeps it, since other micro-batches would round differently.
 """
 
 import contextlib
@@ -22,75 +22,82 @@ from posttrain.planning.planner import Planner
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
 from posttrain.training.inputs import check_lengths
-from posttrain.training.step import Training, try_largest
+from posttrain.training.state import Training
+from posttrain.training.step import try_largest
 
-STEP = 1024  # tokens; what is found is a multiple
+STEP = 1024  # the number is a multiple of so many tokens
+# the recipe's keys on which the number depends
 MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
 
-def with_tokens_planned(recipe: Recipe, data: PreparedData, device: torch.device) -> Recipe:
-    """The recipe with a number in the place of auto: of the run that is there, or by the planner. All ranks.
+def tokens_to_begin_with(recipe: Recipe, data: PreparedData, device: torch.device) -> int:
+    """Return the recipe's max_tokens_per_gpu; for auto the number that an existing run has found, or else the planner's. All ranks.
 
-    Raises ValueError where an example is longer, or by the planner not even the longest one fits.
+    Raises ValueError where an example is longer than that, or where by the planner's estimate the longest one does not fit.
     """
-    if recipe.max_tokens_per_gpu == AUTO:
+    tokens = recipe.max_tokens_per_gpu
+    if tokens == AUTO:
         usable = min(gathered(_usable(device)))
-        tokens = on_rank_0(lambda: _of_the_run(recipe, device) or _by_planner(recipe, usable, data.longest))
-        recipe = recipe.model_copy(update={"max_tokens_per_gpu": tokens})
-    check_lengths(recipe, data)
-    return recipe
+        tokens = on_rank_0(lambda: _found_earlier(recipe, device) or _estimated_tokens(recipe, usable, data.longest))
+    check_lengths(data, tokens)
+    return tokens
 
 
 def adapt(training: Training, run: Run) -> None:
-    """Let memory decide: two small trials say what a token takes, a third tries what then fits. All ranks."""
+    """Replace the planner's number by one that is measured. All ranks.
+
+    Two small trials show what a token takes; a third tries the number that should fit, and lowers it until it does.
+    """
     device, data = training.device, training.data
-    if on_rank_0(lambda: _of_the_run(run.recipe, device)):
+    if on_rank_0(lambda: _found_earlier(run.recipe, device)):
         return
     most = max(data.longest, most_of_a_rank(data.train.lengths, run.recipe.global_batch_size, dist.get_world_size()))
-    usable, longest, planned_tokens = min(gathered(_usable(device))), data.longest, training.recipe.max_tokens_per_gpu
-    few, many = (max(longest, planned_tokens // part) for part in (4, 2))
-    _try(training, few)  # what is there from the first time on, as gradients are, is not counted as a token's
+    usable, longest, estimated = min(gathered(_usable(device))), data.longest, training.max_tokens
+    few, many = (max(longest, estimated // part) for part in (4, 2))
+    _try(training, few)  # the first allocates gradients and the like, which then are not counted as the tokens'
     (few, lower), (many, upper) = _try(training, few), _try(training, many)
     a_token = (upper - lower) / (many - few) if many > few else 0.0
-    tokens = _whole(many + (usable - upper) / a_token, longest, most) if a_token > 0 else planned_tokens
+    tokens = _round_tokens(many + (usable - upper) / a_token, longest, most) if a_token > 0 else estimated
     tried, peak = _try(training, tokens)
     while peak > usable and tokens > longest and a_token > 0:
-        tokens = _whole(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
+        tokens = _round_tokens(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
         tried, peak = _try(training, tokens)
     watchdog.enter("start")
-    training.recipe = training.recipe.model_copy(update={"max_tokens_per_gpu": tokens})
+    training.set_max_tokens(tokens)
     run.fitted = {"as": _setting(run.recipe, device), "max_tokens_per_gpu": tokens}
-    found = "all that a rank ever has in a step" if tokens == most else f"the planner said {planned_tokens:,}"
-    run.say(f"memory   max_tokens_per_gpu=auto: {tokens:,}, {found}; they take {peak / 1e9:.1f} of {usable / 1e9:.1f} GB")
+    found = "as many as a rank ever has in a step" if tokens == most else f"the planner estimated {estimated:,}"
+    run.say(f"memory     max_tokens_per_gpu=auto: {tokens:,} tokens ({found}), which take {peak / 1e9:.1f} of {usable / 1e9:.1f} GB")
 
 
 def _try(training: Training, tokens: int) -> tuple[int, float]:
-    """Tokens of the run's largest micro-batch of at most so many, and the most memory that any rank takes with it, in bytes."""
+    """Run the largest micro-batch of at most `tokens`; return its tokens, and the most bytes that any rank takes for it. All ranks."""
     watchdog.enter("forward")
     _forget_peak(training.device)
-    training.recipe = training.recipe.model_copy(update={"max_tokens_per_gpu": tokens})
+    training.set_max_tokens(tokens)
     try:
         tried = try_largest(training)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"max_tokens_per_gpu=auto tried {tokens:,} tokens, for which rank {dist.get_rank()} has no memory: another process takes some, "
-            f"or it is fragmented. Give a number: --max_tokens_per_gpu={max(tokens // 2, training.data.longest)}"
+            f"max_tokens_per_gpu=auto tried {tokens:,} tokens, for which rank {dist.get_rank()} has not enough memory: another process "
+            f"uses some, or it is fragmented. Give a number: --max_tokens_per_gpu={max(tokens // 2, training.data.longest)}"
         ) from error
     return tried, max(gathered(_peak(training.device)))
 
 
-def _whole(tokens: float, longest: int, most: int) -> int:
+def _round_tokens(tokens: float, longest: int, most: int) -> int:
+    """Round down to a multiple of STEP, but to no less than `longest`; return `most` where `tokens` is more."""
     return most if tokens >= most else max(longest, int(tokens) // STEP * STEP)
 
 
 def _setting(recipe: Recipe, device: torch.device) -> dict:
+    """Return all that the number depends on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     settings = {key: getattr(recipe, key, None) for key in MATTERS}
     return {"ranks": dist.get_world_size(), "device": name, "ds_config": read_ds_config(recipe.ds_config), **settings}
 
 
-def _of_the_run(recipe: Recipe, device: torch.device) -> int | None:
-    """What an earlier start of this run has found in the same setting."""
+def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
+    """Return the number that an earlier start of this run has found in the same setting, None if there is none."""
     with contextlib.suppress(FileNotFoundError):
         found = json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("fitted")
         if found and found["as"] == _setting(recipe, device):
@@ -98,22 +105,23 @@ def _of_the_run(recipe: Recipe, device: torch.device) -> int | None:
     return None
 
 
-def _by_planner(recipe: Recipe, usable: float, longest: int) -> int:
+def _estimated_tokens(recipe: Recipe, usable: float, longest: int) -> int:
+    """Return the planner's number for `usable` bytes a rank. Raises ValueError where an example of `longest` tokens does not fit."""
     planner = Planner(recipe, this_machine(dist.get_world_size()), dist.get_world_size(), 1)
     planner.usable = usable
     tokens = planner.most_tokens(recipe.ds_config, recipe.activation_checkpointing)
     if tokens < longest:
         needed = planner.parts(recipe.ds_config, recipe.activation_checkpointing, longest).total
         raise ValueError(
-            f"max_tokens_per_gpu=auto: the longest example, {longest:,} tokens, takes {needed / 1e9:.1f} GB by the planner, and a rank has "
+            f"max_tokens_per_gpu=auto: the longest example, {longest:,} tokens, is estimated to take {needed / 1e9:.1f} GB, and a rank has "
             f"{usable / 1e9:.1f}. Shard more (ds_config), recompute (activation_checkpointing), prepare with a smaller --max_length, or "
-            "give a number to try it all the same"
+            "give a number instead of auto to try it all the same"
         )
     return max(longest, min(tokens, most_of_a_rank(planner.work.lengths, planner.batch, planner.ranks)))
 
 
 def _usable(device: torch.device) -> float:
-    """Bytes that this rank can count on."""
+    """Return the bytes that this rank can count on: what it holds and what is free, less a margin."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) * (1 - FRAGMENTS) - KEPT_BACK
@@ -122,14 +130,16 @@ def _usable(device: torch.device) -> float:
 
 
 def _forget_peak(device: torch.device) -> None:
+    """Let _peak measure from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # where the system does not allow it the peak is that since the start
+    with contextlib.suppress(OSError):  # if the system does not allow it, the peak stays that since the start
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak(device: torch.device) -> float:
+    """Return the most bytes that this rank has held since _forget_peak: on a GPU allocated by torch, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Benchmarks of the model in training: lm-evaluation-harness's tasks through the engine as it is sharded."""
+"""Runs benchmarks on the model in training: lm-evaluation-harness's tasks, computed by the engine as it is sharded."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from posttrain.common import files
 from posttrain.data.chat import ChatFormat
 from posttrain.data.own_template import TODAY
 from posttrain.data.packing import RowBuilder
+from posttrain.data.parts import IGNORE
 from posttrain.evaluation.measure import items_of
 from posttrain.evaluation.tasks import BENCHMARKS, load_tasks, task_name, write_tasks
 from posttrain.objectives.answers import answer_sums
@@ -24,19 +25,20 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.training.samples import Asked, generate
-from posttrain.training.step import Training, my_micro_batches
+from posttrain.training.state import Training
 
 
 class TrainingBenchmarks:
-    """The recipe's benchmarks, by log-probs those that have choices, else by generation.
+    """The recipe's benchmarks: those with choices are scored by log-probs, the others by generation.
 
-    What they give is what eval_benchmarks.py --chat on gives on the same items.
+    Scores are those that eval_benchmarks.py --chat on gives on the same items.
     """
 
     def __init__(self, recipe: Recipe, chat: ChatFormat, system_prompt: str | None, context: int):
-        """`context`: tokens that the model reads. All ranks.
+        """Write the benchmarks' task files and load them once, to find mistakes before training. All ranks.
 
-        Raises ValueError or FileNotFoundError for a benchmark that is not known, has no room, or whose rows are not there.
+        `context` is the model's context length in tokens. Raises ValueError or FileNotFoundError for a benchmark that is unknown, does not
+        fit into it, or has no data.
         """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if unknown := [name for name in recipe.benchmark_names if name not in BENCHMARKS]:
@@ -49,14 +51,18 @@ class TrainingBenchmarks:
         self._tasks()
 
     def _tasks(self) -> dict:
+        """Load the harness's tasks by name."""
         return load_tasks(str(self.folder), [task_name(name, mode) for name, mode in self.modes.items()], self.context)
 
     def take(self, training: Training) -> dict[str, float]:
-        """benchmark/NAME: the headline metric of each, over the first items; latest_NAME.jsonl has prompts, answers, scores. All ranks."""
+        """Run all benchmarks on their first items; return each one's headline metric as benchmark/NAME. All ranks.
+
+        benchmarks/latest_NAME.jsonl in the run directory gets prompts, answers and scores.
+        """
         training.engine.eval()
         found = evaluate(
-            _Packed(training, self.chat),
-            self._tasks(),  # anew, so that few-shot examples are the same every time
+            _EngineModel(training, self.chat),
+            self._tasks(),  # loaded anew, so that few-shot examples are the same every time
             limit=self.most,
             bootstrap_iters=0,
             log_samples=True,
@@ -73,8 +79,8 @@ class TrainingBenchmarks:
         return {f"benchmark/{name}": math.fsum(item.score for item in measured) / len(measured) for name, measured in items.items()}
 
 
-class _Packed(TemplateLM):
-    """The engine as the harness's model: prompts and choices in packed micro-batches, dealt to the ranks."""
+class _EngineModel(TemplateLM):
+    """The engine as one of the harness's models: prompts and choices are packed into micro-batches and dealt to the ranks."""
 
     backend = "causal"
 
@@ -103,20 +109,20 @@ class _Packed(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Sums of log-probs; all ranks. Whether a choice is what greedy decoding says is not computed: no benchmark here reads it."""
-        training, recipe = self.training, self.training.recipe
-        most = min(recipe.max_tokens_per_gpu, training.engine.module.model.config.max_position_embeddings)
+        """Return each choice's summed log-probs. All ranks. Whether greedy decoding gives it is not computed: no benchmark reads that."""
+        training = self.training
+        most = min(training.max_tokens, training.model.config.max_position_embeddings)
         rows = [((before + choice)[-most:], len(choice)) for _, before, choice in requests]
         lengths = np.array([len(ids) for ids, _ in rows])
         found: dict[int, float] = {}
-        for part in my_micro_batches(np.arange(len(rows)), lengths, recipe):
+        for part in training.micro_batches(np.arange(len(rows)), lengths):
             watchdog.enter("eval")
             builder = RowBuilder()
             for number in part:
                 ids, count = rows[number]
-                builder.add_sequence(ids, [-100] * (len(ids) - count) + ids[len(ids) - count :])
+                builder.add_sequence(ids, [IGNORE] * (len(ids) - count) + ids[len(ids) - count :])
             if not len(part):
-                builder.add_sequence([0], [-100])
+                builder.add_sequence([0], [IGNORE])
             batch = builder.build().to(training.device)
             sums = answer_sums(training.engine(batch), batch).sum(1).tolist()
             found |= dict(zip(part.tolist(), sums, strict=False))
@@ -124,9 +130,9 @@ class _Packed(TemplateLM):
         return [(everyones[number], False) for number in range(len(rows))]
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """Greedy answers, cut where the task says; all ranks."""
+        """Return the greedy answer to each request, cut where its task says. All ranks."""
         stops = {self.tokenizer.eos_token_id, self.chat.end_id}
-        context = self.training.engine.module.model.config.max_position_embeddings
+        context = self.training.model.config.max_position_embeddings
         asked, ends = [], []
         for request in requests:
             text, how = request.args
@@ -138,10 +144,11 @@ class _Packed(TemplateLM):
         return [postprocess_generated_text(answer, until, None) for answer, until in zip(answers, ends, strict=True)]
 
     def _is_complete(self, stops: set[int], until: list[str], answer: list[int]) -> bool:
+        """Whether an answer has ended: with a stop token, or with one of the texts `until`."""
         return answer[-1] in stops or any(end in self._text(answer) for end in until)
 
     def _text(self, answer: list[int]) -> str:
         return self.tokenizer.decode(answer, skip_special_tokens=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError("no benchmark here asks for it")
+        raise NotImplementedError("no benchmark here needs the log-probs of whole documents")

@@ -1,50 +1,54 @@
-"""What a run is given: data, chat format and code that belong together, the same on all ranks."""
+"""Checks a run's inputs: data, chat format and model must belong together, and code and inputs be the same on all ranks."""
 
 import hashlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.prepared import PreparedData
-from posttrain.model.loading import HOW_TO_MAKE, find_model, tokenizer_beside
+from posttrain.model.loading import find_model, tokenizer_beside
 from posttrain.parallel.ranks import same_on_all_ranks
-from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe
+from posttrain.recipes.keys import DPORecipe, Recipe
 
-CODE = Path(__file__).parents[1]  # of the whole package
+CODE = Path(__file__).parents[1]  # the whole package
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 
 
-def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise unless all ranks run the same code on the same recipe and data, down to the tokens of the first step."""
+def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData, ds_config: dict) -> None:
+    """Raise unless all ranks run the same code on the same recipe, ds_config and data, down to the tokens of the first step. All ranks."""
     train = prepared.train
     first = train.micro_batch(batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, 1))
     tokens = hashlib.sha256(first.input_ids.numpy().tobytes() + first.targets.numpy().tobytes()).hexdigest()
-    parts = {
-        f"code: posttrain/{file.relative_to(CODE)}": hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE.rglob("*.py"))
-    }
+    parts = {f"code: posttrain/{name}": value for name, value in hashes_of_code(CODE).items()}
     parts |= {f"package: {name}": version(name) for name in PACKAGES}
     parts |= {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
+    parts |= {f"content of {recipe.ds_config}": json.dumps(ds_config, sort_keys=True)}
     parts |= {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens}
     same_on_all_ranks("code, recipe or prepared data", parts)
 
 
-PREPARE = {SFTRecipe: "prepare_sft.py --dataset alpaca", DPORecipe: "prepare_dpo.py --dataset ultrafeedback"}
+def hashes_of_code(package: Path) -> dict[str, str]:
+    """Return a hash of every Python file of a package, by its path in it."""
+    return {str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(package.rglob("*.py"))}
+
+
 PROBE = [{"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))]
 
 
 def prepare_command(recipe: Recipe) -> str:
-    """The command that makes the recipe's data for its model's tokenizer."""
+    """Return the command that prepares the recipe's data with its model's tokenizer, for error messages."""
     tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path)
-    return f"python data_prep/{PREPARE[type(recipe)]}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
+    return f"python data_prep/{recipe.prepare}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
 def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
-    """The chat format of the data, with the recipe's tokenizer; else what lies beside the checkpoint; else the one that made the data.
+    """Return the data's chat format with the recipe's tokenizer, else the one beside the model, else the one stored with the data.
 
     Raises ValueError unless it is the tokenizer, with the template, that the data was prepared with.
     """
-    find_model(recipe.model_path, HOW_TO_MAKE[type(recipe)])
+    find_model(recipe.model_path, recipe.how_to_make_model)
     place, template = (
         recipe.tokenizer or tokenizer_beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"),
         manifest["template_name"],
@@ -58,15 +62,15 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
                 "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
             )
     if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
-        _check_form(chat, recipe)
+        _check_template(chat, recipe)
     return chat
 
 
-def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
-    """Refuse preference data in another form of conversation than the one that the model's folder says it was taught."""
+def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
+    """Raise ValueError if the data renders a conversation differently than the chat template in the model's own folder does."""
     try:
         own = ChatFormat(chat.tokenizer, "tokenizer")
-    except ValueError:  # it has none, or none that a model could be trained on by this package
+    except ValueError:  # it has no template, or one that this package cannot train with
         return
     forms = [render_prompt(form, PROBE) for form in (chat, own)]
     if forms[0] != forms[1]:
@@ -79,23 +83,23 @@ def _check_form(chat: ChatFormat, recipe: Recipe) -> None:
 
 
 def check_positions(data: PreparedData, config) -> None:
-    """Refuse an example with more positions than the model was made for: its position encoding would be extrapolated."""
+    """Raise ValueError naming an example with more positions than the model was made for, which would extrapolate its position encoding."""
     most = getattr(config, "max_position_embeddings", None)
     for name, split in (("training", data.train), ("validation", data.validation)):
         if most and len(split) and split.positions.max() > most:
             index = int(split.positions.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.positions[index]} positions, the model was made for "
+                f"{name} example {index} ({split[index]['source']}) has {split.positions[index]} positions, the model was made for "
                 f"at most {most}; prepare the data with --max_length {most}"
             )
 
 
-def check_lengths(recipe: Recipe, data: PreparedData) -> None:
-    """Refuse an example that no micro-batch could hold, naming it."""
+def check_lengths(data: PreparedData, max_tokens: int) -> None:
+    """Raise ValueError naming an example that no micro-batch of `max_tokens` tokens can hold."""
     for name, split in (("training", data.train), ("validation", data.validation)):
-        if len(split) and split.lengths.max() > recipe.max_tokens_per_gpu:
+        if len(split) and split.lengths.max() > max_tokens:
             index = int(split.lengths.argmax())
             raise ValueError(
-                f"{name} example {index} ({split.table[index]['source']}) has {split.lengths[index]} tokens, more than "
-                f"max_tokens_per_gpu={recipe.max_tokens_per_gpu}; raise it, or prepare the data with a smaller --max_length"
+                f"{name} example {index} ({split[index]['source']}) has {split.lengths[index]} tokens, more than "
+                f"max_tokens_per_gpu={max_tokens}; raise it, or prepare the data with a smaller --max_length"
             )

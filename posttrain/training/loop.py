@@ -1,4 +1,4 @@
-"""The training loop, the only one: SFT and DPO differ in their objective. What happens within a step is in step.py."""
+"""The training loop of SFT and DPO, which differ only in their objective. What happens within a step is in step.py."""
 
 import gc
 import time
@@ -13,14 +13,12 @@ from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import Split
 from posttrain.engine import shards
 from posttrain.engine.ds_config import read_ds_config
-from posttrain.engine.optimizer import describe_optimizer, set_learning_rate
 from posttrain.engine.weights import WeightSample, gathered_state_dict
 from posttrain.model import export
 from posttrain.operators.saved_form import count_as_saved
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import on_rank_0
-from posttrain.planning.memory import Layout, Zero
-from posttrain.planning.memory import states as kept_states
+from posttrain.planning import memory
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.card import model_card
 from posttrain.run.directory import Run
@@ -29,158 +27,138 @@ from posttrain.training import auto_batch
 from posttrain.training.first_screen import describe, expected_seconds, total_steps
 from posttrain.training.inputs import check_positions
 from posttrain.training.replay import replay, shown_loss
-from posttrain.training.samples import Samples
 from posttrain.training.saving import Saving
 from posttrain.training.schedule import learning_rate
 from posttrain.training.start_checks import check_start
-from posttrain.training.step import Training, evaluate, example_losses, step_share, train_step
+from posttrain.training.state import Training
+from posttrain.training.step import StepResult, example_losses, train_step
+from posttrain.training.validation import Validation, validate_only
 
 
-def train(training: Training, chat: ChatFormat, run: Run, choices: list[str]) -> None:
-    """Train to the recipe's last step, from the newest checkpoint where there is one, and write final/. All ranks."""
-    if not run.recipe.only_looks:
+def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[str, str]]) -> None:
+    """Train to the recipe's last step, from the newest checkpoint if there is one, and write final/. All ranks.
+
+    With eval_only or replay_step it does only that. `choices`: what was chosen before (kernels, the reference), as (label, text), for the
+    first screen.
+    """
+    recipe, steps = training.recipe, total_steps(training.recipe, len(training.data.train))
+    if not recipe.only_looks:
         shards.make_optimizer_states(training.engine)
-        if run.recipe.max_tokens_per_gpu == AUTO:
+        if recipe.max_tokens_per_gpu == AUTO:
             auto_batch.adapt(training, run)
-    recipe, engine, data = training.recipe, training.engine, training.data
-    steps = total_steps(recipe, len(data.train))
-    describe(recipe, data, run, engine.module.model, steps, [*choices, describe_optimizer(engine)])
-    check_positions(data, engine.module.model.config)
+    describe(training, run, steps, [*choices, ("optimizer", training.engine.optimizer_said)])
+    check_positions(training.data, training.model.config)
     check_start(training)
     if not recipe.only_looks:
-        run.say(f"time     about {duration(steps * expected_seconds(training))} for all steps, by a timed forward pass")
-    keeper = Saving(training, run, steps)
-    done = keeper.resume()
+        run.say(f"time       about {duration(steps * expected_seconds(training))} for all steps, by a timed forward pass")
+    saving = Saving(training, run, steps)
+    done = saving.resume()
     if steps < done:
         raise ValueError(f"{run.path} has made {done} steps already, more than the {steps} of this command; it can only become longer")
     if recipe.replay_step:
         replay(training, run, done, steps)
-        return
-    if recipe.eval_only:
-        if not len(data.validation):
-            raise ValueError(f"eval_only: {recipe.data_dir} has no validation rows; prepare it with --val_size")
-        run.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(training)[0].items()))
-        return
+    elif recipe.eval_only:
+        validate_only(training, run)
+    else:
+        validation = _start(training, chat, run, saving, done)
+        if _run_steps(training, run, saving, validation, done):
+            finish(training, run)
 
-    model = engine.module.model
-    keeper.begin(done, export.written_bytes(model))
+
+def _start(training: Training, chat: ChatFormat, run: Run, saving: Saving, done: int) -> Validation:
+    """Check the room for checkpoints, open the logs, and validate the model as it is, unless that was done before a stop. All ranks."""
+    model, data, steps = training.model, training.data, saving.steps
+    saving.begin(done, export.written_bytes(model))
     facts = Facts(
-        count_as_saved(model), len(data.train), data.manifest.get("copies", 0), engine.module.scale, float(data.train.answer_tokens.mean())
+        parameters=count_as_saved(model),
+        rows=len(data.train),
+        copies=data.manifest.get("copies", 0),
+        weight_scale=training.engine.module.scale,
+        answer_tokens=float(data.train.answer_tokens.mean()),
     )
-    samples = Samples(recipe, data, chat)
-    system_prompt = data.manifest["options"].get("system_prompt")
-    exams = _exams(recipe, chat, system_prompt, model.config.max_position_embeddings)
-    layout = Layout(Zero.of(read_ds_config(recipe.ds_config)), dist.get_world_size(), model.dtype, training.device.type == "cuda")
+    zero = memory.Zero.of(read_ds_config(training.recipe.ds_config))
+    layout = memory.Layout(zero, dist.get_world_size(), model.dtype, training.device.type == "cuda")
+    validation = Validation(training, chat, run, steps)
     run.start(
         done + 1,
         steps,
-        describe_model=lambda folder: export.write_description(model, chat, folder, system_prompt),
+        describe_model=lambda folder: export.write_description(model, chat, folder, data.system_prompt),
         manifest=data.manifest,
         facts=facts,
-        states=vars(kept_states(facts.parameters, layout)),
+        states=vars(memory.states(facts.parameters, layout)),
     )
     if not on_rank_0(lambda: run.has_looked(done)):
-        _look(training, samples, exams, run, done, steps)  # before the first step, or where a stop left it out
+        validation.after(done)
+    return validation
+
+
+def _run_steps(training: Training, run: Run, saving: Saving, validation: Validation, done: int) -> bool:
+    """Make the steps after `done`; returns True at the run's end, False if it was stopped and saved before. All ranks."""
+    recipe, engine, train, steps = training.recipe, training.engine, training.data.train, saving.steps
     sample = WeightSample(engine) if recipe.dtype == "bfloat16" else None
-    tokens = _tokens_before(recipe, data.train, done)
+    tokens = _tokens_before(recipe, train, done)
     gc.collect()
     gc.freeze()
-    gc.disable()  # within a step a collection on one rank makes all others wait: they collect together, between steps
+    gc.disable()  # a collection within a step makes all other ranks wait: all collect at the same time, between steps
     for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         gc.collect(1 if step % 100 else 2)
         lr = learning_rate(recipe, step, steps)
-        set_learning_rate(engine, lr)
+        engine.set_learning_rate(lr)
         before = sample.values() if sample else []
-        metrics, reason = train_step(training, step)
-        if sample and not reason:  # a step that was not applied changes none
+        result = train_step(training, step, saving.questions)
+        metrics = result.metrics
+        if sample and not result.refused:  # a step that was not applied changes no weight
             metrics["bf16_changed"] = sample.share_changed(before)
-        step_tokens = int(data.train.lengths[step_share(training, step)[0]].sum())
-        tokens += step_tokens
+        tokens += result.tokens
         seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": lr,
-            "epoch": step / batches.steps_per_epoch(len(data.train), recipe.global_batch_size),
+            "epoch": step / batches.steps_per_epoch(len(train), recipe.global_batch_size),
             "num_tokens": tokens,
             "step_ms": 1000 * seconds,
-            "tokens_per_second": step_tokens / seconds,
+            "tokens_per_second": result.tokens / seconds,
             "memory_gb": _memory(training.device) / 1e9,
         }
         run.log(step, "train", metrics)
         run.step_line(step, metrics)
-        if reason:
-            _refused(training, run, keeper, step, reason, metrics)
-        validation = None
-        if step == steps or not training.counted["stop"]:  # a stop must not wait for it
-            validation = _look(training, samples, exams, run, step, steps)
-        if keeper.after(step, validation, time.perf_counter() - started):
-            keeper.say_stopped(step)
+        if result.refused:
+            _record_refused(training, run, saving, step, result)
+        must_stop = result.yes["stop"] and step < steps  # a stop must not wait for a validation
+        loss = None if must_stop else validation.after(step)
+        saving.after(step, result.yes, loss, time.perf_counter() - started)
+        if must_stop:
+            saving.say_stopped(step)
             run.close()
-            return
-    finish(training, run)
+            return False
+    return True
 
 
-def _is_due(interval: int, step: int, steps: int) -> bool:
-    """Every `interval` steps, from step 0 on, and after the last one; never where it is 0."""
-    return interval > 0 and (step % interval == 0 or step == steps)
-
-
-def _exams(recipe: Recipe, chat: ChatFormat, system_prompt: str | None, context: int):
-    """The recipe's benchmarks, if any: only then is lm_eval imported, which takes seconds. All ranks."""
-    if not recipe.benchmarks:
-        return None
-    from posttrain.training.benchmarks import TrainingBenchmarks
-
-    return TrainingBenchmarks(recipe, chat, system_prompt, context)
-
-
-def _look(training: Training, samples: Samples, exams, run: Run, step: int, steps: int) -> float | None:
-    """What is due after this step: validate where there is something to validate on, answer the fixed prompts, take the benchmarks.
-
-    Returns the validation loss. All ranks.
-    """
-    recipe, started, metrics = training.recipe, time.perf_counter(), {}
-    validates = _is_due(recipe.eval_interval, step, steps)
-    if validates and len(training.data.validation):
-        metrics, examples = evaluate(training)
-        run.log_histograms(step, examples)
-        run.eval_line(step, metrics)
-    if validates and samples.prompts:
-        answers = samples.ask(training)
-        run.log_samples(step, answers)
-        metrics["sample_tokens"] = sum(answer["tokens"] for answer in answers) / len(answers)
-    if exams and _is_due(recipe.benchmark_interval or recipe.eval_interval, step, steps):
-        metrics |= exams.take(training)
-    if metrics:
-        run.log(step, "eval", metrics | {"runtime": time.perf_counter() - started})
-    return metrics.get("loss")
-
-
-def _refused(training: Training, run: Run, keeper: Saving, step: int, reason: str, metrics: dict[str, float]) -> None:
-    """Say and record that a step was not applied; stop the run where that happens too often. All ranks."""
+def _record_refused(training: Training, run: Run, saving: Saving, step: int, result: StepResult) -> None:
+    """Print that a step was not applied, and record its examples; raise ValueError if too many follow each other. All ranks."""
     examples = example_losses(training, step)
-    run.bad_batch(step, reason, metrics, examples)
+    run.bad_batch(step, result.refused, result.metrics, examples)
     worst = examples[0]
     run.say(
-        f"warning  step {step} was not applied: {reason}. Its worst example is {worst['index']} ({worst['source']}), loss "
+        f"warning  step {step} was not applied: {result.refused}. Its worst example is {worst['index']} ({worst['source']}), loss "
         f"{shown_loss(worst['loss'])}; all are in {run.path}/bad_batches.jsonl"
     )
     if training.guard.must_stop:
-        keeper.save_now(step)
+        saving.save_now(step)
         raise ValueError(
-            f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {reason}. The newest checkpoint holds the "
-            f"weights from before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The same command "
-            "goes on after them; a new run with a lower --learning_rate or without these examples is what usually helps"
+            f"{training.guard.bad_in_a_row} steps in a row were not applied, the last because {result.refused}. The newest checkpoint "
+            f"holds the weights from before them, {run.path}/bad_batches.jsonl their examples; --replay_step={step} runs one again. The "
+            "same command goes on after them; what usually helps is a new run with a lower --learning_rate or without these examples"
         )
 
 
 def finish(training: Training, run: Run) -> None:
-    """Write final/. All ranks."""
+    """Write final/, the run's result. All ranks."""
     watchdog.enter("export")
     state = gathered_state_dict(training.engine)
 
     def write():
-        card = model_card(run.path, run.settled, training.data.manifest)
+        card = model_card(run.path, run.as_resolved, training.data.manifest)
         export.write_model(state, run.path / "model", run.final, card)
 
     on_rank_0(write)
@@ -190,12 +168,12 @@ def finish(training: Training, run: Run) -> None:
 
 
 def _memory(device: torch.device) -> float:
-    """Bytes that this rank has taken at most; on a CPU those that it holds."""
+    """Return the most GPU memory that this rank has reserved, or on a CPU the memory that it holds now, in bytes."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def _tokens_before(recipe: Recipe, split: Split, done: int) -> int:
-    """Tokens seen in steps 1 to `done`."""
+    """Return how many tokens steps 1 to `done` have trained on."""
     epochs, steps = divmod(done, batches.steps_per_epoch(len(split), recipe.global_batch_size))
     begun = batches.epoch_order(len(split), recipe.seed, epochs)[: steps * recipe.global_batch_size]
     return epochs * int(split.lengths.sum()) + int(split.lengths[begun].sum())

@@ -1,7 +1,8 @@
-"""The reference's log-probs computed once, before training, and kept beside the data: DATA/reference/KEY/.
+"""Computes the reference's log-probs once, before training, and keeps them beside the data, in DATA/reference/KEY/.
 
-KEY is a hash of the reference's weights, the prepared data and the dtype, so runs that differ in anything else (a sweep over beta or
-the learning rate) share them, and others cannot meet them. Pieces of CHUNK pairs are whole or absent: a killed run goes on after the last.
+KEY is a hash of the reference's weights, the prepared data and the dtype. So runs that differ in anything else, as in a sweep over beta,
+share the log-probs, and no other run can read them. They are written in files of CHUNK pairs, each whole or absent: after a kill the same
+command computes only those that are missing.
 """
 
 import hashlib
@@ -17,19 +18,19 @@ from torch import distributed as dist
 
 from posttrain.common import files
 from posttrain.data.prepared import PreparedData, Split
-from posttrain.engine.build import free_engine
+from posttrain.engine.update import free_engine
 from posttrain.objectives.answers import answer_sums
 from posttrain.parallel.ranks import on_rank_0
 from posttrain.recipes.keys import DPORecipe
-from posttrain.training.step import my_micro_batches
+from posttrain.training.state import my_micro_batches
 
 CHUNK = 4096  # pairs in a file
 
 
-def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torch.device, build: Callable) -> str:
-    """Give both splits the reference's sums, computing what is not there yet with the engine that `build` makes. All ranks.
+def attach(recipe: DPORecipe, max_tokens: int, prepared: PreparedData, weights: str, device: torch.device, build: Callable) -> str:
+    """Set both splits' `reference_sums`; what is not on disk yet is computed with the engine that `build` makes. All ranks.
 
-    Returns a line that says what was done. `weights`: the hash of the reference's weights.
+    `max_tokens` limits a micro-batch, `weights` is the hash of the reference's weights. Returns what was done, for the first screen.
     """
     identity = {"weights": weights, "data": prepared.fingerprint, "dtype": recipe.dtype}
     folder = Path(recipe.dpo_data_dir) / "reference" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -50,17 +51,19 @@ def attach(recipe: DPORecipe, prepared: PreparedData, weights: str, device: torc
         engine = build()
         for path in missing:
             split, indices = pieces[path]
-            split.reference_sums[indices] = _compute(recipe, engine, split, indices, device)
+            split.reference_sums[indices] = _compute(
+                engine, split, indices, my_micro_batches(indices, split.lengths, max_tokens, recipe.packing), device
+            )
             on_rank_0(lambda path=path, sums=split.reference_sums[indices]: _write(path, sums))
         free_engine(engine)
-    return f"reference: precomputed in {folder} ({len(missing)} of {len(pieces)} files computed now)"
+    return f"precomputed in {folder} ({len(missing)} of {len(pieces)} files computed now)"
 
 
 @torch.no_grad()
-def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, device: torch.device) -> np.ndarray:
-    """(n, 2, 2) sums of the n given pairs, which follow each other, on all ranks. All ranks."""
+def _compute(engine, split: Split, indices: np.ndarray, mine: list[np.ndarray], device: torch.device) -> np.ndarray:
+    """Return the answer_sums of n consecutive pairs, (n, 2 answers, 2); `mine` are this rank's micro-batches of them. All ranks."""
     sums = torch.zeros(len(indices), 2, 2, dtype=torch.float64, device=device)
-    for part in my_micro_batches(indices, split.lengths, recipe):
+    for part in mine:
         batch = split.micro_batch(part).to(device)
         sums[torch.from_numpy(part - indices[0]).to(device)] = answer_sums(engine(batch), batch).view(-1, 2, 2)
     dist.all_reduce(sums)  # every pair is on one rank, zero on the others
@@ -68,14 +71,14 @@ def _compute(recipe: DPORecipe, engine, split: Split, indices: np.ndarray, devic
 
 
 def _read(pieces: dict[Path, tuple[Split, np.ndarray]]) -> dict[Path, np.ndarray]:
-    """What is there and whole, as rank 0 sees it. All ranks."""
+    """Return the sums of the files that are there and whole, as rank 0 sees them. All ranks."""
     return on_rank_0(
         lambda: {path: sums for path, (_, indices) in pieces.items() if path.is_file() and (sums := _load(path, len(indices))) is not None}
     )
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:
-    """The sums of `count` pairs; None where the file does not hold them."""
+    """Return the sums of `count` pairs, (count, 2, 2); None if the file is cut, damaged, or holds other numbers."""
     try:
         sums = np.load(path)["sums"]
     except (ValueError, EOFError, OSError, KeyError, BadZipFile):  # cut, or not what its own checksum says
@@ -84,11 +87,13 @@ def _load(path: Path, count: int) -> np.ndarray | None:
 
 
 def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
+    """Make the folder, with a file that says what its log-probs belong to."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def _write(path: Path, sums: np.ndarray) -> None:
+    """Write a file of sums, whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, sums=sums)
     files.write_whole(path, buffer.getvalue())  # two runs of a sweep may write the same at once

@@ -1,4 +1,4 @@
-"""Answers of the model in training to a few fixed prompts, before the first step and at every validation: what the curves do not show."""
+"""Lets the model in training answer a few fixed prompts, before the first step and at every validation: what curves do not show."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -17,33 +17,35 @@ from posttrain.data.prepared import PreparedData
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered
 from posttrain.recipes.keys import Recipe
-from posttrain.training.step import Training
+from posttrain.training.state import Training
 
 
 class Asked(NamedTuple):
+    """A prompt to be answered, in token ids."""
+
     prompt: list[int]
-    most: int  # tokens of its answer, at least 1
-    is_complete: Callable[[list[int]], bool]  # whether an answer ends with its last token
+    most: int  # longest answer in tokens, at least 1
+    is_complete: Callable[[list[int]], bool]  # whether the answer so far is complete with its last token
 
 
 class Samples:
-    """Fixed prompts, as token ids, and how they are answered."""
+    """The fixed prompts of a run, which the model answers again and again."""
 
     def __init__(self, recipe: Recipe, data: PreparedData, chat: ChatFormat):
-        """Raises ValueError or FileNotFoundError for a file of prompts that is not one."""
+        """Take the recipe's prompts. Raises ValueError or FileNotFoundError if its file sample_prompts is missing or no text."""
         self.most, self.chat = recipe.sample_tokens, chat
         if recipe.sample_prompts:
-            system = data.manifest["options"].get("system_prompt")
+            system = data.system_prompt
             begin = [{"role": "system", "content": system}] if system else []
             self.texts = read_prompts(Path(recipe.sample_prompts), recipe.samples)
             self.prompts = [render_prompt(chat, [*begin, {"role": "user", "content": text}]) for text in self.texts]
         else:
             split = data.validation if len(data.validation) else data.train
-            self.prompts = [_prompt(split.table[index]) for index in range(min(recipe.samples, len(split)))]
+            self.prompts = [_prompt_of(split[index]) for index in range(min(recipe.samples, len(split)))]
             self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
 
     def ask(self, training: Training) -> list[dict]:
-        """The prompts with the greedy answers of the model as it is now. All ranks."""
+        """Return each prompt with the model's greedy answer, its tokens, and whether it stopped by itself. All ranks."""
         stops = {self.chat.end_id, self.chat.tokenizer.eos_token_id}
         training.engine.eval()
         answers = generate(training, [Asked(prompt, self.most, lambda answer: answer[-1] in stops) for prompt in self.prompts])
@@ -56,8 +58,8 @@ class Samples:
         return found
 
 
-def _prompt(example: dict) -> list[int]:
-    """Of a prepared row: what comes before the first answer; of a document, which is trained from its beginning, the first half."""
+def _prompt_of(example: dict) -> list[int]:
+    """Return what comes before a prepared row's first answer; of a document, which is trained from its beginning, the first half."""
     if "prompt" in example:
         return example["prompt"]
     first = next(index for index, label in enumerate(example["labels"]) if label != IGNORE)
@@ -66,10 +68,10 @@ def _prompt(example: dict) -> list[int]:
 
 @torch.no_grad()
 def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
-    """The greedy answer to each, with the token that completes it. All ranks; the engine must be in eval mode.
+    """Return the greedy answer to each prompt, with the token that completes it. All ranks; the engine must be in eval mode.
 
-    By the forward pass of training: a rank's prompts are one packed row, as many as have room in it, read anew for every token. For a few
-    prompts that costs less than a cache would save, and does not care how weights are sharded.
+    Training's forward pass reads a rank's prompts anew for every token, as many in one packed row as have room. For a few prompts that
+    costs less than a key-value cache would save, and it works however the weights are sharded.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = asked[rank::ranks]
@@ -77,14 +79,14 @@ def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
     waiting = list(range(len(mine)))
     while True:
         watchdog.enter("eval")
-        going = _that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.recipe.max_tokens_per_gpu)
+        going = _count_that_fit([len(mine[index].prompt) + mine[index].most for index in waiting], training.max_tokens)
         left = torch.tensor([going], device=training.device)
         dist.all_reduce(left)
         if not left.item():
             break
         read = waiting[:going]
         chosen = training.engine(_next_tokens([mine[index].prompt + answers[index] for index in read], training.device))
-        for index, token in zip(read, chosen.tolist(), strict=False):  # a rank that is done reads one token, as all must read
+        for index, token in zip(read, chosen.tolist(), strict=False):  # a rank that is done still reads one token, since all must read
             answers[index].append(token)
             if len(answers[index]) == mine[index].most or mine[index].is_complete(answers[index]):
                 waiting.remove(index)
@@ -92,13 +94,13 @@ def generate(training: Training, asked: list[Asked]) -> list[list[int]]:
     return [shares[number % ranks][number // ranks] for number in range(len(asked))]
 
 
-def _that_fit(lengths: list[int], room: int) -> int:
-    """How many of the first have room together; one always has."""
+def _count_that_fit(lengths: list[int], room: int) -> int:
+    """Return how many of the first `lengths` add up to at most `room`, and at least 1."""
     return max(min(1, len(lengths)), bisect_right(list(accumulate(lengths)), room))
 
 
 def _next_tokens(sequences: list[list[int]], device: torch.device):
-    """A micro-batch that asks for the token after each sequence."""
+    """Build a micro-batch that asks for the token after each sequence."""
     builder = RowBuilder()
     for ids in sequences or [[0]]:
         builder.add_sequence(ids, [IGNORE] * len(ids))

@@ -1,4 +1,4 @@
-"""When a run is saved, and when it stops early: the loop asks after every step."""
+"""Decides after every step whether a run is saved, and whether it stops early."""
 
 import math
 import os
@@ -11,23 +11,26 @@ from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered
 from posttrain.parallel.stopping import StopRequest
 from posttrain.run.directory import Run
-from posttrain.training.step import Training
+from posttrain.training.state import Training
+from posttrain.training.step import Questions
 
-WRITE_SPEED = 2**28  # bytes a second, to expect of a disk before the first save was timed
+WRITE_SPEED = 2**28  # bytes a second that a disk is expected to write, until a save was timed
 
 
 class Saving:
-    """Checkpoints of a run at the recipe's intervals, and an orderly stop. All ranks call every method."""
+    """Saves a run at the recipe's intervals, and stops it in order. All ranks call every method."""
 
     def __init__(self, training: Training, run: Run, steps: int):
+        """`steps` is the run's last step."""
         self.training, self.run, self.steps = training, run, steps
-        facts = run.facts | {"recipe": run.settled}
+        facts = run.facts | {"recipe": run.as_resolved}
         self.checkpoints = Checkpoints(training.engine, run.path / "checkpoints", training.recipe.keep_checkpoints, run.say, facts)
+        self.questions: Questions = {}  # what each rank is asked at the end of every step
         self.last_save, self.longest_step = time.monotonic(), 0.0
         self.save_seconds = self.checkpoints.bytes_of_one() / WRITE_SPEED
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; the step it was taken after, 0 where there is none."""
+        """Load the newest whole checkpoint, for replay_step the newest before it; returns the step that it was saved after, or 0."""
         recipe = self.training.recipe
         if not recipe.only_looks:
             self.checkpoints.lock()
@@ -37,55 +40,58 @@ class Saving:
         done = self.checkpoints.restore(found)
         self.training.guard.restore(found.facts["guard"])
         was = found.facts["world_size"], found.facts["state"]["zero_stage"]
-        now = dist.get_world_size(), self.training.engine.zero_optimization_stage()
+        now = dist.get_world_size(), self.training.engine.zero_stage
         change = "" if was == now else f", from {was[0]} ranks at ZeRO-{was[1]} to {now[0]} at ZeRO-{now[1]}"
         self.run.say(f"continuing after step {done}{change}")
         return done
 
     def begin(self, done: int, result_bytes: int) -> None:
-        """Before the first step: is there room, do all hosts see the same folder; then listen for signals."""
+        """Prepare for the steps after `done`: check disk space and that all hosts see one folder, then listen for signals.
+
+        `result_bytes` is the size of final/.
+        """
         recipe = self.training.recipe
         interval = recipe.save_interval or self.steps
         if self.steps > done:
             self.checkpoints.check_space_for(math.ceil(self.steps / interval) - done // interval, result_bytes)
         self.checkpoints.check_shared()
         self.checkpoints.forget_after(done)
-        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # which the launcher sets
-        self.training.votes = {
+        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # LOCAL_SIZE is set by the launcher
+        self.questions = {
             "stop": lambda: self.stop.reason is not None,
             "written": lambda: self.checkpoints.is_written,
             "save": lambda: dist.get_rank() == 0 and 0 < recipe.save_seconds <= time.monotonic() - self.last_save,
         }
 
-    def after(self, step: int, validation: float | None, seconds: float) -> bool:
-        """Save where it is due. Returns whether the run stops here, saved."""
-        recipe, counted = self.training.recipe, self.training.counted
-        self.longest_step = max(self.longest_step, seconds)  # with its validation
+    def after(self, step: int, yes: dict[str, int], validation: float | None, seconds: float) -> None:
+        """Save if a checkpoint is due after `step`, which took `seconds`; `yes` is how many ranks said yes to each of `questions`."""
+        recipe = self.training.recipe
+        self.longest_step = max(self.longest_step, seconds)  # validation included
         self.stop.expect(self.longest_step, self.save_seconds)
         is_last = step == self.steps
-        is_due = counted["stop"] or counted["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
-        if is_due or counted["written"] == dist.get_world_size():
+        is_due = yes["stop"] or yes["save"] or is_last or (recipe.save_interval and step % recipe.save_interval == 0)
+        if is_due or yes["written"] == dist.get_world_size():
             self._finish()
         if is_due:
             self.last_save = time.monotonic()
             self.checkpoints.save(step, self.training.guard.state(), validation)
-        if is_last or counted["stop"]:
+        if is_last or yes["stop"]:
             self._finish()
-        return bool(counted["stop"]) and not is_last
 
     def say_stopped(self, step: int) -> None:
-        """One sentence on why, and how to go on."""
-        watchdog.enter("export")  # what follows may take its time: logs are closed, uploads ended
+        """Print why the run stopped, and how to go on."""
+        watchdog.enter("export")  # what follows may take long: logs are closed, uploads ended
         why = ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(gathered(self.stop.reason)) if reason)
         self.run.say(f"stopped after step {step}: {why}. All is saved; the same command goes on with step {step + 1}")
 
     def save_now(self, step: int) -> None:
-        """Save and wait for it."""
+        """Save, and wait until all is written."""
         self._finish()
         self.checkpoints.save(step, self.training.guard.state())
         self._finish()
 
     def _finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole, if there is one."""
         if self.checkpoints.pending is None:
             return
         self.run.sync()

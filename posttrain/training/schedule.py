@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Computes the learning rate, a pure function of the step."""
 
 import math
 
@@ -6,7 +6,7 @@ from posttrain.recipes.keys import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (1-based): linear warmup, then from the peak along a cosine to min_lr.
+    """Return the learning rate of optimizer step `step` (1-based): linear warmup, then from the peak along a cosine to min_lr.
 
     Step warmup_iters + 1 is the first at the peak; min_lr is reached after the step lr_decay_iters (default: the run's last).
     """

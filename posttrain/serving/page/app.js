@@ -1,4 +1,4 @@
-// The chat page. State lives in `state` and in localStorage; `draw` makes the page from it.
+// The chat page. `state` holds all that it shows, and is kept in localStorage; `draw` makes the page from it.
 
 import { render } from "/page/markdown.js";
 import { shuffled } from "/page/shuffled.js";
@@ -13,11 +13,11 @@ const fresh = { mode: "chat", model: "", compared: null, hideNames: false, chat:
 const state = { ...fresh, ...load() };
 state.settings = { ...DEFAULTS, ...state.settings };
 for (const turn of [...state.chat, ...state.compare.flatMap((one) => one.answers)]) {
-  if (turn.model && !turn.done && !turn.error) turn.note ??= "interrupted"; // the page was left while it came
+  if (turn.model && !turn.done && !turn.error) turn.note ??= "interrupted"; // the page was left while the answer came
 }
 let models = []; // [{id, chat, system_prompt, ...}]
-let running = null; // the AbortController of the answers under way
-let leaving = false; // answers under way break, since the page is being left
+let running = null; // the AbortController of the answers that are being generated; null while there are none
+let leaving = false; // whether the page is being left, which breaks them off
 
 function load() {
   try {
@@ -31,7 +31,7 @@ function save() {
   try {
     localStorage.setItem(STORE, JSON.stringify(state));
   } catch {
-    // storage is full or forbidden: the page works, and forgets
+    // storage is full or forbidden: the page works, but forgets everything when it is closed
   }
 }
 
@@ -48,7 +48,7 @@ function headers() {
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-/** The response, or an Error with the server's own words. */
+/** Returns the response; throws an Error with the server's own message. */
 async function ask(path, options = {}) {
   let response;
   try {
@@ -64,7 +64,7 @@ async function ask(path, options = {}) {
   throw error;
 }
 
-/** One answer, into `answer` = {text, done, note}, calling `changed` as it grows. */
+/** Streams one answer into `answer` = {text, done, note, error}, calling `changed` as it grows. */
 async function stream(model, messages, answer, changed, signal) {
   const { temperature, top_p, top_k, repetition_penalty, max_tokens, seed } = state.settings;
   const body = { model, messages, temperature, top_p, top_k, repetition_penalty, max_tokens, stream: true };
@@ -158,7 +158,7 @@ async function run(work) {
   }
 }
 
-/** What the model is told of a chat: a question that got no answer is left out, or it would go on from an empty turn of its own. */
+/** Returns the messages of a chat. A question without an answer is left out: the model would continue from an empty turn of its own. */
 function answered(turns) {
   const told = turns.filter((turn, index) => (turn.role === "user" ? turns[index + 1] : turn)?.text !== "");
   return told.map(({ role, text }) => ({ role, content: text }));
@@ -172,7 +172,7 @@ async function answerChat() {
   announce(turn.error ?? turn.text);
 }
 
-/** What a comparison's prompt stands on: earlier turns whose vote says which answer it goes on from. */
+/** Returns the messages before a comparison's prompt: those earlier turns in which a vote says which answer it continues. */
 function voted(turns) {
   return turns.flatMap((turn) => (turn.vote == null ? [] : [
     { role: "user", content: turn.prompt }, { role: "assistant", content: turn.answers[turn.vote].text },
@@ -191,19 +191,19 @@ async function answerCompare(turn) {
 async function vote(turn, index) {
   const chosen = turn.answers[index];
   const others = turn.answers.filter((answer) => answer !== chosen && answer.done && answer.text && answer.text !== chosen.text);
-  turn.voting = true; // one vote for each turn, however often it is clicked
+  turn.voting = true; // a turn gets one vote, however often the button is clicked
   draw();
   try {
     for (const other of others) {
-      if (other.beaten === chosen.model) continue; // an earlier try got this far
+      if (other.beaten === chosen.model) continue; // saved by an earlier try that failed later
       const cast = { messages: turn.messages, chosen: chosen.text, rejected: other.text, chosen_model: chosen.model, rejected_model: other.model };
       await ask("/votes", { method: "POST", body: JSON.stringify(cast) });
       other.beaten = chosen.model;
     }
     turn.vote = index;
     turn.hidden = false;
-    turn.note = others.length ? `Vote saved (${others.length} ${others.length === 1 ? "pair" : "pairs"}). The next prompt goes on from this answer.`
-      : "The answers are the same, so nothing was saved. The next prompt goes on from this answer.";
+    turn.note = others.length ? `Vote saved (${others.length} ${others.length === 1 ? "pair" : "pairs"}). The next prompt continues from this answer.`
+      : "The answers are the same, so nothing was saved. The next prompt continues from this answer.";
   } catch (error) {
     turn.note = `The vote was not saved: ${error.message}`;
   }
@@ -245,7 +245,7 @@ function said(answer, going) {
   try {
     shown = render(answer.text);
   } catch {
-    shown = [answer.text]; // whatever a model says must not keep the page from opening
+    shown = [answer.text]; // no answer may keep the page from opening
   }
   const node = make("div", { className: "said" }, ...shown);
   if (going && !answer.done && !answer.error && !answer.note) (node.lastElementChild ?? node).classList.add("waiting");
@@ -298,14 +298,14 @@ function drawCompare() {
     const below = make("div", { className: "tools" });
     if (index === state.compare.length - 1 && !going && turn.vote == null) {
       below.append(make("button", { onclick: () => answerCompare(turn) }, "Retry"));
-      if (!turn.note) below.append(make("span", {}, "Without a vote the next prompt does not build on this one."));
+      if (!turn.note) below.append(make("span", {}, "Without a vote, the next prompt does not continue from this one."));
     }
     if (turn.note) below.append(make("span", {}, turn.note));
     return make("div", { className: "turn" }, drawMine(turn.prompt), make("div", { className: "answers" }, ...columns), below);
   });
 }
 
-/** Prompts that the checkpoints were watched by in training; else some for anybody. */
+/** Returns the sample prompts of the checkpoints' training; where they have none, general ones. */
 function suggestions() {
   const own = models.filter((model) => (state.mode === "chat" ? model.id === state.model : state.compared?.includes(model.id)));
   const known = [...new Set(own.flatMap((model) => model.suggestions))].slice(0, 6);
@@ -396,7 +396,7 @@ $("settings").addEventListener("close", () => {
   loadModels();
 });
 
-// ---- what the user does -----------------------------------------------------------------------------------------------------------
+// ---- the user's input -------------------------------------------------------------------------------------------------------------
 
 function retryChat() {
   if (running) return;

@@ -1,4 +1,4 @@
-// Markdown -> DOM nodes. Text only ever becomes text nodes, so nothing that a model writes can become markup or script.
+// Turns Markdown into DOM nodes. Text only ever becomes text nodes, so nothing that a model writes can become markup or script.
 
 const make = (tag, ...children) => {
   const node = document.createElement(tag);
@@ -6,7 +6,7 @@ const make = (tag, ...children) => {
   return node;
 };
 
-// The first match of any of these in a text becomes a node; the text before and behind it is looked at in turn.
+// The first match of any of these in a text becomes a node; the text before it stays text, and the text after it is searched in turn.
 const INLINE = [
   [/(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)/, (m) => make("code", m[2].replace(/^ (.*) $/, "$1"))],
   [/\\([\\`*_{}[\]()#+\-.!|~>])/, (m) => m[1]],
@@ -26,7 +26,7 @@ function link(address, children, source) {
   } catch {
     return source;
   }
-  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return source; // javascript:, data: and the like stay text
+  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return source; // javascript:, data: and others stay text
   const node = make("a", ...children);
   Object.assign(node, { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow" });
   return node;
@@ -91,7 +91,7 @@ function list(rows, depth) {
   return node;
 }
 
-const DEEPEST = 16; // quotes and lists in each other; further down it is plain text
+const DEEPEST = 16; // levels of quotes and lists inside each other; deeper ones are shown as plain text
 
 function blocks(rows, depth = 0) {
   if (depth > DEEPEST) return [make("p", rows.join("\n"))];
@@ -111,7 +111,7 @@ function blocks(rows, depth = 0) {
     } else if (fence) {
       at++;
       const close = new RegExp(`^\\s*${fence[1][0]}{${fence[1].length},}\\s*$`);
-      const inside = take((line) => !close.test(line)); // without an end as far as the text goes: it is still being written
+      const inside = take((line) => !close.test(line)); // up to the end of the text where no fence closes it: it is still being written
       at++;
       nodes.push(code(inside.join("\n"), fence[2]));
     } else if (heading) {
@@ -133,7 +133,7 @@ function blocks(rows, depth = 0) {
       nodes.push(make("div", table));
       nodes.at(-1).className = "scroll";
     } else {
-      const start = at; // taken in any case, so that this ends
+      const start = at; // the first line is always taken, so that the loop ends
       const begins = (line) => FENCE.test(line) || /^\s{0,3}#{1,6}\s/.test(line) || /^\s*>/.test(line) || ITEM.test(line);
       const text = take((line, i) => i === start || (line.trim() && !begins(line)));
       nodes.push(make("p", ...lines(text)));
@@ -142,7 +142,7 @@ function blocks(rows, depth = 0) {
   return nodes;
 }
 
-/** Nodes that show `text`. */
+/** Returns DOM nodes that show `text`. */
 export function render(text) {
   return blocks(text.replace(/\r\n?/g, "\n").split("\n"));
 }

@@ -1,4 +1,4 @@
-/** The same things in an order by chance, each of all orders as likely as any other (which sorting by a coin does not give). */
+/** Returns the things in random order; all orders are equally likely, which a random comparison in sort would not give. */
 export function shuffled(things) {
   const drawn = things.map((thing) => ({ thing, key: Math.random() }));
   return drawn.sort((a, b) => a.key - b.key).map(({ thing }) => thing);

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What sft_8gpu.sh and dpo_8gpu.sh do: train on the GPUs of this machine.
+#   bash launch/sft_8gpu.sh --learning_rate=1e-5 --out_dir=runs/lr1e-5     every --key=value goes to posttrain/sft.py, --help lists them
+#   NUM_GPUS=2 bash launch/dpo_8gpu.sh ...      on two GPUs, or two processes on a machine without any
+#   --max_restarts=3                            starts again, from the newest checkpoint, where a rank or the machine failed
+# Environment: NUM_GPUS (8), RECIPE (posttrain/recipes/), MASTER_PORT (29500).
+# Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+script="$root/posttrain/${1:?start it by sft_8gpu.sh or dpo_8gpu.sh}.py"
+shift
+source "$root/launch/env.sh"
+for argument in "$@"; do
+    [ "$argument" != --help ] || exec python "$script" --help
+done
+launcher=(deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" --master_port "${MASTER_PORT:-29500}")
+exec python "$root/launch/supervise.py" "${launcher[@]}" "$script" ${RECIPE:+"$RECIPE"} "$@"

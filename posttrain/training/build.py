@@ -1,0 +1,62 @@
+"""Builds what a run trains with from its recipe: data and chat format, models in their engines, and the objective."""
+
+from typing import NamedTuple
+
+import torch
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.prepared import PreparedData, load_prepared
+from posttrain.engine.build import build_engine, build_reference
+from posttrain.engine.ds_config import checkpoint_function, read_ds_config
+from posttrain.model.policy import load_policy
+from posttrain.objectives.likelihood import SFT
+from posttrain.objectives.preference import DPO
+from posttrain.recipes.keys import DPORecipe, Recipe
+from posttrain.training import reference
+from posttrain.training.auto_batch import tokens_to_begin_with
+from posttrain.training.inputs import load_chat, prepare_command
+from posttrain.training.state import Training
+
+
+class Inputs(NamedTuple):
+    """What a run reads besides the model."""
+
+    data: PreparedData
+    chat: ChatFormat
+    ds_config: dict
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Read the recipe's ds_config, prepared data and chat format; needs no other rank.
+
+    Raises ValueError or FileNotFoundError for what is missing, damaged, or does not belong together.
+    """
+    ds_config = read_ds_config(recipe.ds_config)
+    shares_prompt = not isinstance(recipe, DPORecipe) or recipe.share_prompt
+    data = load_prepared(recipe.data_dir, recipe.kind, prepare_command(recipe), shares_prompt)
+    return Inputs(data, load_chat(recipe, data.manifest), ds_config)
+
+
+def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[Training, list[tuple[str, str]]]:
+    """Load the models, wrap them in engines, and return the Training that every step works on. All ranks.
+
+    Also returns what was chosen on the way (kernels, the reference), as (label, text), for the first screen.
+    """
+    data, tokenizer = inputs.data, inputs.chat.tokenizer
+    max_tokens = tokens_to_begin_with(recipe, data, device)
+
+    def frozen():
+        """Load the reference in its engine."""
+        return build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
+
+    compares = isinstance(recipe, DPORecipe) and recipe.needs_reference
+    precomputes = (
+        compares and recipe.reference == "precompute" and not recipe.only_looks
+    )  # eval_only and replay_step write nothing, not even beside the data
+    beside = frozen() if compares and not precomputes else None
+    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, inputs.ds_config))
+    if precomputes:
+        choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))
+    engine = build_engine(policy, recipe, inputs.ds_config)
+    objective = DPO(engine, beside, **recipe.objective) if isinstance(recipe, DPORecipe) else SFT(engine)
+    return Training(recipe, max_tokens, engine, data, objective), choices
