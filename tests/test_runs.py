@@ -12,6 +12,7 @@ from conftest import ROOT, last_of_each, launch, launch_with_deepspeed, metrics,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.data import chat
+from posttrain.data.chatml import IM_END
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -106,7 +107,7 @@ def test_the_result_loads_in_plain_transformers_with_its_last_validation_loss(sf
         loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         nll, tokens = nll + loss.item() * row["num_trained"], tokens + row["num_trained"]
     assert nll / tokens == pytest.approx(metrics(sft_run[0], "eval")[-1]["loss"], abs=1e-5)
-    end = tokenizer.convert_tokens_to_ids(chat.IM_END)
+    end = tokenizer.convert_tokens_to_ids(IM_END)
     assert end in model.generation_config.eos_token_id
     assert model.config.use_cache
     chats = [{"role": "user", "content": "ta ke"}]
