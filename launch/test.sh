@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 ruff check .
 ruff format --check .
+python tests/layout.py
+shellcheck -x launch/*.sh launch/quickstart/*.sh benchmarks/*.sh tests/*.sh .ci/run
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
-# Two workers, each file whole in one of them, in the order of tests/conftest.py: what starts is mostly one process that imports. -n 0 for one.
+# Two workers, each file whole in one of them, the longest first (tests/conftest.py); -n 0 for one.
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
