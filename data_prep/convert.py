@@ -31,8 +31,9 @@ def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, optio
     if done and done[-1].facts["last"]:
         return
     start = done[-1].facts["next_row"] if done else 0
+    number = len(done)
     with _without_gc(), report.RowProgress(source, options.max_samples, start) as advance:
-        for number, (chunk, last, job) in enumerate(_encoded_ahead(kind, _chunks(kind, source, start, options)), len(done)):
+        for chunk, last, job in _encoded_ahead(kind, _chunks(kind, source, start, options)):
             changes: Counter[str] = Counter()
             examples, dropped = [], {}
             for row, result in examples_of_rows(kind, chunk, *job.result(), changes):
@@ -52,6 +53,8 @@ def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, optio
             }
             staging.add(index, number, table_of(examples, kind.columns, signatures), facts)
             advance(len(chunk.numbers))
+            number += 1
+            del chunk, job, examples  # else they would stay in memory while the chunk after the next is read
 
 
 def _encoded_ahead(kind: SFT | DPO, chunks: Iterable[tuple[list, bool]]) -> Iterator[tuple["Unencoded", bool, Future]]:

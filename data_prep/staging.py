@@ -63,10 +63,9 @@ class Staging:
     def add(self, source: int, number: int, table: pa.Table, facts: dict) -> None:
         """Write a chunk with its facts."""
         table = table.replace_schema_metadata({"facts": json.dumps(facts)})
-        buffer = pa.BufferOutputStream()
-        with pa.ipc.new_file(buffer, table.schema) as writer:
+        path = self.folder / "chunks" / f"{source}.{number:06d}.arrow"
+        with files.written_whole(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        files.write_whole(self.folder / "chunks" / f"{source}.{number:06d}.arrow", buffer.getvalue().to_pybytes())
 
     def publish(self, output: Path) -> None:
         """Make the folder `whole` appear as the output, at once, and remove the rest."""

@@ -1,10 +1,13 @@
 """Reads and writes small files: JSON lines, prompts, checksums, atomic writes, and flushing to disk."""
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -48,9 +51,16 @@ def file_facts(path: Path) -> dict:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically, text in UTF-8: a crash leaves the old one or the new one, and of several writers the last one wins."""
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file to write in a `with` block, at the end of which it appears at `path`, as write_whole's does."""
     staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
     with staging.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     staging.replace(path)

@@ -6,7 +6,6 @@ command computes only those that are missing.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +93,5 @@ def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
 
 def _write(path: Path, sums: np.ndarray) -> None:
     """Write a file of sums, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, sums=sums)
-    files.write_whole(path, buffer.getvalue())  # two runs of a sweep may write the same at once
+    with files.written_whole(path) as file:  # two runs of a sweep may write the same at once
+        np.savez(file, sums=sums)
