@@ -1,10 +1,12 @@
-"""Worker of test_fit.py, started by the deepspeed launcher: SFT where rank 1 may count on $LIMIT bytes only."""
+"""Worker of test_fit.py: SFT where rank 1 may count only on the memory that it has at its start, and $MORE bytes."""
 
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
 
 from posttrain import sft
 from posttrain.engine import shards
@@ -22,5 +24,6 @@ def adapt_with_moments(training, run):
 
 auto_batch.adapt = adapt_with_moments
 if os.environ["RANK"] == "1":
-    auto_batch._usable = lambda device: min(usable(device), float(os.environ["LIMIT"]))
+    limit = max(1e6, psutil.Process().memory_info().rss + float(os.environ["MORE"]))
+    auto_batch._usable = lambda device: min(usable(device), limit)
 run_script(sft.sft)

@@ -85,7 +85,7 @@ def sent() -> None:
             train_step(training, 3)
         micro_batches = len(training.share(3).micro_batches)
         made = planner.Planner(training.recipe, this_machine(1), dist.get_world_size(), 1)
-        planned = made.sent(Zero.of(ds_config.read_ds_config(path)), micro_batches)
+        planned = made.sent(Zero.of(planner.read_ds_config(path)), micro_batches)
         found[f"{kind}, {zero}, {dtype}, {micro_batches} micro-batches"] = {"counted": counting.sent, "planned": planned}
         policy, masters = training.engine.module, [weakref.ref(master) for master in shards.master_weights(training.engine)[0]]
         training.engine.free()

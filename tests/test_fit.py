@@ -31,20 +31,22 @@ def wide(tiny, tmp_path_factory) -> list[str]:
     return [f"--checkpoint_path={folder}/base", f"--sft_data_dir={folder}/sft", *numbers, "--ds_config=ds_configs/zero3.json"]
 
 
-def fitted(wide: list[str], out, limit: float, *more: str):
-    environment = rank_environment() | {"LIMIT": str(limit)}
+def fitted(wide: list[str], out, memory: float, *more: str):
+    """Run SFT where one rank may take so many bytes more than it has at its start."""
+    environment = rank_environment() | {"MORE": str(memory)}
     return launch("tests/fitted.py", *wide, f"--out_dir={out}", "--max_tokens_per_gpu=auto", *more, env=environment)
 
 
 def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
-    done = fitted(wide, tmp_path / "run", 1.2e9)
+    done = fitted(wide, tmp_path / "run", 0.7e9)
     assert done.returncode == 0, done.stdout
-    tokens, planned, taken, usable = re.search(
-        r"auto: ([\d,]+) tokens \(the planner estimated ([\d,]+)\), which take ([\d.]+) of ([\d.]+) GB", done.stdout
+    tokens, taken, usable = re.search(
+        r"auto: ([\d,]+) tokens \(the planner estimated [\d,]+\), which take ([\d.]+) of ([\d.]+) GB", done.stdout
     ).groups()
-    tokens, planned, taken = int(tokens.replace(",", "")), int(planned.replace(",", "")), float(taken)
-    assert usable == "1.2"
-    assert 0.5 < taken <= 1.2  # of which a CPU leaves some unused where other work makes its resident memory jump (0.7 seen, twice)
+    tokens, taken, usable = int(tokens.replace(",", "")), float(taken), float(usable)
+    assert (
+        usable - 0.7 < taken <= usable
+    )  # of which a CPU leaves some unused where other work makes its resident memory jump (0.7 seen, twice)
     assert tokens % 1024 == 0
     assert f"micro-batches of at most {tokens:,}" in done.stdout
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["fitted"]
@@ -52,7 +54,7 @@ def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
     assert kept["as"]["ranks"] == 2
 
     longer = fitted(
-        wide, tmp_path / "run", 0.9e9, "--max_iters=4", "--lr_decay_iters=4", "--extend"
+        wide, tmp_path / "run", 0.4e9, "--max_iters=4", "--lr_decay_iters=4", "--extend"
     )  # as found, although less would fit now
     assert longer.returncode == 0, longer.stdout
     assert "memory     max_tokens_per_gpu" not in longer.stdout
@@ -60,7 +62,7 @@ def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):
 
 
 def test_memory_that_is_never_enough(wide, tmp_path):
-    refused = fitted(wide, tmp_path / "none", 1e6)
+    refused = fitted(wide, tmp_path / "none", -1e12)
     assert refused.returncode == 2, refused.stdout
     assert "GB, and a rank has 0.0. Shard more (ds_config)" in refused.stdout
     assert not (tmp_path / "none").exists()

@@ -128,6 +128,7 @@ class TrainingEngine:
     def free(self) -> None:
         """Destroy the engine and its model, and free their memory while the process goes on."""
         free_engine(self.wrapped)
+        vars(self.gate).clear()  # which still knows the optimizer
 
 
 def free_engine(engine) -> None:
