@@ -26,7 +26,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
-LONG = "launch two_hosts layouts terminal runs faults evaluate planted checkpoint plan compile mistakes warm page stopping kernels serve"
+LONG = (
+    "launch two_hosts layouts terminal runs faults evaluate planted checkpoint plan compile mistakes warm page stopping kernels serve "
+    "data_prep templates report serving_parts convert layout"
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -66,8 +69,12 @@ def start(script: str, *arguments: str, ranks: int = 2, **how) -> warm.Started:
 
 
 def python(script: str, *arguments: str, timeout: float = 300, **how) -> subprocess.CompletedProcess:
-    """Run a script as `python SCRIPT` does, forked from the warm process; both streams in stdout, or `separate`."""
-    return warm.run(script, *arguments, timeout=timeout, **how)
+    """Run a script as `python SCRIPT` does, forked from the warm process if there is one; both streams in stdout, or `separate`."""
+    if warm.is_there():
+        return warm.run(script, *arguments, timeout=timeout, **how)
+    errors = subprocess.PIPE if how.pop("separate", False) else subprocess.STDOUT
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, timeout=timeout, stdout=subprocess.PIPE, stderr=errors, text=True, **({"env": rank_environment()} | how))
 
 
 def launch_with_deepspeed(script: str, *arguments: str, ranks: int = 2, timeout: float = 300, env=None) -> subprocess.CompletedProcess:

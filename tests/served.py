@@ -1,15 +1,16 @@
-"""A server for the tests: posttrain/serve.py in a process of its own, which is forked from the warm one."""
+"""A server for the tests: posttrain/serve.py in a process of its own, which is forked from the warm one if that is there."""
 
 import contextlib
 import http.client
-import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import warm
-from conftest import free_port
+from conftest import ROOT, free_port, rank_environment
 
 
 @contextlib.contextmanager
@@ -18,7 +19,12 @@ def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNam
     port = free_port()
     arguments = ("--port", port, *arguments)
     with log.open("w") as out:
-        process = warm.start("posttrain/serve.py", *arguments, env=os.environ | warm.ON_CPU | environment, cwd=log.parent, outputs=[out])
+        how = {"env": rank_environment() | environment, "cwd": log.parent}
+        if warm.is_there():
+            process = warm.start("posttrain/serve.py", *arguments, outputs=[out], **how)
+        else:
+            command = [sys.executable, str(ROOT / "posttrain" / "serve.py"), *map(str, arguments)]
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **how)
         try:
             server = SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}", log=log, process=process, folder=log.parent)
             server.health = lambda: request(server, "GET", "/health")

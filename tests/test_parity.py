@@ -14,8 +14,6 @@ from conftest import launch, metrics
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 
 from posttrain.data import batches
 from posttrain.data.prepared import load_prepared
@@ -204,6 +202,9 @@ def test_trl_1_16_averages_ipo_over_tokens(tiny, tmp_path):
 
 
 def test_simpo_and_orpo_equal_trls_functions():
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
     logps = PairLogps(torch.tensor([-4.0, -30.0]), torch.tensor([-8.0, -2.0]))
     lengths = PairLogps(torch.tensor([4.0, 10.0]), torch.tensor([8.0, 2.0]))
     means = [logp / n for logp, n in zip(logps, lengths, strict=True)]

@@ -12,7 +12,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import psutil
 import pytest
 import torch
@@ -62,6 +61,8 @@ def server(talker, engine, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
+    import openai  # takes a second
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -412,6 +413,8 @@ def test_the_key_is_needed_where_there_is_one(narrow):
     assert request(narrow, "GET", "/v1/models")[0] == 401 and request(narrow, "POST", "/votes", "{}")[0] == 401
     assert request(narrow, "GET", "/health")[0] == 200 and request(narrow, "GET", "/")[0] == 200
     assert request(narrow, "POST", CHAT, body, authorization="Bearer open sesame")[0] == 200
+    import openai
+
     with openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
 

@@ -39,11 +39,11 @@ def test_what_is_drawn_has_the_distribution_that_transformers_draws_from(tempera
     processors += [TopKLogitsWarper(top_k)] if 0 < top_k < 40 else []
     processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     wanted = processors(torch.tensor([history]), logits.clone()).softmax(-1)[0]
-    count = 20_000
+    count = 8_000
     uniforms = [(i + 0.5) / count for i in range(count)]  # an even grid: counts are the probabilities, without chance
     sampling = Sampling(9, temperature, top_k, top_p, 1.3)
     drawn = choose(logits.repeat(count, 1), [sampling] * count, [history] * count, uniforms)
-    assert (torch.bincount(drawn, minlength=40) / count - wanted).abs().max() < 1e-4
+    assert (torch.bincount(drawn, minlength=40) / count - wanted).abs().max() < 2 / count
 
 
 def test_a_batch_may_mix_all_ways_of_sampling():

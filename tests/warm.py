@@ -33,6 +33,11 @@ def own() -> None:
     os.environ[OWNER] = f"{os.getpid()}:{tempfile.gettempdir()}/posttrain_warm_{os.getpid()}_{os.urandom(4).hex()}"
 
 
+def is_there() -> bool:
+    """Whether the warm process runs already: for one script alone it is not worth starting."""
+    return OWNER in os.environ and (Path(os.environ[OWNER].partition(":")[2]) / "socket").exists()
+
+
 class Started:
     """What `start` returns: one rank's process, or those of all."""
 
