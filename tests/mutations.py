@@ -336,6 +336,11 @@ def import_libraries() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
 
 
+def _is_of_repository(path: str) -> bool:
+    """Whether a place that Python imports from holds code of the repository; its environment, .venv, may lie inside and does not."""
+    return Path(path).is_relative_to(ROOT) and not Path(path).is_relative_to(sys.prefix)
+
+
 def start(folder: Path, *tests: str) -> tuple[int, BinaryIO]:
     """Run tests in a copy, in a process that is forked from this one; returns its id and the file that it prints to."""
     output = tempfile.TemporaryFile()  # noqa: SIM115 - read once the process has ended
@@ -348,7 +353,7 @@ def start(folder: Path, *tests: str) -> tuple[int, BinaryIO]:
         os.dup2(output.fileno(), 2)
         os.chdir(folder)
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT))]
+        sys.path[:] = [str(folder), *(path for path in sys.path if not _is_of_repository(path))]
         code = importlib.import_module("pytest").main(["-q", "-x", "-p", "no:cacheprovider", *tests])
         others = [module for name, module in sys.modules.items() if name.split(".")[0] in ("posttrain", "conftest", "data_prep")]
         assert all(Path(module.__file__).is_relative_to(folder) for module in others if getattr(module, "__file__", None)), (

@@ -82,21 +82,15 @@ def answers(tab) -> list[str]:
 def test_a_conversation(tab):
     sent = []
     tab.on("request", lambda request: sent.append(json.loads(request.post_data)) if request.url.endswith("/completions") else None)
-    set_up(tab, max_tokens=60, temperature=0)
-    tab.evaluate(
-        """() => { window.lengths = new Set(); new MutationObserver(() => {
-            const said = document.querySelector('.theirs:last-child .said'); if (said) window.lengths.add(said.textContent.length);
-        }).observe(document.getElementById('log'), {childList: true, subtree: true}); }"""
-    )
+    set_up(tab, max_tokens=100, temperature=0)
     ask(tab, "repeat 1 <b>pa</b>")
     settle(tab)
-    assert tab.evaluate("window.lengths.size") > 2  # it grew while it came; on a busy machine in few steps
     assert tab.locator(".mine .said").inner_text() == "repeat 1 <b>pa</b>"
     ask(tab, "and again")
     settle(tab)
     first, second = answers(tab)
     assert [message["role"] for message in sent[1]["messages"]] == ["user", "assistant", "user"]
-    assert sent[1]["messages"][0]["content"] == "repeat 1 <b>pa</b>" and sent[1]["temperature"] == 0 and sent[1]["max_tokens"] == 60
+    assert sent[1]["messages"][0]["content"] == "repeat 1 <b>pa</b>" and sent[1]["temperature"] == 0 and sent[1]["max_tokens"] == 100
     assert "cut off" in tab.locator(".theirs").last.inner_text()
 
     tab.get_by_role("button", name="Retry").click()
@@ -120,6 +114,7 @@ def test_a_conversation(tab):
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["button", "Escape"])
 def test_stopping(tab, server, by):
+    """What has come so far is shown while more comes, and stays when it is stopped."""
     set_up(tab, max_tokens=100_000, temperature=0)  # warmer, it does end by itself now and then
     ask(tab, "say 1 pa")
     tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
