@@ -200,7 +200,7 @@ def test_a_checksum_sees_one_bit(tmp_path):
     facts = files.file_facts(tmp_path / "x")
     assert file_problem(tmp_path, "x", facts) is None
     (tmp_path / "x").write_bytes(content[:77] + bytes([content[77] ^ 1]) + content[78:])
-    assert "checksum" in file_problem(tmp_path, "x", facts)
+    assert "checksum" in (file_problem(tmp_path, "x", facts) or "")
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
