@@ -37,7 +37,7 @@ class Split:
         self.reference_folder: Path | None = None  # where they are kept
         if kind == "sft":
             self.lengths = self.positions = self.token_counts("input_ids")  # tokens of each example, as packed
-            self.trained = self.table.column("num_trained").to_numpy()
+            self.trained = self.table.column("num_trained").to_numpy().astype(np.int64)  # its bytes are in the fingerprint
         else:
             prompt, chosen, rejected = (self.token_counts(name) for name in ("prompt", "chosen", "rejected"))
             self.lengths = prompt * (1 if share_prompt else 2) + chosen + rejected

@@ -52,7 +52,7 @@ class Run:
         self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
-        if rank == 0 and (self.path / "run.json").exists():
+        if (self.path / "run.json").exists():  # on every rank, so that all raise
             stored = json.loads((self.path / "run.json").read_text())["inputs"]
             if stored.keys() != inputs.keys():
                 raise ValueError(
