@@ -306,6 +306,7 @@ def test_pairs_are_prompt_and_two_answers_that_end(tiny, tmp_path):
     assert texts == ["<|im_start|>user\nta<|im_end|>\n<|im_start|>assistant\n", "ke<|im_end|>", "lo ni<|im_end|>"]
 
 
+@pytest.mark.slow
 def test_text_of_every_kind_comes_through(tiny, tmp_path):
     texts = [
         "🙂👩‍👧",

@@ -124,6 +124,7 @@ sys.exit({code})
     return [sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
 
 
+@pytest.mark.slow
 def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
     process = subprocess.Popen([*SUPERVISE, *stand_in(tmp_path, 60)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -134,6 +135,7 @@ def test_a_rank_gets_each_signal_once_and_a_second_one_ends_it(tmp_path):
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1])
 def test_ranks_save_even_where_their_launcher_dies_at_the_signal(tmp_path, code):
     """As DeepSpeed's do, when a scheduler signals every process of a job: the outer one dies, the inner one waits and ends with 1."""

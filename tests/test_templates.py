@@ -210,6 +210,7 @@ def test_an_answer_that_would_join_its_header_is_kept_apart_and_counted(tmp_path
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changes"] == {APART: 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["minimind_tokenizer", "qwen3"])
 def test_the_templates_of_real_tokenizers(shared_data, tmp_path, folder):
     place = shared_data / folder
