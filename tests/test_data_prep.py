@@ -18,6 +18,7 @@ import warm
 from data_prep import convert
 from data_prep.prepare import prepare
 from data_prep.preview import preview
+from posttrain.common import files
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 
@@ -350,6 +351,24 @@ def test_rows_are_read_as_datasets_reads_them(tiny):
         for name, split in (("train", prepared.train), ("validation", prepared.validation)):
             assert list(split) == list(datasets.load_from_disk(f"{getattr(tiny, kind)}/{name}"))
             assert split.trained.dtype == split.positions.dtype == np.int64  # else the fingerprint would differ from that of earlier runs
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"_data_files": [3]}', '{"_data_files": []}', "\x00", '{"_data_files": [{"filename": "state.json"}]}']
+)
+def test_a_damaged_description_of_the_rows_is_named(tiny, tmp_path, text):
+    shutil.copytree(tiny.sft, tmp_path / "data")
+    (tmp_path / "data" / "train" / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is damaged .*Make it again with"):
+        load_prepared(str(tmp_path / "data"), "sft", "THE COMMAND")
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written_whole(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(OSError, match="full"), files.written_whole(tmp_path / "x") as file:
+        file.write(b"half")
+        raise OSError("full")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
 
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):

@@ -57,13 +57,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Opens a binary file to write in a `with` block, at the end of which it appears at `path`, as write_whole's does."""
+    """Opens a binary file to write in a `with` block, at the end of which it appears at `path`; after an error nothing is left of it."""
     staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
-    with staging.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

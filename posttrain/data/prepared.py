@@ -144,7 +144,7 @@ def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = Tru
             )
     try:
         splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
-    except (OSError, KeyError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:  # by what is damaged, and how
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
     return PreparedData(*splits, manifest)
 

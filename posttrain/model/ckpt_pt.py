@@ -8,12 +8,14 @@ import os
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from posttrain.common import files
 from posttrain.model.ckpt_pt_settings import check_tensors, needed, refuse_inexpressible, sizes_of, tie_head, warn_of_differences
 from posttrain.model.ckpt_pt_tensors import Sizes, from_llama, rope_buffers, to_llama
 
@@ -109,13 +111,8 @@ def save_ckpt_pt(model: LlamaForCausalLM, path, iter_num: int = 0, best_val_loss
         "best_val_loss": float("inf") if best_val_loss is None else float(best_val_loss),
         "config": {},
     }
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with files.written_whole(Path(path)) as file:
+        torch.save(checkpoint, file)
 
 
 def read(path) -> dict:
