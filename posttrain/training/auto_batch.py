@@ -25,7 +25,7 @@ from posttrain.training.inputs import check_lengths
 from posttrain.training.state import Training
 from posttrain.training.step import try_largest
 
-STEP = 1024  # the number is a multiple of so many tokens
+STEP = 64  # the number is a multiple of so many tokens
 # the recipe's keys on which the number depends
 MATTERS = ("activation_checkpointing", "compile", "kernels", "packing", "dtype", "global_batch_size", "share_prompt", "reference")
 
@@ -59,14 +59,26 @@ def adapt(training: Training, run: Run) -> None:
     a_token = (upper - lower) / (many - few) if many > few else 0.0
     tokens = _round_tokens(many + (usable - upper) / a_token, longest, most) if a_token > 0 else estimated
     tried, peak = _try(training, tokens)
-    while peak > usable and tokens > longest and a_token > 0:
-        tokens = _round_tokens(min(tokens, tried) - (peak - usable) / a_token - STEP, longest, most)
+    while peak > usable and tokens > longest:
+        tokens = _round_tokens(_fewer(tried, peak, usable, [(few, lower), (many, upper)]), longest, most)
         tried, peak = _try(training, tokens)
     watchdog.enter("start")
     training.set_max_tokens(tokens)
     run.fitted = {"as": _setting(run.recipe, device), "max_tokens_per_gpu": tokens}
     found = "as many as a rank ever has in a step" if tokens == most else f"the planner estimated {estimated:,}"
     run.say(f"memory     max_tokens_per_gpu=auto: {tokens:,} tokens ({found}), which take {peak / 1e9:.1f} of {usable / 1e9:.1f} GB")
+
+
+def _fewer(tried: int, peak: float, usable: float, measured: list[tuple[int, float]]) -> float:
+    """Return fewer tokens than `tried`, which took `peak` bytes of the `usable`: on the line to the largest of `measured` that fitted.
+
+    Where no smaller one fitted, half as many. The line, and not what the small trials said that a token takes: they may differ by less
+    than what else the process allocated between them, and then a token seems to take next to nothing.
+    """
+    fitted, taken = max(((tokens, taken) for tokens, taken in measured if taken <= usable and tokens < tried), default=(0, peak))
+    if not fitted:
+        return tried / 2
+    return min(fitted + (tried - fitted) * (usable - taken) / (peak - taken), tried - STEP)
 
 
 def _try(training: Training, tokens: int) -> tuple[int, float]:
