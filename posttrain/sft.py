@@ -30,7 +30,7 @@ def sft() -> None:
     device = start_distributed(recipe.watchdog_seconds)
     same_inputs_on_all_ranks(recipe, inputs.data, inputs.ds_config)
     training, choices = build_training(recipe, inputs, device)
-    run = Run(recipe, rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
+    run = Run(training.recipe, rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
     train(training, inputs.chat, run, choices)
 
 

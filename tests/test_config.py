@@ -22,10 +22,10 @@ def test_every_shipped_recipe_loads(path):
 def test_the_default_recipe_carries_the_documented_values():
     recipe = load_recipe(SFTRecipe, "sft_qwen3_1.8b", [])
     assert (recipe.global_batch_size, recipe.learning_rate, recipe.min_lr) == (128, 2e-5, 2e-6)
-    assert (recipe.warmup_iters, recipe.weight_decay, recipe.beta1, recipe.beta2) == (100, 0.01, 0.9, 0.95)
-    assert (recipe.grad_clip, recipe.dropout, recipe.max_iters, recipe.dtype) == (1.0, 0.0, 3000, "bfloat16")
+    assert (recipe.warmup_ratio, recipe.weight_decay, recipe.beta1, recipe.beta2) == (0.03, 0.01, 0.9, 0.95)
+    assert (recipe.grad_clip, recipe.dropout, recipe.epochs, recipe.dtype) == (1.0, 0.0, 3.0, "bfloat16")
     recipe = load_recipe(DPORecipe, "dpo_qwen3_1.8b", [])
-    assert (recipe.beta, recipe.global_batch_size, recipe.learning_rate, recipe.min_lr, recipe.max_iters) == (0.1, 128, 5e-7, 1e-7, 1000)
+    assert (recipe.beta, recipe.global_batch_size, recipe.learning_rate, recipe.min_lr, recipe.epochs) == (0.1, 128, 5e-7, 1e-7, 1.0)
 
 
 def test_the_keys_of_the_replaced_system_are_all_there():
@@ -49,6 +49,26 @@ def test_the_keys_of_the_replaced_system_are_all_there():
 def test_overrides_are_typed_like_the_yaml():
     recipe = build_recipe(SFTRecipe, SFT, {"learning_rate": "3e-4", "compile": "True", "max_iters": "7", "tokenizer": "none"})
     assert (recipe.learning_rate, recipe.compile, recipe.max_iters, recipe.tokenizer) == (3e-4, True, 7, None)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(SFTRecipe, 3.0), (DPORecipe, 1.0)])
+def test_a_run_is_measured_in_passes_over_the_data_if_nothing_else_is_said(kind, passes):
+    required = {name: "x" for name, field in kind.model_fields.items() if field.is_required()} | {"global_batch_size": 8}
+    for values, length in (
+        ({}, (passes, None)),
+        ({"epochs": 2}, (2.0, None)),
+        ({"max_iters": 9}, (None, 9)),
+        ({"epochs": None}, (passes, None)),
+    ):
+        recipe = build_recipe(kind, required, values)
+        assert (recipe.epochs, recipe.max_iters) == length
+        assert build_recipe(kind, recipe.model_dump(), {}) == recipe
+
+
+def test_the_command_line_replaces_the_files_way_to_say_how_long_the_warmup_is():
+    in_file = SFT | {"warmup_ratio": 0.1}
+    assert build_recipe(SFTRecipe, in_file, {"warmup_iters": "0"}).warmup_ratio is None
+    assert build_recipe(SFTRecipe, in_file, {}).warmup_iters is None
 
 
 def test_none_is_a_choice_where_it_is_one():
@@ -85,7 +105,8 @@ def test_a_resolved_recipe_is_a_recipe():
         (SFTRecipe, {"benchmark_samples": "9"}, "benchmark_samples would not be read with benchmarks=None"),
         (SFTRecipe, {"min_lr": "1"}, "min_lr 1 is above learning_rate"),
         (SFTRecipe, {"wandb_project": "x"}, "wandb_project would not be read with wandb_log=False; remove it, or set wandb_log"),
-        (SFTRecipe, {"max_iters": "none"}, "how long to train is missing"),
+        (SFTRecipe, {"warmup_iters": "9", "warmup_ratio": "0.1"}, "sets both warmup_iters and warmup_ratio; give one"),
+        (SFTRecipe, {"warmup_ratio": "1.5"}, "warmup_ratio='1.5': Input should be less than 1"),
         (SFTRecipe, {"seed": "True"}, "seed='True'"),
         (SFTRecipe, {"skip_spikes": "0.5"}, "would refuse every other step"),
         (DPORecipe, {"label_smoothing": "0.5"}, "less than 0.5"),
@@ -165,7 +186,7 @@ def test_command_lines_that_are_not_key_value():
         load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--max_iters", "3"])
     with pytest.raises(FileNotFoundError, match=r"no recipe at nowhere\.yaml. Shipped"):
         load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["nowhere.yaml"])
-    assert load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--local_rank=3"]).max_iters == 3000
+    assert load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--local_rank=3"]).epochs == 3
 
 
 def test_help_lists_every_key_with_its_meaning():

@@ -209,20 +209,21 @@ def alone(tiny, out_dir, *more: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_longer_run_must_be_asked_for_and_is_then_the_same_as_one_from_the_start(tiny, tmp_path):
     straight, grown = tmp_path / "straight", tmp_path / "grown"
-    assert alone(tiny, straight, "--max_iters=9").returncode == 0
-    assert alone(tiny, grown).returncode == 0
-    refused = alone(tiny, grown, "--max_iters=9")
+    share = ("--warmup_iters=none", "--warmup_ratio=0.8")  # 5 of 6 steps; of 9 it would be 8
+    assert alone(tiny, straight, "--max_iters=9", "--warmup_iters=5").returncode == 0
+    assert alone(tiny, grown, *share).returncode == 0
+    refused = alone(tiny, grown, *share, "--max_iters=9")
     assert refused.returncode == 2
     assert "max_iters: 6 -> 9" in refused.stdout
     assert "add --extend" in refused.stdout
-    done = alone(tiny, grown, "--max_iters=9", "--extend")
+    done = alone(tiny, grown, *share, "--max_iters=9", "--extend")
     assert done.returncode == 0, done.stdout
     assert "continuing after step 6" in done.stdout
     assert [record["loss"] for record in metrics(grown)] == [record["loss"] for record in metrics(straight)]
     files = [run / "final" / "model.safetensors" for run in (straight, grown)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert '"from_step": 7' in (grown / "run.json").read_text()
-    assert "is finished" in alone(tiny, grown, "--max_iters=9").stdout  # what it was extended to is now what it is
+    assert "is finished" in alone(tiny, grown, *share, "--max_iters=9").stdout  # what it was extended to is now what it is
 
 
 @pytest.mark.slow

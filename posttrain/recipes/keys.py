@@ -54,6 +54,7 @@ class Recipe(BaseModel):
     """The keys that SFT and DPO share. All intervals count optimizer steps, the first of which is step 1."""
 
     kind: ClassVar[str]  # "sft" or "dpo", as prepared data and run directories are marked
+    usual_epochs: ClassVar[float]  # the length of a run for which neither epochs nor max_iters is given
     prepare: ClassVar[str]  # the command in data_prep/ that makes the data, for error messages
     how_to_make_model: ClassVar[str]  # what to do if there is no model at model_path, for error messages
 
@@ -77,11 +78,16 @@ class Recipe(BaseModel):
         "most tokens in a micro-batch on one GPU, or auto: as many as fit into memory; changes speed and memory, never the loss curve",
     )
 
-    max_iters: Count | None = key(None, "length of the run in optimizer steps; give this or epochs", changes=BY_EXTEND)
-    epochs: Positive | None = key(None, "length of the run in passes over the training data; give this or max_iters", changes=BY_EXTEND)
+    max_iters: Count | None = key(None, "length of the run in optimizer steps, instead of epochs", changes=BY_EXTEND)
+    epochs: Positive | None = key(
+        None, "length of the run in passes over the training data; None, and no max_iters: 3 in SFT, 1 in DPO", changes=BY_EXTEND
+    )
     learning_rate: Positive = key(2e-5, "peak learning rate")
     min_lr: NotNegative = key(0.0, "learning rate at the end of the cosine decay", needs=("decay_lr",))
-    warmup_iters: Period = key(0, "optimizer steps of linear learning-rate warmup")
+    warmup_iters: Period | None = key(0, "optimizer steps of linear learning-rate warmup; give this or warmup_ratio")
+    warmup_ratio: Fraction | None = key(
+        None, "learning-rate warmup as a share of the run's steps, e.g. 0.03; of those that it was begun with, where it is extended"
+    )
     lr_decay_iters: Count | None = key(
         None, "optimizer step after which the cosine has reached min_lr; None: the run's last step", changes=BY_EXTEND, needs=("decay_lr",)
     )
@@ -207,6 +213,7 @@ class SFTRecipe(Recipe):
     """Supervised fine-tuning."""
 
     kind: ClassVar[str] = "sft"
+    usual_epochs: ClassVar[float] = 3.0
     prepare: ClassVar[str] = "prepare_sft.py --dataset alpaca"
     how_to_make_model: ClassVar[str] = (
         "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
@@ -231,6 +238,7 @@ class DPORecipe(Recipe):
     """Direct Preference Optimization."""
 
     kind: ClassVar[str] = "dpo"
+    usual_epochs: ClassVar[float] = 1.0
     prepare: ClassVar[str] = "prepare_dpo.py --dataset ultrafeedback"
     how_to_make_model: ClassVar[str] = (
         "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"

@@ -13,7 +13,11 @@ from posttrain.objectives.losses import LOSSES
 from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe
 
 # Two ways to say the same. Both in one place (file or command line) are an error; the command line's way replaces the file's.
-EXCLUSIVE = (({"max_iters"}, {"epochs"}), ({"global_batch_size"}, {"batch_size", "gradient_accumulation_steps"}))
+EXCLUSIVE = (
+    ({"max_iters"}, {"epochs"}),
+    ({"warmup_iters"}, {"warmup_ratio"}),
+    ({"global_batch_size"}, {"batch_size", "gradient_accumulation_steps"}),
+)
 
 
 def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
@@ -50,6 +54,10 @@ def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
                 file = {name: value for name, value in file.items() if name not in other}
     values = {**file, **overrides}
     _refuse_unknown(kind, values)
+    if not {"max_iters", "epochs"} & _given(values):
+        values["epochs"] = kind.usual_epochs
+    if "warmup_ratio" in _given(values):
+        values["warmup_iters"] = None
     try:
         recipe = kind(**values)
     except ValidationError as error:
@@ -62,8 +70,6 @@ def _refuse_unread(recipe: Recipe) -> None:
     """Raise ValueError for an option that this run would not read, and for values that are missing or contradict each other."""
     fields = type(recipe).model_fields
     given = {name for name in recipe.model_fields_set if getattr(recipe, name) != fields[name].default}
-    if recipe.epochs is None and recipe.max_iters is None:
-        raise ValueError("how long to train is missing: give max_iters (optimizer steps) or epochs (passes over the data)")
     if recipe.global_batch_size is None and recipe.batch_size is None and recipe.gradient_accumulation_steps is None:
         raise ValueError("examples per step are missing: give global_batch_size, or batch_size and gradient_accumulation_steps")
     for name in (name for name in fields if name in given):
@@ -74,7 +80,7 @@ def _refuse_unread(recipe: Recipe) -> None:
                 raise ValueError(f"{name} would not be read with {off}; remove it, or set {' or '.join(others)}")
     if recipe.min_lr > recipe.learning_rate:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
-    if recipe.lr_decay_iters and recipe.lr_decay_iters <= recipe.warmup_iters:
+    if recipe.lr_decay_iters and recipe.lr_decay_iters <= (recipe.warmup_iters or 0):
         raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
     if 0 < recipe.skip_spikes <= 1:
         raise ValueError(f"skip_spikes={recipe.skip_spikes:g} would refuse every other step: give a factor well above 1, or 0 for off")

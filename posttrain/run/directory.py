@@ -48,6 +48,8 @@ class Run:
         self.path, self.rank, self.recipe = Path(recipe.out_dir), rank, recipe
         self.final = self.path / "final"
         self.as_resolved = recipe.model_dump() | {"batch_size": None, "gradient_accumulation_steps": None, "extend": False}
+        if recipe.warmup_ratio is not None:
+            self.as_resolved["warmup_iters"] = None
         packages = {name: version(name) for name in ("posttrain", "deepspeed", "torch", "transformers")}
         self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
@@ -74,7 +76,7 @@ class Run:
         files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
         files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
-        own = {"batch_form": form, "total_steps": total_steps, "wandb_id": uuid.uuid4().hex[:8]}
+        own = {"batch_form": form, "total_steps": total_steps, "warmup_iters": self.recipe.warmup_iters, "wandb_id": uuid.uuid4().hex[:8]}
         files.sync_files(self.path / "model")
         files.write_whole(
             self.path / "run.json", json.dumps(self.facts | own, indent=2) + "\n"

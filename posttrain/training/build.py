@@ -15,6 +15,7 @@ from posttrain.recipes.keys import DPORecipe, Recipe
 from posttrain.training import reference
 from posttrain.training.auto_batch import tokens_to_begin_with
 from posttrain.training.inputs import load_chat, prepare_command
+from posttrain.training.schedule import total_steps, with_warmup
 from posttrain.training.state import Training
 
 
@@ -43,6 +44,7 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
     Also returns what was chosen on the way (kernels, the reference), as (label, text), for the first screen.
     """
     data, tokenizer = inputs.data, inputs.chat.tokenizer
+    recipe = with_warmup(recipe, total_steps(recipe, len(data.train)))
     max_tokens = tokens_to_begin_with(recipe, data, device)
 
     def frozen():

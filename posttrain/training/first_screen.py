@@ -1,6 +1,5 @@
 """Prints a run's first screen: what will happen, what looks wrong, and how long it will take."""
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -15,14 +14,8 @@ from posttrain.recipes.keys import DPORecipe, Recipe
 from posttrain.run.directory import Run
 from posttrain.training.state import Training
 
+FEW_STEPS = 20  # fewer are hardly more than the warmup
 MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not learned
-
-
-def total_steps(recipe: Recipe, num_examples: int) -> int:
-    """Return the run's number of optimizer steps: the recipe's max_iters, or as many as its epochs take."""
-    if recipe.max_iters:
-        return recipe.max_iters
-    return math.ceil(recipe.epochs * batches.steps_per_epoch(num_examples, recipe.global_batch_size))
 
 
 def describe(training: Training, run: Run, steps: int, choices: list[tuple[str, str]]) -> None:
@@ -63,6 +56,11 @@ def _warnings(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
             yield f"beta {recipe.beta:g} is outside the range usual for loss {recipe.loss}, {least:g} to {most:g}"
     if steps <= recipe.warmup_iters:
         yield f"warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
+    if recipe.epochs and steps < FEW_STEPS:
+        yield (
+            f"{steps} steps are few, since a step takes {recipe.global_batch_size} examples: with so few rows a smaller global_batch_size "
+            "usually learns more"
+        )
     if passes > MANY_EPOCHS:
         yield f"{passes:.1f} passes over the data: more than {MANY_EPOCHS} usually memorise it; lower max_iters or epochs"
 

@@ -24,11 +24,11 @@ from posttrain.run.card import model_card
 from posttrain.run.directory import Run
 from posttrain.run.health import Facts
 from posttrain.training import auto_batch
-from posttrain.training.first_screen import describe, expected_seconds, total_steps
+from posttrain.training.first_screen import describe, expected_seconds
 from posttrain.training.inputs import check_positions
 from posttrain.training.replay import replay, shown_loss
 from posttrain.training.saving import Saving
-from posttrain.training.schedule import learning_rate
+from posttrain.training.schedule import learning_rate, total_steps
 from posttrain.training.start_checks import check_start
 from posttrain.training.state import Training
 from posttrain.training.step import StepResult, example_losses, train_step

@@ -1,8 +1,30 @@
-"""Computes the learning rate, a pure function of the step."""
+"""Computes a run's number of steps, and the learning rate of each, a pure function of the step."""
 
+import json
 import math
+from pathlib import Path
 
+from posttrain.data import batches
 from posttrain.recipes.keys import Recipe
+
+
+def total_steps(recipe: Recipe, num_examples: int) -> int:
+    """Return the run's number of optimizer steps: the recipe's max_iters, or as many as its epochs take."""
+    if recipe.max_iters:
+        return recipe.max_iters
+    return math.ceil(recipe.epochs * batches.steps_per_epoch(num_examples, recipe.global_batch_size))
+
+
+def with_warmup(recipe: Recipe, steps: int) -> Recipe:
+    """Return the recipe of a run of `steps` steps with warmup_iters set where it gives warmup_ratio: a share, rounded up, of its steps.
+
+    An existing run keeps the number that it was created with, so that extending it does not take its learning rate back into the warmup.
+    """
+    if recipe.warmup_ratio is None:
+        return recipe
+    stored = Path(recipe.out_dir) / "run.json"
+    warmup = json.loads(stored.read_text())["warmup_iters"] if stored.exists() else math.ceil(recipe.warmup_ratio * steps)
+    return recipe.model_copy(update={"warmup_iters": warmup})
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
