@@ -1,9 +1,10 @@
 """Estimates what a run takes, before it runs: memory of each GPU by part, largest micro-batch, time, communication; picks a ds_config.
 
-python posttrain/plan.py RECIPE.yaml [--gpus=8] [--nodes=1] [--gpu=b200|b300|h200|h100|a100|here] [--model=1.8b|8b|32b|70b] [--key=value]
+python posttrain/plan.py [RECIPE.yaml] [--gpus=8] [--nodes=1] [--gpu=h100|rtx4090|...|here] [--gpu_memory=24] [--model=8b] [--key=value]
 
-If the recipe's model or data is not there yet, it assumes --model's shape or rows of 2,048 tokens, and says so. --gpu=here times the
-model's layers and DeepSpeed's engines on this machine; for a named GPU it assumes the share of the peak FLOP/s that one H200 reached.
+If the recipe's model is not there yet, it assumes --model's shape, or that of the size in the model's name; without data it assumes rows of
+2,048 tokens; and it says so. --gpu=here times the model's layers and DeepSpeed's engines on this machine; for a named GPU it assumes the
+share of the peak FLOP/s that one H200 reached.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 
 import torch
 
-from posttrain.planning.machines import GPUS, this_machine
+from posttrain.planning.machines import Device, find_gpu, gpu_with_memory, this_machine, with_memory
 from posttrain.planning.planner import CHECKPOINTING, STAGES, Estimate, Planner
 from posttrain.planning.timing import time_here
 from posttrain.planning.work import SHAPES
@@ -38,7 +39,8 @@ def report(planner: Planner, estimates: list[Estimate]) -> str:
         f"data      {planner.work_summary}",
         f"run       {planner.steps:,} steps of {planner.batch:,} examples on {planner.ranks} x {device.name}",
         "",
-        f"GB of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable), micro-batches of {estimates[0].tokens:,} tokens",
+        f"GB (10^9 bytes) of each rank's {device.memory / 1e9:.0f} ({planner.usable / 1e9:.0f} usable), micro-batches of "
+        f"{estimates[0].tokens:,} tokens",
         "",
         f"{'ds_config':14}{'activations':>13}{'weights':>9}{'grads':>7}{'optim.':>8}{'buffers':>9}{'activ.':>8}{'head':>6}{'ref.':>6}{'total':>8}"
         f"{'most tokens':>13}{'s/step':>8}{'sent':>8}",
@@ -83,23 +85,34 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
+def _device(gpu: str | None, memory: float | None) -> Device:
+    """Return the GPU that --gpu and --gpu_memory, in GB, describe."""
+    if memory is None:
+        return find_gpu(gpu or "b200")
+    if not 1 <= memory <= 4096:
+        raise ValueError(f"--gpu_memory should be the GB of one GPU, saw {memory:g}")
+    return with_memory(find_gpu(gpu), memory * 2**30) if gpu else gpu_with_memory(memory * 2**30)
+
+
 def main(arguments: list[str]) -> None:
     """Print the estimates for a command line. Raises ValueError or OSError for a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, or ranks on a CPU; default 8")
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
-    parser.add_argument("--gpu", default="b200", choices=[*GPUS, "here"], help="the GPU to estimate for, here: this machine; default b200")
+    parser.add_argument("--gpu", help="the GPU to estimate for, e.g. h100, rtx4090, a100-40gb; here: this machine; default b200")
+    parser.add_argument("--gpu_memory", type=float, help="its memory in GB, for a GPU that is not known or has another amount")
     parser.add_argument(
-        "--model", choices=list(SHAPES), help="the shape to assume if there is no model at the recipe's path yet; default 1.8b"
+        "--model", choices=list(SHAPES), help="the shape to assume if there is no model at the recipe's path yet; default: by its name"
     )
     options, others = parser.parse_known_args(arguments)
     if options.gpus < 1 or options.nodes < 1:
         raise ValueError(f"--gpus and --nodes should be at least 1, saw {options.gpus} and {options.nodes}")
-    recipe = load_recipe_of_either_kind(others)
     here = options.gpu == "here"
-    if here and options.nodes > 1:
-        raise ValueError(f"--gpu=here times this machine alone, saw --nodes={options.nodes}: leave it out, or name the GPU")
-    planner = Planner(recipe, this_machine(options.gpus) if here else GPUS[options.gpu], options.gpus, options.nodes, options.model)
+    if here and (options.nodes > 1 or options.gpu_memory):
+        given = f"--nodes={options.nodes}" if options.nodes > 1 else f"--gpu_memory={options.gpu_memory:g}"
+        raise ValueError(f"--gpu=here times this machine alone, saw {given}: leave it out, or name the GPU")
+    device = this_machine(options.gpus) if here else _device(options.gpu, options.gpu_memory)
+    planner = Planner(load_recipe_of_either_kind(others), device, options.gpus, options.nodes, options.model)
     stages = STAGES if options.nodes == 1 else (*STAGES, "zeropp")
     if not planner.on_gpu:  # there is nothing to offload from
         stages = [stage for stage in stages if stage != "zero3_offload"]

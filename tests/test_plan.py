@@ -14,7 +14,11 @@ from benchmarks.sft import QWEN3_1_7B
 from posttrain.data.packing import RowBuilder
 from posttrain.data.parts import IGNORE
 from posttrain.planning.activations import count_working
+from posttrain.planning.machines import GPUS, find_gpu
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
+from posttrain.planning.work import SHAPES, read_model_shape
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import build_recipe
 
 RESULTS = ROOT / "benchmarks" / "results"
 BF16 = torch.bfloat16
@@ -135,8 +139,9 @@ def test_the_default_recipes_on_eight_b200(kind, least):
 
 @pytest.mark.slow
 def test_a_model_that_does_not_fit_is_told_so():
-    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=70b", "--gpu=a100", "--gpus=2")
+    done = plan(f"{ROOT}/posttrain/recipes/sft_qwen3_1.8b.yaml", "--model=70b", "--gpu_memory=24", "--gpus=2")
     assert done.returncode == 0, done.stdout
+    assert "on 2 x GPU with 24 GB (assumed as fast as" in done.stdout
     assert "does not fit" in done.stdout
     assert "nothing fits into" in done.stdout
 
@@ -149,15 +154,71 @@ def test_this_machine_and_the_data_that_is_there(tiny, tmp_path):
     done = plan(str(recipe), "--gpus=2", "--gpu=here")
     assert done.returncode == 0, done.stdout
     assert f"{tiny.dpo}: 33 examples" in done.stdout
-    assert "run       9 steps of 8 examples on 2 x" in done.stdout
+    assert "run       10 steps of 8 examples on 2 x" in done.stdout
     assert "layers and engines were timed here" in done.stdout
     assert "zero3_offload" not in done.stdout  # there is no GPU to offload from
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "gib", "tflops"),
+    [
+        ("rtx4090", "RTX 4090", 24, 165),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", 24, 165),
+        ("4070tisuper", "RTX 4070 Ti SUPER", 16, 88),
+        ("NVIDIA H100 80GB HBM3", "H100", 80, 989),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 80, 756),
+        ("a100-40gb", "A100 with 40 GB", 40, 312),
+        ("NVIDIA A100-SXM4-80GB", "A100", 80, 312),
+        ("NVIDIA GH200 480GB", "GH200", 96, 989),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 48, 364),
+        ("NVIDIA RTX A6000", "RTX A6000", 48, 155),
+    ],
+)
+def test_a_gpu_is_known_by_the_names_that_people_and_drivers_give_it(name, known, gib, tflops):
+    device = find_gpu(name)
+    assert (device.name, round(device.peak / 1e12)) == (known, tflops)
+    assert device.memory / 2**30 == pytest.approx(gib, rel=0.02)
+
+
+def test_every_known_gpu_is_found_by_its_own_name():
+    for device in GPUS.values():
+        assert find_gpu(device.name) is device
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 Laptop GPU", "V100", "100", ""])
+def test_another_gpu_is_not_taken_for_a_known_one(name):
+    with pytest.raises(ValueError, match="--gpu_memory=24"):
+        find_gpu(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [("Qwen/Qwen3-8B-Base", "8b"), ("runs/sft_qwen3_1.8b/final", "1.8b"), ("checkpoints/llama-7b/run_2b", "error"), ("my/base", "error")],
+)
+def test_the_shape_that_is_assumed_is_of_the_size_in_the_models_name(path, size):
+    recipe = build_recipe(SFTRecipe, {"out_dir": "run", "checkpoint_path": path, "sft_data_dir": "data", "global_batch_size": 8}, {})
+    if size == "error":
+        with pytest.raises(ValueError, match=r"say which shape to assume with --model=0\.6b"):
+            read_model_shape(recipe, None)
+    else:
+        assert read_model_shape(recipe, None)[0] is SHAPES[size][1]
+
+
+def test_the_size_of_a_mixture_of_experts_is_not_taken_for_a_dense_models():
+    recipe = build_recipe(
+        SFTRecipe, {"out_dir": "run", "checkpoint_path": "Qwen3-30B-A3B", "sft_data_dir": "x", "global_batch_size": 8}, {}
+    )
+    with pytest.raises(ValueError, match="mixture of experts"):
+        read_model_shape(recipe, None)
 
 
 MISTAKES = {
     "--gpus=0": "should be at least 1, saw 0 and 1",
     "--gpu=here --nodes=2": "times this machine alone, saw --nodes=2",
-    "--gpu=z9": "invalid choice: 'z9'",
+    "--gpu=z9": "give its memory instead: --gpu_memory=24 (GB). Known: B300",
+    "--gpu=here --gpu_memory=24": "times this machine alone, saw --gpu_memory=24",
+    "--gpu_memory=24000": "should be the GB of one GPU, saw 24000",
+    "--checkpoint_path=my/base": "whose name does not say its size: download it first, or say which shape to assume with --model=0.6b|1b|",
     "--max_tokens_per_gpu=100": "the longest example has 2,048 tokens, more than max_tokens_per_gpu=100",
     "--learning_rat=1": "Did you mean learning_rate?",
 }

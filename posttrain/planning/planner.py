@@ -68,7 +68,7 @@ class Planner:
         self.work, self.work_summary = read_work(recipe)
         self.reference = isinstance(recipe, DPORecipe) and recipe.needs_reference and recipe.reference == "beside"
         self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
-        self.steps = recipe.max_iters or math.ceil((recipe.epochs or 1) * self.work.count / self.batch)
+        self.steps = recipe.max_iters or math.ceil(recipe.epochs * batches.steps_per_epoch(self.work.count, self.batch))
         if self.work.lengths.max() > recipe.max_tokens_per_gpu:
             raise ValueError(
                 f"the longest example has {self.work.lengths.max():,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}"
