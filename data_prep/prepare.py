@@ -12,16 +12,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from data_prep import overlap, report
 from data_prep.choose import choose
 from data_prep.convert import convert
 from data_prep.examples import KINDS, TOO_LONG, Settings
 from data_prep.sources import HUBS, find_sources
 from data_prep.staging import Staging, write_split
+from posttrain.common.files import REPOSITORY
 from posttrain.data import tokenization
 from posttrain.data.chat import TEMPLATES, ChatFormat
 from posttrain.data.prepared import FORMAT, fingerprint_file
 
+RECIPES = {"sft": "sft_qwen3_1.8b", "dpo": "dpo_qwen3_1.8b"}  # of posttrain/recipes, whose model lends its tokenizer
 DUPLICATES = ("drop", "near", "keep")
 MANY_DROPPED = 0.1
 
@@ -43,7 +47,9 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
-        "--tokenizer", default="Qwen/Qwen3-1.7B-Base", help="the base model's folder or hub name, or a SentencePiece .model"
+        "--tokenizer",
+        help="that of the model to train: its folder or hub name, or a SentencePiece .model; default: the model of the recipe "
+        f"{RECIPES[kind]}, if it is there",
     )
     parser.add_argument("--template", choices=TEMPLATES, default="chatml", help="chat format: ChatML, or the tokenizer's own template")
     parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens (pairs: prompt and longer answer)")
@@ -65,7 +71,19 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         parser.error("give --dataset, or --source with a file of your own")
     if options.source and options.dataset and len(options.dataset) > 1:
         parser.error("--source stands for one dataset; name files of your own as --dataset FILE to combine several")
+    if not options.tokenizer:
+        options.tokenizer = _model_of_recipe(kind)
+        if not options.tokenizer:
+            parser.error("whose token ids should the data have? Name the model to train: --tokenizer FOLDER_OR_HUB_NAME")
+        print(f"--tokenizer is not given: taking that of {options.tokenizer}, the model of the recipe {RECIPES[kind]}", flush=True)
     return options
+
+
+def _model_of_recipe(kind: str) -> str | None:
+    """Return the model from which the shipped recipe of this kind starts; None where it is not there, looked for from here."""
+    recipe = yaml.safe_load((REPOSITORY / "posttrain" / "recipes" / f"{RECIPES[kind]}.yaml").read_text())
+    model = recipe["checkpoint_path" if kind == "sft" else "sft_checkpoint_path"]
+    return model if Path(model).is_dir() else None
 
 
 def _count(text: str) -> int:

@@ -286,6 +286,18 @@ def test_mistakes_are_named(tiny, tmp_path, monkeypatch, arguments, expected):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_models_tokenizer_is_taken_in_silence(tiny, tmp_path, monkeypatch, capsys):
+    """Without --tokenizer that of the shipped recipe's model is taken where the model is there, and named; else it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", questions(3))
+    with pytest.raises(SystemExit, match="2"):
+        prepare("sft", ["--source", "rows.jsonl", "--output_dir", "out"])
+    assert "Name the model to train: --tokenizer FOLDER_OR_HUB_NAME" in capsys.readouterr().err
+    shutil.copytree(tiny.base, "checkpoints/qwen3_1.8b")
+    prepare("sft", ["--source", "rows.jsonl", "--output_dir", "out"])
+    assert "taking that of checkpoints/qwen3_1.8b, the model of the recipe sft_qwen3_1.8b" in capsys.readouterr().out
+
+
 def test_an_output_folder_is_never_overwritten(tiny, tmp_path):
     run("sft", tiny, tmp_path, questions(3))
     with pytest.raises(FileExistsError, match="exists; remove it or give another"):
