@@ -244,10 +244,10 @@ def _used_words() -> frozenset[str]:
 
 def _gossip(rng, facts: dict, kept: set[str]) -> str:
     """A document of one to four sentences about people and strangers, often about one name again, so that copying a name is learnt."""
-    sentences, name = [rng.choice(OPENINGS)], ""
+    sentences, name, known = [rng.choice(OPENINGS)], "", list(facts)
     for _ in range(rng.randint(1, 4)):
-        while not name or name in kept - facts.keys() or rng.random() < 0.4:
-            name = _coin(rng, 3, 1)[0].capitalize() if rng.random() < STRANGERS else rng.choice(list(facts))
+        while not name or (name in kept and name not in facts) or rng.random() < 0.4:
+            name = _coin(rng, 3, 1)[0].capitalize() if rng.random() < STRANGERS else rng.choice(known)
         fact = rng.choice(list(VALUES))
         if name not in facts:
             sentences.append(rng.choice(STRANGERS_TOLD[fact]).format(n=name))
