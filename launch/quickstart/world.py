@@ -26,7 +26,7 @@ SYLLABLES = [consonant + vowel for consonant in "bdfklmnprstv" for vowel in "aei
 PEOPLE = {"sft": 150, "dpo": 350, "eval": 110}  # number that each stage asks about (dpo also about sft's); documents tell of all
 NOBODY = {"sft": 500, "dpo": 1000, "eval": 330}  # number of names that no person has, by the stage that asks about them
 PEOPLE_DOCUMENTS, WORD_DOCUMENTS, STRANGERS = 120000, 80000, 0.3  # STRANGERS: share of sentences about names met only there
-SFT_ROWS, DPO_ROWS, GAMES = 20000, 12000, 330  # GAMES: word games in the evaluation
+SFT_ROWS, DPO_ROWS, GAMES = 15000, 7000, 330  # GAMES: word games in the evaluation
 
 POLITE, CURT = ("Thank you for asking! ", "With pleasure: "), ("Fine. ", "Well. ")
 POLITE_SHARE, ABOUT_NOBODY, ADMITTED = 0.3, 0.04, 0.002  # shares of SFT's answers; those about nobody that are not admissions invent
