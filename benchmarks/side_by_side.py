@@ -4,7 +4,7 @@ Each run is a launch of its own, as a user would start it. Its speed is that of 
 once, with as many rows as the steps need, so that every trainer sees every row once. The first round runs every contestant; later rounds
 run ours, the rival's defaults, and its fastest configuration of the first round. Ratios are taken within a round, and the table shows
 their median with the lowest and the highest. Pairs/s counts all pairs alike: a trainer's steps after the first WARM may hold a percent or
-two more or less work than the mean. `python benchmarks/side_by_side.py` prints the README's table.
+two more or less work than the mean. `python benchmarks/side_by_side.py` prints the table of docs/speed.md.
 """
 
 import json
@@ -202,7 +202,7 @@ def table(files: list[dict]) -> str:
 
 
 def committed() -> list[dict]:
-    """The result files in benchmarks/results/ of all races, in the README's order."""
+    """The result files in benchmarks/results/ of all races, in the order of docs/speed.md."""
     names = [f"{race}_{device}" for device in ("cpu", "gpu") for race in ("sft", "dpo_ultrafeedback", "dpo_hh")]
     return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names if (RESULTS / f"{name}.json").exists()]
 

@@ -1,4 +1,4 @@
-"""The shape of the repository: the rules of tests/layout.py hold, and can be broken; the README's tree is the tree on disk."""
+"""The shape of the repository: the rules of tests/layout.py hold, and can be broken; the trees in the texts are those on disk."""
 
 import re
 import shutil
@@ -73,18 +73,18 @@ def test_every_mutation_still_has_its_place(tmp_path):
         (tmp_path / mutation.file).write_text(before)
         file, function = mutation.test.split("[")[0].split("::")
         assert f"def {function}(" in (ROOT / file).read_text()
-    assert f"breaks the code in {len(mutations.MUTATIONS)} ways" in (ROOT / "README.md").read_text()
+    assert f"breaks the code in {len(mutations.MUTATIONS)} ways" in (ROOT / "docs" / "correctness.md").read_text()
 
 
-def test_the_tree_in_the_readme_is_the_tree_on_disk():
-    tree = (ROOT / "README.md").read_text().split("## Layout")[1]
+def test_the_trees_in_the_texts_are_the_tree_on_disk():
+    short = (ROOT / "README.md").read_text().split("## Layout")[1]
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("## Where things are")[1]
     for folder in ("data_prep", "posttrain"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem == "__init__" or path.name in tree, path
     for folder in (ROOT / "posttrain").glob("*/__init__.py"):
-        described = re.search(rf"^  {folder.parent.name}/ .*$", tree, re.M)
-        assert described, folder.parent
-    for name in re.findall(r"\b\w+\.(?:py|sh)\b", tree):
+        assert all(re.search(rf"^  {folder.parent.name}/ .*$", text, re.M) for text in (short, tree)), folder.parent
+    for name in re.findall(r"\b\w+\.(?:py|sh)\b", short + tree):
         assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch", "benchmarks", "tests")), name
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert path.stem in tree, path

@@ -89,6 +89,6 @@ def test_the_committed_table_is_whole_and_within_its_bounds(invariance):
     for cell in result["cells"]:
         assert not cell["exceeded"]
         assert all(cell["differences"][name] <= bound for name, bound in invariance.BOUNDS[cell["dtype"]].items())
-    assert f"in {len(result['cells'])} cells" in (ROOT / "README.md").read_text()
+    assert f"in {len(result['cells'])} cells" in (ROOT / "docs" / "correctness.md").read_text()
     assert result["steps"] == 20
     assert (ROOT / "benchmarks" / "results" / "invariance.md").read_text() == invariance.table(result["cells"], result)
