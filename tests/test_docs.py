@@ -271,9 +271,8 @@ def test_the_scripts_and_options_in_all_commands_exist():
                 assert (ROOT / script).is_file(), f"{name}: {command}"
                 kind = next((kind for kind in ("sft", "dpo") if re.search(rf"\b{kind}(\.py|_8gpu\.sh|_multinode\.sh)$", script)), None)
                 helps.setdefault(script, helps[kind] if kind else how_to_use(script))
-                known |= set(re.findall(r"--([\w-]+)", helps[script]))
-                if script.endswith(".sh"):
-                    known.add("max_restarts")
+                known |= set(re.findall(r"--([\w-]+)", helps[script] + (helps["sft"] if "--key=value" in helps[script] else "")))
+                known |= {"max_restarts"} if script.endswith(".sh") else set()
             given = set(re.findall(r" --([\w-]+)", command))
             assert given <= known, f"{name}: {command}: {given - known}"
 
