@@ -102,8 +102,8 @@ def dead_links(site: Path) -> list[str]:
 
 
 def keys_table(kind: type[Recipe], names: list[str]) -> list[str]:
-    """Return a Markdown table of these keys: their names, values if a recipe does not set them, meaning, and whether they may change."""
-    lines = ["| key | default | meaning | may change in a run |", "|---|---|---|---|"]
+    """Return a Markdown table of these keys: their names, meaning, values if a recipe does not set them, and whether they may change."""
+    lines = ["| key | meaning | default | may change in a run |", "|---|---|---|---|"]
     for name in names:
         field = kind.model_fields[name]
         default = "required" if field.is_required() else f"`{field.default}`"
@@ -111,7 +111,7 @@ def keys_table(kind: type[Recipe], names: list[str]) -> list[str]:
         meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
         meaning += f". One of {', '.join(f'`{choice}`' for choice in choices)}" if choices else ""
         meaning += f". Only with loss {', '.join(readers()[name])}".replace("_", "\\_") if kind is DPORecipe and name in readers() else ""
-        lines.append(f"| `{name}` | {default} | {meaning} | {CHANGES.get(field.json_schema_extra['changes'], 'no')} |")
+        lines.append(f"| `{name}` | {meaning} | {default} | {CHANGES.get(field.json_schema_extra['changes'], 'no')} |")
     return lines
 
 
@@ -120,7 +120,9 @@ def all_keys() -> str:
     shared = [name for name in SFTRecipe.model_fields if name in Recipe.model_fields]
     lines = ["### Keys of both", "", *keys_table(SFTRecipe, shared)]
     for title, kind in (("SFT", SFTRecipe), ("DPO", DPORecipe)):
-        own = [name for name in kind.model_fields if name not in shared or kind.model_fields[name] != Recipe.model_fields[name]]
+        own = [
+            name for name in kind.model_fields if name not in shared or kind.model_fields[name].default != Recipe.model_fields[name].default
+        ]
         lines += ["", f"### Keys of {title}", "", *keys_table(kind, own)]
     return "\n".join(lines)
 
@@ -156,7 +158,7 @@ def main() -> None:
     target = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "site"
     if dead := build(ROOT, target):
         sys.exit("dead links:\n    " + "\n    ".join(dead))
-    print(f"the site is in {target}; open {target / 'index.html'}")
+    print(f"the site is in {target}: python -m http.server -d {target} shows it, with its search, at http://localhost:8000")
 
 
 if __name__ == "__main__":
