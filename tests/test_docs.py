@@ -20,6 +20,8 @@ import warm
 from conftest import ROOT, free_port, metrics, rank_environment
 from served import request, served
 
+from data_prep.sources import HUBS
+from posttrain.evaluation.tasks import BENCHMARKS
 from posttrain.model.policy import build_policy
 from posttrain.objectives.losses import LOSSES
 from posttrain.operators.attention_segments import SEGMENTS
@@ -93,6 +95,16 @@ def test_the_options_in_comparison_with_other_projects_exist():
     for row in re.findall(r"^\| (?!TRL|-).*$", table, re.M):
         for text in re.findall(r"`(\w+)[`:]", row.strip("| ").split(" | ")[-1]):
             assert text in ours | {"chatml", "tokenizer", *LOSSES}, row
+
+
+def test_lists_in_the_texts_are_those_of_the_code():
+    section = PAGES["data.md"].split("## Datasets of the hub")[1].split("For any other")[0]
+    assert set(re.findall(r"[a-z]\w+", section.split("short names:")[1])) - {"for"} == {name for kind in HUBS.values() for name in kind}
+    assert section.startswith("\nTen ") and sum(map(len, HUBS.values())) == 10
+    losses = PAGES["correctness.md"].split("## DPO's losses")[1].split("##")[0]
+    assert LOSSES.keys() <= set(re.findall(r"`(\w+)`", losses))
+    benchmarks = PAGES["evaluation.md"].split("**Standard benchmarks**")[1].split("- **")[0]
+    assert all(re.search(rf"\b{name}\b", benchmarks) for name in BENCHMARKS)
 
 
 def test_architectures_are_taken_or_refused_as_the_page_says():
