@@ -38,7 +38,6 @@ deepspeed.module_inject.auto_ep_layer data_prep.prepare"""
 # process of its own
 READ_EARLY = ("OMP_", "MKL_", "GOMP_", "DS_", "HF_", "TRANSFORMERS_", "TORCH", "CUDA_", "LD_", "PYTHON")
 SOON = 0.5  # seconds from a rank's failure to the end of the others; DeepSpeed's launcher looks once a second
-OP_SECONDS = 120  # within which another process has compiled or loaded an op
 AT_START = dict(os.environ)
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as DeepSpeed's launcher gives
 
@@ -56,22 +55,8 @@ def import_everything() -> dict[str, tuple[int, int]]:
             importlib.import_module(module.name)
     for name in LATE.split():
         importlib.import_module(name)
-    # DeepSpeed's ops, which ranks then need not load: one that is killed while it does leaves a lock that later ones would wait for
-    refuse_old_locks()
-    importlib.import_module("deepspeed.comm.torch").build_shm_op()
-    importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # the first builds those of all
     return {module.__file__: _state(module.__file__) for module in list(sys.modules.values()) if _is_ours(module)}
-
-
-def refuse_old_locks() -> None:
-    """Raise RuntimeError where a process that was killed has left the lock of one of DeepSpeed's ops: loading it would wait for ever."""
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or importlib.import_module("torch.utils.cpp_extension").get_default_build_root())
-    deadline = time.monotonic() + OP_SECONDS
-    while locks := list(folder.rglob("lock")):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{locks[0]} has been there for {OP_SECONDS} s, left by a process that was killed: delete it")
-        time.sleep(0.1)
 
 
 def _is_ours(module) -> bool:

@@ -119,6 +119,12 @@ def _check_zero(path: str, section: dict) -> None:
         )
 
 
+def offloads_optimizer(json_config: dict) -> bool:
+    """Whether a ds_config keeps the optimizer's states, and updates the weights, on the CPU."""
+    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def merge_config(recipe: Recipe, json_config: dict) -> dict:
     """Returns DeepSpeed's whole configuration, from a recipe and its checked ds_config. Raises ValueError if they contradict each other."""
     if "activation_checkpointing" in json_config and recipe.activation_checkpointing != "full":

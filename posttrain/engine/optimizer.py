@@ -4,14 +4,16 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
+from posttrain.engine.cpu_adam import load_cpu_adam
+from posttrain.engine.ds_config import offloads_optimizer
 from posttrain.recipes.keys import Recipe
 
 
 def make_optimizer(groups: list[dict], recipe: Recipe, json_config: dict) -> torch.optim.Optimizer:
     """Returns AdamW over the groups: torch's fused one, or DeepSpeed's for the CPU if the ds_config offloads its states."""
     settings = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    offload = json_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
+    if offloads_optimizer(json_config):
+        load_cpu_adam()
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
     return torch.optim.AdamW(groups, **settings, fused=True)
 

@@ -1,12 +1,9 @@
 """Starts a rank: checks versions and devices, shares out cores, sets up the process group, and silences libraries."""
 
-import contextlib
-import io
 import logging
 import os
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -54,23 +51,11 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     device = current_device()
     if not dist.is_initialized():
         ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints on each rank that it has loaded an op
-        deepspeed.init_distributed(verbose=False)
-    if accelerator.device_name() == "cpu":
-        _unlink_shared_memory()
+    # DeepSpeed 0.19.8 would compile and load its all-reduce for CPUs, of which only its inference makes use; each rank's buffers of 66 MB
+    # would stay in /dev/shm for good
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
     return device
-
-
-def _unlink_shared_memory() -> None:
-    """Remove the names of the buffers in /dev/shm of DeepSpeed 0.19.8's all-reduce on CPUs. All ranks.
-
-    It leaves them there: 66 MB of memory for each rank and start, for good. Once every rank has mapped them no name is needed, and without
-    one they are freed when the processes end.
-    """
-    dist.barrier()
-    buffer = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
-    for path in Path("/dev/shm").glob(buffer):
-        path.unlink(missing_ok=True)
 
 
 def _share_cores(local_size: int, rank: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import PreparedData, load_prepared
 from posttrain.engine.build import build_engine, build_reference
-from posttrain.engine.ds_config import checkpoint_function, read_ds_config
+from posttrain.engine.cpu_adam import load_cpu_adam
+from posttrain.engine.ds_config import checkpoint_function, offloads_optimizer, read_ds_config
 from posttrain.model.policy import load_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
@@ -28,14 +29,17 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
-    """Read the recipe's ds_config, prepared data and chat format; needs no other rank.
+    """Read the recipe's ds_config, prepared data and chat format, and the compiled code that they need; needs no other rank.
 
     Raises ValueError or FileNotFoundError for what is missing, damaged, or does not belong together.
     """
     ds_config = read_ds_config(recipe.ds_config)
     shares_prompt = not isinstance(recipe, DPORecipe) or recipe.share_prompt
     data = load_prepared(recipe.data_dir, recipe.kind, prepare_command(recipe), shares_prompt)
-    return Inputs(data, load_chat(recipe, data.manifest), ds_config)
+    inputs = Inputs(data, load_chat(recipe, data.manifest), ds_config)
+    if offloads_optimizer(ds_config) and not recipe.only_looks:
+        load_cpu_adam()
+    return inputs
 
 
 def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[Training, list[tuple[str, str]]]:

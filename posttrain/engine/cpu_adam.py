@@ -1,0 +1,147 @@
+"""Compiles DeepSpeed's Adam for the CPU, which offload uses, when a run first wants it, and loads it."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+from deepspeed.ops.op_builder import CPUAdamBuilder
+
+from posttrain.common.terminal import say
+
+NAME = CPUAdamBuilder.NAME
+PACKAGES = {"c++": "Debian: g++", "Python.h": "Debian: python3-dev"}
+
+
+def load_cpu_adam() -> None:
+    """Let DeepSpeedCPUAdam find its compiled code: loaded from this environment's folder, or compiled into it first, by one process a host.
+
+    Call it before ranks wait for each other: compiling takes a minute, on some machines several. Raises ValueError if it cannot be compiled.
+    """
+    if NAME in CPUAdamBuilder._loaded_ops:
+        return
+    folder = ops_folder() / NAME
+    if not _library(folder).is_file():
+        with _only_one_process(folder):
+            if not _library(folder).is_file():
+                _compile(folder)
+    # not by DeepSpeed's builder: it would wait for ever for the lock file of a process that was killed, and wants a compiler even now
+    CPUAdamBuilder._loaded_ops[NAME] = _imported(_library(folder))
+
+
+def ops_folder() -> Path:
+    """The folder for compiled code of these versions and this kind of CPU: in TORCH_EXTENSIONS_DIR, this environment, or the user's cache.
+
+    DeepSpeed's own is the user's, with names that tell no versions, so that two environments of one user break each other.
+    """
+    kind = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
+    versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-python{platform.python_version()}-{platform.machine()}-{kind}"
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given) / versions
+    own = Path(sys.prefix) / "torch_extensions" / versions
+    if sys.prefix != sys.base_prefix and (own.is_dir() or os.access(sys.prefix, os.W_OK)):
+        return own
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "torch_extensions" / versions
+
+
+def _cpu() -> str:
+    """What the CPU can do, for which the code is compiled: a file system may be shared by hosts of several kinds."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M):
+            return " ".join(sorted(found[1].split()))
+    return platform.processor()
+
+
+def _library(folder: Path) -> Path:
+    return folder / f"{NAME}.so"
+
+
+def _imported(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
+    """Let one process of this host in at a time; the kernel frees the lock of one that dies. Raises ValueError for a read-only folder."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f"{NAME}.lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled into {folder.parent}: {error.strerror}; set TORCH_EXTENSIONS_DIR "
+            "to a folder that can be written to"
+        ) from None
+    with lock:
+        with contextlib.suppress(OSError):  # some network file systems have no locks; the compiled folder appears whole all the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(folder: Path) -> None:
+    """Compile in a folder of this host's, then rename it, so that other hosts and later runs see it whole or not at all."""
+    _check_tools()
+    say(f"compiling  DeepSpeed's CPU Adam, which offload uses, into {folder}: once, a minute or more")
+    place = folder.parent / f"building-{socket.gethostname()}"
+    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
+    (place / NAME).mkdir(parents=True)
+    try:
+        with _environment(TORCH_EXTENSIONS_DIR=str(place), PATH=_path_with_ninja()):
+            CPUAdamBuilder().load(verbose=False)
+        with contextlib.suppress(OSError):  # another host was first
+            (place / NAME).rename(folder)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled: {_last_lines(str(error))}") from error
+    finally:
+        CPUAdamBuilder._loaded_ops.pop(NAME, None)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_tools() -> None:
+    """Raises ValueError, naming what to install, without a C++ compiler or Python's headers."""
+    compiler = os.environ.get("CXX", "c++")
+    missing = None if shutil.which(compiler) else (compiler, "c++")
+    if not missing and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing = ("Python.h", "Python.h")
+    if missing:
+        raise ValueError(
+            f"the ds_config offloads the optimizer, for which DeepSpeed compiles code on this machine ({socket.gethostname()}), and there is "
+            f"no {missing[0]}; install it ({PACKAGES[missing[1]]}), or take a ds_config without offload_optimizer"
+        )
+
+
+def _path_with_ninja() -> str:
+    """PATH with the ninja of this environment, which may not have been activated."""
+    import ninja
+
+    return os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+
+
+@contextlib.contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _last_lines(text: str) -> str:
+    """The end of the compiler's output, in which the cause stands."""
+    lines = [line.strip() for line in text.splitlines() if "error" in line.lower()] or text.strip().splitlines()
+    return "; ".join(lines)[-600:]
