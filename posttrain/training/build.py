@@ -37,7 +37,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     shares_prompt = not isinstance(recipe, DPORecipe) or recipe.share_prompt
     data = load_prepared(recipe.data_dir, recipe.kind, prepare_command(recipe), shares_prompt)
     inputs = Inputs(data, load_chat(recipe, data.manifest), ds_config)
-    if offloads_optimizer(ds_config) and not recipe.only_looks:
+    if offloads_optimizer(ds_config):
         load_cpu_adam()
     return inputs
 
