@@ -4,6 +4,7 @@
 #   bash benchmarks/gpu.sh kernels sft     some of them
 # Results go to benchmarks/results/ and, where OUT names a folder, there too. Packages must be there already (torch, deepspeed,
 # transformers, datasets, trl, and liger-kernel, flash-attn and cut-cross-entropy for what uses them). RACE=dry tries the script on a CPU.
+[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 race="${RACE:-gpu}"
@@ -16,7 +17,10 @@ for part in "${parts[@]}"; do
         phases) python benchmarks/phases.py --race "$race" ;;
         sft) python benchmarks/sft.py --race "$race" --rounds "${ROUNDS:-1}" ;;
         dpo) python benchmarks/dpo.py --race "ultrafeedback_$race" --rounds "${ROUNDS:-1}" ;;
-        *) echo "gpu.sh: there is no part $part; there are kernels, phases, sft and dpo" >&2; exit 2 ;;
+        *)
+            echo "gpu.sh: there is no part $part; there are kernels, phases, sft and dpo" >&2
+            exit 2
+            ;;
     esac
     if [ -n "${OUT:-}" ]; then cp benchmarks/results/*_"$race".json "$OUT"/; fi
 done

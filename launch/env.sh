@@ -44,7 +44,7 @@ _posttrain_python() { # names a Python of 3.11 or newer with its venv module, or
 _posttrain_env() {
     local root python script system
     script="$(_posttrain_script)" || {
-        echo "env.sh: it changes the shell that you work in, which must be bash or zsh and read it: source launch/env.sh" >&2
+        echo "env.sh: type, in bash or zsh: source launch/env.sh    (started by itself it could not change your shell)" >&2
         return 1
     }
     system="$(uname -s)"
@@ -54,12 +54,18 @@ _posttrain_env() {
     }
     root="$(cd "$(dirname "$script")/.." && pwd -P)" || return 1
     python="$root/.venv/bin/python"
-    if ! "$python" -IS "$root/launch/set_up.py" --check 2>/dev/null; then
-        python="$(_posttrain_python)" && "$python" -I "$root/launch/set_up.py" || return 1
+    set -- env "PYTHON=${PYTHON:-}" "POSTTRAIN_EXTRAS=${POSTTRAIN_EXTRAS:-}" # zsh does not export them from before `source`
+    if ! "$@" "$python" -IS "$root/launch/set_up.py" --check 2>/dev/null; then
+        python="$(_posttrain_python)" && "$@" "$python" -I "$root/launch/set_up.py" || return 1
     fi
     export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions" # compiled code stays in this environment
     # shellcheck disable=SC1091 # .venv is not there when the scripts are checked
     source "$root/.venv/bin/activate"
 }
 
-_posttrain_env
+# --help is for this file unless a script reads it, whose arguments are seen here in bash
+if [ "${1:-}" = --help ] && { [ -z "${BASH_VERSION:-}" ] || [ "${#BASH_SOURCE[@]}" -eq 1 ]; }; then
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$(_posttrain_script || echo "$0")"
+else
+    _posttrain_env
+fi

@@ -9,9 +9,13 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 script="$root/posttrain/${1:?start it by sft_8gpu.sh or dpo_8gpu.sh}.py"
 shift
-source "$root/launch/env.sh"
 for argument in "$@"; do
-    [ "$argument" != --help ] || exec python "$script" --help
+    [ "$argument" = --help ] || continue
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [ ! -x "$root/.venv/bin/python" ] || exec "$root/.venv/bin/python" "$script" --help
+    echo "After source launch/env.sh every key of the recipe is listed here."
+    exit
 done
+source "$root/launch/env.sh"
 launcher=(deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" --master_port "${MASTER_PORT:-29500}")
 exec python "$root/launch/supervise.py" "${launcher[@]}" "$script" ${RECIPE:+"$RECIPE"} "$@"

@@ -14,5 +14,12 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 script="$root/posttrain/${1:?start it by sft_multinode.sh or dpo_multinode.sh}.py"
 shift
+for argument in "$@"; do
+    [ "$argument" = --help ] || continue
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [ ! -x "$root/.venv/bin/python" ] || exec "$root/.venv/bin/python" "$script" --help
+    echo "After source launch/env.sh every key of the recipe is listed here."
+    exit
+done
 source "$root/launch/env.sh"
 exec python "$root/launch/multinode.py" "$script" ${RECIPE:+"$RECIPE"} "$@"

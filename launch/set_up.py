@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -65,10 +66,12 @@ class SetUpError(Exception):
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         return 0 if is_ready() else 1
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
-        with only_one():
+        with only_one() as lock:
             if not is_ready():
-                set_up()
+                set_up(lock)
     except SetUpError as error:
         print(f"env.sh: {error}", file=sys.stderr)
         return 1
@@ -147,10 +150,10 @@ def only_one():
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # a network file system without locks
-        yield
+        yield lock.fileno()
 
 
-def set_up() -> None:
+def set_up(lock: int) -> None:
     """Make .venv, install, and write the stamp, which is there only while .venv is whole."""
     started, before = time.monotonic(), read_stamp()
     before = before if is_ours(before) else {}
@@ -160,9 +163,9 @@ def set_up() -> None:
         STAMP.unlink()
     else:
         clear_what_is_half_made()
-    print(f"Setting up {VENV} with Python {sys.version.split()[0]} (once). Log: {LOG}", flush=True)
+    print(f"{'Bringing up to date' if before else 'Setting up'} {VENV}, Python {sys.version.split()[0]}. Log: {LOG}", flush=True)
     with LOG.open("a") as log:
-        step = Steps(log)
+        step = Steps(log, lock)
         if not PYTHON.exists():
             # in a process of its own, whose output goes to the log
             step([sys.executable, "-I", "-m", "venv", str(VENV)], "making an empty environment", "it could not be made")
@@ -290,16 +293,19 @@ def without(environment, *names: str) -> dict[str, str]:
 
 
 class Steps:
-    """Runs commands one after another, their output in the log, with a line of progress on the screen."""
+    """Runs commands one after another, their output in the log, with a line of progress on the screen.
 
-    def __init__(self, log):
-        self.log = log
+    They inherit the lock: what outlives this process, if it is killed, still keeps a second set-up waiting.
+    """
+
+    def __init__(self, log, lock: int):
+        self.log, self.lock = log, lock
 
     def __call__(self, command: list[str], doing: str, failed: str, environment: dict[str, str] | None = None) -> None:
         """Run a command. Raises SetUpError with the end of the log if it fails."""
         if self.fails(command, doing, environment):
-            tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-SHOWN:])
-            raise SetUpError(f"{failed}. The end of {LOG}:\n{tail}")
+            lines = [line[:200] for line in LOG.read_text(errors="replace").splitlines() if line.strip() and "Retrying" not in line]
+            raise SetUpError("\n".join([f"{failed}. The end of {LOG}:", *lines[-SHOWN:]]))
 
     def fails(self, command: list[str], doing: str, environment: dict[str, str] | None = None) -> bool:
         """Run a command; whether it failed."""
@@ -308,11 +314,12 @@ class Steps:
         environment = without(os.environ, "PYTHONPATH") if environment is None else environment
         if not live:
             print(f"  {doing}", flush=True)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=environment)
+        how = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log, "pass_fds": [self.lock]}
+        process = subprocess.Popen(command, env=environment, **how)
         try:
             while True:
                 seconds = time.monotonic() - started
-                line = f"  {doing}: {seconds:.0f} s{written(process.pid)}"
+                line = f"  {doing}: {seconds:.0f} s{written(process.pid) if doing.startswith('install') else ''}"
                 if live:
                     print(f"\r{line}", end="", flush=True)
                 elif seconds - shown >= 30:
