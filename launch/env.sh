@@ -4,8 +4,8 @@
 # Activates .venv, with the packages of constraints.txt in it. Where it is missing or out of date it is made first, which takes a minute or
 # two; it says before what it will download. Settings, all optional:
 #   PYTHON=python3.12          the interpreter that makes .venv (3.11 or newer)
-#   PIP_INDEX_URL, PIP_...     pip's settings and its configuration files are respected, although uv installs. For torch's build for CPUs,
-#                              0.2 GB instead of 2.7 GB:
+#   PIP_INDEX_URL, PIP_...     pip's settings and its configuration files are respected, although uv installs. For torch's CPU build, which is
+#                              2.5 GB less to download:
 #                              export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple
 #   POSTTRAIN_EXTRAS=wandb     optional packages of setup.py to have as well, by comma: wandb, test, dev, docs
 

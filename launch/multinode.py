@@ -25,7 +25,11 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from supervise import MISTAKE, Supervisor, split_restarts
+if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no package
+    print(__doc__.strip())
+    sys.exit()
+
+from supervise import MISTAKE, Supervisor, split_restarts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")

@@ -63,6 +63,10 @@ class SetUpError(Exception):
     """Set-up cannot go on; the message is for the user."""
 
 
+class WithoutUv(Exception):
+    """uv cannot install here, for the reason of the message; pip may."""
+
+
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         return 0 if is_ready() else 1
@@ -87,7 +91,7 @@ def is_ready() -> bool:
     if not is_ours(stamp) or stamp["inputs"] != hash_of_inputs() or not set(wanted_extras()) <= set(stamp["extras"]):
         return False
     if stamp["torch"] == "CPU" and has_gpu():
-        print(f"warning  this machine has a GPU, and {VENV} holds torch's build for CPUs: delete it and source launch/env.sh here")
+        print(f"warning  this machine has a GPU, and {VENV} holds torch's CPU build: delete it and source launch/env.sh here")
     return True
 
 
@@ -169,8 +173,7 @@ def set_up(lock: int) -> None:
         if not PYTHON.exists():
             # in a process of its own, whose output goes to the log
             step([sys.executable, "-I", "-m", "venv", str(VENV)], "making an empty environment", "it could not be made")
-        settings = pip_settings()
-        torch = install(step, settings, extras, before.get("torch"))
+        torch, extras = install(step, extras, before.get("torch"))
         code = f"import importlib; [importlib.import_module(name) for name in {IMPORTS.split()!r}]"
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
@@ -181,7 +184,7 @@ def set_up(lock: int) -> None:
 
 
 def clear_what_is_half_made() -> None:
-    """Delete what an earlier set-up did not finish, or made elsewhere, but for its log; an environment made by hand stays, if it will do."""
+    """Delete what an earlier set-up left unfinished, or made elsewhere, but for its log; keep an environment made by hand, if it will do."""
     if LOG.exists() or not any(VENV.iterdir()):
         for path in VENV.iterdir():
             if path != LOG:
@@ -196,35 +199,54 @@ def clear_what_is_half_made() -> None:
         raise SetUpError(f"{VENV} is none that set-up made, and has no Python 3.11 or newer with pip: move it away")
 
 
-def install(step: "Steps", settings: dict[str, str], extras: list[str], torch_before: str | None) -> str:
-    """Install the package with its extras, by uv or else by pip; returns the kind of torch, CPU or CUDA."""
+def install(step: "Steps", extras: list[str], torch_before: str | None) -> tuple[str, list[str]]:
+    """Install the package with its extras; returns torch's build, CPU or CUDA, and the extras.
+
+    uv takes a tenth of pip's time; pip is what everybody has set up, so it decides where uv would do otherwise or fails.
+    """
+    try:
+        return by_uv(step, pip_settings(), extras, torch_before)
+    except WithoutUv as reason:
+        sizes = "; ".join(f"{download} GB to download, {disk} GB on disk for {kind}" for kind, (download, disk) in SIZES.items())
+        print(f"  {reason}: going on with pip, which takes some minutes longer (torch's build decides: {sizes})", flush=True)
+    pip, failed = pip_install(), "the packages could not be installed: see that the index can be reached (PIP_INDEX_URL names another)"
+    step([*pip, "-e", named(extras)], "installing", failed)
+    found = subprocess.run([PYTHON, "-c", "import torch; print('CUDA' if torch.version.cuda else 'CPU')"], capture_output=True, text=True)
+    kind = found.stdout.strip() or "CPU"
+    if with_gpu(extras, kind) != extras:
+        step([*pip, "-e", named(with_gpu(extras, kind))], "installing kernels for GPUs", failed)
+    return kind, with_gpu(extras, kind)
+
+
+def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_before: str | None) -> tuple[str, list[str]]:
+    """Install by uv, saying before what will be downloaded. Raises WithoutUv where it cannot be had, or cannot do it."""
     foreign = sorted(settings.keys() - OPTIONS.keys() - SWITCHES.keys() - VARIABLES.keys() - INDIFFERENT)
-    why_not, kind = f"pip's setting {foreign[0]} has no counterpart in uv" if foreign else "", torch_before or "CUDA"
-    pip = [str(PYTHON), "-m", "pip", "install", "-c", str(CONSTRAINTS)]
-    if not why_not:
-        why_not = step.fails([*pip, "-q", "--retries=1", "uv"], "fetching the installer, uv (25 MB)") and "uv cannot be had"
-    if not why_not:
-        options, environment = for_uv(settings)
-        uv = [str(VENV / "bin" / "uv"), "pip", "install", *options, "-e"]
-        planned = subprocess.run([*uv, named(extras), "--dry-run"], env=environment, capture_output=True, text=True)
+    if foreign:
+        raise WithoutUv(f"pip's setting {foreign[0]} has no counterpart in uv")
+    program = VENV / "bin" / "uv"
+    if not program.exists() and step.fails([*pip_install(), "--quiet", "--retries=1", "uv"], "fetching the installer, uv (25 MB)"):
+        raise WithoutUv("uv cannot be had")
+    options, environment = for_uv(settings)
+    command, kind = [str(program), "pip", "install", *options, "-e"], torch_before
+    # twice where torch turns out to be the build for CUDA: then there are kernels to install with it
+    for wanted in (extras, with_gpu(extras, "CUDA")):
+        planned = subprocess.run([*command, named(wanted), "--dry-run"], env=environment, capture_output=True, text=True)
         step.log.write(planned.stdout + planned.stderr)
         if planned.returncode:
-            why_not = "uv finds no way to install"
-        else:
-            packages = dict(re.findall(r"^ \+ (\S+)==(\S+)", planned.stderr, re.M))
-            if "torch" in packages:
-                kind = "CUDA" if any(name.startswith("nvidia-") for name in packages) else "CPU"
-            extras[:] = with_gpu(extras, kind)
-            announce(packages, kind)
-            if not step.fails([*uv, named(extras)], f"installing {len(packages)} packages", environment):
-                return kind
-            why_not = "uv fails"
-    print(f"  {why_not}: going on with pip, which takes longer (CPU build of torch: four minutes)", flush=True)
-    extras[:] = with_gpu(extras, kind)
-    failed = "the packages could not be installed: see that the index can be reached (PIP_INDEX_URL names another)"
-    step([*pip, "-e", named(extras)], "installing", failed)
-    found = subprocess.run([PYTHON, "-c", "import torch; print(torch.version.cuda or '')"], capture_output=True, text=True)
-    return "CUDA" if found.stdout.strip() else "CPU"
+            raise WithoutUv("uv finds nothing to install")
+        packages = dict(re.findall(r"^ \+ (\S+)==(\S+)", planned.stderr, re.M))
+        if "torch" in packages:
+            kind = "CUDA" if any(name.startswith("nvidia-") for name in packages) else "CPU"
+        if wanted == with_gpu(extras, kind):
+            break
+    announce(packages, kind)
+    if step.fails([*command, named(wanted)], f"installing {len(packages)} packages", environment):
+        raise WithoutUv("uv fails")
+    return kind, wanted
+
+
+def pip_install() -> list[str]:
+    return [str(PYTHON), "-m", "pip", "install", "-c", str(CONSTRAINTS)]
 
 
 def named(extras: list[str]) -> str:
@@ -233,25 +255,23 @@ def named(extras: list[str]) -> str:
 
 def with_gpu(extras: list[str], kind: str) -> list[str]:
     """The extras, and `gpu` with torch's build for CUDA, although this may be a login node without a GPU."""
-    return sorted({*extras, "gpu"}) if kind == "CUDA" and sys.platform == "linux" else extras
+    return sorted({*extras, "gpu"}) if kind == "CUDA" else extras
 
 
 def announce(packages: dict[str, str], kind: str) -> None:
     """Say what will be downloaded. Raises SetUpError if the disk has no room for it."""
     if "torch" not in packages:
-        print(f"  {len(packages)} packages to download or update", flush=True)
         return
     download, disk = SIZES[kind]
     free = shutil.disk_usage(VENV).free / 1e9
     print(
-        f"  {len(packages)} packages, torch {packages['torch']} in its build for {kind}s: about {download} GB to download, {disk} GB on disk; "
-        .replace("CUDAs", "CUDA")
-        + "a minute or two with a fast connection",
+        f"  {len(packages)} packages, torch {packages['torch']} ({kind} build): about {download} GB to download, {disk} GB on disk; a minute "
+        "or two with a fast connection",
         flush=True,
     )
     if kind == "CUDA" and not has_gpu():
         print(
-            "  This machine has no GPU. If no machine that uses this checkout has one, stop here (Ctrl-C) and take torch's build for CPUs, "
+            "  This machine has no GPU. If no machine that uses this checkout has one, stop here (Ctrl-C) and take torch's CPU build, "
             f"{SIZES['CPU'][0]} GB to download:\n    {CPU_INDEX}\n    source launch/env.sh",
             flush=True,
         )

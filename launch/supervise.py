@@ -15,7 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no package
+    print(__doc__.strip())
+    sys.exit()
+
+import psutil  # noqa: E402
 
 MISTAKE = 2  # exit code of the scripts for an error that a restart would only repeat
 PAUSE = 3  # seconds before a restart
@@ -136,9 +140,6 @@ def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["--help"]:
-        print(__doc__)
-        return 0
     try:
         restarts, command = split_restarts(arguments)
     except ValueError as error:

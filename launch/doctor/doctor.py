@@ -13,6 +13,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no package
+    print(__doc__.strip())
+    sys.exit()
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
