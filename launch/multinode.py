@@ -29,7 +29,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no packag
     print(__doc__.strip())
     sys.exit()
 
-from supervise import MISTAKE, Supervisor, split_restarts  # noqa: E402
+from supervise import MISTAKE, Supervisor, split_restarts
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")

@@ -7,15 +7,19 @@
 # Ctrl-C, SIGTERM and SIGUSR1 save and stop; the same command goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-script="$root/posttrain/${1:?start it by sft_8gpu.sh or dpo_8gpu.sh}.py"
-shift
+script="$root/posttrain/${1:-}.py"
 for argument in "$@"; do
     [ "$argument" = --help ] || continue
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     [ ! -x "$root/.venv/bin/python" ] || exec "$root/.venv/bin/python" "$script" --help
-    echo "After source launch/env.sh every key of the recipe is listed here."
+    echo "After source launch/env.sh the keys of the recipe are listed here, too."
     exit
 done
+[ -f "$script" ] || {
+    echo "run_8gpu.sh: start it by sft_8gpu.sh or dpo_8gpu.sh" >&2
+    exit 2
+}
+shift
 source "$root/launch/env.sh"
 launcher=(deepspeed --quiet --num_gpus "${NUM_GPUS:-8}" --master_port "${MASTER_PORT:-29500}")
 exec python "$root/launch/supervise.py" "${launcher[@]}" "$script" ${RECIPE:+"$RECIPE"} "$@"

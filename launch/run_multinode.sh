@@ -12,14 +12,18 @@
 #   NCCL_DEBUG=INFO             prints what NCCL has chosen: NET/IB is InfiniBand, NET/Socket is TCP and some ten times slower
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-script="$root/posttrain/${1:?start it by sft_multinode.sh or dpo_multinode.sh}.py"
-shift
+script="$root/posttrain/${1:-}.py"
 for argument in "$@"; do
     [ "$argument" = --help ] || continue
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     [ ! -x "$root/.venv/bin/python" ] || exec "$root/.venv/bin/python" "$script" --help
-    echo "After source launch/env.sh every key of the recipe is listed here."
+    echo "After source launch/env.sh the keys of the recipe are listed here, too."
     exit
 done
+[ -f "$script" ] || {
+    echo "run_multinode.sh: start it by sft_multinode.sh or dpo_multinode.sh" >&2
+    exit 2
+}
+shift
 source "$root/launch/env.sh"
 exec python "$root/launch/multinode.py" "$script" ${RECIPE:+"$RECIPE"} "$@"

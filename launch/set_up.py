@@ -111,10 +111,21 @@ def is_ours(stamp: dict) -> bool:
 def read_stamp() -> dict:
     """What was installed when .venv was completed; empty before."""
     try:
-        stamp = json.loads(STAMP.read_text())
-    except (OSError, ValueError):
+        return json.loads(STAMP.read_text())
+    except FileNotFoundError:
         return {}
-    return stamp if isinstance(stamp, dict) else {}
+    except ValueError:  # version 0.1.0 wrote a checksum and installed everything
+        return {"inputs": "", "root": str(ROOT), "python": python_version(), "extras": ["dev"], "torch": torch_build()}
+
+
+def python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def torch_build() -> str:
+    """CPU or CUDA, as the torch that is installed says."""
+    code = "import torch; print('CUDA' if torch.version.cuda else 'CPU')"
+    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() or "CPU"
 
 
 def hash_of_inputs() -> str:
@@ -177,14 +188,16 @@ def set_up(lock: int) -> None:
         code = f"import importlib; [importlib.import_module(name) for name in {IMPORTS.split()!r}]"
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": python, "extras": extras, "torch": torch}
+    stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": python_version(), "extras": extras, "torch": torch}
     STAMP.write_text(json.dumps(stamp))
     print(f"Set up in {time.monotonic() - started:.0f} s.")
 
 
 def clear_what_is_half_made() -> None:
-    """Delete what an earlier set-up left unfinished, or made elsewhere, but for its log; keep an environment made by hand, if it will do."""
+    """Delete what an earlier set-up left unfinished, or made elsewhere, but for its log. An environment made by hand stays, if it will do.
+
+    Raises SetUpError if it will not.
+    """
     if LOG.exists() or not any(VENV.iterdir()):
         for path in VENV.iterdir():
             if path != LOG:
@@ -211,8 +224,7 @@ def install(step: "Steps", extras: list[str], torch_before: str | None) -> tuple
         print(f"  {reason}: going on with pip, which takes some minutes longer (torch's build decides: {sizes})", flush=True)
     pip, failed = pip_install(), "the packages could not be installed: see that the index can be reached (PIP_INDEX_URL names another)"
     step([*pip, "-e", named(extras)], "installing", failed)
-    found = subprocess.run([PYTHON, "-c", "import torch; print('CUDA' if torch.version.cuda else 'CPU')"], capture_output=True, text=True)
-    kind = found.stdout.strip() or "CPU"
+    kind = torch_build()
     if with_gpu(extras, kind) != extras:
         step([*pip, "-e", named(with_gpu(extras, kind))], "installing kernels for GPUs", failed)
     return kind, with_gpu(extras, kind)
@@ -240,7 +252,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
         if wanted == with_gpu(extras, kind):
             break
     announce(packages, kind)
-    if step.fails([*command, named(wanted)], f"installing {len(packages)} packages", environment):
+    if step.fails([*command, named(wanted)], f"installing {counted(packages)}", environment):
         raise WithoutUv("uv fails")
     return kind, wanted
 
@@ -265,8 +277,8 @@ def announce(packages: dict[str, str], kind: str) -> None:
     download, disk = SIZES[kind]
     free = shutil.disk_usage(VENV).free / 1e9
     print(
-        f"  {len(packages)} packages, torch {packages['torch']} ({kind} build): about {download} GB to download, {disk} GB on disk; a minute "
-        "or two with a fast connection",
+        f"  {counted(packages)}, torch {packages['torch']} ({kind} build): about {download} GB to download, {disk} GB on disk; "
+        "a minute or two with a fast connection",
         flush=True,
     )
     if kind == "CUDA" and not has_gpu():
@@ -277,6 +289,10 @@ def announce(packages: dict[str, str], kind: str) -> None:
         )
     if free < disk:
         raise SetUpError(f"{VENV} needs {disk} GB on disk, and {free:.1f} GB are free")
+
+
+def counted(packages: dict[str, str]) -> str:
+    return f"{len(packages)} package{'s' * (len(packages) != 1)}"
 
 
 def pip_settings() -> dict[str, str]:

@@ -19,7 +19,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no packag
     print(__doc__.strip())
     sys.exit()
 
-import psutil  # noqa: E402
+import psutil
 
 MISTAKE = 2  # exit code of the scripts for an error that a restart would only repeat
 PAUSE = 3  # seconds before a restart
