@@ -79,13 +79,14 @@ def index(tmp_path_factory) -> dict[str, str]:
     os.rename(folder / "simple" / "nvidia_cublas", folder / "simple" / "nvidia-cublas")
     wheel(folder / "simple", "tests_need", "1")
     os.rename(folder / "simple" / "tests_need", folder / "simple" / "tests-need")
+    wheel(folder / "more", "tests_need", "0.9")  # uv by itself would look no further than the first index with the package
+    os.rename(folder / "more" / "tests_need", folder / "more" / "tests-need")
     wheel(folder / "links", "torch", "2.0+cpu")
     uv = Path(sys.executable).with_name("uv")
     assert uv.is_file(), "launch/set_up.py puts uv beside Python"
     wheel(folder / "simple", "uv", "1", program=str(uv))
-    (folder / "pip.conf").write_text(
-        f"[global]\nindex-url = {(folder / 'simple').as_uri()}\n[install]\nfind-links = {folder / 'links' / 'torch'}\n"
-    )
+    indexes = f"[global]\nindex-url = {(folder / 'simple').as_uri()}\nextra-index-url = {(folder / 'more').as_uri()}\n"
+    (folder / "pip.conf").write_text(f"{indexes}[install]\nfind-links = {folder / 'links' / 'torch'}\n")
     return {"PIP_CONFIG_FILE": str(folder / "pip.conf"), "UV_CACHE_DIR": str(folder / "cache")}
 
 
