@@ -25,6 +25,7 @@ from torch import nn
 
 from benchmarks.side_by_side import RESULTS, dtype_of_cpu, machine, suffix, versions
 from posttrain.data.packing import Segment, pack, to_device
+from posttrain.engine.cpu_adam import load_cpu_adam
 from posttrain.operators import attention, layers
 from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
 from posttrain.operators.attention_varlen import attend_varlen
@@ -254,6 +255,8 @@ def optimizers(limit: float) -> dict:
     """Compare AdamW on 20 million float32 weights; the limit is memory: it reads weight, gradient and two moments, and writes three."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
+    if not ON_GPU:
+        load_cpu_adam()
     count, settings = 20_000_000, {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
     source, target = (torch.randn(count, device=DEVICE) for _ in range(2))
     bandwidth = 12 * count / seconds(lambda: target.add_(source))

@@ -58,7 +58,6 @@ _posttrain_env() {
     if ! "$@" "$python" -IS "$root/launch/set_up.py" --check 2>/dev/null; then
         python="$(_posttrain_python)" && "$@" "$python" -I "$root/launch/set_up.py" || return 1
     fi
-    export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions" # compiled code stays in this environment
     # shellcheck disable=SC1091 # .venv is not there when the scripts are checked
     source "$root/.venv/bin/activate"
 }
