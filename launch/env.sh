@@ -52,7 +52,7 @@ _posttrain_env() {
         echo "env.sh: DeepSpeed and this project run on Linux, and this is $system: use a Linux machine or, on Windows, WSL" >&2
         return 1
     }
-    root="$(cd "$(dirname "$script")/.." && pwd -P)" || return 1
+    root="$(CDPATH="" builtin cd "$(dirname "$script")/.." && pwd -P)" || return 1
     python="$root/.venv/bin/python"
     set -- env "PYTHON=${PYTHON:-}" "POSTTRAIN_EXTRAS=${POSTTRAIN_EXTRAS:-}" # zsh does not export them from before `source`
     if ! "$@" "$python" -IS "$root/launch/set_up.py" --check 2>/dev/null; then

@@ -62,6 +62,24 @@ MUTATIONS = {
         "if False:",
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
     ),
+    "compiler_not_looked_for": Mutation(
+        "posttrain/engine/cpu_adam.py",
+        "    _check_tools()\n",
+        "",
+        "tests/test_setup.py::test_offload_without_a_compiler_is_refused_before_ranks_meet",
+    ),
+    "compiled_for_another_cpu": Mutation(
+        "posttrain/engine/cpu_adam.py",
+        "platform.machine()}-{kind}",
+        "platform.machine()}",
+        "tests/test_setup.py::test_compiled_code_is_kept_apart_by_versions_and_kind_of_cpu",
+    ),
+    "first_index_instead_of_all": Mutation(
+        "launch/set_up.py",
+        ', "--index-strategy=unsafe-best-match"',
+        "",
+        "tests/test_setup.py::test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings",
+    ),
     "sft_shifted_by_one": Mutation(
         "posttrain/data/packing.py", "self._train(start + before,", "self._train(start + before + 1,", SFT_PARITY
     ),

@@ -83,7 +83,8 @@ def index(tmp_path_factory) -> dict[str, str]:
     os.rename(folder / "more" / "tests_need", folder / "more" / "tests-need")
     wheel(folder / "links", "torch", "2.0+cpu")
     uv = Path(sys.executable).with_name("uv")
-    assert uv.is_file(), "launch/set_up.py puts uv beside Python"
+    if not uv.is_file():
+        pytest.skip("there is no uv beside Python: set-up took pip here")
     wheel(folder / "simple", "uv", "1", program=str(uv))
     indexes = f"[global]\nindex-url = {(folder / 'simple').as_uri()}\nextra-index-url = {(folder / 'more').as_uri()}\n"
     (folder / "pip.conf").write_text(f"{indexes}[install]\nfind-links = {folder / 'links' / 'torch'}\n")
@@ -135,7 +136,7 @@ def test_what_cannot_be_set_up_is_refused_before_anything_is_written(tmp_path, m
         "no venv module": {"PYTHONPATH": str(tmp_path / "broken"), "PYTHON": sys.executable},
         "a misspelt extra": {"POSTTRAIN_EXTRAS": "dav", "PYTHON": sys.executable},
     }[mistake]
-    done = source(place, **how)
+    done = source(place, **{"CDPATH": "/usr"} | how)
     assert REFUSED[mistake] in done.stdout
     assert "Traceback" not in done.stdout
     assert "returned 1" in done.stdout
