@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -95,11 +96,15 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 def _compile(folder: Path) -> None:
     """Compile in a folder of this host's, then rename it, so that other hosts and later runs see it whole or not at all."""
     _check_tools()
+    from torch.utils import cpp_extension  # it takes setuptools along, for which other runs need not wait
+
     say(f"compiling  DeepSpeed's CPU Adam, which offload uses, into {folder}: once, a minute or more")
     place = folder.parent / f"building-{socket.gethostname()}"
     shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
     (place / NAME).mkdir(parents=True)
+    libraries = cpp_extension.TORCH_LIB_PATH
     try:
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)  # torch 2.13 hands a path with a space to the linker as several words
         with _environment(TORCH_EXTENSIONS_DIR=str(place), PATH=_path_with_ninja()):
             CPUAdamBuilder().load(verbose=False)
         with contextlib.suppress(OSError):  # another host was first
@@ -107,6 +112,7 @@ def _compile(folder: Path) -> None:
     except (RuntimeError, OSError) as error:
         raise ValueError(f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled: {_last_lines(str(error))}") from error
     finally:
+        cpp_extension.TORCH_LIB_PATH = libraries
         CPUAdamBuilder._loaded_ops.pop(NAME, None)
         shutil.rmtree(place, ignore_errors=True)
 
@@ -144,5 +150,5 @@ def _environment(**changes: str) -> Iterator[None]:
 
 def _last_lines(text: str) -> str:
     """The end of the compiler's output, in which the cause stands."""
-    lines = [line.strip() for line in text.splitlines() if "error" in line.lower()] or text.strip().splitlines()
-    return "; ".join(lines)[-600:]
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\b(error|cannot find|undefined reference)\b", line)]
+    return "; ".join(line[-200:] for line in lines[-3:] or text.strip().splitlines()[-3:])
