@@ -240,6 +240,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
         raise WithoutUv("uv cannot be had")
     options, environment = for_uv(settings)
     command, kind = [str(program), "pip", "install", *options, "-e"], torch_before
+    print("  looking up what is needed", flush=True)
     # twice where torch turns out to be the build for CUDA: then there are kernels to install with it
     for wanted in (extras, with_gpu(extras, "CUDA")):
         planned = subprocess.run([*command, named(wanted), "--dry-run"], env=environment, capture_output=True, text=True)
