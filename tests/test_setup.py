@@ -161,7 +161,7 @@ def test_a_launch_script_answers_help_before_set_up(tmp_path, path):
     done = subprocess.run(["bash", place / path, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"(bash|sbatch.*|source) launch/", done.stdout)
-    assert "#!" not in done.stdout
+    assert not re.search(r"#!|SBATCH|set -euo", done.stdout)
     assert is_untouched(place)
 
 
