@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh kernels sft     some of them
 # Results go to benchmarks/results/ and, where OUT names a folder, there too. Packages must be there already (torch, deepspeed,
 # transformers, datasets, trl, and liger-kernel, flash-attn and cut-cross-entropy for what uses them). RACE=dry tries the script on a CPU.
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 race="${RACE:-gpu}"

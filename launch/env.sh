@@ -64,7 +64,7 @@ _posttrain_env() {
 
 # --help is for this file unless a script reads it, whose arguments are seen here in bash
 if [ "${1:-}" = --help ] && { [ -z "${BASH_VERSION:-}" ] || [ "${#BASH_SOURCE[@]}" -eq 1 ]; }; then
-    sed -n '2,/^$/s/^#\( \|$\)//p' "$(_posttrain_script || echo "$0")"
+    sed -nE '2,/^$/s/^#( |$)//p' "$(_posttrain_script || echo "$0")"
 else
     _posttrain_env
 fi

@@ -3,7 +3,7 @@
 #   bash launch/quickstart.sh            continues what an earlier call left in runs/quickstart
 #   bash launch/quickstart.sh --fresh    starts over
 # It runs two ranks: on GPUs where there are two, else on the CPU.
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in

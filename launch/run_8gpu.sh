@@ -10,7 +10,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 script="$root/posttrain/${1:-}.py"
 for argument in "$@"; do
     [ "$argument" = --help ] || continue
-    sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+    sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
     [ ! -f "$root/.venv/complete" ] || exec "$root/.venv/bin/python" "$script" --help
     echo "After source launch/env.sh the keys of the recipe are listed here, too."
     exit

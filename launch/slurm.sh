@@ -9,7 +9,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --signal=USR1@300
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 if [ -z "${SLURM_JOB_ID:-}" ] || [ ! -f "${1:-}" ]; then
     echo "usage: sbatch --nodes=N launch/slurm.sh launch/sft_multinode.sh [--key=value ...]" >&2

@@ -3,7 +3,7 @@
 #   bash launch/sweep.sh beta 0.05 0.1 0.3 -- bash launch/dpo_8gpu.sh --max_iters=200 --out_dir=runs/beta
 # makes runs/beta/beta_0.05 and so on; `tensorboard --logdir runs/beta` compares them. After a run that fails the sweep goes on, and ends with
 # exit code 1; the same command again continues what is not finished.
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 usage() {
     echo "sweep.sh: $1; expected KEY VALUE ... -- COMMAND ... --out_dir=DIR" >&2

@@ -2,7 +2,7 @@
 # Sets the environment up where that is still to be done, and runs the tests. Arguments go to pytest:
 #   bash launch/test.sh -m "not slow"       the quick loop, under a minute
 # It first installs what tests and checks need besides (the extra dev of setup.py).
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export POSTTRAIN_EXTRAS=dev

@@ -3,7 +3,7 @@
 # this machine that a virtual cable joins, each with processes, mounts and a name of its own. Takes some twelve minutes;
 # names of claims (two_hosts.py has them) choose among them.
 # Needs root on Linux. Debian's packages for ssh, pdsh, Slurm and libfaketime are installed where they are missing.
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export POSTTRAIN_EXTRAS=test

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the committed base model anew, on the world's documents with posttrain/sft.py: two ranks, about 12 minutes on two cores.
 #   bash launch/quickstart/make_base.sh      then commit launch/quickstart/base
-[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+[ "${1:-}" != --help ] || exec sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/env.sh
