@@ -201,6 +201,11 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
     assert source(place, **index).stdout == "returned 0\n"  # what is there besides does no harm
     assert (stamp(place)["extras"], "Installed 1 package" in log) == (["dev"], False)
 
+    tools = Path(script(tmp_path / "tools", "nvidia-smi", "")).parent  # set up on a login node, used on another
+    gpu = source(place, **index, PATH=f"{tools}:{os.environ['PATH']}")
+    assert f"warning  this machine has a GPU, and {place}/.venv holds torch's CPU build" in gpu.stdout
+    assert gpu.stdout.endswith("returned 0\n")
+
     moved = place.rename(tmp_path / "moved")  # its scripts name the old place
     (moved / "backend.py").write_text((moved / "backend.py").read_text().replace(str(place), str(moved)))
     elsewhere = source(moved, then="command -v uv", **index)
