@@ -167,8 +167,8 @@ MUTATIONS = {
     ),
     "smoothing_ignored": Mutation(
         "posttrain/objectives/losses.py",
-        "return -F.logsigmoid(logits) * (1 - label_smoothing) - F",
-        "return -F.logsigmoid(logits) - 0 * F",
+        "return -logsigmoid(logits) * (1 - label_smoothing) - l",
+        "return -logsigmoid(logits) - 0 * l",
         LITERAL,
     ),
     "ipo_sum_averaged": Mutation(

@@ -5,16 +5,20 @@ value per pair, (P,), and never averages: the caller divides by the step's total
 
 A loss reads exactly the options in its signature; a recipe that sets another one is refused. Symbols: pi = policy, ref = reference,
 D(y) = log pi(y) - log ref(y), delta = D(chosen) - D(rejected), logsig = log-sigmoid.
+
+Recipes read the losses' names and options before torch is imported, so losses use methods of tensors, and import within functions.
 """
+
+from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import torch.nn.functional as F
+if TYPE_CHECKING:
+    import torch
 
 
 class PairLogps(NamedTuple):
@@ -63,20 +67,20 @@ def preference_loss(at_start, usual_beta=(0.01, 1.0), needs_smoothing=False, is_
 def sigmoid(policy, reference, beta, label_smoothing):
     """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing the conservative form, Eq. 3 of ericmitchell.ai/cdpo.pdf."""
     logits = beta * delta(policy, reference)
-    return -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
+    return -logsigmoid(logits) * (1 - label_smoothing) - logsigmoid(-logits) * label_smoothing
 
 
 @preference_loss(lambda beta, label_smoothing: LN_2, needs_smoothing=True, is_of_the_margin=True)
 def robust(policy, reference, beta, label_smoothing):
     """Robust DPO, arXiv:2403.00409: unbiased if each preference is flipped with probability label_smoothing."""
     logits = beta * delta(policy, reference)
-    return (-F.logsigmoid(logits) * (1 - label_smoothing) + F.logsigmoid(-logits) * label_smoothing) / (1 - 2 * label_smoothing)
+    return (-logsigmoid(logits) * (1 - label_smoothing) + logsigmoid(-logits) * label_smoothing) / (1 - 2 * label_smoothing)
 
 
 @preference_loss(lambda beta: 1.0, is_of_the_margin=True)
 def hinge(policy, reference, beta):
     """SLiC's hinge loss (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657."""
-    return torch.relu(1 - beta * delta(policy, reference))
+    return (1 - beta * delta(policy, reference)).relu()
 
 
 @preference_loss(lambda beta: 1 / (4 * beta**2), is_of_the_margin=True)
@@ -94,7 +98,7 @@ def ipo_mean(policy, reference, lengths, beta):
 @preference_loss(lambda beta: LN_2, usual_beta=(1.0, 20.0), is_of_the_margin=True)
 def sigmoid_norm(policy, reference, lengths, beta):
     """DPO on log-probs averaged over tokens, arXiv:2411.15124 (Tulu 3), where beta is 5."""
-    return -F.logsigmoid(beta * delta_per_token(policy, reference, lengths))
+    return -logsigmoid(beta * delta_per_token(policy, reference, lengths))
 
 
 @preference_loss(
@@ -105,7 +109,7 @@ def sigmoid_norm(policy, reference, lengths, beta):
 def exo_pair(policy, reference, beta, label_smoothing):
     """EXO, Eq. 16 of arXiv:2402.00856: reverse KL from the policy's preference to the labels'; label_smoothing is epsilon, 1e-3 there."""
     logits = beta * delta(policy, reference)
-    wins, loses = F.logsigmoid(logits), F.logsigmoid(-logits)
+    wins, loses = logsigmoid(logits), logsigmoid(-logits)
     return wins.exp() * (wins - math.log1p(-label_smoothing)) + loses.exp() * (loses - math.log(label_smoothing))
 
 
@@ -113,7 +117,7 @@ def exo_pair(policy, reference, beta, label_smoothing):
 def nca_pair(policy, reference, beta):
     """NCA, noise-contrastive alignment of a pair, arXiv:2402.05369: it keeps the chosen answer's likelihood from falling."""
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 @preference_loss(lambda beta: 1 / (2 * beta**2), usual_beta=(1e-3, 1.0))
@@ -127,21 +131,21 @@ def sppo_hard(policy, reference, beta):
 def apo_zero(policy, reference, beta):
     """APO-zero, anchored preference optimization for chosen answers better than the model's own, Eq. 7 of arXiv:2408.06266."""
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
-    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+    return (-chosen).sigmoid() + rejected.sigmoid()
 
 
 @preference_loss(lambda beta: 1.0)
 def apo_down(policy, reference, beta):
     """APO-down, for chosen answers worse than the model's own: both fall, the rejected one further. Eq. 8 of arXiv:2408.06266."""
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
-    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+    return chosen.sigmoid() + (rejected - chosen).sigmoid()
 
 
 @preference_loss(None, usual_beta=(1.0, 20.0))
 def simpo(policy, lengths, beta, simpo_gamma):
     """SimPO, Eq. 6 of arXiv:2405.14734: the reward is the mean log-prob of a token, gamma its target margin. It has no reference."""
     chosen, rejected = per_token(policy, lengths)
-    return -F.logsigmoid(beta * (chosen - rejected) - simpo_gamma)
+    return -logsigmoid(beta * (chosen - rejected) - simpo_gamma)
 
 
 @preference_loss(None)
@@ -149,10 +153,10 @@ def orpo(policy, lengths, beta):
     """ORPO, Eq. 6 of arXiv:2403.07691: the chosen answer's NLL plus beta (its lambda) times the log-odds-ratio loss. No reference."""
 
     def log_odds(logp):  # of the geometric mean probability; the clamp keeps it below 1, where odds are infinite
-        return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
+        return logp - (-logp.clamp(max=-1e-6).expm1()).log()
 
     chosen, rejected = per_token(policy, lengths)
-    return -chosen - beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+    return -chosen - beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
 def rewards(policy: PairLogps, reference: PairLogps | None, lengths: PairLogps, beta: float) -> PairLogps:
@@ -180,3 +184,10 @@ def delta_per_token(policy: PairLogps, reference: PairLogps, lengths: PairLogps)
     """Return delta with every D divided by its answer's tokens, (P,)."""
     chosen, rejected = per_token(log_ratios(policy, reference), lengths)
     return chosen - rejected
+
+
+def logsigmoid(x: torch.Tensor) -> torch.Tensor:
+    """Return log(1 / (1 + exp(-x)))."""
+    from torch.nn import functional
+
+    return functional.logsigmoid(x)
