@@ -68,9 +68,8 @@ def _memory() -> tuple[int, int]:
 
 def ours(job: dict, clock: Clock, out: Path) -> None:
     """Run posttrain's own command; its log call at the end of every step is the clock."""
-    from posttrain.dpo import dpo
     from posttrain.run.directory import Run
-    from posttrain.sft import sft
+    from posttrain.training.command import dpo, sft
 
     world, log, ranks = Path(job["world"]), Run.log, int(os.environ["WORLD_SIZE"])
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from data_prep.files import Row
 from data_prep.messages import Chat, Document, Pair, check_order, clean, exchange, messages_of, system_message, text_of, tools_of
 from data_prep.pairs import dpo_reader
+from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
@@ -58,7 +59,8 @@ def sft_reader(columns: set[str]) -> Callable[[dict], Chat | Document]:
             return lambda row, q=question, c=context, a=answer: _chat(system_message(row) + exchange(row, q, c, a), row)
     if "text" in columns:
         return lambda row: Document(text_of(row, "text"))
-    hint = ". These look like preference pairs: use data_prep/prepare_dpo.py" if columns & {"chosen", "preferred_output"} else ""
+    is_pair = columns & {"chosen", "preferred_output"}
+    hint = in_this_form(". These look like preference pairs: use data_prep/prepare_dpo.py") if is_pair else ""
     raise ValueError(
         f"rows have the columns {', '.join(sorted(columns))}; expected messages, conversations, instruction + output (and input), "
         f"instruction + response (and context), prompt + response, question + answer, or text{hint}"

@@ -12,7 +12,6 @@ from data_prep.proof import answer_texts, is_prefix, proof, prove, span_texts
 from posttrain.data.chat import ChatFormat, document_parts, encode_parts
 from posttrain.data.parts import IGNORE, Encoded, Refused, Rendered, joined, last_answer
 
-TOO_LONG = ("drop", "cut", "split_turns")
 UNPROVEN = "its trained tokens do not read as its text"
 
 

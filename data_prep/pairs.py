@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from data_prep.messages import Pair, as_list, check_order, messages_of, system_message, text_of, tools_of, transcript
+from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 RATINGS = (("chosen-rating", "rejected-rating"), ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
@@ -25,7 +26,7 @@ def dpo_reader(columns: set[str]) -> Callable[[dict], Pair]:
     raise ValueError(
         f"rows have the columns {', '.join(sorted(columns))}; expected chosen and rejected (text or messages) with prompt, question, "
         "instruction or conversations; chosen and rejected alone as messages or as Human/Assistant transcripts; or input, "
-        "preferred_output and non_preferred_output. For rows with one answer use data_prep/prepare_sft.py"
+        + in_this_form("preferred_output and non_preferred_output. For rows with one answer use data_prep/prepare_sft.py")
     )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from data_prep.choose import Chosen
 from data_prep.sources import Source, count_rows
 from data_prep.staging import Chunk, column
+from posttrain.common.places import command
 
 console = Console(highlight=False, soft_wrap=True)
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -106,7 +107,18 @@ def show(output: Path, manifest: dict) -> None:
     for low, count in tokens["histogram"].items():
         table.add_row(low, f"{count:,}", "█" * max(1, round(40 * count / widest)))
     console.print(table)
-    console.print(f"look at it with: python data_prep/preview.py {output}", markup=False)
+    console.print(f"look at it with: {command('preview', output)}", markup=False)
+    console.print(f"train on it with: {_training_command(output, manifest)}", markup=False)
+
+
+def _training_command(output: Path, manifest: dict) -> str:
+    """Return the command that trains on prepared data, with the model whose tokenizer made it, on the GPUs of this machine."""
+    import torch
+
+    kind, model = manifest["kind"], str(manifest["options"]["tokenizer"])
+    names = {"sft": ("sft_data_dir", "checkpoint_path"), "dpo": ("dpo_data_dir", "sft_checkpoint_path")}[kind]
+    words = [f"--{names[0]}={output}", f"--{names[1]}={'MODEL' if model.endswith('.model') else model}"]
+    return command(kind, *words, f"--out_dir=runs/{output.name}", ranks=torch.cuda.device_count())
 
 
 def _sources_of(chunks: list[Chunk], which: np.ndarray) -> Iterator[str]:

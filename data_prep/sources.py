@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
+from posttrain.common.errors import nearest
+from posttrain.common.hub import is_hub_name
+from posttrain.common.places import command
 
-from data_prep.files import Row, file_rows, hub_rows
+if TYPE_CHECKING:
+    from data_prep.files import Row
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)
@@ -54,8 +56,10 @@ class Source(NamedTuple):
         """A list that changes when the rows may have changed."""
         return [*self._replace(files=()), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> "Iterator[Row]":
         """Yield the rows. Raises ValueError for a source that cannot be read."""
+        from data_prep.files import file_rows, hub_rows
+
         if self.hub:
             yield from hub_rows(self.hub, self.split, self.revision)
             return
@@ -78,15 +82,12 @@ def find_sources(kind: str, options) -> Sources:
         place = options.source or (name if name not in hub else None)
         if place is None:
             dataset = hub[name]
-            common = {"hub": dataset.name, "revision": options.revision}
-            training.append(Source(name, weight, split=dataset.train, **common))
-            if dataset.validation:
-                held_out.append(Source(f"{name}/{dataset.validation}", split=dataset.validation, **common))
+            training.append(Source(name, weight, hub=dataset.name, split=dataset.train, revision=options.revision))
+            if split := dataset.validation:
+                held_out.append(Source(f"{name}/{split}", hub=dataset.name, split=split, revision=options.revision))
             continue
         if not options.source and not Path(place).exists():
-            other = "dpo" if kind == "sft" else "sft"
-            advice = f"it is a dataset for the other command, prepare_{other}.py" if name in HUBS[other] else "no such file"
-            raise ValueError(f"--dataset {name}: {advice}; datasets of the hub: {', '.join(hub)}")
+            raise ValueError(f"--dataset {name}: {_advice(kind, name)}")
         files, test_files = find_files(place)
         names = [Path(_weighted(other)[0]).name for other in options.dataset or []]
         label = name if options.source and name else place if names.count(Path(place).name) > 1 else Path(place).name
@@ -99,6 +100,18 @@ def find_sources(kind: str, options) -> Sources:
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two sources are called {' and '.join(sorted(twice))}, so their rows could not be told apart; give each once")
     return Sources(training, held_out)
+
+
+def _advice(kind: str, name: str) -> str:
+    """Return what a --dataset may have meant that is neither a file here nor one of the hub's datasets with a short name."""
+    other, known = "dpo" if kind == "sft" else "sft", f"short names of datasets of the hub: {', '.join(HUBS[kind])}"
+    if name in HUBS[other]:
+        return f"it is a dataset for the other command, {command(f'prepare-{other}')}; {known}"
+    if is_hub_name(name):
+        folder = f"data/{name.partition('/')[2]}"
+        how = f"hf download --repo-type dataset {name} --local-dir {folder}"
+        return f"there is no such file. If it is a dataset of the hub, download it and give --dataset {folder}:\n    {how}\n{known}"
+    return f"no such file.{nearest(name, HUBS[kind])} {known[0].upper()}{known[1:]}"
 
 
 def _weighted(given: str) -> tuple[str, float]:
@@ -135,6 +148,8 @@ def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 def count_rows(source: Source, most: int | None) -> int | None:
     """How many rows there will be, `most` at most; None where that takes long to know. For a progress bar."""
+    import pyarrow.parquet
+
     total = 0
     for path in source.files:
         if path.name.endswith(".parquet"):

@@ -8,128 +8,32 @@ python posttrain/convert.py SRC DST [--tokenizer T]
 Every conversion is checked: what was written is read back and must give SRC's logits, or nothing is left of it.
 """
 
-import argparse
-import contextlib
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posttrain.common.files import read_json_lines
-from posttrain.engine.checkpoint_folder import is_checkpoint, model_description, read_manifest
-from posttrain.model import ckpt_pt
-from posttrain.model.export import write_description, write_model
-from posttrain.model.loading import load_model
-from posttrain.model.plain_llama import ckpt_pt_logits
-from posttrain.parallel.script import run_script
+def main() -> None:
+    """Read the command line and convert."""
+    from posttrain.common.options import Parser
+    from posttrain.model.forms import find_model
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU: conversions need none
-LIMIT = 1e-4  # largest difference of logits, relative to the largest logit; another order of operations rounds differently
-
-
-def convert() -> None:
-    """Read the command line, convert, and compare the logits."""
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("convert", __doc__)
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
     parser.add_argument("--tokenizer", metavar="T", help="a Hugging Face folder or a SentencePiece .model file, put into a new folder")
     options = parser.parse_args()
-    src, dst = Path(options.src), Path(options.dst)
-    to_ckpt_pt = _direction(src, dst)
-    if to_ckpt_pt and options.tokenizer:
-        raise ValueError("a ckpt.pt holds no tokenizer, so --tokenizer would not be read; remove it")
-    transformers.utils.logging.disable_progress_bar()
-    model = load_model(str(src), None, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
-    ids = torch.arange(24) * 7919 % model.config.vocab_size
-    expected = ckpt_pt_logits(ckpt_pt.read(src), ids) if ckpt_pt.is_ckpt_pt(src) else _logits(model, ids)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_on_failure(dst):
-        if to_ckpt_pt:
-            ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
-            found = ckpt_pt_logits(ckpt_pt.read(dst), ids)
-        else:
-            with tempfile.TemporaryDirectory() as description:
-                _describe(src, model, options.tokenizer, Path(description))
-                write_model(model.state_dict(), Path(description), dst, f"Converted from `{src}` by posttrain.\n")
-            found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32), ids)
-        difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
-        if not difference <= LIMIT:
-            raise ValueError(
-                f"{src} as {dst} gives other logits: they differ by {difference:.2g} of the largest (limit {LIMIT:g}). The model "
-                "computes something that the other form does not express; nothing was written"
-            )
-    print(f"converted {src} to {dst}: {model.num_parameters():,} parameters, logits equal to {difference:.1e} of the largest")
+    find_model(options.src, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU: conversions need none
+    from posttrain.model.convert import convert
 
-
-@contextlib.contextmanager
-def _removed_on_failure(dst: Path) -> Iterator[None]:
-    """Remove DST where the block inside fails, for whatever reason."""
-    try:
-        yield
-    except BaseException:
-        if dst.exists():
-            shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
-        raise
-
-
-def _direction(src: Path, dst: Path) -> bool:
-    """Return whether DST becomes a ckpt.pt file. Raises ValueError for a SRC and a DST that do not fit."""
-    if dst.exists():
-        raise ValueError(f"{dst} exists; name another, or remove it")
-    if ckpt_pt.is_ckpt_pt(src) and ckpt_pt.is_ckpt_pt(dst):
-        raise ValueError(f"{src} is a ckpt.pt file already; DST should be a folder")
-    if ckpt_pt.is_ckpt_pt(src) or is_checkpoint(src):
-        return ckpt_pt.is_ckpt_pt(dst)
-    if (src / "config.json").is_file() and not ckpt_pt.is_ckpt_pt(dst):
-        raise ValueError(f"{src} is a Hugging Face folder already; DST should be a file named *.pt")
-    return True
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return logits (T, V) of ids (T,), computed in float32 whatever the weights are stored in."""
-    stored = model.dtype
-    logits = model.float().eval()(ids[None]).logits[0]
-    model.to(stored)
-    return logits
-
-
-def _history(src: Path) -> dict:
-    """Return save_ckpt_pt's iter_num and best_val_loss, where SRC belongs to a run that tells them."""
-    if is_checkpoint(src):
-        facts = read_manifest(src)
-        return {"iter_num": facts["step"], "best_val_loss": facts["validation"]}
-    metrics = src.parent / "metrics.jsonl"
-    if not metrics.is_file():
-        return {}
-    records = read_json_lines(metrics)
-    losses = [record["loss"] for record in records if record["split"] == "eval" and record.get("loss") is not None]
-    return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
-
-
-def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: Path) -> None:
-    """Write what belongs into the new folder besides weights."""
-    if is_checkpoint(src) and not tokenizer:
-        shutil.copytree(model_description(src), folder, dirs_exist_ok=True)
-        return
-    write_description(model, None, folder)
-    if tokenizer and tokenizer.endswith(".model"):
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    elif tokenizer:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if (needed := 1 + max(loaded.get_vocab().values())) > rows:
-            print(f"warning  {tokenizer} has ids up to {needed - 1}, the model has rows for {rows}: training adds the rest")
-        loaded.save_pretrained(folder)
+    convert(Path(options.src), Path(options.dst), options.tokenizer)
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder with posttrain in it, which need not be installed
+    from posttrain.parallel.script import run_script
+
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    run_script(convert)
+    run_script(main)

@@ -5,34 +5,21 @@ python posttrain/dpo.py ...                  the same on one device; --help list
 """
 
 import sys
+from pathlib import Path
 
-from posttrain.common.terminal import keep_noise
-from posttrain.engine.start import check_versions, launch_shape, start_distributed
-from posttrain.parallel.script import run_script
-from posttrain.recipes.keys import DPORecipe
-from posttrain.recipes.reading import load_recipe
-from posttrain.run.directory import Run
-from posttrain.run.resume import already_finished, resolve
-from posttrain.training.build import build_training, read_inputs
-from posttrain.training.inputs import same_inputs_on_all_ranks
-from posttrain.training.loop import train
+if __name__ == "posttrain.dpo":
+    raise ImportError("posttrain.dpo is a function, `from posttrain import dpo`; what this script runs is posttrain.training.command.dpo")
 
 
-def dpo() -> None:
+def main() -> None:
     """Train by the recipe of the command line, on this rank."""
-    check_versions()
-    rank, world_size = launch_shape()
-    recipe = resolve(load_recipe(DPORecipe, "dpo_qwen3_1.8b", sys.argv[1:]), world_size)
-    if already_finished(recipe, rank):
-        return
-    keep_noise()
-    inputs = read_inputs(recipe)
-    device = start_distributed(recipe.watchdog_seconds)
-    same_inputs_on_all_ranks(recipe, inputs.data, inputs.ds_config)
-    training, choices = build_training(recipe, inputs, device)
-    run = Run(training.recipe, rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
-    train(training, inputs.chat, run, choices)
+    from posttrain.training.command import dpo
+
+    dpo()
 
 
 if __name__ == "__main__":
-    run_script(dpo)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder with posttrain in it, which need not be installed
+    from posttrain.parallel.script import run_script
+
+    run_script(main)

@@ -8,39 +8,20 @@ its own template, system prompt and stop tokens. Votes of the page's comparison 
 If the environment has POSTTRAIN_API_KEY, clients must send it.
 """
 
-import argparse
-import asyncio
-import os
-import socket
 import sys
-import time
 from pathlib import Path
 
-import torch
-import uvicorn
 
-from posttrain.common import terminal
-from posttrain.model import assistant
-from posttrain.model.command_line import add_checkpoint_options, dtype_on, parse, places_by_name
-from posttrain.parallel.script import run_script
-from posttrain.serving.access import LOOPBACK
-from posttrain.serving.answers import Model
-from posttrain.serving.app import LAST_WORDS, Limits, build
-from posttrain.serving.batching import Batcher, EngineFailed
-from posttrain.serving.sampling import Sampling
-from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
-from posttrain.serving.votes import Votes
+def main() -> None:
+    """Read the command line and serve."""
+    from posttrain.common.options import Parser
+    from posttrain.model.command_line import add_checkpoint_options, parse, refuse_missing
 
-Engine = type[Batcher] | type[VLLMBatcher]
-
-
-def serve() -> None:
-    """Read the command line, load the checkpoints and serve them until interrupted."""
-    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("serve", __doc__)
     add_checkpoint_options(parser, "give it several times to compare")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines (default: this one only)")
     parser.add_argument("--port", type=int, default=8000, help="(8000)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", metavar="D", help="cuda, cuda:1 or cpu (a GPU where there is one)")
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto", help="default: vLLM where it is installed")
     parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="answers of a model that are generated at once (32)")
     parser.add_argument("--max_queue", type=int, default=128, metavar="N", help="requests of a model that may wait; more get 429 (128)")
@@ -52,117 +33,16 @@ def serve() -> None:
     options = parse(parser, max_batch=1, max_queue=0, timeout=1, max_body=1)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
-    folder = options.preferences.parent
-    if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
-    # before any model is loaded, so that a port that is taken is not found out minutes later
-    with listen(options.host, options.port, options.timeout + LAST_WORDS) as listener:
-        engine = _engine(options.engine, options.device)
-        asyncio.run(_serve(options, listener, engine, _load(options, engine)))
+    refuse_missing(options)
+    from posttrain.serving.server import serve  # only now: it imports torch and transformers, which takes seconds
 
-
-async def _serve(options: argparse.Namespace, listener: socket.socket, engine: Engine, loaded: list[assistant.Assistant]) -> None:
-    """Start generation, then answer on the listening socket."""
-    models = await _start(options, engine, loaded)
-    limits = Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
-    key = os.environ.get("POSTTRAIN_API_KEY")
-    built = build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
-    who = "on this machine" if options.host in LOOPBACK else "who reaches it"
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
-    config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-    await uvicorn.Server(config).serve(sockets=[listener])
-
-
-def listen(host: str, port: int, patience: float) -> socket.socket:
-    """Return a socket that listens on the port, 0 for any free one. Raises ValueError where it is taken, or not this machine's.
-
-    The connection to a client that for `patience` seconds reads nothing of what it was sent is cut; closing it would wait without end.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named; else every first token takes 40 ms longer
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * patience))
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}. Name another with --host or --port") from error
-    return listener
-
-
-def _engine(asked: str, device: str) -> Engine:
-    """Return what generates. Raises ValueError for --engine vllm where vLLM cannot serve on the device."""
-    if asked == "transformers":
-        return Batcher
-    reason = why_not(device)
-    if reason is None:
-        return VLLMBatcher
-    if asked == "vllm":
-        raise ValueError(f"--engine vllm: {reason}. --engine transformers does without it")
-    if is_installed():
-        _say(f"warning: transformers generates, since {reason}")
-    return Batcher
-
-
-def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assistant]:
-    """Load all checkpoints."""
-    places = places_by_name(options.checkpoint, options.tokenizer)
-    if options.device == "cpu":  # each model generates in a thread of its own
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    dtype = dtype_on(options.device, options.dtype)
-    device = options.device if engine is Batcher else "cpu"  # vLLM's own process puts it where it generates
-    return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in places.items()]
-
-
-async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assistant.Assistant]) -> dict[str, Model]:
-    """Start generation for every model, once all are loaded: each takes its share of the memory that is left for caches."""
-    models, started = {}, []
-    try:
-        for one in loaded:
-            batcher = engine(one, options.max_batch, len(loaded), len(started))
-            batcher.start()
-            started.append(batcher)
-            seconds = await _warm_up(batcher, min(one.stops))
-            models[one.name] = Model(one._replace(context=batcher.room), batcher)
-            _introduce(one, batcher, options.device, seconds)
-    except BaseException:  # an interrupt, too: vLLM's processes would outlive this one
-        for batcher in started:
-            batcher.stop()
-        raise
-    return models
-
-
-def _introduce(one: assistant.Assistant, batcher: Batcher | VLLMBatcher, device: str, seconds: float) -> None:
-    """Print what is served, and what it cannot do."""
-    about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
-    _say(f"{one.name}: {about} on {device} by {batcher.name}; first answer after {seconds:.1f} s")
-    if batcher.room < one.context:
-        _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
-    if one.chat is None:
-        _say(f"warning: {one.name} cannot chat, only continue a text: {one.why_no_chat}")
-
-
-async def _warm_up(batcher: Batcher | VLLMBatcher, token: int) -> float:
-    """Generate a first token, which pays for all that is done once, and return its seconds. Raises ValueError where none comes."""
-    began = time.perf_counter()
-    try:
-        async for _ in batcher.generate([token], Sampling(1), 600):
-            pass
-    except EngineFailed as error:
-        other = ". What it printed says more; --engine transformers does without it" if isinstance(batcher, VLLMBatcher) else ""
-        raise ValueError(f"{batcher.name} cannot generate from {batcher.assistant.name}: {error}{other}") from error
-    return time.perf_counter() - began
-
-
-def _say(line: str) -> None:
-    terminal.say(f"{time.strftime('%H:%M:%S')}  {line}")
+    serve(options)
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder with posttrain in it, which need not be installed
+    from posttrain.parallel.script import run_script
+
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    run_script(serve)
+    run_script(main)

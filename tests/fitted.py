@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from posttrain import sft
 from posttrain.engine import shards
 from posttrain.parallel.script import run_script
 from posttrain.training import auto_batch
+from posttrain.training.command import sft
 
 usable, adapt = auto_batch._usable, auto_batch.adapt
 
@@ -26,4 +26,4 @@ auto_batch.adapt = adapt_with_moments
 if os.environ["RANK"] == "1":
     limit = max(1e6, psutil.Process().memory_info().rss + float(os.environ["MORE"]))
     auto_batch._usable = lambda device: min(usable(device), limit)
-run_script(sft.sft)
+run_script(sft)

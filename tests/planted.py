@@ -19,16 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from posttrain import dpo, sft  # noqa: E402
 from posttrain.model import policy  # noqa: E402
 from posttrain.objectives.likelihood import SFT  # noqa: E402
 from posttrain.objectives.preference import DPO  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
-from posttrain.training import build, loop, replay  # noqa: E402
+from posttrain.training import build, command, loop, replay  # noqa: E402
 
 RANK, PLANT = int(os.environ["RANK"]), os.environ.get("PLANT", "")
-SCRIPTS = {"sft": sft.sft, "dpo": dpo.dpo}
-PLACES = [(sft, "load_recipe"), (build, "load_policy"), (policy, "load_model"), (loop, "train_step")]
+SCRIPTS = {"sft": command.sft, "dpo": command.dpo}
+PLACES = [(command, "load_recipe_of"), (build, "load_policy"), (policy, "load_model"), (loop, "train_step")]
 PLACES += [(build, "load_prepared"), (policy.Policy, "forward"), (SFT, "loss"), (DPO, "preference_losses")]
 load_policy, load_model, load_data, sft_loss, train_step = (
     build.load_policy,
@@ -76,8 +75,8 @@ def one_rank_with_another_token():
 
 
 def one_rank_with_another_recipe():
-    load = sft.load_recipe
-    sft.load_recipe = lambda *arguments: load(*arguments).model_copy(update={"learning_rate": 0.5} if RANK == 1 else {})
+    load = command.load_recipe_of
+    command.load_recipe_of = lambda *arguments: load(*arguments).model_copy(update={"learning_rate": 0.5} if RANK == 1 else {})
 
 
 def a_loss_that_is_off():

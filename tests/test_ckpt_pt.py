@@ -10,7 +10,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.model.ckpt_pt import is_ckpt_pt, load_ckpt_pt, save_ckpt_pt
+from posttrain.model.ckpt_pt import load_ckpt_pt, save_ckpt_pt
+from posttrain.model.forms import is_ckpt_pt
 from posttrain.model.plain_llama import ckpt_pt_logits
 
 VOCAB, DIM, HEADS, FF, LAYERS, LENGTH = 37, 24, 6, 20, 2, 16

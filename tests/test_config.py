@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from posttrain.recipes.keys import DPORecipe, SFTRecipe
+from posttrain.recipes.other_names import OTHER_NAMES
 from posttrain.recipes.reading import build_recipe, help_text, load_recipe
 
 SFT = {"checkpoint_path": "base", "sft_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
@@ -89,7 +90,7 @@ def test_a_resolved_recipe_is_a_recipe():
         (SFTRecipe, {"learning_rate": "-1"}, "greater than 0"),
         (SFTRecipe, {"dtype": "float16"}, "'bfloat16' or 'float32'"),
         (SFTRecipe, {"compile": "perhaps"}, "compile='perhaps'"),
-        (SFTRecipe, {"beta": "0.1"}, "unknown key 'beta'. Did you mean beta"),
+        (SFTRecipe, {"beta": "0.1"}, "unknown key 'beta'. It is a key of DPO"),
         (SFTRecipe, {"epochs": "1", "max_iters": "5"}, "sets both max_iters and epochs"),
         (SFTRecipe, {"batch_size": "4", "global_batch_size": "8"}, "sets both global_batch_size and batch_size"),
         (SFTRecipe, {"decay_lr": "False", "min_lr": "1e-6"}, "min_lr would not be read"),
@@ -182,11 +183,51 @@ def test_a_broken_recipe_file_is_named(tmp_path, text, message):
 
 
 def test_command_lines_that_are_not_key_value():
-    with pytest.raises(ValueError, match="--max_iters has no value; write --max_iters=VALUE"):
-        load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--max_iters", "3"])
+    for words in (["--max_iters"], ["--max_iters", "--seed=3"]):
+        with pytest.raises(ValueError, match="--max_iters has no value; write --max_iters=VALUE"):
+            load_recipe(SFTRecipe, "sft_qwen3_1.8b", words)
+    words = ["--max_iters", "3", "--wandb_log", str(RECIPES[-1]), "--out_dir", "runs/x y"]
+    recipe = load_recipe(SFTRecipe, "unused", words)
+    assert (recipe.max_iters, recipe.wandb_log, recipe.out_dir) == (3, True, "runs/x y")
     with pytest.raises(FileNotFoundError, match=r"no recipe at nowhere\.yaml. Shipped"):
         load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["nowhere.yaml"])
     assert load_recipe(SFTRecipe, "sft_qwen3_1.8b", ["--local_rank=3"]).epochs == 3
+
+
+def test_what_the_command_line_switches_off_leaves_the_files_options_idle(tmp_path, capsys, monkeypatch):
+    """Switching something off for once needs no edit of the file; what is idle within one place, or given beside it, stays a mistake."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**DPO, "sample_tokens": 9, "label_smoothing": 0.1, "wandb_log": True, "wandb_project": "mine"}))
+    recipe = load_recipe(DPORecipe, "unused", [str(path), "--samples=0", "--loss=hinge", "--wandb_log=False"])
+    assert (recipe.sample_tokens, recipe.label_smoothing, recipe.wandb_project) == (64, 0.0, "posttrain")  # as it will be recorded
+    notes = capsys.readouterr().out.splitlines()
+    expected = [("wandb_project", "wandb_log=False"), ("label_smoothing", "loss=hinge"), ("sample_tokens", "samples=0")]
+    assert sorted(notes) == sorted(f"note: {name} of {path} is not read with {off}" for name, off in expected)
+    monkeypatch.setenv("RANK", "1")
+    load_recipe(DPORecipe, "unused", [str(path), "--samples=0", "--loss=hinge", "--wandb_log=False"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="sample_tokens would not be read with samples=0; remove it, or set samples"):
+        load_recipe(DPORecipe, "unused", [str(path), "--samples=0", "--sample_tokens=9"])
+    path.write_text(yaml.safe_dump({**DPO, "sample_tokens": 9, "samples": 0}))
+    with pytest.raises(ValueError, match="sample_tokens would not be read with samples=0; remove it, or set samples"):
+        load_recipe(DPORecipe, "unused", [str(path)])
+
+
+def test_a_recipe_of_the_other_kind_is_told_from_a_misspelt_one(tmp_path):
+    for mine, values, other in ((SFTRecipe, DPO, "dpo"), (DPORecipe, SFT, "sft")):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        with pytest.raises(ValueError, match=f"recipe.yaml is a recipe of {other.upper()}, not of .*posttrain/{other}.py {path}"):
+            load_recipe(mine, "unused", [str(path)])
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_key_of_another_trainer_is_translated(name):
+    with pytest.raises(ValueError, match=f"unknown key '{name}'. Here it is ") as error:
+        build_recipe(SFTRecipe, SFT, {name: "1"})
+    first = str(error.value).partition("Here it is ")[2].split()[0].strip(".,;").partition("=")[0]
+    known = {*SFTRecipe.model_fields, *DPORecipe.model_fields, "nothing", "--max_length", "--template"}
+    assert first in known and name not in known
 
 
 def test_help_lists_every_key_with_its_meaning():

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,19 +83,17 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_conversion_that_changes_the_logits_leaves_nothing(tmp_path, monkeypatch):
     """A wrong permutation of the rotary pairs is such a conversion."""
-    from posttrain import convert
-    from posttrain.model import ckpt_pt, ckpt_pt_tensors
+    from posttrain.model import ckpt_pt, ckpt_pt_tensors, convert
 
     llama(40).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(ckpt_pt_tensors, "_halves_to_pairs", lambda rows, heads: rows)
-    monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "model"), str(tmp_path / "ckpt.pt")])
     with pytest.raises(ValueError, match=r"gives other logits"):
-        convert.convert()
+        convert.convert(tmp_path / "model", tmp_path / "ckpt.pt", None)
     assert not (tmp_path / "ckpt.pt").exists()
 
     monkeypatch.setattr(ckpt_pt, "read", lambda path: 1 / 0)  # neither does one whose proof fails for another reason
     with pytest.raises(ZeroDivisionError):
-        convert.convert()
+        convert.convert(tmp_path / "model", tmp_path / "ckpt.pt", None)
     assert not (tmp_path / "ckpt.pt").exists()
 
 

@@ -17,7 +17,8 @@ import warm
 
 from data_prep import convert
 from data_prep.prepare import prepare
-from data_prep.preview import preview
+from data_prep.preview import parse as parse_preview
+from data_prep.show import show
 from posttrain.common import files
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
@@ -38,7 +39,7 @@ def run(kind: str, tiny, tmp_path, rows: list[dict], *more: str) -> dict:
     defaults = ["--max_dropped", "1"] if "--max_dropped" not in more else []
     defaults += ["--val_size", "0"] if "--val_size" not in more else []
     prepare(kind, ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", *defaults, *more])
-    preview([f"{tmp_path}/out", "--check"])
+    show(parse_preview([f"{tmp_path}/out", "--check"]))
     return json.loads((tmp_path / "out" / "manifest.json").read_text())
 
 
@@ -264,8 +265,15 @@ def test_several_sources_with_weights(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--dataset", "alpacca"], "--dataset alpacca: no such file; datasets of the hub: alpaca, alpaca_cleaned"),
-        (["--dataset", "ultrafeedback"], "it is a dataset for the other command, prepare_dpo.py"),
+        (
+            ["--dataset", "alpacca"],
+            r"--dataset alpacca: no such file. Did you mean alpaca\? Short names of datasets of the hub: alpaca, alpaca_cleaned",
+        ),
+        (["--dataset", "ultrafeedback"], "it is a dataset for the other command, python .*prepare_dpo.py"),
+        (
+            ["--dataset", "trl-lib/Capybara"],
+            "give --dataset data/Capybara:\n    hf download --repo-type dataset trl-lib/Cap",
+        ),
         (["--dataset", "alpaca:-1"], "the weight should be above 0"),
         (["--source", "nowhere"], "nowhere does not exist"),
         (["--source", "rows.jsonl", "--revision", "main"], "--revision names a version of a hub dataset"),
@@ -290,9 +298,8 @@ def test_no_models_tokenizer_is_taken_in_silence(tiny, tmp_path, monkeypatch, ca
     """Without --tokenizer that of the shipped recipe's model is taken where the model is there, and named; else it is asked for."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", questions(3))
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ValueError, match="Name the model to train: --tokenizer FOLDER_OR_HUB_NAME"):
         prepare("sft", ["--source", "rows.jsonl", "--output_dir", "out"])
-    assert "Name the model to train: --tokenizer FOLDER_OR_HUB_NAME" in capsys.readouterr().err
     shutil.copytree(tiny.base, "checkpoints/qwen3_1.8b")
     prepare("sft", ["--source", "rows.jsonl", "--output_dir", "out"])
     assert "taking that of checkpoints/qwen3_1.8b, the model of the recipe sft_qwen3_1.8b" in capsys.readouterr().out
@@ -417,27 +424,27 @@ def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(pa.Table.from_pylist(rows, table.schema))
     with pytest.raises(ValueError, match="2 failures in 5 rows") as error:
-        preview([f"{tmp_path}/out", "--check"])
+        show(parse_preview([f"{tmp_path}/out", "--check"]))
     assert "data-00000-of-00001.arrow is not the file that was prepared" in str(error.value)
     assert "train 3 (rows.jsonl:3): its trained tokens do not read as the text that they were made from" in str(error.value)
 
 
 def test_the_preview_shows_what_is_trained(tiny, tmp_path, capsys):
     run("sft", tiny, tmp_path, [{"prompt": "ta <b>", "response": "ke <i>"}])
-    preview([f"{tmp_path}/out"])
+    show(parse_preview([f"{tmp_path}/out"]))
     assert "rows.jsonl:0" in (shown := capsys.readouterr().out)
     assert "<|im_start|>assistant\n\u27e6ke <i><|im_end|>\u27e7" in shown  # no colours in a file
-    preview([f"{tmp_path}/out", "--html", f"{tmp_path}/page.html", "--ids"])
+    show(parse_preview([f"{tmp_path}/out", "--html", f"{tmp_path}/page.html", "--ids"]))
     page = (tmp_path / "page.html").read_text()
     assert '<span class="t">ke &lt;i&gt;</span>' in page
     assert "<i>" not in page
     with pytest.raises(ValueError, match="--row 1: .* has the train rows 0 to 0"):
-        preview([f"{tmp_path}/out", "--row", "1"])
+        show(parse_preview([f"{tmp_path}/out", "--row", "1"]))
 
 
 def test_the_preview_of_a_pair_shows_both_answers(tiny, tmp_path, capsys):
     run("dpo", tiny, tmp_path, [{"prompt": "ta", "chosen": "ke", "rejected": "lo ni"}])
-    preview([f"{tmp_path}/out"])
+    show(parse_preview([f"{tmp_path}/out"]))
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("chosen", "rejected", "ke<|im_end|>", "lo ni<|im_end|>"))
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, free_port, launch_script
 
 sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "launch" / "doctor")]
-doctor, judge, wire = (importlib.import_module(name) for name in ("doctor", "judge", "wire"))
+doctor, judge, wire = (importlib.import_module(name) for name in ("examine", "judge", "wire"))
 
 GPU = {
     "uuid": "",

@@ -1,6 +1,5 @@
 """Benchmarks: how answers are read, what scores show, and that the numbers are lm-evaluation-harness's own."""
 
-import argparse
 import asyncio
 import http.server
 import itertools
@@ -20,13 +19,12 @@ import torch
 from conftest import ROOT, launch, metrics, python, rank_environment
 from scipy import stats
 
-from posttrain import report
-from posttrain.eval_benchmarks import _benchmarks
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.judge import judge
 from posttrain.evaluation.measure import measure
-from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, task_name, write_tasks
+from posttrain.evaluation.tasks import BENCHMARKS, CHOICE, chosen_benchmarks, task_name, write_tasks
 from posttrain.model import assistant
+from posttrain.run import report
 
 SCRIPT = ROOT / "posttrain" / "eval_benchmarks.py"
 
@@ -279,7 +277,8 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
     done = launch("posttrain/eval_benchmarks.py", *checkpoints, *options, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stdout
     assert "not distinguishable (p = 1)" in done.stdout and "| arc_easy (acc_norm) | 17 |" in done.stdout
-    done = run(*checkpoints, *options, "--output", tmp_path / "one")
+    command = [sys.executable, SCRIPT, *checkpoints, *options, "--output", tmp_path / "one"]  # anew: bars are chosen as tqdm is imported
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=rank_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr  # no bars in a file
     again = run("--checkpoint", tiny.base, *options, "--output", tmp_path / "one")
@@ -309,18 +308,20 @@ def test_two_ranks_one_rank_and_lm_eval_say_the_same(tiny, data, tmp_path):
 def test_all_says_what_it_leaves_out(tmp_path):
     (tmp_path / "gsm8k_test.jsonl").touch()
     (tmp_path / "arc_easy.jsonl").touch()
-    names, notes = _benchmarks(argparse.Namespace(benchmark=["all"], mode="generate", data=tmp_path))
+    names, notes = chosen_benchmarks(["all"], "generate", tmp_path)
     assert names == ["arc_easy", "gsm8k"]
     assert notes == [
         f"all leaves out openbookqa, arc_challenge, mmlu, hellaswag, ifeval: --data {tmp_path} has no file of them",
         "all leaves out truthfulqa: they have no --mode generate",
     ]
-    assert _benchmarks(argparse.Namespace(benchmark=["gsm8k,arc_easy"], mode="generate", data=None)) == (["arc_easy", "gsm8k"], [])
+    assert chosen_benchmarks(["gsm8k,arc_easy"], "generate", None) == (["arc_easy", "gsm8k"], [])
 
 
 @pytest.mark.slow
 def test_a_hub_that_is_out_of_reach_is_said_before_a_model_is_read(tmp_path):
-    command = [sys.executable, SCRIPT, "--checkpoint", "no/model", "--benchmark", "arc_easy", "--output", tmp_path / "out"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()  # it could not be read
+    command = [sys.executable, SCRIPT, "--checkpoint", tmp_path / "model", "--benchmark", "arc_easy", "--output", tmp_path / "out"]
     environment = rank_environment() | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2 and "arc_easy: the data cannot be loaded from the hub" in done.stderr and "--data DIR" in done.stderr

@@ -19,7 +19,7 @@ BELOW = "which is not below it"
 BROKEN = [
     ("posttrain/data/packing.py", "from posttrain.recipes.keys import Recipe", f"data imports posttrain.recipes.keys, {BELOW}"),
     ("posttrain/engine/start.py", "def f():\n    from posttrain.run import health", f"engine imports posttrain.run.health, {BELOW}"),
-    ("posttrain/training/loop.py", "import posttrain.sft", f"training imports posttrain.sft, {BELOW}"),
+    ("posttrain/training/loop.py", "import posttrain.serve", f"training imports posttrain.serve, {BELOW}"),
     ("data_prep/files.py", "from posttrain.model import loading", f"data_prep imports posttrain.model.loading, {BELOW}"),
     ("posttrain/common/hub.py", "from posttrain.common.files import read_lines", None),
     ("posttrain/run/health.py", "from posttrain.run.card import _number", "_number is private to posttrain.run.card"),

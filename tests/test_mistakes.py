@@ -18,19 +18,22 @@ import transformers
 from conftest import launch, launch_with_deepspeed, start_run
 from test_runs import sft_arguments
 
-from posttrain import dpo, sft
-from posttrain.common import hub
+from posttrain.common import hub, places
+from posttrain.common.places import find_ds_config
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import load_prepared
 from posttrain.engine.ds_config import checkpoint_function, merge_config, read_ds_config
 from posttrain.engine.start import check_devices
-from posttrain.model.loading import load_model, tokenizer_beside
+from posttrain.model.forms import tokenizer_beside
+from posttrain.model.loading import load_model
 from posttrain.model.policy import _set_dropout
 from posttrain.recipes.keys import SFTRecipe
-from posttrain.recipes.reading import build_recipe
+from posttrain.recipes.reading import build_recipe, load_recipe_of
 from posttrain.run.directory import Run
 from posttrain.run.resume import resolve
+from posttrain.training.command import dpo, sft
 from posttrain.training.inputs import _check_template, check_positions
+from posttrain.training.missing import refuse_missing
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,21 +52,55 @@ def arguments(tiny, tmp_path):
 
 
 def test_missing_data_names_the_command_that_makes_it(arguments, monkeypatch, tmp_path):
-    message = fails(sft.sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/nowhere")
+    message = fails(sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/nowhere")
     assert f"no prepared data at {tmp_path}/nowhere" in message
     base = arguments[0].removeprefix("--checkpoint_path=")
     assert f"python data_prep/prepare_sft.py --dataset alpaca --tokenizer {base} --output_dir {tmp_path}/nowhere" in message
 
 
+@pytest.mark.parametrize("rows", ["my_rows.jsonl", "folder", "my_rows.csv.gz"])
+def test_rows_that_are_not_prepared_get_the_command_that_prepares_them(arguments, monkeypatch, tmp_path, rows):
+    (tmp_path / "folder").mkdir()
+    for name in ("my_rows.jsonl", "my_rows.csv.gz", "folder/part.parquet"):
+        (tmp_path / name).touch()
+    message = fails(sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/{rows}")
+    assert f"{tmp_path}/{rows} holds rows that are not prepared yet" in message
+    base, name = arguments[0].removeprefix("--checkpoint_path="), rows.partition(".")[0]
+    assert message.endswith(f"prepare_sft.py --dataset {tmp_path}/{rows} --tokenizer {base} --output_dir data/{name}")
+
+
+def test_a_ds_config_of_ones_own_wins_over_the_shipped_one_and_is_told(tiny, arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe_of("sft", [*arguments, "--ds_config=ds_configs/zero1.json"])
+    refuse_missing(recipe)
+    assert (find_ds_config("ds_configs/zero1.json"), capsys.readouterr().out) == (ROOT / "ds_configs" / "zero1.json", "")
+    Path("ds_configs").mkdir()
+    Path("ds_configs/zero1.json").write_text('{"zero_optimization": {"stage": 2}}')
+    refuse_missing(recipe)
+    assert f"ds_configs/zero1.json is {tmp_path}/ds_configs/zero1.json, not the file of this name" in capsys.readouterr().out
+    assert read_ds_config("ds_configs/zero1.json")["zero_optimization"]["stage"] == 2
+
+
+def test_commands_in_messages_are_right_from_another_folder(monkeypatch, tmp_path):
+    assert places.command("preview", "a b") == "python data_prep/preview.py 'a b'"
+    assert places.command("sft", ranks=8) == "deepspeed --num_gpus 8 posttrain/sft.py"
+    monkeypatch.chdir(tmp_path)
+    assert places.command("preview", "x") == f"python {ROOT}/data_prep/preview.py x"
+    monkeypatch.setenv(places.CONSOLE, "1")
+    assert places.command("dpo", "x", ranks=2) == "posttrain dpo --num_gpus 2 x"
+    text = "    python posttrain/serve.py --a\n    deepspeed --num_gpus 8 posttrain/eval_benchmarks.py ...; see data_prep/preview.py"
+    assert places.in_this_form(text) == "    posttrain serve --a\n    posttrain eval --num_gpus 8 ...; see posttrain preview"
+
+
 def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
-    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=./nowhere")
+    message = fails(sft, monkeypatch, *arguments, "--checkpoint_path=./nowhere")
     assert "no model at ./nowhere" in message
     assert "--checkpoint_path=PATH" in message
-    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=nowhere/ckpt.pt")
+    message = fails(sft, monkeypatch, *arguments, "--checkpoint_path=nowhere/ckpt.pt")
     assert "no model at nowhere/ckpt.pt" in message
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub.is_reachable.cache_clear()
-    message = fails(sft.sft, monkeypatch, *arguments, "--checkpoint_path=checkpoints/qwen3_1.8b")  # reads as a hub name, too
+    message = fails(sft, monkeypatch, *arguments, "--checkpoint_path=checkpoints/qwen3_1.8b")  # reads as a hub name, too
     assert "no model at checkpoints/qwen3_1.8b" in message
     assert "hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b" in message
     hub.is_reachable.cache_clear()
@@ -146,7 +183,7 @@ def test_a_start_from_the_beginning_leaves_no_older_records(tmp_path):
 
 def test_dpo_without_an_sft_result_names_the_command_that_makes_it(tiny, monkeypatch, tmp_path):
     message = fails(
-        dpo.dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final"
+        dpo, monkeypatch, f"--dpo_data_dir={tiny.dpo}", f"--out_dir={tmp_path}/run", "--sft_checkpoint_path=./runs/nowhere/final"
     )
     assert "deepspeed --num_gpus 8 posttrain/sft.py" in message
 
@@ -192,13 +229,13 @@ def test_data_of_another_tokenizer_is_refused(tiny, arguments, monkeypatch, tmp_
     tokenizer = type(tiny.tokenizer).from_pretrained(tiny.base)
     tokenizer.add_tokens(["lolo"])
     tokenizer.save_pretrained(other)
-    message = fails(sft.sft, monkeypatch, *arguments, f"--tokenizer={other}")
+    message = fails(sft, monkeypatch, *arguments, f"--tokenizer={other}")
     assert "was prepared with another tokenizer" in message
     assert "Prepare the data again" in message
 
 
 def test_an_example_over_the_budget_is_named(arguments, monkeypatch):
-    message = fails(sft.sft, monkeypatch, *arguments, "--max_tokens_per_gpu=30")
+    message = fails(sft, monkeypatch, *arguments, "--max_tokens_per_gpu=30")
     assert "sft.jsonl:" in message
     assert "more than max_tokens_per_gpu=30" in message
 
@@ -206,7 +243,7 @@ def test_an_example_over_the_budget_is_named(arguments, monkeypatch):
 def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    assert "is not a run" in fails(sft.sft, monkeypatch, *arguments)
+    assert "is not a run" in fails(sft, monkeypatch, *arguments)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 

@@ -8,7 +8,8 @@ import pytest
 from data_prep.conversations import conversations
 from data_prep.files import file_rows
 from data_prep.prepare import prepare
-from data_prep.preview import preview
+from data_prep.preview import parse as parse_preview
+from data_prep.show import show
 from data_prep.sources import find_files
 from posttrain.data.chat import ChatFormat, render
 from posttrain.data.parts import Refused
@@ -51,7 +52,7 @@ def test_every_row_is_proven(shared_data, tmp_path, tokenizer_path, kind, source
         pytest.skip("a bare SentencePiece model has no template for tool calls")
     arguments = ["--source", str(shared_data / source), "--tokenizer", str(tokenizer_path), "--template", template, "--max_length", "8192"]
     prepare(kind, [*arguments, "--output_dir", f"{tmp_path}/out"])
-    preview([f"{tmp_path}/out", "--check"])
+    show(parse_preview([f"{tmp_path}/out", "--check"]))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     unusable = sum(entry["rows"] for entry in manifest["ledger"].values() if entry["unusable"])
     assert unusable < 0.05 * manifest["rows"]

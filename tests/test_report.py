@@ -116,10 +116,10 @@ def test_mistakes_get_one_message(page, tmp_path):
     for arguments, expected in (
         ([tmp_path / "nowhere"], "nowhere is not a run: it has no run.json"),
         ([tmp_path / "runs"], "is not a run: it has no run.json; there are"),
-        ([tmp_path / "runs" / "slow", f"--results={tmp_path}/runs/slow/run.json"], "is not a file of results"),
+        ([tmp_path / "runs" / "slow", f"--results={tmp_path}/runs/slow/run.json"], "where an object should be"),
     ):
         done = write(*arguments)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
 

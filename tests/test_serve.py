@@ -491,5 +491,5 @@ def test_a_wrong_start_says_what_to_do(tiny, tmp_path, server, monkeypatch, argu
     swaps = {"BASE": tiny.base, "TAKEN": str(server.port), "FOLDER/lonely.pt": str(tmp_path / "lonely.pt")}
     monkeypatch.setattr("sys.argv", ["serve.py", "--port", "0", *(swaps.get(one, one) for one in arguments)])
     with ThreadPoolExecutor(1) as thread, pytest.raises((ValueError, OSError)) as refused:  # the browser's loop may run in this one
-        thread.submit(serve.serve).result()
+        thread.submit(serve.main).result()
     assert says in str(refused.value)

@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from posttrain import serve
 from posttrain.model import assistant
+from posttrain.serving import server
 from posttrain.serving.answers import EventStream
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
@@ -120,7 +120,7 @@ def test_a_client_that_stops_reading_loses_its_place():
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 def test_the_connection_of_a_client_that_stops_reading_is_cut():
-    with serve.listen("127.0.0.1", 0, 1.0) as listener, socket.socket() as client:
+    with server.listen("127.0.0.1", 0, 1.0) as listener, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(listener.getsockname())
         with listener.accept()[0] as its, pytest.raises(OSError, match="Connection timed out"):

@@ -331,7 +331,7 @@ def test_a_hub_that_is_out_of_reach_is_one_message(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "data_prep/prepare_sft.py"), *arguments], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "tatsu-lab/alpaca (train) cannot be loaded from the local cache, and the hub cannot be reached" in done.stderr
     assert "give the same rows with --source" in done.stderr
     assert "Traceback" not in done.stderr

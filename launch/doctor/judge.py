@@ -4,7 +4,8 @@ import ipaddress
 import shlex
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+
+from posttrain.common import places
 
 CLOCK = 2.0  # seconds by which a clock may differ from this machine's
 SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm: NCCL's and DeepSpeed's buffers; containers start with 64 MiB
@@ -15,7 +16,7 @@ CHECKPOINT = 7  # size of a checkpoint over that of the bfloat16 weights: these,
 OPEN_FILES = 1024  # fewer that a process may open are too few
 HOT = 85  # degrees Celsius above which a GPU is reported
 TAKEN = 1024  # MiB of a GPU's memory in use that are reported
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = places.PACKAGE.parent
 MAKE_ENVIRONMENT = "source launch/env.sh"
 
 
@@ -201,6 +202,8 @@ def _how_to_align(kind: str, host: str, usual: dict) -> str:
         return f"{MAKE_ENVIRONMENT} there: all hosts then have the versions of constraints.txt"
     if kind == "GPUs":
         return "leave the host out, or give all the same driver: the slowest GPU sets the pace"
+    if kind == "code" and not places.is_checkout():
+        return "install the same wheel of posttrain there"
     if kind == "code":
         return f"rsync -a --delete --exclude=.venv {shlex.quote(str(ROOT))}/ {host}:{shlex.quote(str(ROOT))}/"
     if kind.startswith("model of the hub"):

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "tokenizers", "liger-kernel", "triton", "nvidia-nccl-cu13")
-CODE = ("posttrain/**/*.py", "launch/*.py", "ds_configs/*.json")
+CODE = ("posttrain/**/*.py", "launch/*.py", "ds_configs/*.json", "posttrain/ds_configs/*.json")
 WHOLE, SAMPLE = 64 * 2**20, 2**20  # bytes; of a file larger than WHOLE, SAMPLE bytes of beginning, middle and end are hashed
 GPU = (
     *("index", "uuid", "name", "driver_version", "memory.used", "temperature.gpu", "mig.mode.current"),

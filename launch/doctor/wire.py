@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(next(above for above in Path(__file__).resolve().parents[2:] if (above / "posttrain").is_dir())))
 
 import torch
 from torch import distributed as dist

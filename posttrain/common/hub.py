@@ -4,18 +4,18 @@ import functools
 import os
 import re
 
-import huggingface_hub
-
 
 def is_hub_name(path: str) -> bool:
     """Whether a path is a name on the hub: it looks like org/name, and there is no folder ./org, in which it would be a mistyped path."""
-    looks_like_one = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not path.endswith((".model", ".json", ".pt"))
+    looks_like_one = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not path.endswith((".model", ".json", ".yaml", ".yml", ".pt"))
     return bool(looks_like_one) and not os.path.isdir(path.split("/")[0])
 
 
 @functools.cache
 def is_reachable() -> bool:
     """Whether the hub answers one short request; False in offline mode. Saves a mistyped path or an offline machine minutes of retries."""
+    import huggingface_hub  # in here: to tell a hub name from a path nothing is imported
+
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:

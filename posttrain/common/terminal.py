@@ -71,7 +71,8 @@ def keep_noise() -> None:
     _errors, _noise = os.dup(2), _Noise(tempfile.TemporaryFile("w+b"), 0)  # noqa: SIM115 - stays open for the life of the process
     _noise.take()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # keeps the output of Python and of C code in order
+        # keeps the output of Python and of C code in order
+        stream.reconfigure(line_buffering=True)  # ty: ignore[missing-union-attribute]
     faulthandler.enable(_errors)
 
 

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 
 from posttrain.data.chatml import ChatML
 from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
+from posttrain.data.manifest import TEMPLATES
 from posttrain.data.own_template import OwnTemplate
 from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, last_answer
 
 ROLES = ("system", "user", "assistant", "tool")
-TEMPLATES = ("chatml", "tokenizer")
 
 
 class ChatFormat:

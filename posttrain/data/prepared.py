@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from posttrain.data.manifest import read_manifest
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.data.parts import IGNORE
 
-FORMAT = 2
 TOKENS = {"sft": ("input_ids", "labels"), "dpo": ("prompt", "chosen", "rejected")}  # columns of int32 lists
 COLUMNS = {"sft": (*TOKENS["sft"], "num_trained", "source"), "dpo": (*TOKENS["dpo"], "source")}
 
@@ -108,35 +108,12 @@ class PreparedData(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def read_manifest(directory: str, make: str = "python data_prep/prepare_sft.py or prepare_dpo.py") -> dict:
-    """The manifest of prepared data.
-
-    Raises FileNotFoundError or ValueError, naming the command `make`, where the folder is missing, half-written or of another format.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
-    if not (path / "manifest.json").is_file():
-        raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        seen = manifest["format"], manifest["kind"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
-    if seen[0] != FORMAT or seen[1] not in COLUMNS:
-        raise ValueError(f"{path} holds format {seen[0]}, {seen[1]} data; this code reads format {FORMAT}. Make it again with\n    {make}")
-    return manifest
-
-
 def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
     """The prepared data in `directory`; without share_prompt a DPO prompt counts, and is packed, once for each answer.
 
     Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
     """
-    manifest = read_manifest(directory, make)
-    path = Path(directory)
-    if manifest["kind"] != kind:
-        raise ValueError(f"{path} holds {manifest['kind']} data; this command needs {kind} data. Make it with\n    {make}")
+    manifest, path = read_manifest(directory, make, kind), Path(directory)
     for name, stored in manifest["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != stored["bytes"]:
             raise ValueError(

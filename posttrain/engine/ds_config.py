@@ -1,14 +1,13 @@
 """DeepSpeed's configuration: checks a ds_configs/*.json, and merges it with the recipe."""
 
 import json
-from pathlib import Path
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from posttrain.common.errors import nearest
-from posttrain.common.files import REPOSITORY
+from posttrain.common.places import find_ds_config
 from posttrain.engine.start import launch_shape
 from posttrain.recipes.keys import Recipe
 
@@ -60,16 +59,12 @@ SECTION_KEYS = {
 
 
 def read_ds_config(path: str) -> dict:
-    """Reads and checks a ds_config, by its path or its path in this repository.
+    """Reads and checks a ds_config, by its path, or by the name of a shipped one.
 
     Raises FileNotFoundError, or ValueError for keys that the recipe owns, that DeepSpeed does not know, or that are left at "auto".
     """
-    place = Path(path) if Path(path).is_file() else REPOSITORY / path
-    if not place.is_file():
-        shipped = ", ".join(sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json")))
-        raise FileNotFoundError(f"there is no ds_config at {path}. Shipped in ds_configs: {shipped}")
     try:
-        config = json.loads(place.read_text())
+        config = json.loads(find_ds_config(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

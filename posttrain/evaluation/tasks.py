@@ -6,18 +6,15 @@ From these files the harness's own command gives the same numbers:
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import lm_eval
 import yaml
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
 from posttrain.common.errors import first_line
 from posttrain.common.files import read_lines
 
-HARNESS = Path(lm_eval.__file__).parent / "tasks"
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
 HUB = "the data cannot be loaded from the hub ({}); where it is not reachable, give files with --data DIR (DIR/arc_easy.jsonl ...)"
@@ -148,7 +145,7 @@ def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[s
     if by_letter:
         rows, settings = [_asked(benchmark, row) for row in rows], dict(GENERATE)
     else:
-        settings = {"include": str(HARNESS / benchmark.source), **(benchmark.more or {})}
+        settings = {"include": str(harness() / benchmark.source), **(benchmark.more or {})}
     if rows is not None:
         path = folder / f"{task}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -166,6 +163,9 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
 
     Raises ValueError for one whose answers may be longer than the `context` tokens that the model reads, or whose data is out of reach.
     """
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+
     try:
         loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
     except (OSError, ValueError) as error:
@@ -262,7 +262,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> list[dict]:
     import datasets
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(HARNESS / benchmark.source, recursive=True, resolve_func=False) | (benchmark.more or {})
+    config = load_yaml(harness() / benchmark.source, recursive=True, resolve_func=False) | (benchmark.more or {})
     split = config.get("test_split") or config["validation_split"]
     try:
         return [benchmark.rows(row) for row in datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), split=split)]
@@ -278,3 +278,31 @@ def _has_nltk_data() -> bool:
     except LookupError:
         return False
     return True
+
+
+def chosen_benchmarks(given: list[str], mode: str, data: Path | None) -> tuple[list[str], list[str]]:
+    """Return the benchmarks asked for, in BENCHMARKS' order, and notes on what `all` leaves out.
+
+    Raises ValueError for a benchmark that is not there, or not in this mode.
+    """
+    asked = [name for one in given for name in one.split(",")]
+    able = [name for name, one in BENCHMARKS.items() if mode in one.metric]
+    if unknown := [name for name in asked if name not in ("all", *BENCHMARKS)]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; there are all, {', '.join(BENCHMARKS)}")
+    if "all" in asked:
+        names = [name for name in able if data is None or available(data, name)]
+        if not names:
+            raise ValueError(f"--data {data} holds no benchmark for --mode {mode}: {', '.join(able)}")
+        others = {f"--data {data} has no file of them": [name for name in able if name not in names]}
+        others[f"they have no --mode {mode}"] = [name for name in BENCHMARKS if name not in able]
+        return names, [f"all leaves out {', '.join(left)}: {why}" for why, left in others.items() if left]
+    for name in asked:
+        if name not in able:
+            other = " or ".join(BENCHMARKS[name].metric)
+            raise ValueError(f"{name} has no --mode {mode}; measure it in a command of its own with --mode {other}")
+    return [name for name in able if name in asked], []
+
+
+def harness() -> Path:
+    """Return lm-evaluation-harness's folder of tasks, without importing it, which takes seconds."""
+    return Path(find_spec("lm_eval").origin).parent / "tasks"

@@ -4,11 +4,11 @@ It is asked as it was trained: in the same ChatFormat that prepared its data, wi
 end token of its template.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,11 +17,9 @@ from posttrain.common.files import read_prompts
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.engine import checkpoint_folder
-from posttrain.model import ckpt_pt
 from posttrain.model.export import SYSTEM_PROMPT
-from posttrain.model.loading import find_model, load_model, tokenizer_beside
-
-HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
+from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, tokenizer_beside
+from posttrain.model.loading import load_model
 
 
 class Assistant(NamedTuple):
@@ -40,23 +38,15 @@ class Assistant(NamedTuple):
     folder: str | None = None  # a Hugging Face folder or hub name with just these weights; None where there is none
 
 
-def newest(place: str) -> str:
-    """Return where the model of a run directory is: final/ if it is as long as the recipe says, else the newest checkpoint.
+def quiet_libraries() -> None:
+    """Let transformers print errors only, and no progress bars."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
-    Any other place is returned as it is. Raises FileNotFoundError for a run that has saved nothing yet.
-    """
-    run = Path(place)
-    if not (run / "run.json").is_file():
-        return place
-    final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")
-    lengths = json.loads((run / "run.json").read_text()).get("finished")
-    if final.is_dir() and lengths is not None:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-        if not saved or all(recipe.get(name) == value for name, value in lengths.items()):
-            return str(final)
-    if not saved:
-        raise FileNotFoundError(f"the run {run} has saved no checkpoint yet")
-    return str(saved[-1])
+
+def dtype_on(device: str, given: str | None) -> torch.dtype | None:
+    """Return what --dtype means: where it is not given float32 on a CPU, else None, the checkpoint's own."""
+    return getattr(torch, given) if given else torch.float32 if device == "cpu" else None
 
 
 def load(place: str, name: str | None = None, tokenizer: str | None = None, dtype: torch.dtype | None = None, device="cpu") -> Assistant:
@@ -83,18 +73,8 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         stops=_stops(description, loaded, chat),
         context=model.config.max_position_embeddings,
         suggestions=_suggestions(Path(path)),
-        folder=None if grown or is_training_state or ckpt_pt.is_ckpt_pt(path) else path,
+        folder=None if grown or is_training_state or is_ckpt_pt(path) else path,
     )
-
-
-def name_of(place: str) -> str:
-    """Return a short name for what lies at `place`, without the folders that it lies in."""
-    path = Path(place).resolve() if Path(place).exists() else Path(place)
-    if checkpoint_folder.is_checkpoint(path):
-        return f"{path.parent.parent.name}-{path.name}"
-    if path.name == "final" and (path.parent / "run.json").is_file():
-        return path.parent.name
-    return path.stem if ckpt_pt.is_ckpt_pt(path) else path.name
 
 
 def _load_model(path: str, tokenizer: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:

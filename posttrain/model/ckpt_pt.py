@@ -29,11 +29,6 @@ NUMPY_SCALARS = [
 ]
 
 
-def is_ckpt_pt(path) -> bool:
-    """Return whether the name is that of a ckpt.pt file (.pt or .pth), there or not."""
-    return str(path).endswith((".pt", ".pth"))
-
-
 def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCausalLM:
     """Return the model in a ckpt.pt, on the CPU, in `dtype` (None: as stored) and in eval mode (as from_pretrained gives it).
 

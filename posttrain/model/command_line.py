@@ -4,11 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
-import transformers
-
-from posttrain.model.assistant import name_of, newest
-from posttrain.model.loading import tokenizer_beside
+from posttrain.model.forms import HOW, find_model, name_of, newest, tokenizer_beside
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, checkpoint_help: str | None = None) -> None:
@@ -19,7 +15,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, checkpoint_help: str
 
 
 def parse(parser: argparse.ArgumentParser, **least: float) -> argparse.Namespace:
-    """Return the command's options; from here on transformers prints errors only, and no progress bars.
+    """Return the command's options.
 
     `least` has the least value of numeric options by name. Raises ValueError for one below it.
     """
@@ -27,8 +23,6 @@ def parse(parser: argparse.ArgumentParser, **least: float) -> argparse.Namespace
     for name, bound in least.items():
         if (value := getattr(options, name)) is not None and value < bound:
             raise ValueError(f"--{name} must be at least {bound}, not {value}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     return options
 
 
@@ -49,6 +43,7 @@ def places_by_name(given: list[str], tokenizer: str | None) -> dict[str, str]:
     return dict(pairs)
 
 
-def dtype_on(device: str, given: str | None) -> torch.dtype | None:
-    """Return what --dtype means: where it is not given float32 on a CPU, else None, the checkpoint's own."""
-    return getattr(torch, given) if given else torch.float32 if device == "cpu" else None
+def refuse_missing(options: argparse.Namespace, *more: str) -> None:
+    """Raise FileNotFoundError or ValueError where a checkpoint of a command line is not there; `more` are given as --checkpoint is."""
+    for place in places_by_name([*options.checkpoint, *more], options.tokenizer).values():
+        find_model(newest(place), HOW)

@@ -1,6 +1,12 @@
-"""Runs a script on every rank, and turns its errors into one message and an exit code."""
+"""Runs a script, on one rank or many, and turns its errors into one message and an exit code.
+
+It imports the standard library only: what a script lacks, and what is wrong with its command line, is said before torch is imported.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -9,13 +15,10 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from torch import distributed as dist
-
-from posttrain.common import terminal
-from posttrain.common.errors import is_mistake
-from posttrain.parallel import stopping, watchdog
+from posttrain.common import places
 
 MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
+OLDEST_PYTHON = (3, 11)
 
 
 def run_script(script: Callable[[], None]) -> None:
@@ -24,44 +27,110 @@ def run_script(script: Callable[[], None]) -> None:
     The exit skips the interpreter's shutdown: in it a process group's threads may end in std::terminate (seen with gloo, torch 2.13), or
     hang if another rank is gone, although all work is done.
     """
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(_too_old())
     rank = int(os.environ.get("RANK", "0"))
     try:
         script()
     except KeyboardInterrupt:
-        terminal.stop_live()
+        _stop_live()
         os._exit(128 + signal.SIGINT)
+    except SystemExit as error:  # argparse's --help and its errors
+        _leave(rank, error)
+    except BrokenPipeError:  # what it was printing to has ended, such as head
+        os._exit(1)
+    except ModuleNotFoundError as error:
+        if importlib.util.find_spec((error.name or "").partition(".")[0] or "posttrain") is None:
+            _fail(rank, places.missing_package(error), traceback.format_exc(), MISTAKE)
+        _fail(rank, traceback.format_exc(), "")
     except (ValueError, OSError) as error:
+        from posttrain.common.errors import is_mistake
+
         _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if is_mistake(error) else 1)
     except Exception:
         details = traceback.format_exc()
-        if gone := watchdog.explain():  # this failure only follows from the loss of another rank
-            terminal.say_error(gone)
+        watchdog = sys.modules.get("posttrain.parallel.watchdog")
+        if watchdog and (gone := watchdog.explain()):  # this failure only follows from the loss of another rank
+            _say_error(gone)
             os._exit(watchdog.LOST)
         _fail(rank, details, "")
-    if dist.is_initialized():
-        dist.barrier()
-        watchdog.close()
-        dist.barrier()
-        dist.destroy_process_group()
-    for stream in (sys.stdout, sys.stderr, terminal.console.file):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    _part()
+    _flush()
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        from posttrain.parallel import stopping
+
         stopping.tell_that_all_is_well()
     os._exit(0)
 
 
+def is_rank_0() -> bool:
+    """Whether this process is the first rank, or the only one; known before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _part() -> None:
+    """Leave the process group, if there is one, together with all other ranks."""
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_initialized():
+        from posttrain.parallel import watchdog
+
+        dist.barrier()
+        watchdog.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _flush() -> None:
+    """Flush what was printed; the terminal may be gone."""
+    terminal = sys.modules.get("posttrain.common.terminal")
+    for stream in (sys.stdout, sys.stderr, *([terminal.console.file] if terminal else [])):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
+def _leave(rank: int, error: SystemExit) -> NoReturn:
+    """Exit as the interpreter would: with the code, or with 1 after printing the text that stands in its place."""
+    if isinstance(error.code, str) and rank == 0:
+        _say_error(error.code)
+    _flush()
+    os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+
+
 def _fail(rank: int, message: str, details: str, code: int = 1) -> NoReturn:
     """Print the error and exit. Rank 0 does so at once, others after 5 s: mostly all fail alike, and the launcher ends them before that."""
-    watchdog.fall_silent()
+    if watchdog := sys.modules.get("posttrain.parallel.watchdog"):
+        watchdog.fall_silent()
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         message = f"rank {rank}: {message}"
-    terminal.stop_live()
-    terminal.say_error(message)
+    _stop_live()
+    _say_error(message)
     if details and os.environ.get("POSTTRAIN_TRACEBACK"):
-        terminal.say_error(details)
-    if code != MISTAKE:
+        _say_error(details)
+    if code != MISTAKE and (terminal := sys.modules.get("posttrain.common.terminal")):
         terminal.show_noise()
     os._exit(code)
+
+
+def _stop_live() -> None:
+    """Remove the live progress line, if one may be there."""
+    if terminal := sys.modules.get("posttrain.common.terminal"):
+        terminal.stop_live()
+
+
+def _say_error(text: str) -> None:
+    """Print to the error stream; where libraries' output is kept away from the terminal, posttrain.common.terminal knows the way."""
+    if terminal := sys.modules.get("posttrain.common.terminal"):
+        terminal.say_error(text)
+        return
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+
+
+def _too_old() -> str:
+    """Return what to do about a Python that cannot run this package."""
+    seen, needed = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
+    how = f"source {places.PACKAGE.parent / 'launch' / 'env.sh'}" if places.is_checkout() else "python3.11 -m pip install posttrain-*.whl"
+    return f"error: this is Python {seen} ({sys.executable}); posttrain needs {needed} or newer. Take one that has its packages:\n    {how}"

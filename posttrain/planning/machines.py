@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, replace
 
 import psutil
-import torch
 
 MIB = 2**20
 
@@ -111,11 +110,22 @@ def gpu_with_memory(memory: float) -> Device:
     return replace(nearest, name=f"GPU with {memory / 2**30:g} GB (assumed as fast as {nearest.name})", memory=memory)
 
 
+def device_of(gpu: str | None, memory: float | None) -> Device:
+    """Return the GPU that --gpu and --gpu_memory, in GB, describe."""
+    if memory is None:
+        return find_gpu(gpu or "b200")
+    if not 1 <= memory <= 4096:
+        raise ValueError(f"--gpu_memory should be the GB of one GPU, saw {memory:g}")
+    return with_memory(find_gpu(gpu), memory * 2**30) if gpu else gpu_with_memory(memory * 2**30)
+
+
 def this_machine(ranks: int) -> Device:
     """Return what each of `ranks` ranks on this machine has: its GPU, or without one an equal share of the free memory.
 
     A GPU that GPUS does not have is taken to be as fast as an A100.
     """
+    import torch  # in here: to look a GPU up by its name nothing is imported that takes long
+
     if not torch.cuda.is_available():
         return Device("CPU", psutil.virtual_memory().available / ranks, 1e12, 1e9)
     properties = torch.cuda.get_device_properties(0)

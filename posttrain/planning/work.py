@@ -1,44 +1,21 @@
 """Reads what a run has to compute: its model's shape and the lengths of its examples, or assumes them where they are not there yet."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.engine import checkpoint_folder
 from posttrain.model import ckpt_pt
-from posttrain.model.loading import find_model
+from posttrain.model.forms import is_ckpt_pt
+from posttrain.planning.shapes import assumed_shape
 from posttrain.recipes.keys import DPORecipe, Recipe
 
-LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
-
-
-def _shape(kind, hidden: int, feed_forward: int, depth: int, heads: int, **others):
-    """Return a transformers config of class `kind` with these sizes."""
-    sizes = {"hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": depth, "num_attention_heads": heads}
-    return kind(**sizes, **others)
-
-
-# by their size, as it stands in models' names: the shape to assume
-SHAPES = {
-    "0.6b": ("Qwen3-0.6B", _shape(Qwen3Config, 1024, 3072, 28, 16, **QWEN3, tie_word_embeddings=True)),
-    "1b": ("Llama-3.2-1B", _shape(LlamaConfig, 2048, 8192, 16, 32, **LLAMA3, tie_word_embeddings=True)),
-    "1.8b": ("Qwen3-1.7B", _shape(Qwen3Config, 2048, 6144, 28, 16, **QWEN3, tie_word_embeddings=True)),
-    "3b": ("Llama-3.2-3B", _shape(LlamaConfig, 3072, 8192, 28, 24, **LLAMA3, tie_word_embeddings=True)),
-    "4b": ("Qwen3-4B", _shape(Qwen3Config, 2560, 9728, 36, 32, **QWEN3, tie_word_embeddings=True)),
-    "7b": ("Mistral-7B", _shape(LlamaConfig, 4096, 14336, 32, 32, vocab_size=32768, num_key_value_heads=8)),
-    "8b": ("Qwen3-8B", _shape(Qwen3Config, 4096, 12288, 36, 32, **QWEN3, tie_word_embeddings=False)),
-    "14b": ("Qwen3-14B", _shape(Qwen3Config, 5120, 17408, 40, 40, **QWEN3, tie_word_embeddings=False)),
-    "32b": ("Qwen3-32B", _shape(Qwen3Config, 5120, 25600, 64, 64, **QWEN3, tie_word_embeddings=False)),
-    "70b": ("Llama-3.1-70B", _shape(LlamaConfig, 8192, 28672, 80, 64, **LLAMA3)),
-}
 ASSUMED_ROW, ASSUMED_ROWS = 2048, 50_000  # tokens of an example, and examples
 
 
@@ -92,17 +69,12 @@ class Work:
 def read_model_shape(recipe: Recipe, assumed: str | None):
     """Return the config of the recipe's model, its number of parameters, and a sentence about it for plan.py.
 
-    Where the model is not there yet, the one of SHAPES that `assumed` names stands in, or else the one of the size in the model's name.
-    Raises ValueError for `assumed` where the model is there, and for a name without a size that is known.
+    Where the model is not there yet, a shape of assumed_shape stands in. Raises ValueError where there is none.
     """
-    try:
-        find_model(recipe.model_path, "")
-    except FileNotFoundError:
-        name, config = SHAPES[assumed or _size_in_name(recipe.model_path)]
-        return config, count_parameters(config), f"none at {recipe.model_path} yet: assumed {name}'s shape"
-    if assumed:
-        raise ValueError(f"--model={assumed} would not be read: the recipe's model, {recipe.model_path}, is there. Remove it")
-    if ckpt_pt.is_ckpt_pt(recipe.model_path):
+    if shape := assumed_shape(recipe, assumed):
+        config = shape.config()
+        return config, count_parameters(config), f"none at {recipe.model_path} yet: assumed {shape.name}'s shape"
+    if is_ckpt_pt(recipe.model_path):
         config = ckpt_pt.load_ckpt_pt(recipe.model_path, None).config
     else:
         place = Path(recipe.model_path)
@@ -110,23 +82,6 @@ def read_model_shape(recipe: Recipe, assumed: str | None):
             checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
         )
     return config, count_parameters(config), recipe.model_path
-
-
-def _size_in_name(path: str) -> str:
-    """Return the key of SHAPES whose size is within a tenth of the last one in a model's name, e.g. of 8B in Qwen/Qwen3-8B-Base.
-
-    Raises ValueError where there is none.
-    """
-    if re.search(r"\d+b-?a\d+(\.\d+)?b", path.lower()):
-        raise ValueError(f"{path} names a mixture of experts, whose memory and time are not estimated here")
-    sizes = [float(size) for size in re.findall(r"(?<![\d.a-z])(\d+(?:\.\d+)?)b(?![a-z])", path.lower())]
-    for key in SHAPES:
-        if sizes and abs(sizes[-1] / float(key.removesuffix("b")) - 1) < 0.1:
-            return key
-    seen = f"of {sizes[-1]:g}B" if sizes else "whose name does not say its size"
-    raise ValueError(
-        f"there is no model at {path} yet, one {seen}: download it first, or say which shape to assume with --model={'|'.join(SHAPES)}"
-    )
 
 
 def count_parameters(config) -> int:

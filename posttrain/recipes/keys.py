@@ -8,7 +8,9 @@ import re
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
+from posttrain.common import places
 from posttrain.objectives.losses import LOSSES
 
 Positive = Annotated[float, Field(gt=0)]
@@ -42,6 +44,12 @@ def key(default, meaning: str, *, changes: str = NEVER, needs: tuple[str, ...] =
     return Field(default, description=meaning, json_schema_extra={"changes": changes, "needs": list(needs)}, **limits)
 
 
+def nature(field: FieldInfo) -> dict:
+    """Return what `key` was told of a field besides its default and meaning: `changes` and `needs`."""
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
 def free_key(default, meaning: str, **others):
     """Declare a key that only decides speed, memory or what is shown: an existing run may go on with another value of it."""
     return key(default, meaning, changes=ANY_TIME, **others)
@@ -55,8 +63,7 @@ class Recipe(BaseModel):
 
     kind: ClassVar[str]  # "sft" or "dpo", as prepared data and run directories are marked
     usual_epochs: ClassVar[float]  # the length of a run for which neither epochs nor max_iters is given
-    prepare: ClassVar[str]  # the command in data_prep/ that makes the data, for error messages
-    how_to_make_model: ClassVar[str]  # what to do if there is no model at model_path, for error messages
+    example_data: ClassVar[str]  # a dataset of the hub that suits it, for error messages
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -137,7 +144,7 @@ class Recipe(BaseModel):
     )
     benchmarks: str | None = free_key(
         None,
-        "benchmarks to run during training: arc_easy,gsm8k,... (eval_benchmarks.py --help lists them)",
+        "benchmarks to run during training: arc_easy,gsm8k,... (posttrain/eval_benchmarks.py --help lists them)",
         needs=("eval_interval|benchmark_interval",),
     )
     benchmark_interval: Count | None = free_key(
@@ -183,7 +190,22 @@ class Recipe(BaseModel):
     @classmethod
     def keys_that_change(cls, when: str) -> set[str]:
         """Return the names of the keys that may change in an existing run; `when` is ANY_TIME or BY_EXTEND."""
-        return {name for name, field in cls.model_fields.items() if field.json_schema_extra["changes"] == when}
+        return {name for name, field in cls.model_fields.items() if nature(field)["changes"] == when}
+
+    @property
+    def model_path(self) -> str:
+        """Where training starts from."""
+        raise NotImplementedError
+
+    @property
+    def data_dir(self) -> str:
+        """Where the prepared data is."""
+        raise NotImplementedError
+
+    @property
+    def how_to_make_model(self) -> str:
+        """What to do if there is no model at model_path, for error messages."""
+        raise NotImplementedError
 
     @property
     def benchmark_names(self) -> list[str]:
@@ -214,12 +236,7 @@ class SFTRecipe(Recipe):
 
     kind: ClassVar[str] = "sft"
     usual_epochs: ClassVar[float] = 3.0
-    prepare: ClassVar[str] = "prepare_sft.py --dataset alpaca"
-    how_to_make_model: ClassVar[str] = (
-        "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
-        "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
-    )
-
+    example_data: ClassVar[str] = "alpaca"
     checkpoint_path: str = key(..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run")
     sft_data_dir: str = key(..., "folder with data that data_prep/prepare_sft.py has made")
 
@@ -233,23 +250,29 @@ class SFTRecipe(Recipe):
         """Where the prepared data is."""
         return self.sft_data_dir
 
+    @property
+    def how_to_make_model(self) -> str:
+        """What to do if there is no model at model_path, for error messages."""
+        return (
+            "Name the base model with --checkpoint_path=PATH: a Hugging Face folder or hub name, or a ckpt.pt file; for example\n"
+            "    hf download Qwen/Qwen3-1.7B-Base --local-dir checkpoints/qwen3_1.8b"
+        )
+
 
 class DPORecipe(Recipe):
     """Direct Preference Optimization."""
 
     kind: ClassVar[str] = "dpo"
     usual_epochs: ClassVar[float] = 1.0
-    prepare: ClassVar[str] = "prepare_dpo.py --dataset ultrafeedback"
-    how_to_make_model: ClassVar[str] = (
-        "It is the result of SFT; make it with\n    deepspeed --num_gpus 8 posttrain/sft.py\nor name one with --sft_checkpoint_path=PATH"
-    )
-
+    example_data: ClassVar[str] = "ultrafeedback"
     sft_checkpoint_path: str = key(
         ..., "SFT model, from which the policy starts and which is the frozen reference; in the same forms as a base model, e.g. RUN/final"
     )
     dpo_data_dir: str = key(..., "folder with data that data_prep/prepare_dpo.py has made")
     learning_rate: Positive = key(5e-7, "peak learning rate")
-    loss: Literal[*LOSSES] = key("sigmoid", "preference loss; posttrain/objectives/losses.py has the equation and paper of each")
+    loss: Literal[*LOSSES] = key(  # ty: ignore[invalid-type-form]
+        "sigmoid", "preference loss; posttrain/objectives/losses.py has the equation and paper of each"
+    )
     beta: Positive = key(
         0.1,
         "beta of the loss: a larger one keeps the policy closer to the reference; usually 0.05 to 0.5, for sigmoid_norm and simpo 1 to 20",
@@ -305,3 +328,9 @@ class DPORecipe(Recipe):
     def data_dir(self) -> str:
         """Where the prepared data is."""
         return self.dpo_data_dir
+
+    @property
+    def how_to_make_model(self) -> str:
+        """What to do if there is no model at model_path, for error messages."""
+        how = places.command("sft", ranks=8)
+        return f"It is the result of SFT; make it with\n    {how}\nor name one with --sft_checkpoint_path=PATH"

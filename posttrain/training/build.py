@@ -15,7 +15,8 @@ from posttrain.objectives.preference import DPO
 from posttrain.recipes.keys import DPORecipe, Recipe
 from posttrain.training import reference
 from posttrain.training.auto_batch import tokens_to_begin_with
-from posttrain.training.inputs import load_chat, prepare_command
+from posttrain.training.inputs import load_chat
+from posttrain.training.missing import prepare_command
 from posttrain.training.schedule import total_steps, with_warmup
 from posttrain.training.state import Training
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.prepared import PreparedData
-from posttrain.model.loading import find_model, tokenizer_beside
+from posttrain.model.forms import find_model, tokenizer_beside
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import DPORecipe, Recipe
 
@@ -35,12 +35,6 @@ def hashes_of_code(package: Path) -> dict[str, str]:
 
 
 PROBE = [{"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))]
-
-
-def prepare_command(recipe: Recipe) -> str:
-    """Return the command that prepares the recipe's data with its model's tokenizer, for error messages."""
-    tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path)
-    return f"python data_prep/{recipe.prepare}{f' --tokenizer {tokenizer}' if tokenizer else ''} --output_dir {recipe.data_dir}"
 
 
 def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:

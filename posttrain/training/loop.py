@@ -33,6 +33,7 @@ from posttrain.training.start_checks import check_start
 from posttrain.training.state import Training
 from posttrain.training.step import StepResult, example_losses, train_step
 from posttrain.training.validation import Validation, validate_only
+from posttrain.training.what_next import tell_what_next
 
 
 def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[str, str]]) -> None:
@@ -164,6 +165,7 @@ def finish(training: Training, run: Run) -> None:
     on_rank_0(write)
     run.finished()
     run.say(f"saved {run.final}")
+    tell_what_next(run)
     run.close()
 
 

@@ -1,0 +1,106 @@
+"""The command line of prepare_sft.py and prepare_dpo.py, read before anything is imported that takes long."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from data_prep.sources import HUBS, Sources, find_sources
+from posttrain.common.options import Parser
+from posttrain.common.places import shipped
+from posttrain.data.manifest import TEMPLATES
+
+TOO_LONG = ("drop", "cut", "split_turns")
+DUPLICATES = ("drop", "near", "keep")
+MANY_DROPPED = 0.1
+RECIPES = {
+    "sft": ("sft_qwen3_1.8b", "checkpoint_path"),
+    "dpo": ("dpo_qwen3_1.8b", "sft_checkpoint_path"),
+}  # whose model lends its tokenizer
+
+
+def parse(kind: str, argv: list[str]) -> argparse.Namespace:
+    """The options of a command line, `kind` being sft or dpo. Raises ValueError where one is missing or they contradict each other."""
+    parser = Parser(f"prepare-{kind}", f"Prepare data for {kind.upper()}: rows to token ids, once, offline.")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        metavar="NAME[:WEIGHT]",
+        help=f"a dataset of the hub ({', '.join(HUBS[kind])}), or a file or folder of your own; can be given several times, with weights: "
+        "0.5 takes half of its rows, 2 takes each twice",
+    )
+    parser.add_argument("--source", help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--tokenizer",
+        help="that of the model to train: its folder or hub name, or a SentencePiece .model; default: the model of the recipe "
+        f"{RECIPES[kind][0]}, if it is there",
+    )
+    parser.add_argument("--template", choices=TEMPLATES, default="chatml", help="chat format: ChatML, or the tokenizer's own template")
+    parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens (pairs: prompt and longer answer)")
+    parser.add_argument("--too_long", choices=TOO_LONG, default="drop", help="what happens to longer ones; split_turns: SFT only")
+    parser.add_argument("--max_samples", type=_count, help="use the first N rows of each source only")
+    parser.add_argument("--system_prompt", help="system message for rows that have none")
+    parser.add_argument(
+        "--val_size", type=_count, help="validation rows; default 1 %%, at most 1000; the upstream's own split if it has one"
+    )
+    parser.add_argument("--duplicates", choices=DUPLICATES, default="drop", help="drop exact copies, drop near copies too, or keep all")
+    parser.add_argument(
+        "--decontaminate", action="append", default=[], metavar="FILE", help="drop rows that quote a benchmark's rows (a file or folder)"
+    )
+    parser.add_argument("--max_dropped", type=_share, default=MANY_DROPPED, help="refuse when a larger share of the rows is unusable")
+    parser.add_argument("--revision", help="commit, tag or branch of the hub dataset")
+    parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation, and which a weight below 1 leaves out")
+    options = parser.parse_args(argv)
+    if not options.dataset and not options.source:
+        raise ValueError("give --dataset, or --source with a file of your own")
+    if options.source and options.dataset and len(options.dataset) > 1:
+        raise ValueError("--source stands for one dataset; name files of your own as --dataset FILE to combine several")
+    options.tokenizer = options.tokenizer or _model_of_recipe(kind)
+    return options
+
+
+def _model_of_recipe(kind: str) -> str:
+    """Return the model from which the shipped recipe of this kind starts, and say so. Raises ValueError where it is not there."""
+    name, key = RECIPES[kind]
+    model = yaml.safe_load(shipped(f"posttrain/recipes/{name}.yaml").read_text())[key]
+    if not Path(model).is_dir():
+        raise ValueError("whose token ids should the data have? Name the model to train: --tokenizer FOLDER_OR_HUB_NAME")
+    print(f"--tokenizer is not given: taking that of {model}, the model of the recipe {name}", flush=True)
+    return model
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def look(kind: str, options: argparse.Namespace) -> Sources:
+    """Find the sources of a command line. Raises ValueError or OSError where one is not there, or the output is."""
+    if Path(options.output_dir).exists():
+        raise FileExistsError(f"{options.output_dir} exists; remove it or give another --output_dir")
+    return find_sources(kind, options)
+
+
+def run(kind: str) -> None:
+    """Prepare data as this process's command line asks; an interrupt ends it with one line."""
+    options = parse(kind, sys.argv[1:])
+    look(kind, options)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        from data_prep.prepare import prepare_rows  # only now: it imports torch, transformers and datasets, which takes seconds
+
+        prepare_rows(kind, options)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

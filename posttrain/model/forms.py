@@ -1,0 +1,82 @@
+"""Which of the accepted forms of a model lies at a path, and what lies beside it. Imports no torch: a command asks before it loads."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from posttrain.common import hub
+from posttrain.engine import checkpoint_folder
+
+HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
+
+
+def is_ckpt_pt(path) -> bool:
+    """Return whether the name is that of a ckpt.pt file (.pt or .pth), there or not."""
+    return str(path).endswith((".pt", ".pth"))
+
+
+def find_model(path: str, how_to_make: str) -> None:
+    """Raise FileNotFoundError, which ends with `how_to_make`, unless there is a model at `path`. Reads no weights."""
+    place, seen = Path(path), "nothing"
+    if is_ckpt_pt(path):
+        found = place.is_file()
+    elif checkpoint_folder.is_checkpoint(place):
+        found, seen = (
+            (checkpoint_folder.model_description(place) / "config.json").is_file(),
+            "a checkpoint outside its run, whose model/ describes it",
+        )
+    elif (place / "run.json").is_file():
+        found, seen = False, "a run; its result is in final/, and checkpoints/step_* are taken, too"
+    elif place.is_dir():
+        found, seen = (place / "config.json").is_file(), "a folder without config.json"
+    elif found := hub.is_hub_name(path):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = hub.is_reachable() or isinstance(try_to_load_from_cache(path, "config.json"), str)
+        seen = "no such folder; as a hub name it is not in the local cache, and the hub cannot be reached"
+    if not found:
+        raise FileNotFoundError(f"there is no model at {path} (found {seen}). {how_to_make}")
+
+
+def tokenizer_beside(model_path: str) -> str | None:
+    """Return the path or hub name of the tokenizer beside a model in any accepted form, None if there is none."""
+    if hub.is_hub_name(model_path):
+        return model_path
+    folder = Path(model_path).parent if is_ckpt_pt(model_path) else Path(model_path)
+    if checkpoint_folder.is_checkpoint(folder):
+        folder = checkpoint_folder.model_description(folder)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(folder)
+    if (folder / "tokenizer.model").is_file():
+        return str(folder / "tokenizer.model")
+    return None
+
+
+def newest(place: str) -> str:
+    """Return where the model of a run directory is: final/ if it is as long as the recipe says, else the newest checkpoint.
+
+    Any other place is returned as it is. Raises FileNotFoundError for a run that has saved nothing yet.
+    """
+    run = Path(place)
+    if not (run / "run.json").is_file():
+        return place
+    final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")
+    lengths = json.loads((run / "run.json").read_text()).get("finished")
+    if final.is_dir() and lengths is not None:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        if not saved or all(recipe.get(name) == value for name, value in lengths.items()):
+            return str(final)
+    if not saved:
+        raise FileNotFoundError(f"the run {run} has saved no checkpoint yet")
+    return str(saved[-1])
+
+
+def name_of(place: str) -> str:
+    """Return a short name for what lies at `place`, without the folders that it lies in."""
+    path = Path(place).resolve() if Path(place).exists() else Path(place)
+    if checkpoint_folder.is_checkpoint(path):
+        return f"{path.parent.parent.name}-{path.name}"
+    if path.name == "final" and (path.parent / "run.json").is_file():
+        return path.parent.name
+    return path.stem if is_ckpt_pt(path) else path.name

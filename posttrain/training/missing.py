@@ -1,0 +1,31 @@
+"""Looks for what a recipe names and is not there, before torch is imported: a mistake is answered at once."""
+
+from pathlib import Path
+
+from posttrain.common import places
+from posttrain.data.manifest import is_raw, read_manifest
+from posttrain.model.forms import find_model, tokenizer_beside
+from posttrain.parallel.script import is_rank_0
+from posttrain.recipes.keys import Recipe
+
+
+def refuse_missing(recipe: Recipe) -> None:
+    """Raise FileNotFoundError or ValueError, with what to do, where the ds_config, the prepared data or the model is not there."""
+    found = places.find_ds_config(recipe.ds_config)
+    ours = places.shipped(recipe.ds_config)
+    if ours.is_file() and not ours.samefile(found) and is_rank_0():
+        print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
+    read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
+    find_model(recipe.model_path, recipe.how_to_make_model)
+
+
+def prepare_command(recipe: Recipe) -> str:
+    """Return the command that prepares the recipe's data with its model's tokenizer, for error messages.
+
+    Where the recipe names rows that are not prepared, these are what it prepares.
+    """
+    rows, folder = recipe.example_data, recipe.data_dir
+    if is_raw(Path(folder)):
+        rows, folder = folder, f"data/{Path(folder).name.partition('.')[0]}"
+    tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path) or recipe.model_path
+    return places.command(f"prepare-{recipe.kind}", "--dataset", rows, "--tokenizer", tokenizer, "--output_dir", folder)
