@@ -1,6 +1,6 @@
-"""Package metadata. Set up a working environment with `source launch/env.sh`, which installs this in editable mode.
+"""Package metadata. `source launch/env.sh` installs this in editable mode; `pip install .` and `pip wheel .` need no checkout afterwards.
 
-The scripts read ds_configs/ and recipes/ from the checkout, so only an editable install is supported.
+In a wheel ds_configs/ and launch/ lie inside posttrain/, where posttrain.common.places finds them; the command is `posttrain`.
 """
 
 import re
@@ -20,8 +20,18 @@ setup(
     description="SFT and DPO on DeepSpeed: from a base language model to an aligned assistant",
     license="MIT",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["posttrain", "posttrain.*"]), "data_prep"],
-    package_data={"posttrain": ["report.html"], "posttrain.recipes": ["*.yaml"], "posttrain.serving": ["page/*"]},
+    packages=[
+        *find_packages(include=["posttrain", "posttrain.*"]),
+        *("data_prep", "posttrain.ds_configs", "posttrain.launch", "posttrain.launch.doctor"),
+    ],
+    package_dir={"posttrain.ds_configs": "ds_configs", "posttrain.launch": "launch", "posttrain.launch.doctor": "launch/doctor"},
+    package_data={
+        "posttrain.ds_configs": ["*.json", "README.md"],
+        "posttrain.recipes": ["*.yaml"],
+        "posttrain.run": ["report.html"],
+        "posttrain.serving": ["page/*"],
+    },
+    entry_points={"console_scripts": ["posttrain=posttrain.cli.console:main"]},
     install_requires=[
         "deepspeed>=0.19.8",  # older ones scale gradients wrongly under accumulation, see posttrain/engine/start.py
         "torch>=2.11",
@@ -40,6 +50,8 @@ setup(
         "fastapi",  # the server: requests checked by type, answers streamed
         "uvicorn",
         "lm_eval[ifeval]>=0.4.13",  # benchmarks: the prompts and the scoring that the field compares with
+        "accelerate",  # lm_eval loads models with it, and does not ask for it
+        "httpx",  # asks the judge of preferences
         "scipy",  # tests and intervals of benchmarks; lm_eval brings it anyway
         "ninja",  # DeepSpeed compiles its ops with it
     ],

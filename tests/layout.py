@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 FOLDERS = (  # of posttrain/, lowest first; engine and run share a floor: neither imports the other
     *("common", "parallel", "data", "objectives", "operators", "recipes"),
-    *(("engine", "run"), "model", "planning", "serving", "evaluation", "training", "commands"),
+    *(("engine", "run"), "model", "planning", "serving", "evaluation", "training", "cli", "commands"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FOLDERS) for name in ([names] if isinstance(names, str) else names)}
 COMMANDS = {"sft", "dpo", "serve", "eval_benchmarks", "eval_preferences", "convert", "plan", "report"}
