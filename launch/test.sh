@@ -10,6 +10,7 @@ source launch/env.sh
 ruff check .
 ruff format --check .
 python tests/layout.py
+ty check
 shellcheck -x launch/*.sh launch/quickstart/*.sh benchmarks/*.sh tests/*.sh .ci/run
 shfmt -d -i 4 -ci launch/*.sh launch/quickstart/*.sh benchmarks/*.sh tests/*.sh .ci/run
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
