@@ -92,10 +92,11 @@ def test_commands_in_messages_are_right_from_another_folder(monkeypatch, tmp_pat
     assert places.in_this_form(text) == "    posttrain serve --a\n    posttrain eval --num_gpus 8 ...; see posttrain preview"
 
 
-def test_a_missing_model_names_what_to_give(arguments, monkeypatch):
+def test_a_missing_model_names_what_to_give(tiny, arguments, monkeypatch):
     message = fails(sft, monkeypatch, *arguments, "--checkpoint_path=./nowhere")
     assert "no model at ./nowhere" in message
     assert "--checkpoint_path=PATH" in message
+    assert f"Did you mean {tiny.base}?" in fails(sft, monkeypatch, *arguments, f"--checkpoint_path={tiny.folder}/bas")
     message = fails(sft, monkeypatch, *arguments, "--checkpoint_path=nowhere/ckpt.pt")
     assert "no model at nowhere/ckpt.pt" in message
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -230,8 +231,9 @@ def test_data_of_another_tokenizer_is_refused(tiny, arguments, monkeypatch, tmp_
     tokenizer.add_tokens(["lolo"])
     tokenizer.save_pretrained(other)
     message = fails(sft, monkeypatch, *arguments, f"--tokenizer={other}")
-    assert "was prepared with another tokenizer" in message
-    assert "Prepare the data again" in message
+    assert f"was prepared with another tokenizer, {tiny.base}'s, than {other}'s" in message
+    again = f"--source {tiny.folder}/sft.jsonl --tokenizer {other} --template chatml --output_dir {tiny.sft}_again"
+    assert message.endswith(f"prepare_sft.py {again}")
 
 
 def test_an_example_over_the_budget_is_named(arguments, monkeypatch):

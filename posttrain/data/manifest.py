@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from posttrain.common.errors import nearest_path
+
 FORMAT = 2
 KINDS = ("sft", "dpo")
 TEMPLATES = ("chatml", "tokenizer")  # chat formats: ChatML, or the tokenizer's own
@@ -30,7 +32,7 @@ def read_manifest(directory: str, make: str, kind: str | None = None) -> dict:
     if is_raw(path):
         raise ValueError(f"{path} holds rows that are not prepared yet. Prepare them, and name the folder that this makes:\n    {make}")
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no prepared data at {path}. Make it with\n    {make}")
+        raise FileNotFoundError(f"there is no prepared data at {path}.{nearest_path(directory)} Make it with\n    {make}")
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
     try:

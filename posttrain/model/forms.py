@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from posttrain.common import hub
+from posttrain.common.errors import nearest_path
 from posttrain.engine import checkpoint_folder
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
@@ -36,7 +37,8 @@ def find_model(path: str, how_to_make: str) -> None:
         found = hub.is_reachable() or isinstance(try_to_load_from_cache(path, "config.json"), str)
         seen = "no such folder; as a hub name it is not in the local cache, and the hub cannot be reached"
     if not found:
-        raise FileNotFoundError(f"there is no model at {path} (found {seen}). {how_to_make}")
+        hint = "" if place.exists() else nearest_path(path)
+        raise FileNotFoundError(f"there is no model at {path} (found {seen}).{hint} {how_to_make}")
 
 
 def tokenizer_beside(model_path: str) -> str | None:

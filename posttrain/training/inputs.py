@@ -5,6 +5,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+from posttrain.common.places import command
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.prepared import PreparedData
@@ -49,15 +50,25 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
     )
     chat = ChatFormat(tokenization.load_tokenizer(place, template), template)
     identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
+    maker = manifest["options"].get("tokenizer", "its maker")
     for what, value in identity.items():
         if manifest[what] != value:
             raise ValueError(
-                f"{recipe.data_dir} was prepared with another {what} ({manifest[what]}) than this model's ({value}): its token ids would "
-                "mean other words. Prepare the data again with --tokenizer naming the model's, or give --tokenizer here"
+                f"{recipe.data_dir} was prepared with another {what}, {maker}'s, than {place}'s: its token ids would mean other words. "
+                f"Prepare the data again, or give its --tokenizer here:\n    {_again(recipe, manifest)}"
             )
     if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
         _check_template(chat, recipe)
     return chat
+
+
+def _again(recipe: Recipe, manifest: dict) -> str:
+    """Return the command that prepares the same rows with the model's tokenizer."""
+    options = manifest["options"]
+    words = [word for name in options.get("dataset") or [] for word in ("--dataset", name)]
+    words += ["--source", options["source"]] if options.get("source") else []
+    words += ["--tokenizer", recipe.tokenizer or recipe.model_path, "--template", options.get("template", "chatml")]
+    return command(f"prepare-{recipe.kind}", *words, "--output_dir", f"{recipe.data_dir}_again")
 
 
 def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
