@@ -56,7 +56,7 @@ def run_script(script: Callable[[], None]) -> None:
         _fail(rank, details, "")
     _part()
     _flush()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0" and "POSTTRAIN_ALL_IS_WELL" in os.environ:  # launch/supervise.py started it
         from posttrain.parallel import stopping
 
         stopping.tell_that_all_is_well()
