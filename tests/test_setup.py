@@ -165,7 +165,7 @@ def test_a_launch_script_answers_help_before_set_up(tmp_path, path):
     assert is_untouched(place)
 
 
-@pytest.mark.parametrize("path", ["supervise.py", "multinode.py", "doctor/doctor.py"])
+@pytest.mark.parametrize("path", ["supervise.py", "multinode.py"])
 def test_help_of_a_launch_script_in_python_needs_no_package(path):
     done = subprocess.run([sys.executable, "-IS", ROOT / "launch" / path, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
