@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from deepspeed.ops.op_builder import CPUAdamBuilder  # ty: ignore[missing-module-member]
+from deepspeed.ops.adam.cpu_adam import CPUAdamBuilder
 
 from posttrain.common.terminal import say
 
