@@ -55,7 +55,7 @@ VARIABLES = {
 INDIFFERENT = {
     *("disable-pip-version-check", "no-color", "no-input", "no-python-version-warning", "progress-bar", "quiet", "verbose", "log"),
     *("cache-dir", "retries", "require-virtualenv", "use-feature", "root-user-action", "no-warn-script-location", "keyring-provider"),
-    *("break-system-packages", "exists-action", "no-compile", "compile", "config-file"),
+    *("user", "break-system-packages", "exists-action", "no-compile", "compile", "config-file"),
 }
 
 
@@ -96,8 +96,8 @@ def is_ready() -> bool:
 
 
 def is_ours(stamp: dict) -> bool:
-    """Whether .venv was completed at this place, which its scripts name, and by the Python that PYTHON names, if it does."""
-    if stamp.get("root") != str(ROOT):
+    """Whether .venv was completed at this place, which its scripts name, by a Python that is still there, and that PYTHON names, if set."""
+    if stamp.get("root") != str(ROOT) or not PYTHON.exists():
         return False
     if not (named := os.environ.get("PYTHON")):
         return True
@@ -125,7 +125,10 @@ def python_version() -> str:
 def torch_build() -> str:
     """CPU or CUDA, as the torch that is installed says."""
     code = "import torch; print('CUDA' if torch.version.cuda else 'CPU')"
-    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() or "CPU"
+    try:
+        return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() or "CPU"
+    except OSError:
+        return "CPU"
 
 
 def hash_of_inputs() -> str:
@@ -183,7 +186,7 @@ def set_up(lock: int) -> None:
         step = Steps(log, lock)
         if not PYTHON.exists():
             # in a process of its own, whose output goes to the log
-            step([sys.executable, "-I", "-m", "venv", str(VENV)], "making an empty environment", "it could not be made")
+            step([sys.executable, "-I", "-m", "venv", str(VENV)], "making an empty environment", "the environment could not be made")
         torch, extras = install(step, extras, before.get("torch"))
         code = f"import importlib; [importlib.import_module(name) for name in {IMPORTS.split()!r}]"
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
@@ -236,7 +239,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
     if foreign:
         raise WithoutUv(f"pip's setting {foreign[0]} has no counterpart in uv")
     program = VENV / "bin" / "uv"
-    if not program.exists() and step.fails([*pip_install(), "--quiet", "--retries=1", "uv"], "fetching the installer, uv (25 MB)"):
+    if not is_pinned(program) and step.fails([*pip_install(), "--quiet", "--retries=1", "uv"], "fetching the installer, uv (25 MB)"):
         raise WithoutUv("uv cannot be had")
     options, environment = for_uv(settings)
     command, kind = [str(program), "pip", "install", *options, "-e"], torch_before
@@ -246,7 +249,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
         planned = subprocess.run([*command, named(wanted), "--dry-run"], env=environment, capture_output=True, text=True)
         step.log.write(planned.stdout + planned.stderr)
         if planned.returncode:
-            raise WithoutUv("uv finds nothing to install")
+            raise WithoutUv("uv finds no packages that go together")
         packages = dict(re.findall(r"^ \+ (\S+)==(\S+)", planned.stderr, re.M))
         if "torch" in packages:
             kind = "CUDA" if any(name.startswith("nvidia-") for name in packages) else "CPU"
@@ -256,6 +259,14 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
     if step.fails([*command, named(wanted)], f"installing {counted(packages)}", environment):
         raise WithoutUv("uv fails")
     return kind, wanted
+
+
+def is_pinned(program: Path) -> bool:
+    """Whether uv is there in the version of constraints.txt."""
+    pin = re.search(r"^uv==(\S+)$", CONSTRAINTS.read_text(), re.M)
+    return program.exists() and (
+        pin is None or pin[1] in subprocess.run([program, "--version"], capture_output=True, text=True).stdout.split()
+    )
 
 
 def pip_install() -> list[str]:
@@ -348,7 +359,7 @@ class Steps:
         """Run a command; whether it failed."""
         print(f"\n{time.strftime('%F %T')} {' '.join(command)}", file=self.log, flush=True)
         live, started, shown = sys.stdout.isatty(), time.monotonic(), 0.0
-        environment = without(os.environ, "PYTHONPATH") if environment is None else environment
+        environment = environment or without(os.environ, "PYTHONPATH") | {"PIP_USER": "0"}  # which some have set, and fails in a .venv
         if not live:
             print(f"  {doing}", flush=True)
         how = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log, "pass_fds": [self.lock]}

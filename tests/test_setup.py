@@ -206,10 +206,15 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
     assert f"warning  this machine has a GPU, and {place}/.venv holds torch's CPU build" in gpu.stdout
     assert gpu.stdout.endswith("returned 0\n")
 
+    (place / ".venv" / "bin" / "python").unlink()  # as if the Python that it was made with had been removed
+    (place / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
+    assert subprocess.run([sys.executable, "-I", place / "launch" / "set_up.py", "--check"]).returncode == 1
+
     moved = place.rename(tmp_path / "moved")  # its scripts name the old place
     (moved / "backend.py").write_text((moved / "backend.py").read_text().replace(str(place), str(moved)))
-    elsewhere = source(moved, then="command -v uv", **index)
+    elsewhere = source(moved, then="command -v uv", **index, PIP_USER="1")
     assert f"Setting up {moved}/.venv" in elsewhere.stdout
+    assert "going on with pip" not in elsewhere.stdout
     assert elsewhere.stdout.endswith(f"returned 0\n{moved}/.venv/bin/uv\n")
 
 
