@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
 LONG = (
-    "launch two_hosts layouts terminal runs faults evaluate planted checkpoint plan compile mistakes docs warm page stopping kernels "
-    "serve data_prep templates report serving_parts convert layout"
+    "launch two_hosts layouts terminal runs faults install evaluate planted checkpoint plan compile mistakes docs warm page stopping "
+    "kernels serve data_prep templates report serving_parts convert layout"
 )
 
 

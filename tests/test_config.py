@@ -226,7 +226,7 @@ def test_a_key_of_another_trainer_is_translated(name):
     with pytest.raises(ValueError, match=f"unknown key '{name}'. Here it is ") as error:
         build_recipe(SFTRecipe, SFT, {name: "1"})
     first = str(error.value).partition("Here it is ")[2].split()[0].strip(".,;").partition("=")[0]
-    known = {*SFTRecipe.model_fields, *DPORecipe.model_fields, "nothing", "--max_length", "--template"}
+    known = {*SFTRecipe.model_fields, *DPORecipe.model_fields, "nothing", "--max_length", "--template", "--val_size"}
     assert first in known and name not in known
 
 
