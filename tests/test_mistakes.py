@@ -69,6 +69,13 @@ def test_rows_that_are_not_prepared_get_the_command_that_prepares_them(arguments
     assert message.endswith(f"prepare_sft.py --dataset {tmp_path}/{rows} --tokenizer {base} --output_dir data/{name}")
 
 
+def test_a_file_that_holds_no_rows_is_not_proposed_as_what_was_meant(arguments, monkeypatch, tmp_path):
+    (tmp_path / "rows.txt").touch()
+    message = fails(sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/rows.txt")
+    assert f"{tmp_path}/rows.txt is a file; prepared data is a folder" in message
+    assert "Did you mean" not in message
+
+
 def test_a_ds_config_of_ones_own_wins_over_the_shipped_one_and_is_told(tiny, arguments, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe_of("sft", [*arguments, "--ds_config=ds_configs/zero1.json"])

@@ -23,6 +23,6 @@ def nearest(name: str, known) -> str:
 def nearest_path(path: str) -> str:
     """Returns ' Did you mean X?', X being what lies in the same folder under the name closest to a path's that is not there; else ''."""
     folder = Path(path).parent
-    names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+    names = [one.name for one in folder.iterdir()] if folder.is_dir() and not Path(path).exists() else []
     close = difflib.get_close_matches(Path(path).name, names, n=1)
     return f" Did you mean {folder / close[0]}?" if close else ""

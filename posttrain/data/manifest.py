@@ -31,6 +31,8 @@ def read_manifest(directory: str, make: str, kind: str | None = None) -> dict:
     path = Path(directory)
     if is_raw(path):
         raise ValueError(f"{path} holds rows that are not prepared yet. Prepare them, and name the folder that this makes:\n    {make}")
+    if path.is_file():
+        raise ValueError(f"{path} is a file; prepared data is a folder, which data_prep makes from rows ({', '.join(ROWS)}, also with .gz)")
     if not path.is_dir():
         raise FileNotFoundError(f"there is no prepared data at {path}.{nearest_path(directory)} Make it with\n    {make}")
     if not (path / "manifest.json").is_file():
