@@ -145,7 +145,7 @@ def test_an_old_python_is_told_so(bare, tmp_path):
         f"hook = lambda event, args: event == 'open' and str(args[0]).startswith({str(ROOT)!r}) and print(args[0]);"
         f"sys.addaudithook(hook); runpy.run_path({str(ROOT / 'posttrain/sft.py')!r}, run_name='__main__')"
     )
-    done = subprocess.run([bare, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([bare, "-X", f"pycache_prefix={tmp_path}", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr.startswith("error: this is Python 3.8 (") and "needs 3.11 or newer" in done.stderr, done.stderr
     assert done.returncode == 1 and "Traceback" not in done.stderr
     read = {Path(line) for line in done.stdout.splitlines() if line.endswith(".py")} | {ROOT / script for script in SCRIPTS}
