@@ -119,7 +119,9 @@ def read_stamp() -> dict:
 
 
 def python_version() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
+    """The version of .venv's Python, which may be another than the one that runs this; empty where there is none."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() if PYTHON.exists() else ""
 
 
 def torch_build() -> str:
@@ -172,22 +174,27 @@ def only_one():
 
 
 def set_up(lock: int) -> None:
-    """Make .venv, install, and write the stamp, which is there only while .venv is whole."""
+    """Make .venv or bring it up to date, and write the stamp.
+
+    While .venv is brought up to date the stamp says so: if that fails, what is there stays, and the next call tries again.
+    """
     started, before = time.monotonic(), read_stamp()
     before = before if is_ours(before) else {}
     extras = sorted({*wanted_extras(), *before.get("extras", [])})
     VENV.mkdir(exist_ok=True)
     if before:
-        STAMP.unlink()
+        STAMP.write_text(json.dumps(before | {"inputs": "", "extras": extras}))
     else:
+        STAMP.unlink(missing_ok=True)
         clear_what_is_half_made()
-    print(f"{'Bringing up to date' if before else 'Setting up'} {VENV}, Python {sys.version.split()[0]}. Log: {LOG}", flush=True)
+    python = python_version() or "{}.{}".format(*sys.version_info)
+    print(f"{'Bringing up to date' if before else 'Setting up'} {VENV}, Python {python}. Log: {LOG}", flush=True)
     with LOG.open("a") as log:
         step = Steps(log, lock)
         if not PYTHON.exists():
             # in a process of its own, whose output goes to the log
             step([sys.executable, "-I", "-m", "venv", str(VENV)], "making an empty environment", "the environment could not be made")
-        torch, extras = install(step, extras, before.get("torch"))
+        torch, extras = install(step, extras)
         code = f"import importlib; [importlib.import_module(name) for name in {IMPORTS.split()!r}]"
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
@@ -215,26 +222,30 @@ def clear_what_is_half_made() -> None:
         raise SetUpError(f"{VENV} is none that set-up made, and has no Python 3.11 or newer with pip: move it away")
 
 
-def install(step: "Steps", extras: list[str], torch_before: str | None) -> tuple[str, list[str]]:
+def install(step: "Steps", extras: list[str]) -> tuple[str, list[str]]:
     """Install the package with its extras; returns torch's build, CPU or CUDA, and the extras.
 
     uv takes a tenth of pip's time; pip is what everybody has set up, so it decides where uv would do otherwise or fails.
     """
+    failed = "the packages could not be installed: see that the index can be reached (PIP_INDEX_URL names another)"
     try:
-        return by_uv(step, pip_settings(), extras, torch_before)
+        command, environment, installed = by_uv(step, pip_settings(), extras)
     except WithoutUv as reason:
         sizes = "; ".join(f"{download} GB to download, {disk} GB on disk for {kind}" for kind, (download, disk) in SIZES.items())
         print(f"  {reason}: going on with pip, which takes some minutes longer (torch's build decides: {sizes})", flush=True)
-    pip, failed = pip_install(), "the packages could not be installed: see that the index can be reached (PIP_INDEX_URL names another)"
-    step([*pip, "-e", named(extras)], "installing", failed)
-    kind = torch_build()
-    if with_gpu(extras, kind) != extras:
-        step([*pip, "-e", named(with_gpu(extras, kind))], "installing kernels for GPUs", failed)
+        command, environment, installed = [*pip_install(), "-e"], None, extras
+        step([*command, named(extras)], "installing", failed)
+    kind = torch_build()  # of what is installed, which what was planned need not tell
+    if with_gpu(extras, kind) != installed:
+        step([*command, named(with_gpu(extras, kind))], "installing kernels for GPUs", failed, environment)
     return kind, with_gpu(extras, kind)
 
 
-def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_before: str | None) -> tuple[str, list[str]]:
-    """Install by uv, saying before what will be downloaded. Raises WithoutUv where it cannot be had, or cannot do it."""
+def by_uv(step: "Steps", settings: dict[str, str], extras: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
+    """Install by uv, saying before what will be downloaded; returns the command, its environment, and the extras that it installed.
+
+    Raises WithoutUv where uv cannot be had, or cannot do it.
+    """
     foreign = sorted(settings.keys() - OPTIONS.keys() - SWITCHES.keys() - VARIABLES.keys() - INDIFFERENT)
     if foreign:
         raise WithoutUv(f"pip's setting {foreign[0]} has no counterpart in uv")
@@ -242,7 +253,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
     if not is_pinned(program) and step.fails([*pip_install(), "--quiet", "--retries=1", "uv"], "fetching the installer, uv (25 MB)"):
         raise WithoutUv("uv cannot be had")
     options, environment = for_uv(settings)
-    command, kind = [str(program), "pip", "install", *options, "-e"], torch_before
+    command, kind = [str(program), "pip", "install", *options, "-e"], None
     print("  looking up what is needed", flush=True)
     # twice where torch turns out to be the build for CUDA: then there are kernels to install with it
     for wanted in (extras, with_gpu(extras, "CUDA")):
@@ -252,13 +263,13 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str], torch_befo
             raise WithoutUv("uv finds no packages that go together")
         packages = dict(re.findall(r"^ \+ (\S+)==(\S+)", planned.stderr, re.M))
         if "torch" in packages:
-            kind = "CUDA" if any(name.startswith("nvidia-") for name in packages) else "CPU"
+            kind = "CUDA" if any(name.startswith("nvidia-") for name in packages) else torch_build()
         if wanted == with_gpu(extras, kind):
             break
     announce(packages, kind)
     if step.fails([*command, named(wanted)], f"installing {counted(packages)}", environment):
         raise WithoutUv("uv fails")
-    return kind, wanted
+    return command, environment, wanted
 
 
 def is_pinned(program: Path) -> bool:

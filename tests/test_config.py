@@ -70,6 +70,9 @@ def test_the_command_line_replaces_the_files_way_to_say_how_long_the_warmup_is()
     in_file = SFT | {"warmup_ratio": 0.1}
     assert build_recipe(SFTRecipe, in_file, {"warmup_iters": "0"}).warmup_ratio is None
     assert build_recipe(SFTRecipe, in_file, {}).warmup_iters is None
+    for neither in ({"warmup_ratio": "none"}, {"warmup_iters": "none", "warmup_ratio": "none"}):
+        recipe = build_recipe(SFTRecipe, in_file | {"warmup_iters": None}, neither)
+        assert (recipe.warmup_iters, recipe.warmup_ratio) == (0, None)
 
 
 def test_none_is_a_choice_where_it_is_one():

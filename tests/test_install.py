@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -21,6 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_runs import sft_arguments
 
+from posttrain.cli import console
+from posttrain.cli.console import split_launcher
 from posttrain.common.places import COMMANDS
 
 SCRIPTS = [*dict(COMMANDS.values()), "posttrain/cli/console.py"]
@@ -272,3 +275,33 @@ def test_an_interrupt_of_a_cell_lets_the_run_save(tiny, tmp_path):
     assert "All is saved; the same command goes on with step" in told
     assert told.rstrip().endswith("KeyboardInterrupt")
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.slow
+def test_a_run_saves_when_the_notebook_is_gone_and_one_that_stopped_early_is_not_taken_for_finished(tiny, tmp_path):
+    words = dict(word.removeprefix("--").split("=") for word in sft_arguments(tiny, tmp_path / "run", "--max_iters=2000"))
+    environment = rank_environment() | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"from posttrain import sft; sft(**{words!r})"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as cell:
+        next(line for line in cell.stdout if line.startswith("step 2/"))
+        cell.kill()
+    deadline = time.monotonic() + 60
+    while not (saved := list((tmp_path / "run" / "checkpoints").glob("step_*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    again = [sys.executable, "-c", f"from posttrain import sft; sft(time_limit='1s', **{words!r})"]
+    while "is in use by another process" in (done := subprocess.run(again, capture_output=True, text=True, env=environment)).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert "RuntimeError: posttrain sft saved and stopped before its last step" in done.stderr, done.stdout
+    assert f"continuing after step {int(saved[0].name.removeprefix('step_'))}" in done.stdout
+
+
+def test_several_hosts_are_for_the_script_that_reaches_them():
+    launcher, others = split_launcher(["-H", "hosts", "--num_gpus", "8", "mine.yaml", "--max_restarts=2"])
+    assert others == ["mine.yaml"]
+    assert console._as_environment([one for one in launcher if "restarts" not in one]) == {"HOSTFILE": "hosts", "NUM_GPUS": "8"}
+    with pytest.raises(ValueError, match="--include does not go together with several hosts. They take --hostfile, --num_gpus"):
+        console._as_environment(["--hostfile=hosts", "--include=localhost:1"])
+    with pytest.raises(ValueError, match="several hosts are named by --hostfile FILE"):
+        console._as_environment(["--node_rank=1"])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from posttrain.objectives.losses import LOSSES, PairLogps, rewards
 from posttrain.operators import logprob
 from posttrain.recipes.keys import SFTRecipe
-from posttrain.training.schedule import learning_rate
+from posttrain.recipes.reading import build_recipe
+from posttrain.training.schedule import learning_rate, with_warmup
 
 OPTIONS = {"beta": 0.5, "label_smoothing": 0.1, "simpo_gamma": 0.7}
 LENGTHS = PairLogps(torch.tensor([4.0, 10.0, 1.0]), torch.tensor([8.0, 2.0, 3.0]))
@@ -141,6 +142,16 @@ def test_learning_rate_at_the_corners():
     assert learning_rate(recipe.model_copy(update={"warmup_iters": 0, "min_lr": 0.0}), 1, 1) == 1.0  # a run of one step
     held = recipe.model_copy(update={"decay_lr": False})
     assert [learning_rate(held, step, 109) for step in (1, 60, 109)] == pytest.approx([0.1, 1.0, 1.0])
+
+
+def test_a_share_of_the_steps_as_warmup(tmp_path):
+    values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": str(tmp_path), "max_iters": 100, "global_batch_size": 8}
+    recipe = build_recipe(SFTRecipe, values | {"warmup_ratio": 0.5, "lr_decay_iters": 40}, {})
+    assert with_warmup(recipe, 70).warmup_iters == 35
+    with pytest.raises(ValueError, match="lr_decay_iters 40 is not after warmup_iters 40"):
+        with_warmup(recipe, 79)
+    (tmp_path / "run.json").write_text('{"warmup_iters": 7}')
+    assert with_warmup(recipe, 100).warmup_iters == 7  # as it was when the run began
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 13])

@@ -16,7 +16,7 @@ from posttrain.data.parts import IGNORE
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import GPUS, find_gpu
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
-from posttrain.planning.shapes import SHAPES
+from posttrain.planning.shapes import SHAPES, assumed_shape
 from posttrain.planning.work import read_model_shape
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe
@@ -171,6 +171,8 @@ def test_this_machine_and_the_data_that_is_there(tiny, tmp_path):
         ("a100-40gb", "A100 with 40 GB", 40, 312),
         ("NVIDIA A100-SXM4-80GB", "A100", 80, 312),
         ("NVIDIA GH200 480GB", "GH200", 96, 989),
+        ("NVIDIA GH200 120GB", "GH200", 96, 989),
+        ("rtx 3080 12gb", "RTX 3080 with 12 GB", 12, 60),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 48, 364),
         ("NVIDIA RTX A6000", "RTX A6000", 48, 155),
     ],
@@ -203,6 +205,15 @@ def test_the_shape_that_is_assumed_is_of_the_size_in_the_models_name(path, size)
             read_model_shape(recipe, None)
     else:
         assert read_model_shape(recipe, None)[0].to_dict() == SHAPES[size].config().to_dict()
+
+
+def test_no_shape_is_assumed_for_something_else_that_is_there(tmp_path):
+    run = tmp_path / "llama-8b"
+    run.mkdir()
+    (run / "run.json").touch()
+    recipe = build_recipe(SFTRecipe, {"out_dir": "run", "checkpoint_path": str(run), "sft_data_dir": "x", "global_batch_size": 8}, {})
+    with pytest.raises(FileNotFoundError, match="found a run; its result is in final/"):
+        assumed_shape(recipe, None)
 
 
 def test_the_size_of_a_mixture_of_experts_is_not_taken_for_a_dense_models():

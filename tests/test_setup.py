@@ -241,6 +241,16 @@ def test_set_up_goes_on_after_it_failed_or_was_killed(tmp_path, index):
     assert "127.0.0.1" in log.read_text()  # the failure's log is still there
     assert stamp(place)["torch"] == "CPU"
 
+    installed = sorted(path.name for path in (place / ".venv").glob("lib/python*/site-packages/*"))
+    for _ in range(2):  # where there is no network, what is there stays
+        offline = source(
+            place, **{"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0"}, POSTTRAIN_EXTRAS="dev"
+        )
+        assert f"Bringing up to date {place}/.venv" in offline.stdout
+        assert offline.stdout.endswith("returned 1\n"), offline.stdout
+    assert installed == sorted(path.name for path in (place / ".venv").glob("lib/python*/site-packages/*"))
+    assert (stamp(place)["extras"], stamp(place)["inputs"]) == (["dev"], "")
+
 
 @pytest.mark.slow
 def test_an_environment_made_by_hand_is_not_deleted(tmp_path, index):

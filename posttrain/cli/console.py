@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import ctypes
 import io
 import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -13,15 +15,24 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # the folder with posttrain in it, which need not be installed
 
 from posttrain.common.errors import nearest
-from posttrain.common.places import COMMANDS, CONSOLE, ON_RANKS, shipped
+from posttrain.common.places import COMMANDS, CONSOLE, ON_RANKS, PARENT, shipped
 from posttrain.parallel.script import run_script
 
-# options of DeepSpeed's launcher, which it takes before the script
-WITH_VALUE = ("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--master_port", "--master_addr", "--node_rank")
-WITH_VALUE += ("--launcher", "--launcher_args", "--ssh_port", "--bind_core_list", "--venv_script", "--max_restarts")
-ALONE = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank")
+# options of DeepSpeed's launcher, which it takes before the script, and --max_restarts of launch/supervise.py
+WITH_VALUE = ("--num_gpus", "--include", "--exclude", "--hostfile", "--node_rank", "--master_addr", "--master_port")
+WITH_VALUE += ("--bind_core_list", "--max_restarts")
+ALONE = ("--bind_cores_to_rank",)
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 SHORT = {"--hostfile": "-H", "--include": "-i", "--exclude": "-e"}
-SEVERAL_HOSTS = ("--num_nodes", "--hostfile", "--no_ssh")
+SEVERAL_HOSTS = ("--hostfile", "--node_rank", "--master_addr")
+# those that launch/multinode.py takes, which passes on signals and settings to other hosts, as the environment variables that it reads
+ON_HOSTS = {
+    "--hostfile": "HOSTFILE",
+    "--num_gpus": "NUM_GPUS",
+    "--node_rank": "NODE_RANK",
+    "--master_addr": "MASTER_ADDR",
+    "--master_port": "MASTER_PORT",
+}
 
 
 def usage() -> str:
@@ -29,7 +40,10 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["posttrain COMMAND ...        each command has --help", "posttrain --version", "", "commands:"]
     lines += [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
-    lines += ["", f"{', '.join(sorted(ON_RANKS))} run on several GPUs with --num_gpus N. They take more options of DeepSpeed's launcher:"]
+    lines += [
+        "",
+        f"{', '.join(sorted(ON_RANKS))} run on several GPUs with --num_gpus N, on several hosts with --hostfile FILE. All such options:",
+    ]
     return "\n".join([*lines, textwrap.fill(" ".join((*WITH_VALUE, *ALONE)), 100, initial_indent="  ", subsequent_indent="  ")])
 
 
@@ -50,6 +64,8 @@ def split_launcher(words: list[str]) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     """Do what the command `posttrain` was asked for."""
+    if parent := os.environ.pop(PARENT, None):
+        _end_with(int(parent))
     run_script(lambda: _start(sys.argv[1:]))
 
 
@@ -72,8 +88,29 @@ def _start(words: list[str]) -> None:
     if name != "eval":
         _check_recipe(name, others, any(one.startswith(SEVERAL_HOSTS) for one in launcher))
     restarts = [one for one in launcher if one.startswith("--max_restarts")]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *(one for one in launcher if one not in restarts)]
+    launcher = [one for one in launcher if one not in restarts] or ["--num_gpus=1"]  # as without restarts
+    if any(one.startswith(SEVERAL_HOSTS) for one in launcher):
+        os.environ.update(_as_environment(launcher))
+        _become(str(shipped("launch/multinode.py")), *restarts, script, *others)
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *launcher]
     _become(str(shipped("launch/supervise.py")), *restarts, *deepspeed, script, *others)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel send SIGTERM, at which a run saves and stops, when the process `parent` ends, in whatever way; Linux only."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)  # it outlives exec
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _as_environment(launcher: list[str]) -> dict[str, str]:
+    """Return the options of a run on several hosts as launch/multinode.py takes them. Raises ValueError for one that it does not take."""
+    options = {name: value for name, _, value in (one.partition("=") for one in launcher)}
+    other = sorted(options.keys() - ON_HOSTS.keys())
+    if other or "--hostfile" not in options:
+        what = f"{other[0]} does not go together with several hosts" if other else "several hosts are named by --hostfile FILE"
+        raise ValueError(f"{what}. They take {', '.join(ON_HOSTS)}; a line of the hostfile reads NAME slots=GPUS")
+    return {ON_HOSTS[name]: value for name, value in options.items()}
 
 
 def _check_recipe(kind: str, words: list[str], several_hosts: bool) -> None:

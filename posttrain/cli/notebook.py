@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.common.places import CONSOLE, PACKAGE
+from posttrain.common.places import CONSOLE, PACKAGE, PARENT
 
 KEPT = 200  # lines of output in which the message of a failure is looked for
 SHOWN = 20  # lines of it that an error shows where there is no message
@@ -60,7 +60,8 @@ def sft(recipe: str | Path | None = None, *, num_gpus: int = 1, **keys: object) 
 
     `recipe` is a YAML file and `keys` are the recipe's, which win: sft(checkpoint_path="meta-llama/Llama-3.2-1B", sft_data_dir=data,
     out_dir="runs/mine", num_gpus=2). Raises ValueError for a mistake in them, and RuntimeError, with the run's message, where the run
-    fails. An interrupt is passed on: the run saves and stops, and the same call resumes it.
+    fails or stops before its last step. An interrupt, or the end of this process, is passed on: the run saves and stops, and the same
+    call resumes it.
     """
     return _train("sft", recipe, num_gpus, keys)
 
@@ -75,14 +76,22 @@ def _train(kind: str, recipe: str | Path | None, num_gpus: int, keys: dict[str, 
 
     words = [str(recipe)] if recipe is not None else []
     words += [f"--{name}={value}" for name, value in keys.items()]
-    out_dir = Path(load_recipe_of(kind, words).out_dir)
+    asked = load_recipe_of(kind, words)
     _run([kind, *([f"--num_gpus={num_gpus}"] if num_gpus > 1 else []), *words])
+    out_dir = Path(asked.out_dir)
+    if not asked.only_looks:
+        length = json.loads((out_dir / "run.json").read_text()).get("finished") or {}
+        if any(length.get(name) != getattr(asked, name) for name in ("max_iters", "epochs")):
+            raise RuntimeError(
+                f"posttrain {kind} saved and stopped before its last step, by a signal or its time_limit: {out_dir}/final is not there, or "
+                "of a shorter run. The same call resumes it"
+            )
     return FinishedRun(out_dir)
 
 
 def _run(words: list[str]) -> None:
     """Run a command of `posttrain` to its end and print what it prints. Raises RuntimeError, with its message, where it fails."""
-    environment = os.environ | {CONSOLE: "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {CONSOLE: "1", PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(PACKAGE / "cli" / "console.py"), *words]
     lines: deque[str] = deque(maxlen=KEPT)
     interrupted = False

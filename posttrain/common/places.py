@@ -13,6 +13,7 @@ from posttrain.common.errors import nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONSOLE = "POSTTRAIN_CONSOLE"  # set in the environment where the command `posttrain` was used: messages then name commands in its form
+PARENT = "POSTTRAIN_PARENT"  # the process id of the Python program that called a command as a function, with which the command ends
 
 # the commands of `posttrain`: the script that each runs, and what it does
 COMMANDS = {
@@ -48,12 +49,16 @@ def uses_console() -> bool:
     return CONSOLE in os.environ or not is_checkout()
 
 
-def command(name: str, *words: object, ranks: int = 1) -> str:
+def command(name: str, *words: object, ranks: int = 1, several_hosts: bool = False) -> str:
     """Return a command line to show to the user, in the form in which this process was started.
 
-    `name` is one of COMMANDS and `words` its arguments; with `ranks` above 1 it starts so many processes on this machine.
+    `name` is one of COMMANDS and `words` its arguments; with `ranks` above 1 it starts so many processes on this machine, and with
+    `several_hosts` (sft or dpo) those of the hosts of a hostfile.
     """
     shown = [shlex.quote(str(word)) for word in words]
+    if several_hosts:
+        start = f"posttrain {name} --hostfile HOSTFILE" if uses_console() else f"HOSTFILE=launch/hostfile bash launch/{name}_multinode.sh"
+        return " ".join([start, *shown])
     if uses_console():
         return " ".join(["posttrain", name, *([f"--num_gpus {ranks}"] if ranks > 1 else []), *shown])
     script = COMMANDS[name][0]

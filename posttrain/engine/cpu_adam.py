@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -94,21 +95,23 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 
 
 def _compile(folder: Path) -> None:
-    """Compile in a folder of this host's, then rename it, so that other hosts and later runs see it whole or not at all."""
+    """Compile in a folder of this process's, then rename it, so that others see it whole or not at all, locks or none."""
     _check_tools()
     from torch.utils import cpp_extension  # it takes setuptools along, for which other runs need not wait
 
     say(f"compiling  DeepSpeed's CPU Adam, which offload uses, into {folder}: once, a minute or more")
-    place = folder.parent / f"building-{socket.gethostname()}"
-    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
-    (place / NAME).mkdir(parents=True)
+    place = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    (place / NAME).mkdir()
     libraries = cpp_extension.TORCH_LIB_PATH
     try:
         cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)  # torch 2.13 hands a path with a space to the linker as several words
         with _environment(TORCH_EXTENSIONS_DIR=str(place), PATH=_path_with_ninja()):
             CPUAdamBuilder().load(verbose=False)
-        with contextlib.suppress(OSError):  # another host was first
+        try:
             (place / NAME).rename(folder)
+        except OSError:
+            if not _library(folder).is_file():  # else another process was first
+                raise
     except (RuntimeError, OSError) as error:
         raise ValueError(f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled: {_last_lines(str(error))}") from error
     finally:
@@ -120,7 +123,7 @@ def _compile(folder: Path) -> None:
 def _check_tools() -> None:
     """Raises ValueError, naming what to install, without a C++ compiler or Python's headers."""
     compiler = os.environ.get("CXX", "c++")
-    missing = None if shutil.which(compiler) else (compiler, "c++")
+    missing = None if shutil.which(shlex.split(compiler)[0]) else (compiler, "c++")
     if not missing and not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing = ("Python.h", "Python.h")
     if missing:

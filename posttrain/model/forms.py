@@ -55,6 +55,14 @@ def tokenizer_beside(model_path: str) -> str | None:
     return None
 
 
+def template_of_run(model_path: str) -> str | None:
+    """Return the chat format, chatml or tokenizer, of the data on which the run whose final/ this is was trained; None for other models."""
+    description = Path(model_path).parent / "data.json"
+    if Path(model_path).name != "final" or not description.is_file():
+        return None
+    return json.loads(description.read_text()).get("template_name")
+
+
 def newest(place: str) -> str:
     """Return where the model of a run directory is: final/ if it is as long as the recipe says, else the newest checkpoint.
 

@@ -91,7 +91,7 @@ def find_gpu(name: str) -> Device:
     for known, device in GPUS.items():
         if set(known.split()) == words - sizes:
             memory = max((int(size.removesuffix("gb")) * 2**30 for size in sizes), default=device.memory)
-            is_usual = abs(memory / device.memory - 1) < 0.1 or memory > 2 * device.memory  # a GH200's name says its host's memory
+            is_usual = abs(memory / device.memory - 1) < 0.1 or known == "gh200"  # whose name says its host's memory
             return device if is_usual else with_memory(device, memory)
     raise ValueError(
         f"--gpu={name} is not one of the GPUs whose speed is known here; give its memory instead: --gpu_memory=24 (GB). "

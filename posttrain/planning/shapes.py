@@ -1,6 +1,7 @@
 """Shapes of well-known models, by their size, which plan.py assumes where the recipe's model is not there yet."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.model.forms import find_model
@@ -47,11 +48,14 @@ SHAPES = {
 def assumed_shape(recipe: Recipe, assumed: str | None) -> Shape | None:
     """Return the shape that stands in for the recipe's model, the one that `assumed` names or that of the size in the model's name.
 
-    Returns None where the model is there. Raises ValueError for `assumed` then, and for a name without a size that is known.
+    Returns None where the model is there. Raises ValueError for `assumed` then, and for a name without a size that is known;
+    FileNotFoundError where something else lies at the model's path.
     """
     try:
-        find_model(recipe.model_path, "")
+        find_model(recipe.model_path, recipe.how_to_make_model)
     except FileNotFoundError:
+        if Path(recipe.model_path).exists():
+            raise
         return SHAPES[assumed or _size_in_name(recipe.model_path)]
     if assumed:
         raise ValueError(f"--model={assumed} would not be read: the recipe's model, {recipe.model_path}, is there. Remove it")

@@ -90,6 +90,8 @@ def _build(kind: type[Recipe], file: dict, overrides: dict) -> tuple[Recipe, lis
         values["epochs"] = kind.usual_epochs
     if "warmup_ratio" in _given(values):
         values["warmup_iters"] = None
+    elif "warmup_iters" not in _given(values):
+        values["warmup_iters"] = 0
     try:
         recipe = kind(**values)
     except ValidationError as error:
@@ -130,8 +132,7 @@ def _refuse_unread(recipe: Recipe) -> None:
         raise ValueError(idle.mistake)
     if recipe.min_lr > recipe.learning_rate:
         raise ValueError(f"min_lr {recipe.min_lr:g} is above learning_rate {recipe.learning_rate:g}")
-    if recipe.lr_decay_iters and recipe.lr_decay_iters <= (recipe.warmup_iters or 0):
-        raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
+    refuse_decay_in_warmup(recipe)
     if 0 < recipe.skip_spikes <= 1:
         raise ValueError(f"skip_spikes={recipe.skip_spikes:g} would refuse every other step: give a factor well above 1, or 0 for off")
     if recipe.eval_only and recipe.replay_step:
@@ -141,6 +142,12 @@ def _refuse_unread(recipe: Recipe) -> None:
     if isinstance(recipe, DPORecipe) and LOSSES[recipe.loss].needs_smoothing and not recipe.label_smoothing:
         example = "1e-3" if recipe.loss == "exo_pair" else "0.1"
         raise ValueError(f"loss {recipe.loss} needs a label_smoothing above 0, for example {example}")
+
+
+def refuse_decay_in_warmup(recipe: Recipe) -> None:
+    """Raise ValueError where the cosine would end before it begins; a warmup_ratio is looked at once its steps are known."""
+    if recipe.lr_decay_iters and recipe.lr_decay_iters <= (recipe.warmup_iters or 0):
+        raise ValueError(f"lr_decay_iters {recipe.lr_decay_iters} is not after warmup_iters {recipe.warmup_iters}: no step would decay")
 
 
 def readers() -> dict[str, list[str]]:

@@ -165,7 +165,7 @@ def finish(training: Training, run: Run) -> None:
     on_rank_0(write)
     run.finished()
     run.say(f"saved {run.final}")
-    tell_what_next(run)
+    tell_what_next(run, training.data.manifest["template_name"])
     run.close()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from posttrain.common import places
 from posttrain.data.manifest import is_raw, read_manifest
-from posttrain.model.forms import find_model, tokenizer_beside
+from posttrain.model.forms import find_model, template_of_run, tokenizer_beside
 from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import Recipe
 
@@ -28,4 +28,6 @@ def prepare_command(recipe: Recipe) -> str:
     if is_raw(Path(folder)):
         rows, folder = folder, f"data/{Path(folder).name.partition('.')[0]}"
     tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path) or recipe.model_path
-    return places.command(f"prepare-{recipe.kind}", "--dataset", rows, "--tokenizer", tokenizer, "--output_dir", folder)
+    template = template_of_run(recipe.model_path)
+    form = [] if template in (None, "chatml") else ["--template", template]
+    return places.command(f"prepare-{recipe.kind}", "--dataset", rows, "--tokenizer", tokenizer, *form, "--output_dir", folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posttrain.data import batches
 from posttrain.recipes.keys import Recipe
+from posttrain.recipes.reading import refuse_decay_in_warmup
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -19,12 +20,15 @@ def with_warmup(recipe: Recipe, steps: int) -> Recipe:
     """Return the recipe of a run of `steps` steps with warmup_iters set where it gives warmup_ratio: a share, rounded up, of its steps.
 
     An existing run keeps the number that it was created with, so that extending it does not take its learning rate back into the warmup.
+    Raises ValueError where lr_decay_iters lies within the warmup.
     """
     if recipe.warmup_ratio is None:
         return recipe
     stored = Path(recipe.out_dir) / "run.json"
     warmup = json.loads(stored.read_text())["warmup_iters"] if stored.exists() else math.ceil(recipe.warmup_ratio * steps)
-    return recipe.model_copy(update={"warmup_iters": warmup})
+    recipe = recipe.model_copy(update={"warmup_iters": warmup})
+    refuse_decay_in_warmup(recipe)
+    return recipe
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
