@@ -286,7 +286,7 @@ def test_a_run_saves_when_the_notebook_is_gone_and_one_that_stopped_early_is_not
         next(line for line in cell.stdout if line.startswith("step 2/"))
         cell.kill()
     deadline = time.monotonic() + 60
-    while not (saved := list((tmp_path / "run" / "checkpoints").glob("step_*"))):
+    while not (saved := list((tmp_path / "run" / "checkpoints").glob("step_??????"))):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     again = [sys.executable, "-c", f"from posttrain import sft; sft(time_limit='1s', **{words!r})"]
