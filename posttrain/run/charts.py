@@ -33,6 +33,9 @@ def draw(title: str, curves: list[Curve], log_scale: bool = False):
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     for curve in curves:
         style = {"color": curve.colour, "linestyle": "--" if curve.dashed else "-", "label": curve.label}
+        if curve.sparse and curve.dashed:  # validations beside training: a line between the few points would read like a curve
+            axes.plot(curve.steps, curve.values, "o", markersize=5, color=curve.colour, markeredgecolor="white", label=curve.label)
+            continue
         if curve.sparse or len(curve.steps) < 20:
             axes.plot(curve.steps, curve.values, marker="o", markersize=4, linewidth=1.6, **style)
             continue
