@@ -14,9 +14,11 @@ from pathlib import Path
 def main() -> None:
     """Print the estimates for a command line. Raises ValueError or OSError for a mistake in it."""
     from posttrain.common.options import Parser
+    from posttrain.data.manifest import read_manifest
     from posttrain.planning.machines import device_of, this_machine
     from posttrain.planning.shapes import SHAPES, assumed_shape
     from posttrain.recipes.reading import load_recipe_of_either_kind
+    from posttrain.training.missing import prepare_command
 
     parser = Parser("plan", __doc__)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, or ranks on a CPU; default 8")
@@ -36,6 +38,8 @@ def main() -> None:
     device = None if here else device_of(options.gpu, options.gpu_memory)
     recipe = load_recipe_of_either_kind(others)
     assumed_shape(recipe, options.model)
+    if Path(recipe.data_dir).exists():
+        read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
     from posttrain.planning.table import table  # only now: it imports torch and transformers, which takes seconds
 
     device = device or this_machine(options.gpus)

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_a_dpo_run_becomes_its_result(tiny, tmp_path):
     shutil.copytree(state, tmp_path / "elsewhere" / "checkpoints" / "step_000002")
     with pytest.raises(FileNotFoundError, match="a checkpoint outside its run"):
         load_model(str(tmp_path / "elsewhere" / "checkpoints" / "step_000002"), torch.float32, "")
-    with pytest.raises(FileNotFoundError, match=r"a run; its result is in final/"):
+    with pytest.raises(FileNotFoundError, match=r"is a run; name its result, .*/run/final, or one of"):
         load_model(str(tmp_path / "run"), torch.float32, "")
 
 

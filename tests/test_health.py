@@ -133,6 +133,16 @@ def test_copies_are_told_of_before_the_first_step():
     assert health("sft", FACTS._replace(copies=100)).before() == []
 
 
+@pytest.mark.parametrize(
+    ("split", "loss", "named"), [("eval", 13.7, True), ("eval", 7.5, False), ("train", 13.7, True), ("train", 7.5, False)]
+)
+def test_a_start_worse_than_chance_is_told_of(split, loss, named):
+    watch = health("sft", FACTS._replace(vocabulary=722))  # ln 722 = 6.58; 13.7 was seen with the ids of another tokenizer
+    record = sft(1, random.Random(0)) | {"loss": loss} if split == "train" else {"loss": loss}
+    assert ["worse than chance"] * named == [finding.name for finding in watch.see(split == "train", split, record)]
+    assert not [one for one in watch.see(2, split, record | {"loss": 20.0}) if one.name == "worse than chance"]
+
+
 def test_a_validation_that_rises_twice_is_told_of():
     watch = health("sft")
     assert not [found for loss in (1.5, 1.3, 1.35, 1.31) for found in watch.see(0, "eval", {"loss": loss})]

@@ -212,7 +212,7 @@ def test_no_shape_is_assumed_for_something_else_that_is_there(tmp_path):
     run.mkdir()
     (run / "run.json").touch()
     recipe = build_recipe(SFTRecipe, {"out_dir": "run", "checkpoint_path": str(run), "sft_data_dir": "x", "global_batch_size": 8}, {})
-    with pytest.raises(FileNotFoundError, match="found a run; its result is in final/"):
+    with pytest.raises(FileNotFoundError, match="found a run without a result yet"):
         assumed_shape(recipe, None)
 
 
@@ -230,7 +230,7 @@ MISTAKES = {
     "--gpu=z9": "give its memory instead: --gpu_memory=24 (GB). Known: B300",
     "--gpu=here --gpu_memory=24": "times this machine alone, saw --gpu_memory=24",
     "--gpu_memory=24000": "should be the GB of one GPU, saw 24000",
-    "--checkpoint_path=my/base": "whose name does not say its size: download it first, or say which shape to assume with --model=0.6b|1b|",
+    "--checkpoint_path=my/base": "and its name does not say its size. Download it first, or say which shape to assume with --model=0.6b",
     "--max_tokens_per_gpu=100": "the longest example has 2,048 tokens, more than max_tokens_per_gpu=100",
     "--learning_rat=1": "Did you mean learning_rate?",
 }

@@ -28,7 +28,9 @@ def find_model(path: str, how_to_make: str) -> None:
             "a checkpoint outside its run, whose model/ describes it",
         )
     elif (place / "run.json").is_file():
-        found, seen = False, "a run; its result is in final/, and checkpoints/step_* are taken, too"
+        if (place / "final").is_dir():
+            raise FileNotFoundError(f"{path} is a run; name its result, {place / 'final'}, or one of its checkpoints, checkpoints/step_*")
+        found, seen = False, "a run without a result yet; its checkpoints, checkpoints/step_*, are taken, too"
     elif place.is_dir():
         found, seen = (place / "config.json").is_file(), "a folder without config.json"
     elif found := hub.is_hub_name(path):

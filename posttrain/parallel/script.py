@@ -19,6 +19,7 @@ from posttrain.common import places
 
 MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
 OLDEST_PYTHON = (3, 11)
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/accel")  # one is there where there is a GPU
 
 
 def run_script(script: Callable[[], None]) -> None:
@@ -30,6 +31,8 @@ def run_script(script: Callable[[], None]) -> None:
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(_too_old())
     rank = int(os.environ.get("RANK", "0"))
+    if not any(map(os.path.exists, GPU_FILES)):  # else DeepSpeed 0.19.8 warns on every rank that it takes the CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         script()
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from posttrain.common.errors import nearest_path
 from posttrain.model.forms import find_model
 from posttrain.recipes.keys import Recipe
 
@@ -73,7 +74,8 @@ def _size_in_name(path: str) -> str:
     for key in SHAPES:
         if sizes and abs(sizes[-1] / float(key.removesuffix("b")) - 1) < 0.1:
             return key
-    seen = f"of {sizes[-1]:g}B" if sizes else "whose name does not say its size"
+    seen = f"{sizes[-1]:g}B is no size whose shape is known" if sizes else "its name does not say its size"
     raise ValueError(
-        f"there is no model at {path} yet, one {seen}: download it first, or say which shape to assume with --model={'|'.join(SHAPES)}"
+        f"there is no model at {path}, and {seen}.{nearest_path(path)} Download it first, or say which shape to assume with "
+        f"--model={'|'.join(SHAPES)}"
     )

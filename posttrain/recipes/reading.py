@@ -61,6 +61,11 @@ def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
     return load_recipe_of("dpo" if is_dpo else "sft", arguments)
 
 
+# the keys of the same meaning in the other kind of recipe
+TWINS = {"checkpoint_path": "sft_checkpoint_path", "sft_data_dir": "dpo_data_dir"}
+TWINS |= {other: name for name, other in TWINS.items()}
+
+
 class Idle(NamedTuple):
     """A key that was given a value which the run would not read."""
 
@@ -167,11 +172,12 @@ def help_text(kind: type[Recipe], default: str) -> str:
         "",
         f"{(kind.__doc__ or '').strip()} Without RECIPE.yaml the recipe is {RECIPES / default}.yaml.",
         "",
-        "Each key with its value if the recipe does not set it, and its meaning:",
+        "Each key with its value in that recipe (or, where it does not name the key, without one), and its meaning:",
         "",
     ]
+    own = _read_yaml(RECIPES / f"{default}.yaml")
     for name, field in kind.model_fields.items():
-        shown = "(required)" if field.is_required() else str(field.default)
+        shown = str(own[name] if name in own else "(required)" if field.is_required() else field.default)
         lines.append(f"  --{name + '=':<32}{shown:<24}{field.description}")
         if choices := [choice for choice in get_args(field.annotation) if isinstance(choice, str)]:
             lines.append(f"  {'':<34}{'':<24}one of: {', '.join(choices)}")
@@ -226,6 +232,8 @@ def _read_yaml(path: Path) -> dict:
             raise ValueError(f"{path} is not a recipe, a YAML file. Give a model as --checkpoint_path={path} (DPO: sft_checkpoint_path)")
         names = ", ".join(sorted(one.name for one in RECIPES.glob("*.yaml")))
         raise FileNotFoundError(f"no recipe at {path}. Shipped in {RECIPES}: {names}")
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
+        raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
     try:
         values = yaml.load(path.read_text(), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -262,9 +270,10 @@ def _refuse_unknown(kind: type[Recipe], values: dict, where: str = "") -> None:
             continue
         hint = nearest(name, kind.model_fields)
         if name in other.model_fields:
-            hint = f" It is a key of {other.kind.upper()}."
+            hint = f" It is a key of {other.kind.upper()}." + (f" Here it is {TWINS[name]}." if name in TWINS else "")
         elif name in OTHER_NAMES:
-            hint = f" Here it is {OTHER_NAMES[name]}."
+            told = OTHER_NAMES[name]
+            hint = f" That is {told}." if told.startswith(("missing", "not ")) else f" Here it is {told}."
         unknown.append(f"unknown key {name!r}.{hint}")
     if unknown:
         raise ValueError(where + "\n".join(unknown) + "\n--help lists every key")

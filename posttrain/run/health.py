@@ -19,6 +19,7 @@ class Facts(NamedTuple):
     copies: int  # training examples that are exact copies of others
     weight_scale: float  # root mean square of all matrices' weights
     answer_tokens: float  # mean number of trained tokens in an example
+    vocabulary: int = 0  # tokens among which the model chooses; 0 = not known
 
 
 class Finding(NamedTuple):
@@ -35,6 +36,7 @@ class Finding(NamedTuple):
 WINDOW = 5, 20  # least and most steps over which metrics are averaged; a fortieth of the run in between
 STEP_OF_WEIGHTS = {"sft": (2e-6, 0.05), "dpo": (1e-7, 0.02)}  # normal learning rate / weight_scale; Adam moves a weight by about the rate
 COPIES = 0.2  # largest normal share of copies
+CHANCE = 1.5  # largest normal loss of SFT at the start, in multiples of that of a model that finds all tokens equally likely
 RISES = 1.1  # largest normal loss, in multiples of that at the start
 FEWEST = 20  # gradient norms needed before their median counts as typical
 SPIKE, SPIKES = 5.0, 5  # a spike is so many times the typical gradient norm; so many of the last 50 steps are too many
@@ -102,8 +104,9 @@ class Health:
                     self.first[name].append(metrics[name])
                 self.last.setdefault(name, deque(maxlen=self.window)).append(metrics[name])
         self.norms.append(metrics["grad_norm"])
+        chance = self._chance(metrics["loss"]) if step == 1 else None
         self.first_norms = [*self.first_norms, metrics["grad_norm"]][:FEWEST]
-        found = [self._small_update(step, metrics), self._spikes()]
+        found = [chance, self._small_update(step, metrics), self._spikes()]
         if len(self.first["loss"]) == self.window:
             found += [self._loss(step)] if self.kind == "sft" else [*self._preference(step)]
         return found
@@ -111,7 +114,8 @@ class Health:
     def _see_validation(self, metrics: dict[str, float]) -> list[Finding | None]:
         """Take in a validation's metrics, and check them."""
         self.looks.append(metrics)
-        return [self._overfitting(), self._opposite(metrics), self._longer_answers()]
+        chance = self._chance(metrics["loss"]) if len(self.looks) == 1 and "loss" in metrics else None
+        return [chance, self._overfitting(), self._opposite(metrics), self._longer_answers()]
 
     def _new(self, found: list[Finding | None]) -> list[Finding]:
         """Returns the findings that have not been given yet, and notes them as given."""
@@ -126,6 +130,17 @@ class Health:
     def _start(self, name: str) -> float:
         """Returns a metric's mean over the first steps."""
         return mean(self.first[name])
+
+    def _chance(self, loss: float) -> Finding | None:
+        """Checks that the model to train finds SFT's answers likelier than tokens at random."""
+        if self.kind != "sft" or self.facts.vocabulary < 2 or not loss > CHANCE * math.log(self.facts.vocabulary):
+            return None
+        return Finding(
+            "worse than chance",
+            f"the model begins with a loss of {loss:.3g}; one that knew nothing would have {math.log(self.facts.vocabulary):.3g}, the "
+            "logarithm of its vocabulary",
+            "Look whether the data's token ids are those of this model (its own tokenizer), and at the rows, with data_prep/preview.py",
+        )
 
     def _small_update(self, step: int, metrics: dict[str, float]) -> Finding | None:
         """Checks that a step changes enough bfloat16 weights, unless the learning rate is low, as in warmup."""

@@ -15,6 +15,7 @@ from posttrain.run.directory import Run
 from posttrain.training.state import Training
 
 FEW_STEPS = 20  # fewer are hardly more than the warmup
+SMALL_BATCH = 16  # examples a step, below which more steps are rarely better
 MANY_EPOCHS = 4  # more passes over instruction data are usually memorised, not learned
 
 
@@ -56,7 +57,7 @@ def _warnings(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
             yield f"beta {recipe.beta:g} is outside the range usual for loss {recipe.loss}, {least:g} to {most:g}"
     if steps <= recipe.warmup_iters:
         yield f"warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
-    if recipe.epochs and steps < FEW_STEPS:
+    if recipe.epochs and steps < FEW_STEPS and recipe.global_batch_size > SMALL_BATCH:
         yield (
             f"{steps} steps are few, since a step takes {recipe.global_batch_size} examples: with so few rows a smaller global_batch_size "
             "usually learns more"

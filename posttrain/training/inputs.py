@@ -55,7 +55,7 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
         if manifest[what] != value:
             raise ValueError(
                 f"{recipe.data_dir} was prepared with another {what}, {maker}'s, than {place}'s: its token ids would mean other words. "
-                f"Prepare the data again, or give its --tokenizer here:\n    {_again(recipe, manifest)}"
+                f"Prepare the data again:\n    {_again(recipe, manifest)}"
             )
     if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
         _check_template(chat, recipe)

@@ -1,5 +1,6 @@
 """Looks for what a recipe names and is not there, before torch is imported: a mistake is answered at once."""
 
+import importlib.util
 from pathlib import Path
 
 from posttrain.common import places
@@ -15,18 +16,24 @@ def refuse_missing(recipe: Recipe) -> None:
     ours = places.shipped(recipe.ds_config)
     if ours.is_file() and not ours.samefile(found) and is_rank_0():
         print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
-    read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
     find_model(recipe.model_path, recipe.how_to_make_model)
+    read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
+    if recipe.wandb_log and not importlib.util.find_spec("wandb"):
+        raise ValueError(
+            "wandb_log=True needs the wandb package: export POSTTRAIN_EXTRAS=wandb and source launch/env.sh, or pip install wandb"
+        )
 
 
 def prepare_command(recipe: Recipe) -> str:
     """Return the command that prepares the recipe's data with its model's tokenizer, for error messages.
 
-    Where the recipe names rows that are not prepared, these are what it prepares.
+    Where the recipe names rows that are not prepared, these are what it prepares; and into another folder where one is in the way.
     """
     rows, folder = recipe.example_data, recipe.data_dir
     if is_raw(Path(folder)):
         rows, folder = folder, f"data/{Path(folder).name.partition('.')[0]}"
+    if Path(folder).exists():
+        folder = f"{folder.rstrip('/')}_{recipe.kind}"
     tokenizer = recipe.tokenizer or tokenizer_beside(recipe.model_path) or recipe.model_path
     template = template_of_run(recipe.model_path)
     form = [] if template in (None, "chatml") else ["--template", template]
