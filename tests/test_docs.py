@@ -279,7 +279,7 @@ OF_OTHERS = {  # options of programs that are not ours
 @pytest.mark.slow
 def test_the_scripts_and_options_in_all_commands_exist():
     """Also of commands that no test can run."""
-    helps: dict[str, str] = {kind: help_text(recipe, "x") for kind, recipe in (("sft", SFTRecipe), ("dpo", DPORecipe))}
+    helps: dict[str, str] = {kind: help_text(recipe, f"{kind}_qwen3_1.8b") for kind, recipe in (("sft", SFTRecipe), ("dpo", DPORecipe))}
     for name, text in PAGES.items():
         for command in commands_of(text):
             words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]

@@ -280,6 +280,7 @@ def test_an_interrupt_of_a_cell_lets_the_run_save(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_run_saves_when_the_notebook_is_gone_and_one_that_stopped_early_is_not_taken_for_finished(tiny, tmp_path):
     words = dict(word.removeprefix("--").split("=") for word in sft_arguments(tiny, tmp_path / "run", "--max_iters=2000"))
+    words["save_interval"] = "0"  # so what is saved is saved at the end
     environment = rank_environment() | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", f"from posttrain import sft; sft(**{words!r})"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as cell:
