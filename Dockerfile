@@ -28,13 +28,13 @@ FROM python
 ARG EXTRAS=gpu,wandb
 ARG PIP_INDEX_URL=https://pypi.org/simple
 ARG PIP_EXTRA_INDEX_URL=
-COPY constraints.txt /tmp/constraints.txt
-COPY --from=wheel /wheels /tmp/wheels
+COPY --from=wheel /wheels /wheels
+COPY constraints.txt /wheels/
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN python3 -m venv /opt/posttrain \
-    && wheel=(/tmp/wheels/*.whl) \
-    && /opt/posttrain/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel[0]}[${EXTRAS}]" \
-    && rm -r /tmp/wheels /tmp/constraints.txt \
+    && wheel=(/wheels/*.whl) \
+    && /opt/posttrain/bin/pip install --no-cache-dir --constraint /wheels/constraints.txt "${wheel[0]}[${EXTRAS}]" \
+    && rm -r /wheels \
     && useradd --uid 10001 --create-home posttrain \
     && install --directory --owner posttrain /work
 ENV PATH=/opt/posttrain/bin:$PATH

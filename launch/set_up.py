@@ -101,11 +101,7 @@ def is_ours(stamp: dict) -> bool:
         return False
     if not (named := os.environ.get("PYTHON")):
         return True
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    try:
-        return subprocess.run([named, "-c", code], capture_output=True, text=True).stdout.strip() == stamp["python"]
-    except OSError:
-        return False
+    return version_of(named) == stamp["python"]
 
 
 def read_stamp() -> dict:
@@ -115,13 +111,16 @@ def read_stamp() -> dict:
     except FileNotFoundError:
         return {}
     except ValueError:  # version 0.1.0 wrote a checksum and installed everything
-        return {"inputs": "", "root": str(ROOT), "python": python_version(), "extras": ["dev"], "torch": torch_build()}
+        return {"inputs": "", "root": str(ROOT), "python": version_of(PYTHON), "extras": ["dev"], "torch": torch_build()}
 
 
-def python_version() -> str:
-    """The version of .venv's Python, which may be another than the one that runs this; empty where there is none."""
+def version_of(python: str | Path) -> str:
+    """The version of a Python, such as .venv's, which may be another than the one that runs this; empty where there is none."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip() if PYTHON.exists() else ""
+    try:
+        return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def torch_build() -> str:
@@ -187,7 +186,7 @@ def set_up(lock: int) -> None:
     else:
         STAMP.unlink(missing_ok=True)
         clear_what_is_half_made()
-    python = python_version() or "{}.{}".format(*sys.version_info)
+    python = version_of(PYTHON) or "{}.{}".format(*sys.version_info)
     print(f"{'Bringing up to date' if before else 'Setting up'} {VENV}, Python {python}. Log: {LOG}", flush=True)
     with LOG.open("a") as log:
         step = Steps(log, lock)
@@ -198,7 +197,7 @@ def set_up(lock: int) -> None:
         code = f"import importlib; [importlib.import_module(name) for name in {IMPORTS.split()!r}]"
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
-    stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": python_version(), "extras": extras, "torch": torch}
+    stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": version_of(PYTHON), "extras": extras, "torch": torch}
     STAMP.write_text(json.dumps(stamp))
     print(f"Set up in {time.monotonic() - started:.0f} s.")
 

@@ -72,6 +72,7 @@ def dpo(recipe: str | Path | None = None, *, num_gpus: int = 1, **keys: object) 
 
 
 def _train(kind: str, recipe: str | Path | None, num_gpus: int, keys: dict[str, object]) -> FinishedRun:
+    from posttrain.model.forms import newest
     from posttrain.recipes.reading import load_recipe_of
 
     words = [str(recipe)] if recipe is not None else []
@@ -79,14 +80,13 @@ def _train(kind: str, recipe: str | Path | None, num_gpus: int, keys: dict[str, 
     asked = load_recipe_of(kind, words)
     _run([kind, *([f"--num_gpus={num_gpus}"] if num_gpus > 1 else []), *words])
     out_dir = Path(asked.out_dir)
-    if not asked.only_looks:
-        length = json.loads((out_dir / "run.json").read_text()).get("finished") or {}
-        if any(length.get(name) != getattr(asked, name) for name in ("max_iters", "epochs")):
-            raise RuntimeError(
-                f"posttrain {kind} saved and stopped before its last step, by a signal or its time_limit: {out_dir}/final is not there, or "
-                "of a shorter run. The same call resumes it"
-            )
-    return FinishedRun(out_dir)
+    run = FinishedRun(out_dir)
+    if not asked.only_looks and newest(str(out_dir)) != str(run.final):
+        raise RuntimeError(
+            f"posttrain {kind} saved and stopped before its last step, by a signal or its time_limit: {run.final} is not there, or of a "
+            "shorter run. The same call resumes it"
+        )
+    return run
 
 
 def _run(words: list[str]) -> None:
