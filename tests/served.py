@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import subprocess
 import sys
 import time
@@ -42,6 +43,11 @@ def wait_for(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.05)
+
+
+def wait_until_idle(server) -> None:
+    """Wait until no model of the server is at an answer: one that is given up ends at its next token, which a busy machine is late with."""
+    wait_for(lambda: not any(json.loads(server.health()[1])["models"].values()), 20)
 
 
 def request(server, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:

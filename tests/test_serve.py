@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from served import request, served, wait_for
+from served import request, served, wait_for, wait_until_idle
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from posttrain import serve
@@ -340,16 +340,13 @@ def test_a_script_in_a_prompt_comes_back_as_data(server, client):
 def test_a_client_that_leaves_ends_its_answer(server, client):
     """It may leave in mid-stream, before the first token, or while it waits for a whole answer."""
 
-    def idle() -> bool:
-        return json.loads(server.health()[1])["models"] == {"first": 0, "second": 0}
-
     for stream in (True, False):
         for wait in (0.0, 0.05):
             body = json.dumps({"model": "first", "messages": ASK, "stream": stream, "max_tokens": 200}).encode()
             with socket.create_connection(("127.0.0.1", server.port)) as plain:
                 plain.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 time.sleep(wait)
-            wait_for(idle, 10)
+            wait_until_idle(server)
     assert " gone " in server.log.read_text()
 
 
@@ -440,7 +437,7 @@ def test_beyond_the_queue_and_beyond_the_time(narrow):
     second.join()
     assert [status for status, _ in results] == [504, 200]
     assert b"timeout_error" in results[0][1] and b"timeout_error" in results[1][1] and b"[DONE]" not in results[1][1]
-    assert json.loads(narrow.health()[1])["models"] == {"old": 0}
+    wait_until_idle(narrow)
     assert request(narrow, "POST", CHAT, json.dumps(endless | {"max_tokens": 1}), **key)[0] == 200
     assert request(narrow, "POST", CHAT, b" " * 5001, **key)[0] == 413
 
@@ -453,7 +450,7 @@ def test_a_burst_gets_no_more_places_than_there_are(narrow, stream):
     with ThreadPoolExecutor(12) as pool:
         seen = list(pool.map(lambda _: request(narrow, "POST", CHAT, body, authorization="Bearer open sesame")[0], range(12)))
     assert seen.count(429) == 10, seen
-    assert json.loads(narrow.health()[1])["models"] == {"old": 0}
+    wait_until_idle(narrow)
 
 
 @pytest.mark.slow
