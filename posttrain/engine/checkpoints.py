@@ -27,6 +27,7 @@ from posttrain.engine import shards
 from posttrain.engine.adam import FLOAT32, STATE_BYTES
 from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
 from posttrain.engine.writer import BackgroundWriter
+from posttrain.operators.saved_form import persistent_buffers
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
 
@@ -56,6 +57,8 @@ class Checkpoints:
         on_rank_0(lambda: self._make_room(staging))
         engine, rank = self.engine, dist.get_rank()
         self.writer.beside = {f"random_rank_{rank:05d}.pt": _random_states()}
+        if rank == 0 and (buffers := persistent_buffers(engine.module)):
+            self.writer.beside[shards.BUFFERS] = buffers
         file = engine.save(self.folder, staging.name, self.writer)
         self.pending = {
             "name": name,
@@ -113,6 +116,7 @@ class Checkpoints:
             "shapes": shards.shapes(self.engine),
             "files": [one["file"] for one in parts],
             "fragments": [one["fragments"] for one in parts],
+            "has_buffers": shards.BUFFERS in files,
         }
         manifest = {"format": FORMAT, **facts, "world_size": len(everyones), **self.facts, "state": state, "files": files}
         write_whole(staging / "manifest.json", json.dumps(manifest | {"checksum": manifest_checksum(manifest)}) + "\n")

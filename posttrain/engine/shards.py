@@ -19,8 +19,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
 from posttrain.engine.adam import CLOCK, MOMENTS
+from posttrain.operators.saved_form import persistent_buffers
 
 KINDS = ("weights", *MOMENTS)  # all in float32
+BUFFERS = "buffers.pt"  # a checkpoint's file with the model's persistent buffers, where it has any
 # Classes in DeepSpeed's files besides tensors and plain values. Nothing else is unpickled, so a file cannot run code.
 ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -109,6 +111,11 @@ def restore(engine, saved: "Saved") -> None:
 
     Raises ValueError if the checkpoint is of another model.
     """
+    buffers = persistent_buffers(engine.module)
+    for name, values in saved.buffers().items():
+        if name not in buffers or buffers[name].shape != values.shape:
+            raise ValueError(f"{saved.folder} holds another model: this one has no buffer {name} of shape {tuple(values.shape)}")
+        buffers[name].copy_(values)
     here, stage = shapes(engine), engine.zero_stage
     if here != saved.shapes:
         names = [name for name in {**here, **saved.shapes} if here.get(name) != saved.shapes.get(name)]
@@ -150,6 +157,7 @@ class Saved:
         """`facts`: "state" of the checkpoint's manifest."""
         self.folder, self.stage, self.optimizer_step, self.shapes = folder, facts["zero_stage"], facts["optimizer_step"], facts["shapes"]
         self.files: list[str] = facts["files"]
+        self.has_buffers = facts.get("has_buffers", False)
         self.parts: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.shapes}
         for rank, parts in enumerate(facts["fragments"][: len(self.files)]):
             for part in parts:
@@ -177,6 +185,10 @@ class Saved:
         for start, values in self.read(name, "weights", 0, whole.numel()):
             whole.view(-1)[start : start + len(values)] = values
         return whole
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Returns the model's persistent buffers by name, each in its own dtype."""
+        return torch.load(self.folder / BUFFERS, map_location="cpu", weights_only=True) if self.has_buffers else {}
 
     def _open(self, rank: int) -> dict[str, list[torch.Tensor]]:
         """Maps a rank's file into memory; returns its flat tensors: kind -> one for each group. Raises ValueError if it could run code."""

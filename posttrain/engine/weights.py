@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from torch import distributed as dist
 
-from posttrain.operators.saved_form import as_saved
+from posttrain.operators.saved_form import as_saved, persistent_buffers
 
 
 class WeightSample:
@@ -39,10 +39,15 @@ class WeightSample:
 
 
 def gathered_state_dict(engine) -> dict[str, torch.Tensor] | None:
-    """Gather the model's weights, one tensor at a time. Returns name -> tensor on the CPU on rank 0, None on other ranks. All ranks."""
+    """Gather what the model is saved as, one tensor at a time: parameters, of tied ones the first name, and persistent buffers.
+
+    Returns name -> tensor on the CPU on rank 0, None on other ranks. All ranks.
+    """
     state = {}
-    for name, parameter in engine.module.model.named_parameters(remove_duplicate=False):
+    for name, parameter in engine.module.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):
             if dist.get_rank() == 0:
                 state[name] = as_saved(name, parameter.detach(), engine.module.model.config).to("cpu", copy=True)
-    return state if dist.get_rank() == 0 else None
+    if dist.get_rank():
+        return None
+    return state | {name: buffer.to("cpu", copy=True) for name, buffer in persistent_buffers(engine.module.model).items()}

@@ -2,8 +2,8 @@
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +36,9 @@ def convert(src: Path, dst: Path, tokenizer: str | None) -> None:
             ckpt_pt.save_ckpt_pt(model, dst, **_history(src))
             found = ckpt_pt_logits(ckpt_pt.read(dst), ids)
         else:
-            with tempfile.TemporaryDirectory() as description:
-                _describe(src, model, tokenizer, Path(description))
-                write_model(model.state_dict(), Path(description), dst, f"Converted from `{src}` by posttrain.\n")
-            found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32), ids)
+            describe = partial(_describe, src, model, tokenizer)
+            write_model(model, model.state_dict(), describe, dst, f"Converted from `{src}` by posttrain.\n")
+            found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32, trust_remote_code=False), ids)
         difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
         if not difference <= LIMIT:
             raise ValueError(

@@ -1,38 +1,61 @@
 """Writes a model as a Hugging Face folder that loads in plain transformers and stops where an answer ends.
 
-A folder appears whole or not at all, and only after it was read back and found equal to what was to be written.
+A folder appears whole or not at all, and only after it was read back, opened by transformers, and found to be the model in memory.
 """
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.common import files
 from posttrain.data.chat import ChatFormat
+from posttrain.model.describe import write_config, write_generation_config, write_tokenizer
+from posttrain.model.sample import plain_logps
+from posttrain.operators.layers import multiplies_in_float32
 from posttrain.operators.saved_form import count_as_saved
 
 SYSTEM_PROMPT = "system_prompt.txt"  # holds the system prompt that conversations of the data got where they had none
+FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # mean difference in nats a token that rounding explains
 
 
-def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: Path, card: str) -> None:
-    """Write weights, the description (a folder of write_description) and the model card. Rank 0 only.
+class AnotherModel(ValueError):
+    """Says that a written folder is another model than the one in memory."""
 
-    state_dict has the model's own names, on the CPU. Raises OSError where the folder cannot be written, or reads back otherwise than it was
-    written.
+
+def write_model(
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    describe: Callable[[Path], object],
+    folder: Path,
+    card: str,
+    expected: torch.Tensor | None = None,
+) -> None:
+    """Write a model's folder: weights, what `describe` writes into it, and the model card. Rank 0 only.
+
+    `state_dict` has the model's own names, on the CPU, and is emptied. `expected` are the model's log-probs of sample.rows; the folder, as
+    plain transformers opens it, must give the same. Raises OSError where the folder cannot be written or reads back otherwise than it was
+    written, and AnotherModel where it opens as another model.
     """
     staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        shutil.copytree(description, staging)
-        if AutoConfig.from_pretrained(staging).tie_word_embeddings:
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
-        save_torch_state_dict(state_dict, staging, max_shard_size="5GB")
-        (staging / "README.md").write_text(card)
-        _compare(staging, state_dict)
+        staging.mkdir(parents=True)
+        describe(staging)
+        state = as_in_files(model, state_dict)
+        state_dict.clear()
+        save_torch_state_dict(state, staging, max_shard_size="5GB")
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        _compare(staging, state)
+        state.clear()  # opening the folder takes as much memory
+        _open_again(staging, model.dtype, expected)
+        _allow_reading(staging)
         files.sync_files(staging)
     except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
@@ -47,24 +70,18 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> None:
-    """Write all of a model's folder but its weights: config, generation config, tokenizer with its template, the data's system prompt."""
+def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> list[str]:
+    """Write all of a model's folder but its weights: config, generation config, tokenizer with its templates, the data's system prompt.
+
+    Returns notes on what the base had and the folder has not.
+    """
     if system_prompt:
-        (folder / SYSTEM_PROMPT).write_text(system_prompt)
-    config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True})
-    config.architectures = [type(model).__name__]
-    if chat is not None:
-        tokenizer = chat.tokenizer
-        # the tokenizer keeps its own end token, so that its identity does not change: generation_config says where to stop
-        stops = [chat.end_id]
-        if tokenizer.eos_token_id not in (None, *stops):
-            stops.append(tokenizer.eos_token_id)
-        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        GenerationConfig(**special, max_new_tokens=512).save_pretrained(folder)
-        config.update(special)
-        tokenizer.chat_template = chat.jinja
-        tokenizer.save_pretrained(folder)
-    config.save_pretrained(folder)
+        (folder / SYSTEM_PROMPT).write_text(system_prompt, encoding="utf-8")
+    write_config(model, chat, folder)
+    if chat is None:
+        return []
+    write_generation_config(model, chat, folder)
+    return write_tokenizer(chat, folder)
 
 
 def written_bytes(model: PreTrainedModel) -> int:
@@ -72,17 +89,64 @@ def written_bytes(model: PreTrainedModel) -> int:
     return count_as_saved(model) * model.dtype.itemsize
 
 
-def _compare(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-    """Read the folder back: config and tokenizer must load. Raises OSError for a tensor that is missing, or differs in a bit."""
-    missing = set(state_dict)
+def as_in_files(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state under the names that files have: of tied tensors one, and experts one by one, which transformers 5 holds merged."""
+    own = dict(model.named_parameters())  # of parameters that are one in memory only the first name
+    others = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
+    conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), None  # not those of the base's own old names
+    try:
+        found = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in others})
+    finally:
+        model._weight_conversions = conversions
+    # an expert is a view of all: files hold each tensor by itself
+    return {name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor for name, tensor in found.items()}
+
+
+def _compare(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Read the weights back. Raises OSError for a tensor that is missing, or differs in a bit."""
+    missing = set(state)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                if not torch.equal(file.get_tensor(name).view(torch.uint8), state_dict[name].contiguous().view(torch.uint8)):
+                if not torch.equal(_bytes(file.get_tensor(name)), _bytes(state[name])):
                     raise OSError(f"{path} reads back another {name} than was written: the disk or the memory is faulty")
                 missing.discard(name)
     if missing:
         raise OSError(f"{len(missing)} tensors are not there when read back, first {min(missing)}")
-    AutoConfig.from_pretrained(folder)
-    if (folder / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(folder)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+@torch.no_grad()
+def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None) -> None:
+    """Open the folder by plain transformers, on the CPU.
+
+    Raises AnotherModel for tensors that lack or are too many, and for other log-probs.
+    """
+    computed_in = torch.float32 if multiplies_in_float32(torch.device("cpu"), dtype) else dtype
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[what])):
+            raise AnotherModel(
+                f"{folder} was not published: opened by transformers it has {len(names)} {what.replace('_', ' ')}, first {names[0]}, so it "
+                "would be another model than was trained. The run's checkpoints are whole; please report this model's architecture"
+            )
+    if expected is None:
+        return
+    difference = (plain_logps(model.eval()) - expected).abs().mean().item()
+    if not difference <= FARTHEST[dtype]:
+        raise AnotherModel(
+            f"{folder} was not published: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those of "
+            f"the trained model (limit {FARTHEST[dtype]}). The run's checkpoints are whole; please report this model's architecture"
+        )
+
+
+def _allow_reading(folder: Path) -> None:
+    """Give all files the mode that the umask allows: safetensors (0.8) makes its own readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)

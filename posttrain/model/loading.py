@@ -44,6 +44,9 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTra
             f"the model at {path} lacks {len(missing)} tensors that its config.json calls for ({', '.join(missing[:3])}, ...): they "
             "would start at random values. The folder is incomplete, or its config.json belongs to another model"
         )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings != (head.weight is embedding.weight):
+        model.config.tie_word_embeddings = not model.config.tie_word_embeddings
     return model
 
 
@@ -64,6 +67,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
     config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
-    state = {name.removeprefix("model."): as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes}
+    state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     kind = getattr(transformers, config.architectures[0])
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -72,6 +72,7 @@ def load_policy(
     choices = []
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
+    model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
     _set_dropout(model, recipe.dropout)
     if recipe.dropout:
         choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))

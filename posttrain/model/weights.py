@@ -5,12 +5,14 @@ import hashlib
 import torch
 import xxhash
 
+from posttrain.operators.saved_form import persistent_buffers
+
 
 def hash_weights(module: torch.nn.Module) -> dict[str, str]:
-    """Return a hash of every parameter's bytes, by name. The module must be on the CPU and not sharded yet."""
+    """Return a hash of the bytes of every parameter and persistent buffer, by name. The module must be on the CPU and not sharded yet."""
     return {
-        name: xxhash.xxh3_64_hexdigest(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
-        for name, parameter in module.named_parameters()
+        name: xxhash.xxh3_64_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        for name, tensor in (dict(module.named_parameters()) | persistent_buffers(module)).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Pads odd feed-forward widths in memory, where kernels need it, and takes the padding off again where a model is saved."""
+"""Says what of a model in memory is saved: parameters without the padding that kernels need, and the buffers that belong to the model."""
 
 import math
 
@@ -32,6 +32,16 @@ def widen_feed_forward(model: PreTrainedModel) -> str | None:
     return f"feed-forward: width {width} is padded with zeros to {width + added} in memory only, since kernels work in tiles of {WHOLE}"
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return by name the buffers that a state dict has: a router's correction bias, say, but not what is computed from the config."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
+
+
 def saved_shape(name: str, shape: torch.Size, config) -> tuple[int, ...]:
     """Return a parameter's shape as it is saved, without widen_feed_forward's padding; `name` is its name in the model."""
     if ".mlp.gate_proj." in name or ".mlp.up_proj." in name:
@@ -47,5 +57,5 @@ def as_saved(name: str, parameter: torch.Tensor, config) -> torch.Tensor:
 
 
 def count_as_saved(model: PreTrainedModel) -> int:
-    """Count the model's parameters as they are saved; at ZeRO-3, where a rank holds a part of each, they count whole."""
+    """Count the model's parameters as they are saved, without buffers; at ZeRO-3, where a rank holds a part of each, they count whole."""
     return sum(math.prod(saved_shape(name, getattr(p, "ds_shape", p.shape), model.config)) for name, p in model.named_parameters())

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -31,7 +32,7 @@ from posttrain.training.saving import Saving
 from posttrain.training.schedule import learning_rate, total_steps
 from posttrain.training.start_checks import check_start
 from posttrain.training.state import Training
-from posttrain.training.step import StepResult, example_losses, train_step
+from posttrain.training.step import StepResult, example_losses, sampled_logps, train_step
 from posttrain.training.validation import Validation, validate_only
 from posttrain.training.what_next import tell_what_next
 
@@ -63,7 +64,7 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[st
     else:
         validation = _start(training, chat, run, saving, done)
         if _run_steps(training, run, saving, validation, done):
-            finish(training, run)
+            finish(training, chat, run)
 
 
 def _start(training: Training, chat: ChatFormat, run: Run, saving: Saving, done: int) -> Validation:
@@ -154,14 +155,20 @@ def _record_refused(training: Training, run: Run, saving: Saving, step: int, res
         )
 
 
-def finish(training: Training, run: Run) -> None:
+def finish(training: Training, chat: ChatFormat, run: Run) -> None:
     """Write final/, the run's result. All ranks."""
     watchdog.enter("export")
-    state = gathered_state_dict(training.engine)
+    expected, state = sampled_logps(training), gathered_state_dict(training.engine)
 
     def write():
-        card = model_card(run.path, run.as_resolved, training.data.manifest)
-        export.write_model(state, run.path / "model", run.final, card)
+        card, notes = model_card(run.path, run.as_resolved, training.data.manifest), []
+
+        def describe(folder: Path) -> None:
+            notes.extend(export.write_description(training.model, chat, folder, training.data.system_prompt))
+
+        export.write_model(training.model, state, describe, run.final, card, expected)
+        for note in notes:
+            run.say(f"note       {note}")
 
     on_rank_0(write)
     run.finished()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from posttrain.model import sample
 from posttrain.objectives.answers import add_sums
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
@@ -86,6 +87,15 @@ def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray
     shares = gathered({name: np.concatenate(values) for name, values in examples.items()})
     everyones = {name: np.concatenate([share[name] for share in shares if name in share]) for name in shares[0]}
     return _reduce(objective, sums, totals)[0], everyones
+
+
+@torch.no_grad()
+def sampled_logps(training: Training) -> torch.Tensor:
+    """Return the policy's log-probs of model/sample.py's rows, (N,) in float32 on the CPU. All ranks."""
+    training.engine.eval()
+    logps = training.engine(sample.packed(training.model.config.vocab_size).to(training.device)).float().cpu()
+    training.engine.train()
+    return logps
 
 
 @torch.no_grad()
