@@ -65,7 +65,7 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
 def _model_of_recipe(kind: str) -> str:
     """Return the model from which the shipped recipe of this kind starts, and say so. Raises ValueError where it is not there."""
     name, key = RECIPES[kind]
-    model = yaml.safe_load(shipped(f"posttrain/recipes/{name}.yaml").read_text())[key]
+    model = yaml.safe_load(shipped(f"posttrain/recipes/{name}.yaml").read_text(encoding="utf-8"))[key]
     if not Path(model).is_dir():
         raise ValueError("whose token ids should the data have? Name the model to train: --tokenizer FOLDER_OR_HUB_NAME")
     print(f"--tokenizer is not given: taking that of {model}, the model of the recipe {name}", flush=True)

@@ -36,7 +36,7 @@ class FinishedRun:
     @property
     def metrics(self) -> list[dict]:
         """The metrics of every step ("split": "train") and every validation ("split": "eval"), as RUN/metrics.jsonl holds them."""
-        return [json.loads(line) for line in (self.out_dir / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def prepare(kind: str, *, tokenizer: str | Path, output_dir: str | Path, **options: object) -> Path:

@@ -38,7 +38,7 @@ def read_manifest(directory: str, make: str, kind: str | None = None) -> dict:
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         seen = manifest["format"], manifest["kind"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error

@@ -25,7 +25,7 @@ def model_description(path: Path) -> Path:
 def read_manifest(path: Path) -> dict:
     """Reads a checkpoint's manifest. Raises ValueError if it is missing, damaged, of another format, or names a file outside the folder."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum")
     except OSError:
         raise ValueError("it has no manifest.json") from None

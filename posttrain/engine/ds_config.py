@@ -64,7 +64,7 @@ def read_ds_config(path: str) -> dict:
     Raises FileNotFoundError, or ValueError for keys that the recipe owns, that DeepSpeed does not know, or that are left at "auto".
     """
     try:
-        config = json.loads(find_ds_config(path).read_text())
+        config = json.loads(find_ds_config(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

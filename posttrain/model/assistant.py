@@ -105,13 +105,13 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Cha
 
 def _system_prompt(description: Path) -> str | None:
     path = description / SYSTEM_PROMPT
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _suggestions(path: Path) -> tuple[str, ...]:
     """Return the first sample_prompts of the run that `path` belongs to; none where it belongs to no run, or the file is gone."""
     run = next((folder for folder in (path.parent, path.parent.parent) if (folder / "recipe.yaml").is_file()), None)
-    prompts = yaml.safe_load((run / "recipe.yaml").read_text()).get("sample_prompts") if run else None
+    prompts = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")).get("sample_prompts") if run else None
     return tuple(read_prompts(Path(prompts), 6)) if prompts and Path(prompts).is_file() else ()
 
 

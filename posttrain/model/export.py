@@ -31,7 +31,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
         if AutoConfig.from_pretrained(staging).tie_word_embeddings:
             state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
         save_torch_state_dict(state_dict, staging, max_shard_size="5GB")
-        (staging / "README.md").write_text(card)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         _compare(staging, state_dict)
         files.sync_files(staging)
     except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the file
@@ -50,7 +50,7 @@ def write_model(state_dict: dict[str, torch.Tensor], description: Path, folder: 
 def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> None:
     """Write all of a model's folder but its weights: config, generation config, tokenizer with its template, the data's system prompt."""
     if system_prompt:
-        (folder / SYSTEM_PROMPT).write_text(system_prompt)
+        (folder / SYSTEM_PROMPT).write_text(system_prompt, encoding="utf-8")
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True})
     config.architectures = [type(model).__name__]
     if chat is not None:

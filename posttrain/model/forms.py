@@ -62,7 +62,7 @@ def template_of_run(model_path: str) -> str | None:
     description = Path(model_path).parent / "data.json"
     if Path(model_path).name != "final" or not description.is_file():
         return None
-    return json.loads(description.read_text()).get("template_name")
+    return json.loads(description.read_text(encoding="utf-8")).get("template_name")
 
 
 def newest(place: str) -> str:
@@ -74,9 +74,9 @@ def newest(place: str) -> str:
     if not (run / "run.json").is_file():
         return place
     final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")
-    lengths = json.loads((run / "run.json").read_text()).get("finished")
+    lengths = json.loads((run / "run.json").read_text(encoding="utf-8")).get("finished")
     if final.is_dir() and lengths is not None:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         if not saved or all(recipe.get(name) == value for name, value in lengths.items()):
             return str(final)
     if not saved:

@@ -235,7 +235,7 @@ def _read_yaml(path: Path) -> dict:
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
         raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
     try:
-        values = yaml.load(path.read_text(), Loader=_UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

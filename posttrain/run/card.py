@@ -13,7 +13,7 @@ TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimizatio
 
 def model_card(run: Path, recipe: dict, manifest: dict) -> str:
     """Returns the text of RUN/final/README.md. `recipe`: the resolved one; `manifest`: the prepared data's."""
-    facts = json.loads((run / "run.json").read_text())
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     base = recipe.get("checkpoint_path") or recipe["sft_checkpoint_path"]
     data = ModelCardData(library_name="transformers", tags=["posttrain", facts["kind"], "deepspeed"], model_name=run.name)
     about = {"base model": base, "data": ", ".join(manifest["sources"])}

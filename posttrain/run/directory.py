@@ -55,7 +55,7 @@ class Run:
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
         if (self.path / "run.json").exists():  # on every rank, so that all raise
-            stored = json.loads((self.path / "run.json").read_text())["inputs"]
+            stored = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["inputs"]
             if stored.keys() != inputs.keys():
                 raise ValueError(
                     f"{self.path} was begun by another version of this code, which identified its inputs differently; finish it with "
@@ -114,14 +114,17 @@ class Run:
             if (self.path / name).exists():
                 kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # none for a start at step 1
                 files.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
-        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
+        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         free = self.recipe.keys_that_change(ANY_TIME)
         compared = {name: value for name, value in self.as_resolved.items() if value is not None and name not in free}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
-            name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
+            name, identity = (
+                self.recipe.wandb_run_name or self.path.name,
+                json.loads((self.path / "run.json").read_text(encoding="utf-8"))["wandb_id"],
+            )
             self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
-        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
+        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text(encoding='utf-8')}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)
         self.steps = terminal.Steps(first_step, total_steps, self.recipe.log_interval)
@@ -138,7 +141,7 @@ class Run:
 
     def _update(self, **changes) -> None:
         """Merge changes into run.json; lists are appended to."""
-        facts = json.loads((self.path / "run.json").read_text())
+        facts = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         for name, value in changes.items():
             facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
         files.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
@@ -183,7 +186,7 @@ class Run:
 
     def _append(self, name: str, record: dict) -> None:
         """Append a line of JSON to a file of the run."""
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def has_looked(self, step: int) -> bool:

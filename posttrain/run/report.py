@@ -45,18 +45,18 @@ class RunFiles:
     @cached_property
     def facts(self) -> dict:
         """run.json: the kind of the run, its starts and its end."""
-        return json.loads((self.path / "run.json").read_text())
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @cached_property
     def recipe(self) -> dict:
         """recipe.yaml: the value of every key."""
-        return yaml.safe_load((self.path / "recipe.yaml").read_text())
+        return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
 
     @cached_property
     def manifest(self) -> dict | None:
         """data.json: the manifest of the prepared data; None for runs of versions that kept none."""
         path = self.path / "data.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     @cached_property
     def records(self) -> list[dict]:
@@ -205,7 +205,7 @@ def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
     if path is None:
         return {}
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         cells = [cell for metrics in results.values() for cell in metrics.values()]
         why = "" if all({"value", "low", "high"} <= cell.keys() for cell in cells) else "some metric lacks one of them"
     except AttributeError:
@@ -231,7 +231,7 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": lambda value: "" if value is None else f"{value:.4g}", "thousands": lambda value: f"{value:,}"}
     columns, rows = table(runs)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=runs,
         columns=columns,
@@ -243,5 +243,5 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
         differences=differences(runs),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
-    (output / "report.html").write_text(page)
+    (output / "report.html").write_text(page, encoding="utf-8")
     return output / "report.html"

@@ -23,7 +23,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
     out_dir = Path(recipe.out_dir)
     if (out_dir / "run.json").is_file():
-        stored = json.loads((out_dir / "run.json").read_text())
+        stored = json.loads((out_dir / "run.json").read_text(encoding="utf-8"))
         if stored["kind"] != recipe.kind:
             raise ValueError(f"{out_dir} holds a {stored['kind']} run; give another --out_dir")
         if stored["plan_version"] != PLAN_VERSION:
@@ -32,7 +32,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
             )
         # a key that did not exist when the run began had its default then
         was = {name: field.default for name, field in type(recipe).model_fields.items() if not field.is_required()}
-        was |= yaml.safe_load((out_dir / "recipe.yaml").read_text())
+        was |= yaml.safe_load((out_dir / "recipe.yaml").read_text(encoding="utf-8"))
         if recipe.global_batch_size is None and stored["batch_form"] == form:
             batch = was["global_batch_size"]  # fixed when the run was created, whatever the number of GPUs is now
         recipe = _keep_schedule(recipe.model_copy(update={"global_batch_size": batch}), was, stored)
@@ -84,7 +84,7 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
     final = Path(recipe.out_dir) / "final"
     if recipe.only_looks or not final.is_dir():
         return False
-    if json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("finished") != length_of(recipe):
+    if json.loads((Path(recipe.out_dir) / "run.json").read_text(encoding="utf-8")).get("finished") != length_of(recipe):
         return False
     if rank == 0:
         terminal.say(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir")
@@ -93,7 +93,7 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
 
 def extension_of(recipe: Recipe) -> dict[str, list]:
     """Returns what --extend changes in the existing run: key -> [old value, new value]."""
-    was = yaml.safe_load((Path(recipe.out_dir) / "recipe.yaml").read_text())
+    was = yaml.safe_load((Path(recipe.out_dir) / "recipe.yaml").read_text(encoding="utf-8"))
     return {name: [was.get(name), getattr(recipe, name)] for name in sorted(LENGTH_KEYS) if was.get(name) != getattr(recipe, name)}
 
 

@@ -111,7 +111,7 @@ def _setting(recipe: Recipe, device: torch.device) -> dict:
 def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
     """Return the number that an earlier start of this run has found in the same setting, None if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        found = json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("fitted")
+        found = json.loads((Path(recipe.out_dir) / "run.json").read_text(encoding="utf-8")).get("fitted")
         if found and found["as"] == _setting(recipe, device):
             return found["max_tokens_per_gpu"]
     return None
@@ -147,12 +147,12 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):  # if the system does not allow it, the peak stays that since the start
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak(device: torch.device) -> float:
     """Return the most bytes that this rank has held since _forget_peak: on a GPU allocated by torch, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(status["VmHWM"].split()[0])

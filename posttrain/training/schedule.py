@@ -25,7 +25,11 @@ def with_warmup(recipe: Recipe, steps: int) -> Recipe:
     if recipe.warmup_ratio is None:
         return recipe
     stored = Path(recipe.out_dir) / "run.json"
-    warmup = json.loads(stored.read_text())["warmup_iters"] if stored.exists() else min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
+    warmup = (
+        json.loads(stored.read_text(encoding="utf-8"))["warmup_iters"]
+        if stored.exists()
+        else min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
+    )
     recipe = recipe.model_copy(update={"warmup_iters": warmup})
     refuse_decay_in_warmup(recipe)
     return recipe
