@@ -101,7 +101,7 @@ def _run(words: list[str]) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,  # an interrupt of a terminal or a notebook reaches it once, from here
     ) as process:
