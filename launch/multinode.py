@@ -40,6 +40,7 @@ PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # a text that every shell takes as it is
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Read a hostfile: slots of each host, in its order. Raises ValueError for a malformed line, a host named twice, or no host."""
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"there is no hostfile at {path}. Copy launch/hostfile.example there, or name one with HOSTFILE=PATH")
     hosts: dict[str, int] = {}

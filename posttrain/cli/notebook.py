@@ -52,7 +52,7 @@ def prepare(kind: str, *, tokenizer: str | Path, output_dir: str | Path, **optio
         for one in value if isinstance(value, (list, tuple)) else [value]:
             words.append(f"--{name}={one}")
     _run(words)
-    return Path(output_dir)
+    return Path(output_dir).expanduser()
 
 
 def sft(recipe: str | Path | None = None, *, num_gpus: int = 1, **keys: object) -> FinishedRun:

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from posttrain.common.errors import nearest
 from posttrain.common.hub import is_hub_name
-from posttrain.common.places import command, in_this_form
+from posttrain.common.places import command, expanded, in_this_form
 from posttrain.objectives.losses import LOSSES
 from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe, nature
@@ -57,7 +57,7 @@ def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
     """Read the recipe of a command line, as DPO's if its file has the key dpo_data_dir, else as SFT's, which is also the default."""
     words = list(_words(arguments))
     place = next((value for name, value in words if name is None), None)
-    is_dpo = "dpo_data_dir" in _read_yaml(Path(place)) if place else any(name == "dpo_data_dir" for name, _ in words)
+    is_dpo = "dpo_data_dir" in _read_yaml(Path(expanded(place))) if place else any(name == "dpo_data_dir" for name, _ in words)
     return load_recipe_of("dpo" if is_dpo else "sft", arguments)
 
 
@@ -196,7 +196,7 @@ def _split(kind: type[Recipe], argv: list[str]) -> tuple[Path | None, dict[str, 
         if name is None and path is not None:
             raise ValueError(f"expected one recipe file and --key=value options, saw {value!r} after {str(path)!r}")
         if name is None:
-            path = Path(str(value))
+            path = Path(expanded(str(value)))
         else:
             overrides[name] = value
     _refuse_unknown(kind, overrides)
