@@ -6,7 +6,6 @@ an event loop. Only the standard library is imported before a function is called
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -36,7 +35,9 @@ class FinishedRun:
     @property
     def metrics(self) -> list[dict]:
         """The metrics of every step ("split": "train") and every validation ("split": "eval"), as RUN/metrics.jsonl holds them."""
-        return [json.loads(line) for line in (self.out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        from posttrain.run.stored import read_log
+
+        return read_log(self.out_dir, "metrics.jsonl")
 
 
 def prepare(kind: str, *, tokenizer: str | Path, output_dir: str | Path, **options: object) -> Path:

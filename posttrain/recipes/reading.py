@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from posttrain.common.errors import nearest
+from posttrain.common.files import read_whole
 from posttrain.common.hub import is_hub_name
 from posttrain.common.places import command, expanded, in_this_form
 from posttrain.objectives.losses import LOSSES
@@ -234,9 +235,10 @@ def _read_yaml(path: Path) -> dict:
         raise FileNotFoundError(f"no recipe at {path}. Shipped in {RECIPES}: {names}")
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
         raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
+    text = read_whole(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # by what stands where a key or a number should be
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold `key: value` lines, saw {type(values).__name__}")

@@ -4,7 +4,6 @@ It is written into run.json, and a run that is resumed in the same setting keeps
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, this_machine
 from posttrain.planning.planner import Planner
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
+from posttrain.run.stored import read_facts
 from posttrain.training.inputs import check_lengths
 from posttrain.training.state import Training
 from posttrain.training.step import try_largest
@@ -110,11 +110,9 @@ def _setting(recipe: Recipe, device: torch.device) -> dict:
 
 def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
     """Return the number that an earlier start of this run has found in the same setting, None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        found = json.loads((Path(recipe.out_dir) / "run.json").read_text(encoding="utf-8")).get("fitted")
-        if found and found["as"] == _setting(recipe, device):
-            return found["max_tokens_per_gpu"]
-    return None
+    run = Path(recipe.out_dir)
+    found = read_facts(run).get("fitted") if (run / "run.json").exists() else None
+    return found["max_tokens_per_gpu"] if found and found["as"] == _setting(recipe, device) else None
 
 
 def _estimated_tokens(recipe: Recipe, usable: float, longest: int) -> int:
