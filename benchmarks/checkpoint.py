@@ -73,7 +73,7 @@ def worker(folder: Path) -> None:
             "blocked_by_copy": round(medians["blocked"] / medians["copy_to_host"], 2),
             "deepspeed_by_ours": round(medians["deepspeed_blocked"] / medians["blocked"], 1),
         }
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     assert torch.isfinite(next(engine.module.parameters())).all()
 
 
@@ -129,7 +129,7 @@ def measure(shape: dict) -> dict:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", "2", "--master_port", port]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run([*command, __file__, "--worker", str(folder)], check=True, env=environment)
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     return result
 
@@ -142,7 +142,7 @@ def main() -> None:
     }
     results = about | {name: measure(shape) for name, shape in SHAPES.items()}
     text = json.dumps(results, indent=2) + "\n"
-    (ROOT / "benchmarks" / "results" / "checkpoint.json").write_text(text)
+    (ROOT / "benchmarks" / "results" / "checkpoint.json").write_text(text, encoding="utf-8")
     print(text)
 
 

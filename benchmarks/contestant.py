@@ -57,7 +57,7 @@ class Clock:
         if torch.cuda.is_available():
             peaks = [torch.cuda.max_memory_allocated()] * 2
         result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1]}
-        (self.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+        (self.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _memory() -> tuple[int, int]:
@@ -100,7 +100,7 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
     if kind == "dpo":
         rows = rows.rename_columns({name: f"{name}_ids" for name in ("prompt", "chosen", "rejected")})
     base, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[kind]
-    zero = json.loads((ROOT / job["ds_config"]).read_text())
+    zero = json.loads((ROOT / job["ds_config"]).read_text(encoding="utf-8"))
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     in_bfloat16 = job["dtype"] == "bfloat16"
     deepspeed = {**zero, "bf16": {"enabled": in_bfloat16}, **dict.fromkeys(auto, "auto")}

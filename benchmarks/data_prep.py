@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: int, short: bool) -> None:
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 9))) for _ in range(8000)]
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             messages = []
             for _ in range(1 if short else draw.randint(1, 3)):
@@ -46,7 +46,7 @@ def encode(source: str, tokenizer: str, out: str) -> float:
 
     backend = load_tokenizer(tokenizer).backend_tokenizer
     texts = []
-    with open(source) as file:
+    with open(source, encoding="utf-8") as file:
         for line in file:
             turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in json.loads(line)["messages"])
             texts.append("".join(turns))
@@ -160,7 +160,7 @@ def main() -> None:
         source = Path(scratch) / "rows.jsonl"
         write_rows(source, options.rows, options.short)
         sections = {name: measure(name, str(source), options.tokenizer, scratch) for name in options.sections.split(",")}
-        manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text())
+        manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text(encoding="utf-8"))
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(name: str) -> str | None:
@@ -183,7 +183,7 @@ def main() -> None:
     }
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -29,7 +29,7 @@ SFT, DPO = ("launch/quickstart/sft.yaml", "launch/quickstart/dpo.yaml")
 def prepare(kind: str, rows: list[dict], folder: Path) -> Path:
     """Prepare rows of this kind in FOLDER, and return the data's folder."""
     folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     command = [sys.executable, f"data_prep/prepare_{kind}.py", f"--source={folder}/rows.jsonl", f"--output_dir={folder}/data"]
     base = f"--tokenizer={ROOT}/launch/quickstart/base"
     subprocess.run([*command, base, "--duplicates=keep"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -63,16 +63,16 @@ def worlds(folder: Path) -> dict[str, tuple[str, list[str], bool]]:
 def watch(recipe: str, changes: list[str], ill: bool, out: Path) -> dict:
     """Run a recipe, a spoiled one for a tenth of its steps, and return what was reported about its health."""
     command = ["deepspeed", "--quiet", "--num_gpus", "2", "posttrain/" + Path(recipe).stem + ".py", recipe, f"--out_dir={out}", *changes]
-    log = out.with_suffix(".log").open("w")
+    log = out.with_suffix(".log").open("w", encoding="utf-8")
     supervised = [sys.executable, "launch/supervise.py", *command, "--save_interval=0"]
     run = subprocess.Popen(supervised, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     while run.poll() is None:
         time.sleep(1)
         records = read_json_lines(out / "metrics.jsonl")
-        if ill and records and records[-1]["step"] > json.loads((out / "run.json").read_text())["total_steps"] / 10:
+        if ill and records and records[-1]["step"] > json.loads((out / "run.json").read_text(encoding="utf-8"))["total_steps"] / 10:
             run.send_signal(signal.SIGTERM)
             run.wait()
-    total = json.loads((out / "run.json").read_text())["total_steps"]
+    total = json.loads((out / "run.json").read_text(encoding="utf-8"))["total_steps"]
     found = read_json_lines(out / "health.jsonl")
     steps = max((record["step"] for record in read_json_lines(out / "metrics.jsonl")), default=0)
     return {"ill": ill, "steps": steps, "of": total, "findings": [{name: one[name] for name in ("step", "name", "what")} for one in found]}
@@ -87,7 +87,7 @@ def main() -> None:
         for number, (name, run) in enumerate(worlds(Path(folder)).items()):
             results["runs"][name] = watch(*run, Path(folder) / str(number))
             print(name, results["runs"][name], flush=True)
-    (RESULTS / "health.json").write_text(as_text(results))
+    (RESULTS / "health.json").write_text(as_text(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

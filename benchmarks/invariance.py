@@ -114,7 +114,7 @@ def worker(folder: Path, ranks: int) -> None:
     from safetensors.torch import save_file
     from torch import distributed as dist
 
-    plan = json.loads((folder / "plan.json").read_text())
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     for number, cell in enumerate(plan["cells"]):
         if cell["ranks"] != ranks:
             continue
@@ -123,7 +123,7 @@ def worker(folder: Path, ranks: int) -> None:
         if dist.get_rank() == 0:
             save_file({name: tensor.float() for name, tensor in result.pop("weights").items()}, folder / f"{number}.safetensors")
             result["seconds"] = time.monotonic() - started
-            (folder / f"{number}.json").write_text(json.dumps(result))
+            (folder / f"{number}.json").write_text(json.dumps(result), encoding="utf-8")
             print(f"  cell {number}: {describe(cell)} {result['seconds']:.0f} s", flush=True)
 
 
@@ -177,7 +177,7 @@ def compare(folder: Path, cells: list[dict]) -> list[dict]:
 
     rows, plainest = [], {}
     for number, cell in enumerate(cells):
-        result, weights = json.loads((folder / f"{number}.json").read_text()), load_file(folder / f"{number}.safetensors")
+        result, weights = json.loads((folder / f"{number}.json").read_text(encoding="utf-8")), load_file(folder / f"{number}.safetensors")
         right = plainest.setdefault((cell["kind"], cell["dtype"]), (result, weights))
         found = differences(result, right[0], weights, right[1])
         exceeded = [name for name, bound in BOUNDS[cell["dtype"]].items() if not found[name] <= bound]
@@ -231,7 +231,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "tiny").mkdir()
         make_tiny(folder / "tiny")
-        (folder / "plan.json").write_text(json.dumps({"cells": cells, "steps": steps}))
+        (folder / "plan.json").write_text(json.dumps({"cells": cells, "steps": steps}), encoding="utf-8")
         for ranks in sorted({cell["ranks"] for cell in cells}):
             print(f"{ranks} ranks: {sum(cell['ranks'] == ranks for cell in cells)} cells", flush=True)
             launch(folder, ranks)
@@ -239,8 +239,8 @@ def main() -> None:
     packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
     command = f"python benchmarks/invariance.py {'--small' if arguments.small else '--all'}"
     facts = {"command": command, "steps": steps, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores", "packages": packages}
-    (out / "invariance.json").write_text(json.dumps({**facts, "bounds": BOUNDS, "cells": rows}, indent=1) + "\n")
-    (out / "invariance.md").write_text(table(rows, facts))
+    (out / "invariance.json").write_text(json.dumps({**facts, "bounds": BOUNDS, "cells": rows}, indent=1) + "\n", encoding="utf-8")
+    (out / "invariance.md").write_text(table(rows, facts), encoding="utf-8")
     print(table(rows, facts))
     if over := [row for row in rows if row["exceeded"]]:
         sys.exit(f"{len(over)} of {len(rows)} cells exceed their bounds")

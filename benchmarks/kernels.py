@@ -292,13 +292,13 @@ def main() -> None:
     file = RESULTS / f"{options.name}.json"
     results = {"machine": machine(), "versions": versions(), "dtype": str(DTYPE), "matrix_limit_tflops": round(limit / 1e12, 3)}
     if file.exists() and options.sections != list(SECTIONS):  # the other sections stay
-        before = json.loads(file.read_text())
+        before = json.loads(file.read_text(encoding="utf-8"))
         if any(before[name] != results[name] for name in ("machine", "versions", "dtype")):
             sys.exit(f"{file} was measured on another machine or with other versions; measure all sections")
         results = before
     for section in options.sections:
         results |= SECTIONS[section](limit)
-        file.write_text(json.dumps(results, indent=2) + "\n")
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="posttrain_phases_") as folder:
         result = {"machine": machine(), "versions": versions()} | measure(RACES[options.race], Path(folder))
     text = json.dumps(result, indent=2) + "\n"
-    (RESULTS / f"phases_{options.race}{suffix(RACES[options.race].dtype)}.json").write_text(text)
+    (RESULTS / f"phases_{options.race}{suffix(RACES[options.race].dtype)}.json").write_text(text, encoding="utf-8")
     print(text, flush=True)
     os._exit(0)
 

@@ -117,11 +117,11 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="predict anew beside what was measured, on the same machine")
     options = parser.parse_args()
     path = RESULTS / f"plan_{options.race}{suffix(RACES[options.race]['sft'].dtype)}.json"
-    before = json.loads(path.read_text()) if options.predict else {"machine": machine(), "configurations": {}}
+    before = json.loads(path.read_text(encoding="utf-8")) if options.predict else {"machine": machine(), "configurations": {}}
     if before["machine"] != machine():
         sys.exit(f"{path} was measured on {before['machine']}, this is {machine()}: leave --predict out")
     measured = measure(options.race, options.only, before["configurations"])
-    path.write_text(as_text({"machine": machine(), "versions": versions(), "configurations": measured}))
+    path.write_text(as_text({"machine": machine(), "versions": versions(), "configurations": measured}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def main() -> None:
     facts = {"machine": f"{platform.machine()} CPU", "torch": version("torch"), "transformers": version("transformers"), "pairs": PAIRS}
     limits = {str(dtype).removeprefix("torch."): limit for dtype, limit in SAME_PRECOMPUTED.items()}
     path = ROOT / "benchmarks" / "results" / "reference_band.json"
-    path.write_text(json.dumps({**facts, "limits": limits, "nats_by_root_of_tokens": results}, indent=1) + "\n")
-    print(path.read_text())
+    path.write_text(json.dumps({**facts, "limits": limits, "nats_by_root_of_tokens": results}, indent=1) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
                     f"{what:16} {value:>8,}  {result['tokens_per_second']:,.0f} tokens/s  {result['peak_mb_without_files']:,.0f} MB",
                     flush=True,
                 )
-    (RESULTS / "scaling.json").write_text(as_text(results))
+    (RESULTS / "scaling.json").write_text(as_text(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def running(command: list[str], port: int) -> Iterator[psutil.Process]:
     """Run a server for the duration of the context; yields its process once it answers."""
     log = Path("/tmp") / f"serve_{port}.log"
     with (
-        log.open("w") as out,
+        log.open("w", encoding="utf-8") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) as one,
     ):
         try:
@@ -51,7 +51,7 @@ def running(command: list[str], port: int) -> Iterator[psutil.Process]:
                     if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                         break
                 if one.poll() is not None:
-                    sys.exit(log.read_text()[-2000:])
+                    sys.exit(log.read_text(encoding="utf-8")[-2000:])
                 time.sleep(0.1)
             yield psutil.Process(one.pid)
         finally:
@@ -136,7 +136,7 @@ def main() -> None:
     with running(command, options.port + 9) as process:
         results["soak"] = asyncio.run(soak(options.port + 9, model, options.soak, process))
     path = ROOT / "benchmarks" / "results" / "serve.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in results.items() if key != "runs"}, indent=2))
 
 

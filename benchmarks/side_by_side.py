@@ -83,8 +83,8 @@ def make_world(race: Race, folder: Path) -> dict:
     columns = [texts(*shape, race.rows or race.batch * race.steps) for shape in race.lengths.values()]
     rows = [dict(zip(race.lengths, row, strict=True)) for row in zip(*columns, strict=True)]
     source = folder / "rows.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)))
-    (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)))
+    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)), encoding="utf-8")
     tokenizer = train_tokenizer(folder, vocab_size=5000)
     torch.manual_seed(0)
     with torch.device("cuda" if _on_gpu() else "cpu"):  # half a minute of random numbers for 1.7B parameters on a CPU
@@ -128,7 +128,7 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
     files = [out / f"rank_{rank}.json" for rank in range(race.ranks)]
     if done.returncode or not all(file.exists() for file in files):
         return done.stdout[-3000:]
-    ranks = [json.loads(file.read_text()) for file in files]
+    ranks = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     shutil.rmtree(out)
     lead = ranks[0]
     seconds = lead["times"][-1] - lead["times"][WARM - 1]
@@ -165,7 +165,7 @@ def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -
         summary = {one.name: summarise(runs[contestants[0].name], runs[one.name], unit) for one in contestants if runs[one.name]}
         results = about | {"contestants": {one.name: {"settings": one.shown, **one.options} for one in contestants}}
         results |= {"summary": summary, "did_not_run": {name: text[-1500:] for name, text in failures.items()}, "runs": runs}
-        (RESULTS / f"{name}.json").write_text(as_text(results))
+        (RESULTS / f"{name}.json").write_text(as_text(results), encoding="utf-8")
         fastest = max((one for one in running if one.trainer != "ours"), key=lambda one: runs[one.name][0][unit], default=None)
         running = [one for one in running if one.stays or one is fastest]
     shutil.rmtree(world)
@@ -204,7 +204,7 @@ def table(files: list[dict]) -> str:
 def committed() -> list[dict]:
     """The result files in benchmarks/results/ of all races, in the order of docs/speed.md."""
     names = [f"{race}_{device}" for device in ("cpu", "gpu") for race in ("sft", "dpo_ultrafeedback", "dpo_hh")]
-    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names if (RESULTS / f"{name}.json").exists()]
+    return [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names if (RESULTS / f"{name}.json").exists()]
 
 
 def model_flops(model: dict, length: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from data_prep.sources import HUBS, Sources, find_sources
-from posttrain.common.options import Parser
+from posttrain.common.options import Parser, place
 from posttrain.common.places import shipped
 from posttrain.data.manifest import TEMPLATES
 
@@ -27,14 +27,18 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         action="append",
+        type=place,
         metavar="NAME[:WEIGHT]",
         help=f"a dataset of the hub ({', '.join(HUBS[kind])}), or a file or folder of your own; can be given several times, with weights: "
         "0.5 takes half of its rows, 2 takes each twice",
     )
-    parser.add_argument("--source", help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--source", type=place, help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub"
+    )
+    parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument(
         "--tokenizer",
+        type=place,
         help="that of the model to train: its folder or hub name, or a SentencePiece .model; default: the model of the recipe "
         f"{RECIPES[kind][0]}, if it is there",
     )
@@ -48,7 +52,12 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--duplicates", choices=DUPLICATES, default="drop", help="drop exact copies, drop near copies too, or keep all")
     parser.add_argument(
-        "--decontaminate", action="append", default=[], metavar="FILE", help="drop rows that quote a benchmark's rows (a file or folder)"
+        "--decontaminate",
+        action="append",
+        type=place,
+        default=[],
+        metavar="FILE",
+        help="drop rows that quote a benchmark's rows (a file or folder)",
     )
     parser.add_argument("--max_dropped", type=_share, default=MANY_DROPPED, help="refuse when a larger share of the rows is unusable")
     parser.add_argument("--revision", help="commit, tag or branch of the hub dataset")
@@ -65,7 +74,7 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
 def _model_of_recipe(kind: str) -> str:
     """Return the model from which the shipped recipe of this kind starts, and say so. Raises ValueError where it is not there."""
     name, key = RECIPES[kind]
-    model = yaml.safe_load(shipped(f"posttrain/recipes/{name}.yaml").read_text())[key]
+    model = yaml.safe_load(shipped(f"posttrain/recipes/{name}.yaml").read_text(encoding="utf-8"))[key]
     if not Path(model).is_dir():
         raise ValueError("whose token ids should the data have? Name the model to train: --tokenizer FOLDER_OR_HUB_NAME")
     print(f"--tokenizer is not given: taking that of {model}, the model of the recipe {name}", flush=True)

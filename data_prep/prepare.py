@@ -65,7 +65,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     report.draw(chunks, chosen, options.max_length, whole / "lengths.png")
     manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
     tokenizer.save_pretrained(whole / "tokenizer")
-    (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     staging.publish(output)
     report.show(output, manifest)
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 def parse(argv):
     """Return the options of a command line. Raises ValueError where they contradict each other."""
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, place
 
     parser = Parser("preview", __doc__)
-    parser.add_argument("directory", help="a folder that prepare_sft.py or prepare_dpo.py wrote")
+    parser.add_argument("directory", type=place, help="a folder that prepare_sft.py or prepare_dpo.py wrote")
     parser.add_argument("--split", choices=("train", "validation"), help="which rows (train)")
     parser.add_argument("--rows", type=int, help="how many, spread over the split (5)")
     parser.add_argument("--row", type=int, help="this one only, counted from 0")
     parser.add_argument("--ids", action="store_true", help="with token ids")
-    parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
+    parser.add_argument("--html", type=place, metavar="FILE", help="write a page instead of printing")
     parser.add_argument("--check", action="store_true", help="prove every row again instead; exit status 1 if one fails")
     options = parser.parse_args(argv)
     if options.check and (options.html or options.ids or options.split or options.rows is not None or options.row is not None):

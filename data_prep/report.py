@@ -134,7 +134,7 @@ def _sources_of(chunks: list[Chunk], which: np.ndarray) -> Iterator[str]:
 
 def write_dropped(chunks: list[list[Chunk]], sources: list[Source], left_out: dict[str, np.ndarray], path: Path) -> None:
     """Write every row that is not in the data and why, a JSON object in each line."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for source, several in zip(sources, chunks, strict=True):
             for chunk in several:
                 for row, cause in chunk.facts["dropped"]:

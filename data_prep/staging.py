@@ -46,7 +46,7 @@ class Staging:
         self.folder = output.with_name(output.name + ".incomplete")
         request = json.loads(json.dumps(request))
         asked = self.folder / "request.json"
-        if not asked.is_file() or json.loads(asked.read_text()) != request:
+        if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != request:
             discard(self.folder)
             self.folder.mkdir()
             files.write_whole(asked, json.dumps(request, indent=2))
@@ -144,7 +144,7 @@ def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
 def _chosen(chunks: list[Chunk], counts: np.ndarray) -> Iterator[pa.Table]:

@@ -65,7 +65,7 @@ def staged(root: Path, folder: Path) -> list[str]:
                 return link[1]
             return files[file]
 
-        place.write_text(LINK.sub(of_the_site, source.read_text()))
+        place.write_text(LINK.sub(of_the_site, source.read_text(encoding="utf-8")), encoding="utf-8")
     return dead
 
 
@@ -87,7 +87,7 @@ class Page(HTMLParser):
 
 def dead_links(site: Path) -> list[str]:
     """Return the links of a folder of HTML to files or headings that it does not have, as PAGE: LINK."""
-    parsed = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
+    parsed = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     dead = []
     for path, page in parsed.items():
         for link in page.links:
@@ -154,7 +154,7 @@ def build(root: Path, target: Path) -> list[str]:
 def main() -> None:
     """Write the table of the keys and the site, or say what is wrong."""
     recipes = ROOT / "docs" / "recipes.md"
-    recipes.write_text(with_all_keys(recipes.read_text()))
+    recipes.write_text(with_all_keys(recipes.read_text(encoding="utf-8")), encoding="utf-8")
     target = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "site"
     if dead := build(ROOT, target):
         sys.exit("dead links:\n    " + "\n    ".join(dead))

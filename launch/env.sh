@@ -60,6 +60,7 @@ _posttrain_env() {
     fi
     # shellcheck disable=SC1091 # .venv is not there when the scripts are checked
     source "$root/.venv/bin/activate"
+    export PYTHONUTF8=1 # libraries read and write text in the locale's encoding, and theirs is UTF-8
 }
 
 # --help is for this file unless a script reads it, whose arguments are seen here in bash

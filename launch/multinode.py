@@ -40,10 +40,11 @@ PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # a text that every shell takes as it is
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Read a hostfile: slots of each host, in its order. Raises ValueError for a malformed line, a host named twice, or no host."""
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"there is no hostfile at {path}. Copy launch/hostfile.example there, or name one with HOSTFILE=PATH")
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -183,7 +184,7 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
     os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/parallel/stopping.py, as is the time from which a job's limit counts
     os.environ.setdefault("POSTTRAIN_STARTED", str(time.time()))
     # DeepSpeed puts each value between double quotes where it has special characters
-    environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in passed_on().items()))
+    environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in passed_on().items()), encoding="utf-8")
     os.environ["DS_ENV_FILE"] = str(environment_file)
     os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *KEEP_ALIVE]).strip()
     return ["--force_multi", "--no_ssh_check", str(script), *map(for_pdsh, arguments)]
@@ -221,7 +222,7 @@ def main(arguments: list[str]) -> int:
         os.environ["POSTTRAIN_HOSTS"] = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         with tempfile.TemporaryDirectory(prefix="posttrain_multinode_") as folder:
             hostfile = Path(folder) / "hostfile"  # written anew: DeepSpeed's reader takes fewer forms
-            hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+            hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()), encoding="utf-8")
             command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(hostfile)]
             command += ["--master_addr", address, "--master_port", str(port)]
             if rank is not None:

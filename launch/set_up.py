@@ -107,7 +107,7 @@ def is_ours(stamp: dict) -> bool:
 def read_stamp() -> dict:
     """What was installed when .venv was completed; empty before."""
     try:
-        return json.loads(STAMP.read_text())
+        return json.loads(STAMP.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:  # version 0.1.0 wrote a checksum and installed everything
@@ -144,7 +144,7 @@ def wanted_extras() -> list[str]:
     """The extras of POSTTRAIN_EXTRAS. Raises SetUpError for one that setup.py does not have."""
     wanted = [name for name in re.split(r"[,\s]+", os.environ.get("POSTTRAIN_EXTRAS", "")) if name]
     if wanted:
-        calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+        calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))) if isinstance(node, ast.keyword)]
         known = [key.value for node in calls if node.arg == "extras_require" for key in node.value.keys]
         if unknown := [name for name in wanted if name not in known]:
             raise SetUpError(f"POSTTRAIN_EXTRAS names {unknown[0]}; setup.py has the extras {', '.join(known)}")
@@ -155,7 +155,7 @@ def wanted_extras() -> list[str]:
 def only_one():
     """Wait until no other process sets this checkout up. Raises SetUpError where nothing can be written."""
     try:
-        lock = (ROOT / ".setup.lock").open("w")
+        lock = (ROOT / ".setup.lock").open("w", encoding="utf-8")
     except OSError as error:
         raise SetUpError(
             f"{ROOT} cannot be written to ({error.strerror}), so there can be no .venv: copy it to a folder of yours, or pip install it "
@@ -182,13 +182,13 @@ def set_up(lock: int) -> None:
     extras = sorted({*wanted_extras(), *before.get("extras", [])})
     VENV.mkdir(exist_ok=True)
     if before:
-        STAMP.write_text(json.dumps(before | {"inputs": "", "extras": extras}))
+        STAMP.write_text(json.dumps(before | {"inputs": "", "extras": extras}), encoding="utf-8")
     else:
         STAMP.unlink(missing_ok=True)
         clear_what_is_half_made()
     python = version_of(PYTHON) or "{}.{}".format(*sys.version_info)
     print(f"{'Bringing up to date' if before else 'Setting up'} {VENV}, Python {python}. Log: {LOG}", flush=True)
-    with LOG.open("a") as log:
+    with LOG.open("a", encoding="utf-8") as log:
         step = Steps(log, lock)
         if not PYTHON.exists():
             # in a process of its own, whose output goes to the log
@@ -198,7 +198,7 @@ def set_up(lock: int) -> None:
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
     stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": version_of(PYTHON), "extras": extras, "torch": torch}
-    STAMP.write_text(json.dumps(stamp))
+    STAMP.write_text(json.dumps(stamp), encoding="utf-8")
     print(f"Set up in {time.monotonic() - started:.0f} s.")
 
 
@@ -273,7 +273,7 @@ def by_uv(step: "Steps", settings: dict[str, str], extras: list[str]) -> tuple[l
 
 def is_pinned(program: Path) -> bool:
     """Whether uv is there in the version of constraints.txt."""
-    pin = re.search(r"^uv==(\S+)$", CONSTRAINTS.read_text(), re.M)
+    pin = re.search(r"^uv==(\S+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.M)
     return program.exists() and (
         pin is None or pin[1] in subprocess.run([program, "--version"], capture_output=True, text=True).stdout.split()
     )
@@ -362,7 +362,11 @@ class Steps:
     def __call__(self, command: list[str], doing: str, failed: str, environment: dict[str, str] | None = None) -> None:
         """Run a command. Raises SetUpError with the end of the log if it fails."""
         if self.fails(command, doing, environment):
-            lines = [line[:200] for line in LOG.read_text(errors="replace").splitlines() if line.strip() and "Retrying" not in line]
+            lines = [
+                line[:200]
+                for line in LOG.read_text(errors="replace", encoding="utf-8").splitlines()
+                if line.strip() and "Retrying" not in line
+            ]
             raise SetUpError("\n".join([f"{failed}. The end of {LOG}:", *lines[-SHOWN:]]))
 
     def fails(self, command: list[str], doing: str, environment: dict[str, str] | None = None) -> bool:
@@ -400,7 +404,7 @@ class Steps:
 def written(process: int) -> str:
     """How much a process has written, as a part of the line of progress; empty below 10 MB."""
     try:
-        megabytes = int(re.search(r"^wchar: (\d+)", Path(f"/proc/{process}/io").read_text(), re.M)[1]) / 1e6
+        megabytes = int(re.search(r"^wchar: (\d+)", Path(f"/proc/{process}/io").read_text(encoding="utf-8"), re.M)[1]) / 1e6
     except (OSError, TypeError):
         return ""
     return f", {megabytes:.0f} MB written" if megabytes >= 10 else ""

@@ -15,13 +15,15 @@ from pathlib import Path
 
 def main() -> None:
     """Read the command line and convert."""
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, place
     from posttrain.model.forms import find_model
 
     parser = Parser("convert", __doc__)
-    parser.add_argument("src", metavar="SRC")
-    parser.add_argument("dst", metavar="DST")
-    parser.add_argument("--tokenizer", metavar="T", help="a Hugging Face folder or a SentencePiece .model file, put into a new folder")
+    parser.add_argument("src", type=place, metavar="SRC")
+    parser.add_argument("dst", type=place, metavar="DST")
+    parser.add_argument(
+        "--tokenizer", type=place, metavar="T", help="a Hugging Face folder or a SentencePiece .model file, put into a new folder"
+    )
     options = parser.parse_args()
     find_model(options.src, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
     os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU: conversions need none

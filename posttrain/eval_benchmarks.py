@@ -17,7 +17,7 @@ from pathlib import Path
 def main() -> None:
     """Read the command line and measure. All ranks."""
     from posttrain.common.files import refuse_existing
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, path
     from posttrain.evaluation.tasks import BENCHMARKS, MODES, chosen_benchmarks
     from posttrain.model.command_line import add_checkpoint_options, parse, refuse_missing
     from posttrain.parallel.script import is_rank_0
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--benchmark", action="append", required=True, metavar="B[,B]", help=f"of {', '.join(('all', *BENCHMARKS))}")
     parser.add_argument("--mode", choices=MODES, default="logprob", help="(logprob)")
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N items of each benchmark only")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="not from the hub: DIR/arc_easy.jsonl ..., with the hub's columns")
-    parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
+    parser.add_argument("--data", type=path, metavar="DIR", help="not from the hub: DIR/arc_easy.jsonl ..., with the hub's columns")
+    parser.add_argument("--output", type=path, default=Path("runs/evaluation"), metavar="DIR", help="(runs/evaluation)")
     parser.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help="ask in the chat template; auto: where there is one")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a forward pass (16)")
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher's

@@ -14,23 +14,23 @@ from pathlib import Path
 
 def main() -> None:
     """Read the command line, and measure a win rate or a reward accuracy."""
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, named_place, path
     from posttrain.common.places import command
     from posttrain.data.manifest import read_manifest
     from posttrain.model.command_line import add_checkpoint_options, parse, refuse_missing
 
     parser = Parser("eval-preferences", __doc__)
     add_checkpoint_options(parser)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
+    parser.add_argument("--prompts", type=path, metavar="FILE", help="a prompt a line")
     parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible endpoint, with /v1")
     parser.add_argument("--judge_model", metavar="M")
-    parser.add_argument("--reference", metavar="[NAME=]DIR", help="what the policy was trained against")
+    parser.add_argument("--reference", type=named_place, metavar="[NAME=]DIR", help="what the policy was trained against")
     parser.add_argument(
-        "--pairs", type=Path, metavar="DIR", help="data prepared by data_prep/prepare_dpo.py; its validation rows are taken"
+        "--pairs", type=path, metavar="DIR", help="data prepared by data_prep/prepare_dpo.py; its validation rows are taken"
     )
     parser.add_argument("--max_samples", type=int, metavar="N", help="the first N prompts or pairs only")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="longest answer to a prompt (512)")
-    parser.add_argument("--output", type=Path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
+    parser.add_argument("--output", type=path, default=Path("runs/preferences"), metavar="DIR", help="(runs/preferences)")
     options = parse(parser, max_samples=1, max_tokens=1)
     by_judge = (options.prompts, options.judge, options.judge_model)
     by_pairs = (options.reference, options.pairs)

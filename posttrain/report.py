@@ -9,12 +9,12 @@ from pathlib import Path
 
 def main() -> None:
     """Read the command line and write the page."""
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, path
 
     parser = Parser("report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
-    parser.add_argument("--output", type=Path, help="folder to write to; default: report/ beside the first run")
-    parser.add_argument("--results", type=Path, help="measured results of models, as launch/quickstart/measure.py writes them")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--output", type=path, help="folder to write to; default: report/ beside the first run")
+    parser.add_argument("--results", type=path, help="measured results of models, as launch/quickstart/measure.py writes them")
     options = parser.parse_args()
     from posttrain.run.report import read_results, read_runs, write  # only now: it imports matplotlib
 

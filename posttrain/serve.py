@@ -14,7 +14,7 @@ from pathlib import Path
 
 def main() -> None:
     """Read the command line and serve."""
-    from posttrain.common.options import Parser
+    from posttrain.common.options import Parser, path
     from posttrain.model.command_line import add_checkpoint_options, parse, refuse_missing
 
     parser = Parser("serve", __doc__)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds that an answer may take, waiting included (300)")
     parser.add_argument("--max_body", type=int, default=2**20, metavar="BYTES", help="longest request (1048576)")
     parser.add_argument(
-        "--preferences", type=Path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go (preferences.jsonl)"
+        "--preferences", type=path, default=Path("preferences.jsonl"), metavar="FILE", help="where votes go (preferences.jsonl)"
     )
     options = parse(parser, max_batch=1, max_queue=0, timeout=1, max_body=1)
     if not 0 <= options.port < 2**16:

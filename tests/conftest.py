@@ -130,7 +130,7 @@ def cpu_has_bfloat16(monkeypatch):
 
 def start_run(run, first_step: int, total_steps: int) -> None:
     """Of a run.Run without a model or data."""
-    tokens = {"per_epoch": 1, "trained_per_epoch": 1}
+    tokens = {"per_epoch": 1, "trained_per_epoch": 1, "longest": 1}
     manifest = {
         "counts": {"train": 1, "validation": 0},
         "rows": 1,

@@ -22,6 +22,7 @@ FLOOR = {name: floor for floor, names in enumerate(FOLDERS) for name in ([names]
 COMMANDS = {"sft", "dpo", "serve", "eval_benchmarks", "eval_preferences", "convert", "plan", "report"}
 USERS_OF_DEEPSPEED = {"engine"}  # folders
 LONGEST, MOST_PARAMETERS = 60, 7  # a function has fewer lines, and no more parameters that a call may leave unnamed
+OF_BYTES = {("os", "open"), ("gzip", "open")}  # functions that open no text by default
 SCRIPT_FOLDERS = ("posttrain", "data_prep", "launch/quickstart", "launch/doctor")  # a script there puts its folder first on sys.path
 
 
@@ -158,7 +159,21 @@ def sprawling_functions(root: Path) -> Iterator[str]:
                 yield f"{path.relative_to(root)}:{node.lineno}: {node.name} has {len(unnamed)} parameters that a call may leave unnamed"
 
 
-RULES = (climbing_imports, private_names, shadowing_names, strangers_of_deepspeed, sprawling_functions)
+def text_without_encoding(root: Path) -> Iterator[str]:
+    """Files opened as text in the encoding of the machine's locale. Ruff's PLW1514 sees only paths whose type it can infer."""
+    for path in sources(root, "posttrain", "data_prep", "launch", "benchmarks"):
+        for node in nodes_of(path.read_text()):
+            if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+                continue
+            module = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else None
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+            binary = any(isinstance(one, ast.Constant) and isinstance(one.value, str) and "b" in one.value for one in given)
+            if name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary and (module, name) not in OF_BYTES):
+                yield f'{path.relative_to(root)}:{node.lineno}: {name} lacks encoding="utf-8"'
+
+
+RULES = (climbing_imports, private_names, shadowing_names, strangers_of_deepspeed, sprawling_functions, text_without_encoding)
 
 
 def broken_rules(root: Path) -> list[str]:

@@ -270,8 +270,8 @@ MUTATIONS = {
     ),
     "a_line_ends_inside_a_text": Mutation(
         "posttrain/common/files.py",
-        "return list(file)",
-        "return file.read().splitlines(keepends=True)",
+        "for line in file:",
+        "for line in map(str.encode, file.read().decode().splitlines(keepends=True)):",
         SAMPLES,
     ),
     "an_answer_goes_on_without_its_reader": Mutation(

@@ -33,6 +33,9 @@ BROKEN = [
     ("posttrain/model/loading.py", "def f():\n    import deepspeed.comm", "imports deepspeed, which engine/ alone knows"),
     ("posttrain/common/hub.py", "def f(a, b, c, d, e, f, g, h): ...", "f has 8 parameters that a call may leave unnamed"),
     ("posttrain/common/hub.py", "def f(a, *, b, c, d, e, f, g, h): ...", None),
+    ("launch/set_up.py", "Path('x').read_text()", 'read_text lacks encoding="utf-8"'),
+    ("posttrain/common/hub.py", "def f(path):\n    path.open('a')", 'open lacks encoding="utf-8"'),
+    ("posttrain/common/hub.py", "def f(path):\n    path.open('ab'), os.open(path, os.O_RDONLY)", None),
     ("data_prep/files.py", "def long():\n" + "    print()\n" * 59, "long has 60 lines"),
 ]
 

@@ -37,7 +37,7 @@ def look(slots: dict[str, int], recipe: Recipe, port: int, over_ssh: bool) -> tu
         python = shlex.quote(sys.executable)
         commands[host] = f"test -x {python} || exit 3; {python} -B - {shlex.quote(json.dumps(spec))} && date +%s.%N"
     hosts, problems = [], []
-    for host, answer in ask_all(commands, (HERE / "probe.py").read_text(), LOOKING, over_ssh).items():
+    for host, answer in ask_all(commands, (HERE / "probe.py").read_text(encoding="utf-8"), LOOKING, over_ssh).items():
         if answer.code == 0:
             found, its_time = answer.output.splitlines()[-2:]
             hosts.append(Host(host, slots[host], addresses[host], float(its_time) - answer.came, json.loads(found)))

@@ -134,7 +134,7 @@ def _infiniband() -> dict[str, str]:
     found = {}
     for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
         with contextlib.suppress(OSError):
-            found[f"{port.parts[-3]}:{port.name}"] = (port / "state").read_text().strip()
+            found[f"{port.parts[-3]}:{port.name}"] = (port / "state").read_text(encoding="utf-8").strip()
     return found
 
 

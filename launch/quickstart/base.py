@@ -38,7 +38,7 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
 def training_texts(world_dir: Path) -> list[str]:
     """The tokenizer's training texts: each syllable on its own, often, some documents, and the fixed words of the chats."""
     syllables = [text for syllable in SYLLABLES for text in (syllable, " " + syllable, " " + syllable.capitalize())]
-    documents = [json.loads(line)["text"] for line in (world_dir / "corpus.jsonl").read_text().splitlines()[:600]]
+    documents = [json.loads(line)["text"] for line in (world_dir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()[:600]]
     tables = (*QUESTIONS.values(), *GAMES_ASKED.values(), ANSWERS.values(), ADMISSIONS.values(), POLITE, CURT)
     chats = [re.sub(r" ?{\w}", "", wording) for wordings in tables for wording in wordings]
     return syllables * 1000 + documents + chats * 20

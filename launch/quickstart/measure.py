@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, required=True)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    prompts = json.loads(arguments.eval.read_text())
+    prompts = json.loads(arguments.eval.read_text(encoding="utf-8"))
     every = sorted({item["prompt"] for items in prompts.values() for item in items})
     answers = {model: answer_all(getattr(arguments, model), every) for model in MODELS}
     results = {model: rates(prompts, answers[model]) for model in MODELS}
@@ -115,7 +115,7 @@ def main() -> None:
     plain = {
         model: {metric: rate._asdict() | better_low.get(metric, {}) for metric, rate in cells.items()} for model, cells in results.items()
     }
-    (arguments.out_dir / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
+    (arguments.out_dir / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     figure = charts.bars("What SFT and DPO are each for, on prompts never trained on", plain)
     charts.save_png(figure, arguments.out_dir / "results.png")
     print(samples(prompts, answers), table(results), sep="\n\n")

@@ -302,15 +302,15 @@ def main(out_dir: str, what: str = "") -> None:
     out.mkdir(parents=True, exist_ok=True)
     tables = {"corpus": [{"text": text} for text in documents()]} if what else {"sft": sft_rows(), "dpo": dpo_rows()}
     for name, rows in tables.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{out / name}.jsonl: {len(rows)} rows")
     if what:
         return
     check_no_leaks()
     prompts = eval_prompts()
-    (out / "eval.json").write_text(json.dumps(prompts, indent=1))
+    (out / "eval.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
     few = [items[:2] for metric, items in prompts.items() if metric in ("follows_instructions", "known_facts", "made_up")]
-    (out / "prompts.txt").write_text("".join(item["prompt"] + "\n" for items in few for item in items))
+    (out / "prompts.txt").write_text("".join(item["prompt"] + "\n" for items in few for item in items), encoding="utf-8")
     print(f"{out / 'eval.json'}: " + ", ".join(f"{metric} {len(items)}" for metric, items in prompts.items()))
 
 

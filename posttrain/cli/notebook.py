@@ -6,7 +6,6 @@ an event loop. Only the standard library is imported before a function is called
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -36,7 +35,9 @@ class FinishedRun:
     @property
     def metrics(self) -> list[dict]:
         """The metrics of every step ("split": "train") and every validation ("split": "eval"), as RUN/metrics.jsonl holds them."""
-        return [json.loads(line) for line in (self.out_dir / "metrics.jsonl").read_text().splitlines()]
+        from posttrain.run.stored import read_log
+
+        return read_log(self.out_dir, "metrics.jsonl")
 
 
 def prepare(kind: str, *, tokenizer: str | Path, output_dir: str | Path, **options: object) -> Path:
@@ -52,7 +53,7 @@ def prepare(kind: str, *, tokenizer: str | Path, output_dir: str | Path, **optio
         for one in value if isinstance(value, (list, tuple)) else [value]:
             words.append(f"--{name}={one}")
     _run(words)
-    return Path(output_dir)
+    return Path(output_dir).expanduser()
 
 
 def sft(recipe: str | Path | None = None, *, num_gpus: int = 1, **keys: object) -> FinishedRun:
@@ -101,7 +102,7 @@ def _run(words: list[str]) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,  # an interrupt of a terminal or a notebook reaches it once, from here
     ) as process:

@@ -1,7 +1,14 @@
 """Error messages: shorten them, tell a user's mistake from a failure, suggest a correct spelling."""
 
 import difflib
+import json
+import sysconfig
+import traceback
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+OURS = tuple(f"{folder}/" for folder in (PACKAGE, PACKAGE.parent / "data_prep", PACKAGE.parent / "launch"))
+LIBRARIES = tuple({f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 
 
 def first_line(error: Exception) -> str:
@@ -10,8 +17,32 @@ def first_line(error: Exception) -> str:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether the user made a mistake, so that the same command would fail again: a ValueError, or a file error raised by us (no errno)."""
-    return isinstance(error, ValueError) or (isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None)
+    """Whether the user made a mistake, so that the same command would fail again: a ValueError or a file error (no errno) that we raised.
+
+    A library's ValueErrors, those of text that is not UTF-8 or not JSON included, name no file: they are failures, told by `described`.
+    """
+    if isinstance(error, ValueError):
+        return not isinstance(error, UnicodeError | json.JSONDecodeError) and _raised_by(error) is None
+    return isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None
+
+
+def described(error: Exception) -> str:
+    """Returns what to print about a ValueError or OSError; one of a library's ValueErrors with its kind and the place of the call."""
+    if not isinstance(error, ValueError) or is_mistake(error):
+        return str(error)
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]
+    place = f" at {Path(ours[-1].filename).relative_to(PACKAGE.parent)}:{ours[-1].lineno}" if ours else ""
+    whose = f" of {library}" if (library := _raised_by(error)) else ""
+    return f"{type(error).__name__}{whose}{place}: {first_line(error)}. POSTTRAIN_TRACEBACK=1 shows where it comes from"
+
+
+def _raised_by(error: Exception) -> str | None:
+    """Returns the name of the library whose code raised an error; None if it was other code, or none has raised it yet."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or frames[-1].filename.startswith(OURS) or not frames[-1].filename.startswith(LIBRARIES):
+        return None
+    folder = max((one for one in LIBRARIES if frames[-1].filename.startswith(one)), key=len)
+    return frames[-1].filename.removeprefix(folder).split("/")[0].removesuffix(".py")
 
 
 def nearest(name: str, known) -> str:

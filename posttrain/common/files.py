@@ -5,26 +5,90 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
+import yaml
+
+from posttrain.common.errors import first_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """Reads a JSON Lines file; returns [] if there is no such file, and skips a last line without a line end (a crash cut it)."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in read_lines(path) if line.endswith("\n")]
+def read_whole(path: Path) -> str:
+    """Reads a text file. Raises FileNotFoundError if there is none; ValueError, naming it, if it is no regular file or not UTF-8."""
+    return "".join(read_lines(path))
 
 
 def read_lines(path: Path) -> list[str]:
-    """Reads a file's lines, with their line ends. str.splitlines would also split at U+2028 and the like, unescaped in JSON texts."""
-    with path.open(encoding="utf-8") as file:
-        return list(file)
+    """Reads a text file's lines, with their line ends. str.splitlines would also split at U+2028 and the like, unescaped in JSON texts.
+
+    Raises FileNotFoundError if there is none; ValueError, naming it, if it is no regular file or not UTF-8.
+    """
+    require_file(path)
+    lines: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                lines.append(line.decode().replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{len(lines) + 1} is not UTF-8 text, at byte {error.start} of the line") from error
+    return lines
+
+
+def require_file(path: Path) -> None:
+    """Raises FileNotFoundError unless `path` is there, and ValueError unless it is a regular file: reading a pipe would wait for ever."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file that can be read: it is a folder, a pipe or a device")
+
+
+def read_object(path: Path) -> dict:
+    """Reads a JSON object, or of a file named *.yaml a YAML mapping. Raises as `read_whole` does, and ValueError if it is damaged."""
+    text = read_whole(path)
+    try:
+        return _object(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        why = "it is empty" if not text.strip() else "it holds zero bytes" if "\0" in text else first_line(error)
+        raise ValueError(f"{path} is damaged: {why}") from error
+
+
+def read_json_lines(path: Path, check: Callable[[dict], None] | None = None) -> list[dict]:
+    """Reads a JSON Lines file; returns [] if there is no such file, and skips a last line without a line end (a crash cut it).
+
+    `check` raises ValueError for an object that is not as it should be. Raises as `read_lines` does, and ValueError for a damaged line.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(read_lines(path), 1):
+        if line.endswith("\n"):
+            try:
+                records.append(parse_line(line, check))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is damaged: {error}. Restore the file, or remove this line") from error
+    return records
+
+
+def parse_line(line: str | bytes, check: Callable[[dict], None] | None = None) -> dict:
+    """Returns a JSON line's object. Raises ValueError, which says what is wrong with it; `check` as for `read_json_lines`."""
+    try:
+        record = _object(json.loads(line))
+    except (ValueError, RecursionError) as error:  # of bytes also those that are not UTF-8
+        raise ValueError(f"it is no JSON object ({first_line(error)})") from error
+    if check:
+        check(record)
+    return record
+
+
+def _object(value) -> dict:
+    """Returns `value`. Raises ValueError if it is something else than a mapping whose keys are texts."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"it holds a value of type {type(value).__name__} where keys with their values should be")
+    return value
 
 
 def read_prompts(path: Path, most: int | None = None) -> list[str]:
@@ -32,12 +96,10 @@ def read_prompts(path: Path, most: int | None = None) -> list[str]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 text or holds no prompt.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected a text file with one prompt per line")
     try:
         lines = [line.strip() for line in read_lines(path) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); expected one prompt per line") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; expected a text file with one prompt per line") from error
     if not lines:
         raise ValueError(f"{path} holds no prompt; expected one per line")
     return lines[:most]

@@ -2,10 +2,30 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from posttrain.common import places
 from posttrain.common.errors import nearest
+
+
+def place(text: str) -> str:
+    """The type of an option that is a path, or a name on the hub: `~` becomes the home directory."""
+    try:
+        return places.expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def named_place(text: str) -> str:
+    """The type of an option [NAME=]DIR: `~` at the beginning of DIR becomes the home directory."""
+    name, equals, path = text.partition("=")
+    return f"{name}={place(path)}" if equals and path.startswith("~") else place(text)
+
+
+def path(text: str) -> Path:
+    """The type of an option that is a path."""
+    return Path(place(text))
 
 
 class Parser(argparse.ArgumentParser):

@@ -89,6 +89,22 @@ def in_this_form(text: str) -> str:
     return text
 
 
+def expanded(path: str) -> str:
+    """Return a path with `~` and `~user` at its beginning replaced by the home directory, which a shell does not do after `=`, nor YAML.
+
+    Raises ValueError for a user who has none, and for a path whose bytes are not UTF-8, which libraries cannot open.
+    """
+    home = os.path.expanduser(path)
+    if home.startswith("~"):
+        raise ValueError(f"the home directory of {home.partition('/')[0]} is not known; write the whole path, or ./~ for a folder named ~")
+    try:
+        home.encode()
+    except UnicodeEncodeError:
+        shown = home.encode(errors="backslashreplace").decode()  # pydantic takes no message with such bytes
+        raise ValueError(f"{shown} has bytes that are not UTF-8, which libraries cannot open: rename it, or name it from within") from None
+    return home
+
+
 def find_ds_config(path: str) -> Path:
     """Return where a ds_config is: a file of the user's own, else the shipped one of that name. Raises FileNotFoundError."""
     own, ours = Path(path), shipped(path)

@@ -67,7 +67,7 @@ def keep_noise() -> None:
     """Redirect all other output of this process, C code's too, to a temporary file; `say` and `say_error` still reach the terminal."""
     global _errors, _noise
     sys.stdout.flush()
-    console.file = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
+    console.file = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
     _errors, _noise = os.dup(2), _Noise(tempfile.TemporaryFile("w+b"), 0)  # noqa: SIM115 - stays open for the life of the process
     _noise.take()
     for stream in (sys.stdout, sys.stderr):
@@ -85,7 +85,7 @@ def keep_noise_in(path: Path) -> None:
     path = path.resolve()
     before, file = _noise.read(), path.open("a+b", buffering=0)
     _noise = _Noise(file, file.tell(), path)
-    file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode() + before)
+    file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode(errors="backslashreplace") + before)
     _noise.take()
 
 
@@ -103,7 +103,7 @@ def say_error(text: str) -> None:
     """Write to the error stream in one piece, from any thread; does nothing if the stream is gone."""
     clear = "\r\x1b[2K" if _live else ""
     with contextlib.suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno() if _errors is None else _errors, f"{clear}{text}\n".encode())
+        os.write(sys.stderr.fileno() if _errors is None else _errors, f"{clear}{text}\n".encode(errors="backslashreplace"))
 
 
 def show_noise() -> None:

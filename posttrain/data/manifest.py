@@ -1,9 +1,9 @@
 """The manifest of prepared data: what lies in a folder, told without reading its rows or importing torch."""
 
-import json
 from pathlib import Path
 
 from posttrain.common.errors import nearest_path
+from posttrain.common.files import read_object
 
 FORMAT = 2
 KINDS = ("sft", "dpo")
@@ -38,9 +38,9 @@ def read_manifest(directory: str, make: str, kind: str | None = None) -> dict:
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} has no manifest.json: it was not prepared, or not to the end. Make it again with\n    {make}")
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_object(path / "manifest.json")
         seen = manifest["format"], manifest["kind"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
     if seen[0] != FORMAT or seen[1] not in KINDS:
         raise ValueError(f"{path} holds format {seen[0]}, {seen[1]} data; this code reads format {FORMAT}. Make it again with\n    {make}")

@@ -131,7 +131,7 @@ def memory_mapped(folder: Path) -> pa.Table:
 
     datasets.load_from_disk gives the same, but importing datasets takes two seconds, which every rank would wait at every start.
     """
-    files = [folder / file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    files = [folder / file["filename"] for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]]
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
 
 

@@ -25,11 +25,11 @@ def model_description(path: Path) -> Path:
 def read_manifest(path: Path) -> dict:
     """Reads a checkpoint's manifest. Raises ValueError if it is missing, damaged, of another format, or names a file outside the folder."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = files.read_object(path / "manifest.json")
         checksum = manifest.pop("checksum")
-    except OSError:
+    except FileNotFoundError:
         raise ValueError("it has no manifest.json") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, OSError):
         raise ValueError("manifest.json is not readable") from None
     if checksum != manifest_checksum(manifest):
         raise ValueError("manifest.json is not what was written")

@@ -187,7 +187,7 @@ class Checkpoints:
                     path.rename(aside)
             if left := saved_checkpoints(self.folder):
                 write_whole(self.folder / "latest", left[-1].name)
-            if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text()).is_dir():
+            if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text(encoding="utf-8")).is_dir():
                 (self.folder / "best").unlink()
 
         on_rank_0(set_aside)
@@ -215,7 +215,7 @@ class Checkpoints:
 
         def take():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.held = (self.folder.parent / ".lock").open("w")
+            self.held = (self.folder.parent / ".lock").open("w", encoding="utf-8")
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -61,7 +61,7 @@ def ops_folder() -> Path:
 def _cpu() -> str:
     """What the CPU can do, for which the code is compiled: a file system may be shared by hosts of several kinds."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M):
+        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M):
             return " ".join(sorted(found[1].split()))
     return platform.processor()
 
@@ -82,7 +82,7 @@ def _only_one_process(folder: Path) -> Iterator[None]:
     """Let one process of this host in at a time; the kernel frees the lock of one that dies. Raises ValueError for a read-only folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f"{NAME}.lock").open("w")
+        lock = (folder.parent / f"{NAME}.lock").open("w", encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"DeepSpeed's CPU Adam, which offload uses, cannot be compiled into {folder.parent}: {error.strerror}; set "

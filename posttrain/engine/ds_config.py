@@ -7,6 +7,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from posttrain.common.errors import nearest
+from posttrain.common.files import read_whole
 from posttrain.common.places import find_ds_config
 from posttrain.engine.start import launch_shape
 from posttrain.recipes.keys import Recipe
@@ -64,8 +65,8 @@ def read_ds_config(path: str) -> dict:
     Raises FileNotFoundError, or ValueError for keys that the recipe owns, that DeepSpeed does not know, or that are left at "auto".
     """
     try:
-        config = json.loads(find_ds_config(path).read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(read_whole(find_ds_config(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} should hold a JSON object, saw {type(config).__name__}")

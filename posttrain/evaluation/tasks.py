@@ -148,13 +148,13 @@ def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[s
         settings = {"include": str(harness() / benchmark.source), **(benchmark.more or {})}
     if rows is not None:
         path = folder / f"{task}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files, examples = {"test": str(path.resolve())}, None
         if benchmark.fewshot:
             files["train"], examples = str(_find(name, (benchmark.fewshot,), data).resolve()), "train"
         settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         settings |= {"validation_split": None, "training_split": examples, "fewshot_split": examples}
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings | {"task": task}, sort_keys=False))
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings | {"task": task}, sort_keys=False), encoding="utf-8")
     return notes
 
 

@@ -4,22 +4,23 @@ It is asked as it was trained: in the same ChatFormat that prepared its data, wi
 end token of its template.
 """
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.common.errors import first_line
-from posttrain.common.files import read_prompts
+from posttrain.common.files import read_prompts, read_whole
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.engine import checkpoint_folder
 from posttrain.model.export import SYSTEM_PROMPT
 from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, tokenizer_beside
 from posttrain.model.loading import load_model
+from posttrain.run.stored import read_recipe
 
 
 class Assistant(NamedTuple):
@@ -105,14 +106,16 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Cha
 
 def _system_prompt(description: Path) -> str | None:
     path = description / SYSTEM_PROMPT
-    return path.read_text() if path.is_file() else None
+    return read_whole(path) if path.is_file() else None
 
 
 def _suggestions(path: Path) -> tuple[str, ...]:
-    """Return the first sample_prompts of the run that `path` belongs to; none where it belongs to no run, or the file is gone."""
+    """Return the first sample_prompts of the run that `path` belongs to; none where it belongs to no run, or a file is gone or damaged."""
     run = next((folder for folder in (path.parent, path.parent.parent) if (folder / "recipe.yaml").is_file()), None)
-    prompts = yaml.safe_load((run / "recipe.yaml").read_text()).get("sample_prompts") if run else None
-    return tuple(read_prompts(Path(prompts), 6)) if prompts and Path(prompts).is_file() else ()
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        prompts = read_recipe(run).get("sample_prompts") if run else None
+        return tuple(read_prompts(Path(str(prompts)), 6)) if prompts else ()
+    return ()
 
 
 def _stops(description: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None) -> frozenset[int]:

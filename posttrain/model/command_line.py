@@ -4,13 +4,16 @@ import argparse
 import re
 from pathlib import Path
 
+from posttrain.common.options import named_place, place
 from posttrain.model.forms import HOW, find_model, name_of, newest, tokenizer_beside
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, checkpoint_help: str | None = None) -> None:
     """Add --checkpoint, --tokenizer and --dtype."""
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="[NAME=]DIR", help=checkpoint_help)
-    parser.add_argument("--tokenizer", metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file")
+    parser.add_argument("--checkpoint", action="append", required=True, type=named_place, metavar="[NAME=]DIR", help=checkpoint_help)
+    parser.add_argument(
+        "--tokenizer", type=place, metavar="T", help="for checkpoints without one beside them: a folder or a SentencePiece .model file"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU, else the checkpoint's own")
 
 
@@ -45,5 +48,5 @@ def places_by_name(given: list[str], tokenizer: str | None) -> dict[str, str]:
 
 def refuse_missing(options: argparse.Namespace, *more: str) -> None:
     """Raise FileNotFoundError or ValueError where a checkpoint of a command line is not there; `more` are given as --checkpoint is."""
-    for place in places_by_name([*options.checkpoint, *more], options.tokenizer).values():
-        find_model(newest(place), HOW)
+    for one in places_by_name([*options.checkpoint, *more], options.tokenizer).values():
+        find_model(newest(one), HOW)

@@ -10,13 +10,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posttrain.common.files import read_json_lines
 from posttrain.engine.checkpoint_folder import is_checkpoint, model_description, read_manifest
 from posttrain.model import ckpt_pt
 from posttrain.model.export import write_description, write_model
 from posttrain.model.forms import is_ckpt_pt
 from posttrain.model.loading import load_model
 from posttrain.model.plain_llama import ckpt_pt_logits
+from posttrain.run.stored import read_log
 
 LIMIT = 1e-4  # largest difference of logits, relative to the largest logit; another order of operations rounds differently
 
@@ -86,10 +86,8 @@ def _history(src: Path) -> dict:
     if is_checkpoint(src):
         facts = read_manifest(src)
         return {"iter_num": facts["step"], "best_val_loss": facts["validation"]}
-    metrics = src.parent / "metrics.jsonl"
-    if not metrics.is_file():
+    if not (records := read_log(src.parent, "metrics.jsonl")):
         return {}
-    records = read_json_lines(metrics)
     losses = [record["loss"] for record in records if record["split"] == "eval" and record.get("loss") is not None]
     return {"iter_num": max(record["step"] for record in records), "best_val_loss": min(losses, default=None)}
 

@@ -1,13 +1,12 @@
 """Which of the accepted forms of a model lies at a path, and what lies beside it. Imports no torch: a command asks before it loads."""
 
-import json
 from pathlib import Path
-
-import yaml
 
 from posttrain.common import hub
 from posttrain.common.errors import nearest_path
+from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder
+from posttrain.run.stored import read_facts, read_recipe
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
 
@@ -62,7 +61,7 @@ def template_of_run(model_path: str) -> str | None:
     description = Path(model_path).parent / "data.json"
     if Path(model_path).name != "final" or not description.is_file():
         return None
-    return json.loads(description.read_text()).get("template_name")
+    return read_object(description).get("template_name")
 
 
 def newest(place: str) -> str:
@@ -74,9 +73,9 @@ def newest(place: str) -> str:
     if not (run / "run.json").is_file():
         return place
     final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")
-    lengths = json.loads((run / "run.json").read_text()).get("finished")
+    lengths = read_facts(run).get("finished")
     if final.is_dir() and lengths is not None:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe = read_recipe(run, *lengths)
         if not saved or all(recipe.get(name) == value for name, value in lengths.items()):
             return str(final)
     if not saved:

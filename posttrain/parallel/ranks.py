@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from posttrain.common.errors import first_line, is_mistake
+from posttrain.common.errors import described, first_line, is_mistake
 from posttrain.parallel import rendezvous, watchdog
 
 
@@ -50,7 +50,7 @@ def on_rank_0(action: Callable):
         try:
             box[0] = action()
         except (OSError, ValueError) as error:
-            box[1] = (ValueError if is_mistake(error) else OSError, str(error))
+            box[1] = (ValueError if is_mistake(error) else OSError, described(error))
     dist.broadcast_object_list(box, src=0)
     if box[1]:
         kind, message = box[1]

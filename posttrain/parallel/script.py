@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import locale
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def run_script(script: Callable[[], None]) -> None:
     """
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(_too_old())
+    _use_utf8()
     rank = int(os.environ.get("RANK", "0"))
     if not any(map(os.path.exists, GPU_FILES)):  # else DeepSpeed 0.19.8 warns on every rank that it takes the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -47,9 +49,9 @@ def run_script(script: Callable[[], None]) -> None:
             _fail(rank, places.missing_package(error), traceback.format_exc(), MISTAKE)
         _fail(rank, traceback.format_exc(), "")
     except (ValueError, OSError) as error:
-        from posttrain.common.errors import is_mistake
+        from posttrain.common.errors import described, is_mistake
 
-        _fail(rank, f"error: {error}", traceback.format_exc(), MISTAKE if is_mistake(error) else 1)
+        _fail(rank, f"error: {described(error)}", traceback.format_exc(), MISTAKE if is_mistake(error) else 1)
     except Exception:
         details = traceback.format_exc()
         watchdog = sys.modules.get("posttrain.parallel.watchdog")
@@ -69,6 +71,20 @@ def run_script(script: Callable[[], None]) -> None:
 def is_rank_0() -> bool:
     """Whether this process is the first rank, or the only one; known before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where the locale's encoding is another, and print what cannot be encoded as escapes.
+
+    Libraries read files in the locale's encoding: torch 2.13 its own templates, which are UTF-8, so that it fails under zh_CN.GBK.
+    """
+    is_utf8 = sys.flags.utf8_mode or locale.getencoding().lower().replace("-", "") == "utf8"
+    if not is_utf8 and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # for what this process starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # a file's name need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")  # ty: ignore[missing-attribute]
 
 
 def _part() -> None:
@@ -129,7 +145,7 @@ def _say_error(text: str) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+        os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _too_old() -> str:

@@ -226,7 +226,7 @@ def explain() -> str | None:
 
 def _machine_id() -> str:
     """Returns an id of the scope in which process ids are unique: this boot of this machine, in this container."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _process_state(words: dict) -> str | None:
@@ -241,4 +241,4 @@ def _process_state(words: dict) -> str | None:
 
 def _born(pid: int) -> int:
     """Returns when a process began, in clock ticks since boot: unlike psutil's time it does not move when the clock is set."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from posttrain.common import terminal
+from posttrain.common.errors import is_mistake
 from posttrain.data.packing import MicroBatch
 from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.ds_config import read_ds_config
@@ -58,7 +59,7 @@ def _worker(*arguments) -> Seconds:
     try:
         return _time_rank(*arguments)
     except Exception as error:  # any: its process ends, and with it those of the other ranks, which would wait for it
-        mistake = isinstance(error, ValueError)
+        mistake = is_mistake(error)
         terminal.say_error(f"error: {error}" if mistake else traceback.format_exc())
         if not mistake:
             terminal.show_noise()

@@ -18,6 +18,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 Period = Annotated[int, Field(ge=0)]  # in optimizer steps; 0 = off
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, BeforeValidator(lambda value: places.expanded(value) if isinstance(value, str) else value)]  # a path, or a hub name
 
 
 def _seconds(value):
@@ -67,8 +68,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    out_dir: str = free_key(..., "run directory; giving the same command again resumes the run in it")
-    tokenizer: str | None = key(
+    out_dir: Place = free_key(..., "run directory; giving the same command again resumes the run in it")
+    tokenizer: Place | None = key(
         None,
         "a Hugging Face folder or a SentencePiece .model file; None: the one beside the checkpoint, else the one in the prepared data",
     )
@@ -132,7 +133,7 @@ class Recipe(BaseModel):
     samples: Period = free_key(
         4, "number of prompts that the model answers, greedily, at every validation; 0 = off", needs=("eval_interval",)
     )
-    sample_prompts: str | None = free_key(
+    sample_prompts: Place | None = free_key(
         None,
         "text file with one prompt per line; None: the first prompts of the validation data",
         needs=("samples", "eval_interval"),
@@ -153,7 +154,7 @@ class Recipe(BaseModel):
         needs=("benchmarks",),
     )
     benchmark_samples: Count = free_key(100, "number of items of each benchmark: its first ones", needs=("benchmarks",))
-    benchmark_data: str | None = free_key(
+    benchmark_data: Place | None = free_key(
         None, "folder with the benchmarks' files (arc_easy.jsonl, ...); None: load them from the Hugging Face hub", needs=("benchmarks",)
     )
     log_interval: Count = free_key(1, "optimizer steps between lines in the terminal; metrics.jsonl and TensorBoard get every step")
@@ -171,7 +172,7 @@ class Recipe(BaseModel):
     wandb_project: str = free_key("posttrain", "Weights & Biases project", needs=("wandb_log",))
     wandb_run_name: str | None = free_key(None, "Weights & Biases run name; None: the name of out_dir", needs=("wandb_log",))
 
-    ds_config: str = free_key(
+    ds_config: Place = free_key(
         "ds_configs/zero1.json",
         "DeepSpeed JSON file (ZeRO stage, offload, communication); batch size, optimizer and precision come from the recipe",
     )
@@ -237,8 +238,8 @@ class SFTRecipe(Recipe):
     kind: ClassVar[str] = "sft"
     usual_epochs: ClassVar[float] = 3.0
     example_data: ClassVar[str] = "alpaca"
-    checkpoint_path: str = key(..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run")
-    sft_data_dir: str = key(..., "folder with data that data_prep/prepare_sft.py has made")
+    checkpoint_path: Place = key(..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run")
+    sft_data_dir: Place = key(..., "folder with data that data_prep/prepare_sft.py has made")
 
     @property
     def model_path(self) -> str:
@@ -265,10 +266,10 @@ class DPORecipe(Recipe):
     kind: ClassVar[str] = "dpo"
     usual_epochs: ClassVar[float] = 1.0
     example_data: ClassVar[str] = "ultrafeedback"
-    sft_checkpoint_path: str = key(
+    sft_checkpoint_path: Place = key(
         ..., "SFT model, from which the policy starts and which is the frozen reference; in the same forms as a base model, e.g. RUN/final"
     )
-    dpo_data_dir: str = key(..., "folder with data that data_prep/prepare_dpo.py has made")
+    dpo_data_dir: Place = key(..., "folder with data that data_prep/prepare_dpo.py has made")
     learning_rate: Positive = key(5e-7, "peak learning rate")
     loss: Literal[*LOSSES] = key(  # ty: ignore[invalid-type-form]
         "sigmoid", "preference loss; posttrain/objectives/losses.py has the equation and paper of each"

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from posttrain.common.errors import nearest
+from posttrain.common.files import read_whole
 from posttrain.common.hub import is_hub_name
-from posttrain.common.places import command, in_this_form
+from posttrain.common.places import command, expanded, in_this_form
 from posttrain.objectives.losses import LOSSES
 from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe, nature
@@ -57,7 +58,7 @@ def load_recipe_of_either_kind(arguments: list[str]) -> Recipe:
     """Read the recipe of a command line, as DPO's if its file has the key dpo_data_dir, else as SFT's, which is also the default."""
     words = list(_words(arguments))
     place = next((value for name, value in words if name is None), None)
-    is_dpo = "dpo_data_dir" in _read_yaml(Path(place)) if place else any(name == "dpo_data_dir" for name, _ in words)
+    is_dpo = "dpo_data_dir" in _read_yaml(Path(expanded(place))) if place else any(name == "dpo_data_dir" for name, _ in words)
     return load_recipe_of("dpo" if is_dpo else "sft", arguments)
 
 
@@ -196,7 +197,7 @@ def _split(kind: type[Recipe], argv: list[str]) -> tuple[Path | None, dict[str, 
         if name is None and path is not None:
             raise ValueError(f"expected one recipe file and --key=value options, saw {value!r} after {str(path)!r}")
         if name is None:
-            path = Path(str(value))
+            path = Path(expanded(str(value)))
         else:
             overrides[name] = value
     _refuse_unknown(kind, overrides)
@@ -234,9 +235,10 @@ def _read_yaml(path: Path) -> dict:
         raise FileNotFoundError(f"no recipe at {path}. Shipped in {RECIPES}: {names}")
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
         raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
+    text = read_whole(path)
     try:
-        values = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # by what stands where a key or a number should be
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold `key: value` lines, saw {type(values).__name__}")

@@ -6,14 +6,14 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
-from posttrain.common.files import read_json_lines
+from posttrain.run.stored import read_facts, read_log
 
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization"}
 
 
 def model_card(run: Path, recipe: dict, manifest: dict) -> str:
     """Returns the text of RUN/final/README.md. `recipe`: the resolved one; `manifest`: the prepared data's."""
-    facts = json.loads((run / "run.json").read_text())
+    facts = read_facts(run, "kind", "packages")
     base = recipe.get("checkpoint_path") or recipe["sft_checkpoint_path"]
     data = ModelCardData(library_name="transformers", tags=["posttrain", facts["kind"], "deepspeed"], model_name=run.name)
     about = {"base model": base, "data": ", ".join(manifest["sources"])}
@@ -48,7 +48,7 @@ def model_card(run: Path, recipe: dict, manifest: dict) -> str:
 
 def _results(run: Path) -> str:
     """Returns a table of the first and the last validation, or of the last step if there was no validation."""
-    records = read_json_lines(run / "metrics.jsonl")
+    records = read_log(run, "metrics.jsonl")
     validations = [record for record in records if record["split"] == "eval"]
     shown = [validations[0], validations[-1]] if validations else records[-1:]
     if not shown:

@@ -29,14 +29,14 @@ import yaml
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
-from posttrain.common.files import read_json_lines, read_lines
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, Recipe
+from posttrain.run import stored
 from posttrain.run.health import Facts, Finding, Health
 from posttrain.run.resume import CREATING, LOGS, extension_of, length_of
+from posttrain.run.stored import read_facts, read_log
 from posttrain.run.trackers import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
-FROM_STEP_ON = ("metrics.jsonl", "samples.jsonl", "health.jsonl", "bad_batches.jsonl")  # records that a start from an earlier step cuts off
 RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
 
 
@@ -55,13 +55,13 @@ class Run:
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
         if (self.path / "run.json").exists():  # on every rank, so that all raise
-            stored = json.loads((self.path / "run.json").read_text())["inputs"]
-            if stored.keys() != inputs.keys():
+            began_with = read_facts(self.path, "inputs")["inputs"]
+            if began_with.keys() != inputs.keys():
                 raise ValueError(
                     f"{self.path} was begun by another version of this code, which identified its inputs differently; finish it with "
                     "that version, or give another --out_dir"
                 )
-            if changed := [name for name, value in inputs.items() if stored[name] != value]:
+            if changed := [name for name, value in inputs.items() if began_with[name] != value]:
                 raise ValueError(
                     f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: continuing would mix two "
                     "runs. Restore what it began with, or start a new run with another --out_dir"
@@ -110,26 +110,29 @@ class Run:
             self._update(fitted=self.fitted)
         if self.recipe.checks == "off":
             self._update(unchecked_from_steps=[first_step])
-        for name in FROM_STEP_ON:
-            if (self.path / name).exists():
-                kept = [line for line in read_lines(self.path / name) if 1 < first_step > _step_of(line)]  # none for a start at step 1
-                files.write_whole(self.path / name, "".join(line.removesuffix("\n") + "\n" for line in kept))
-        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1)
+        for name in stored.LOGS:
+            if damaged := stored.cut_log(self.path, name, first_step):
+                what = f"line{'s' if len(damaged) > 1 else ''} {', '.join(map(str, damaged))} of {self.path / name}"
+                self.say(f"warning  {what} cannot be read: moved to {name}.damaged, and the run goes on without")
+        self.metrics_file = (self.path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         free = self.recipe.keys_that_change(ANY_TIME)
         compared = {name: value for name, value in self.as_resolved.items() if value is not None and name not in free}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
-            name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
+            name, identity = (
+                self.recipe.wandb_run_name or self.path.name,
+                read_facts(self.path, "wandb_id")["wandb_id"],
+            )
             self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
-        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
+        texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text(encoding='utf-8')}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)
         self.steps = terminal.Steps(first_step, total_steps, self.recipe.log_interval)
         self.steps.start()
         self.health = Health(self.recipe, total_steps, facts)
-        for record in read_json_lines(self.path / "metrics.jsonl"):  # replays what was seen before a restart
+        for record in read_log(self.path, "metrics.jsonl"):  # replays what was seen before a restart
             self.health.see(record["step"], record["split"], {name: value for name, value in record.items() if name not in RECORD})
-        self.health.told = {record["name"] for record in read_json_lines(self.path / "health.jsonl")}
+        self.health.told = {record["name"] for record in read_log(self.path, "health.jsonl")}
         self._record_findings(first_step - 1, self.health.before())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         start = {"from_step": first_step, "when": _now(), "ranks": dist.get_world_size() if dist.is_initialized() else 1, "device": device}
@@ -138,7 +141,7 @@ class Run:
 
     def _update(self, **changes) -> None:
         """Merge changes into run.json; lists are appended to."""
-        facts = json.loads((self.path / "run.json").read_text())
+        facts = read_facts(self.path)
         for name, value in changes.items():
             facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
         files.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
@@ -166,7 +169,7 @@ class Run:
             return
         self._append("samples.jsonl", {"step": step, "samples": samples})
         before: dict[str, str] = {}  # prompt -> first answer; a restart may have added prompts
-        for record in read_json_lines(self.path / "samples.jsonl"):
+        for record in read_log(self.path, "samples.jsonl"):
             before = {one["prompt"]: one["answer"] for one in record["samples"]} | before
         begin = "before" if self.facts["kind"] == "sft" else "reference"
         rows = [{"prompt": one["prompt"], begin: before[one["prompt"]], "now": one["answer"]} for one in samples]
@@ -183,12 +186,12 @@ class Run:
 
     def _append(self, name: str, record: dict) -> None:
         """Append a line of JSON to a file of the run."""
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def has_looked(self, step: int) -> bool:
         """Whether metrics.jsonl has a validation at `step`."""
-        records = read_json_lines(self.path / "metrics.jsonl")
+        records = read_log(self.path, "metrics.jsonl")
         return any(record["step"] == step and record["split"] == "eval" for record in records)
 
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
@@ -246,11 +249,3 @@ def _main_metrics(metrics: dict[str, float]) -> list[str]:
 
 def _now() -> str:
     return datetime.now().isoformat(timespec="seconds")
-
-
-def _step_of(line: str) -> float:
-    """Returns the step of a line of JSON; infinity for one that a crash cut, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")

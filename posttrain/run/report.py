@@ -1,6 +1,5 @@
 """Writes one page about runs, from their files alone; posttrain/report.py is the command."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import yaml
 
-from posttrain.common.files import read_json_lines
+from posttrain.common.files import read_object
 from posttrain.common.terminal import duration
-from posttrain.run import charts
+from posttrain.run import charts, stored
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # of each chart: title, metrics of training steps, metrics of validations, whether on a logarithmic scale
@@ -45,33 +43,38 @@ class RunFiles:
     @cached_property
     def facts(self) -> dict:
         """run.json: the kind of the run, its starts and its end."""
-        return json.loads((self.path / "run.json").read_text())
+        return stored.read_facts(self.path, "kind", "total_steps")
 
     @cached_property
     def recipe(self) -> dict:
         """recipe.yaml: the value of every key."""
-        return yaml.safe_load((self.path / "recipe.yaml").read_text())
+        recipe = stored.read_recipe(self.path)
+        return recipe if "checkpoint_path" in recipe else stored.read_recipe(self.path, "sft_checkpoint_path")
 
     @cached_property
     def manifest(self) -> dict | None:
         """data.json: the manifest of the prepared data; None for runs of versions that kept none."""
-        path = self.path / "data.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return stored.read_data(self.path)
 
     @cached_property
     def records(self) -> list[dict]:
         """metrics.jsonl: the metrics of every step and every validation."""
-        return read_json_lines(self.path / "metrics.jsonl")
+        return stored.read_log(self.path, "metrics.jsonl")
 
     @cached_property
     def samples(self) -> list[dict]:
         """samples.jsonl: sample answers of every validation; none where the run sampled none."""
-        return read_json_lines(self.path / "samples.jsonl")
+        return stored.read_log(self.path, "samples.jsonl")
 
     @cached_property
     def findings(self) -> list[dict]:
         """health.jsonl: what the health checks have found."""
-        return read_json_lines(self.path / "health.jsonl")
+        return stored.read_log(self.path, "health.jsonl")
+
+    def read(self) -> None:
+        """Read all files now. Raises ValueError naming one that is damaged, and the line."""
+        for name in ("facts", "recipe", "manifest", "records", "samples", "findings"):
+            getattr(self, name)
 
     def series(self, split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the steps at which a metric was recorded, and its values; nan where it was not finite."""
@@ -93,7 +96,7 @@ class RunFiles:
 
 
 def read_runs(paths: list[Path]) -> list[RunFiles]:
-    """Return the runs, named by their folders; where two are alike, by their paths. Raises ValueError for a path that is not a run."""
+    """Return the runs, named by their folders; where two are alike, by their paths. Raises ValueError for one that is damaged or none."""
     runs, names = [], [path.resolve().name for path in paths]
     for number, path in enumerate(paths):
         if not (path / "run.json").is_file():
@@ -102,6 +105,7 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
             raise ValueError(f"{path} is not a run: it has no run.json{hint}")
         name = names[number] if names.count(names[number]) == 1 else str(path)
         runs.append(RunFiles(path, name, charts.COLOURS[number % len(charts.COLOURS)]))
+        runs[-1].read()
     return runs
 
 
@@ -205,12 +209,14 @@ def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
     if path is None:
         return {}
     try:
-        results = json.loads(path.read_text())
+        results = read_object(path)
         cells = [cell for metrics in results.values() for cell in metrics.values()]
-        why = "" if all({"value", "low", "high"} <= cell.keys() for cell in cells) else "some metric lacks one of them"
+        numbers = [cell.get(name) for cell in cells for name in ("value", "low", "high")]
+        why = "" if all(isinstance(one, int | float) for one in numbers) else "some metric lacks one of them, or it is no number"
+        why = why or ("" if cells else "it holds no metric")
     except AttributeError:
         why = "some part of it is a number, a text or a list where an object should be"
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         why = str(error)
     if why:
         raise ValueError(f"--results {path} is not a file of results, {{model: {{metric: {{value, low, high}}}}}}: {why}")
@@ -231,7 +237,7 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": lambda value: "" if value is None else f"{value:.4g}", "thousands": lambda value: f"{value:,}"}
     columns, rows = table(runs)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=runs,
         columns=columns,
@@ -243,5 +249,5 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
         differences=differences(runs),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
-    (output / "report.html").write_text(page)
+    (output / "report.html").write_text(page, encoding="utf-8")
     return output / "report.html"

@@ -1,13 +1,11 @@
 """Decides whether a run that is already there may continue with a recipe, and whether it is finished."""
 
-import json
 from pathlib import Path
-
-import yaml
 
 from posttrain.common import terminal
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, Recipe
+from posttrain.run.stored import read_facts, read_recipe
 
 LOGS = "logs"
 CREATING = ".creating"  # this file exists while a run is created: after a crash there is no run yet, and the same command starts it again
@@ -23,7 +21,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
     out_dir = Path(recipe.out_dir)
     if (out_dir / "run.json").is_file():
-        stored = json.loads((out_dir / "run.json").read_text())
+        stored = read_facts(out_dir, "kind", "plan_version", "batch_form", "total_steps")
         if stored["kind"] != recipe.kind:
             raise ValueError(f"{out_dir} holds a {stored['kind']} run; give another --out_dir")
         if stored["plan_version"] != PLAN_VERSION:
@@ -32,7 +30,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
             )
         # a key that did not exist when the run began had its default then
         was = {name: field.default for name, field in type(recipe).model_fields.items() if not field.is_required()}
-        was |= yaml.safe_load((out_dir / "recipe.yaml").read_text())
+        was |= read_recipe(out_dir, *(name for name, field in type(recipe).model_fields.items() if field.is_required()))
         if recipe.global_batch_size is None and stored["batch_form"] == form:
             batch = was["global_batch_size"]  # fixed when the run was created, whatever the number of GPUs is now
         recipe = _keep_schedule(recipe.model_copy(update={"global_batch_size": batch}), was, stored)
@@ -84,7 +82,7 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
     final = Path(recipe.out_dir) / "final"
     if recipe.only_looks or not final.is_dir():
         return False
-    if json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("finished") != length_of(recipe):
+    if read_facts(Path(recipe.out_dir)).get("finished") != length_of(recipe):
         return False
     if rank == 0:
         terminal.say(f"{recipe.out_dir} is finished: {final}. Start another run with another --out_dir")
@@ -93,7 +91,7 @@ def already_finished(recipe: Recipe, rank: int) -> bool:
 
 def extension_of(recipe: Recipe) -> dict[str, list]:
     """Returns what --extend changes in the existing run: key -> [old value, new value]."""
-    was = yaml.safe_load((Path(recipe.out_dir) / "recipe.yaml").read_text())
+    was = read_recipe(Path(recipe.out_dir))
     return {name: [was.get(name), getattr(recipe, name)] for name in sorted(LENGTH_KEYS) if was.get(name) != getattr(recipe, name)}
 
 

@@ -4,7 +4,6 @@ It is written into run.json, and a run that is resumed in the same setting keeps
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, this_machine
 from posttrain.planning.planner import Planner
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
+from posttrain.run.stored import read_facts
 from posttrain.training.inputs import check_lengths
 from posttrain.training.state import Training
 from posttrain.training.step import try_largest
@@ -110,11 +110,9 @@ def _setting(recipe: Recipe, device: torch.device) -> dict:
 
 def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
     """Return the number that an earlier start of this run has found in the same setting, None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        found = json.loads((Path(recipe.out_dir) / "run.json").read_text()).get("fitted")
-        if found and found["as"] == _setting(recipe, device):
-            return found["max_tokens_per_gpu"]
-    return None
+    run = Path(recipe.out_dir)
+    found = read_facts(run).get("fitted") if (run / "run.json").exists() else None
+    return found["max_tokens_per_gpu"] if found and found["as"] == _setting(recipe, device) else None
 
 
 def _estimated_tokens(recipe: Recipe, usable: float, longest: int) -> int:
@@ -147,12 +145,12 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):  # if the system does not allow it, the peak stays that since the start
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak(device: torch.device) -> float:
     """Return the most bytes that this rank has held since _forget_peak: on a GPU allocated by torch, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(status["VmHWM"].split()[0])

@@ -88,7 +88,7 @@ def _load(path: Path, count: int) -> np.ndarray | None:
 def _prepare_folder(folder: Path, identity: dict[str, str]) -> None:
     """Make the folder, with a file that says what its log-probs belong to."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
+    (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, sums: np.ndarray) -> None:

@@ -1,12 +1,12 @@
 """Computes a run's number of steps, and the learning rate of each, a pure function of the step."""
 
-import json
 import math
 from pathlib import Path
 
 from posttrain.data import batches
 from posttrain.recipes.keys import Recipe
 from posttrain.recipes.reading import refuse_decay_in_warmup
+from posttrain.run.stored import read_facts
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -24,8 +24,11 @@ def with_warmup(recipe: Recipe, steps: int) -> Recipe:
     """
     if recipe.warmup_ratio is None:
         return recipe
-    stored = Path(recipe.out_dir) / "run.json"
-    warmup = json.loads(stored.read_text())["warmup_iters"] if stored.exists() else min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
+    run = Path(recipe.out_dir)
+    if (run / "run.json").exists():
+        warmup = read_facts(run, "warmup_iters")["warmup_iters"]
+    else:
+        warmup = min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
     recipe = recipe.model_copy(update={"warmup_iters": warmup})
     refuse_decay_in_warmup(recipe)
     return recipe

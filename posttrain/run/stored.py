@@ -1,0 +1,185 @@
+"""Reads what a run's directory holds about the run, and says which file, and which line of it, is damaged. Imports no torch."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from posttrain.common import files
+
+ADVICE = "Restore it from a copy. Without one, start a new run with another --out_dir; it can begin from this one's final/ or a checkpoint"
+Step = Annotated[int, Field(ge=0, lt=2**63)]
+Moment = Annotated[str, AfterValidator(datetime.fromisoformat)]
+
+
+class _Form(BaseModel):
+    """The types of known keys, where they are there; others may be there, too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Start(_Form):
+    """A start of the run."""
+
+    when: Moment
+    ranks: int
+    device: str
+    ds_config: str
+    states: dict[str, float]
+
+
+class _Fitted(_Form):
+    """The value that max_tokens_per_gpu: auto has found, and the setting in which it was."""
+
+    setting: dict = Field(alias="as")
+    max_tokens_per_gpu: int
+
+
+class _Facts(_Form):
+    """run.json."""
+
+    kind: Literal["sft", "dpo"] = "sft"
+    inputs: dict[str, str] = {}
+    packages: dict[str, str] = {}
+    total_steps: Step = 0
+    warmup_iters: Step | None = None
+    starts: list[_Start] = []
+    ended: Moment = ""
+    finished: dict[str, float | None] = {}
+    extended: list[dict] = []
+    fitted: _Fitted | None = None
+
+
+class _Recipe(_Form):
+    """recipe.yaml, which is flat."""
+
+    __pydantic_extra__: dict[str, bool | int | float | str | None]  # ty: ignore[incompatible-mutable-override]
+
+
+class _Manifest(_Form):
+    """data.json, as far as it is shown."""
+
+    class _Entry(_Form):
+        rows: int
+
+    class _Tokens(_Form):
+        per_epoch: int
+        trained_per_epoch: int
+        longest: int
+
+    counts: dict[str, int]
+    rows: int
+    sources: list[str]
+    tokens: _Tokens
+    template_name: str = ""
+    ledger: dict[str, _Entry]
+    changes: dict[str, int]
+    notes: list[str]
+
+
+class _Metrics(_Form):
+    """A line of metrics.jsonl; None stands for a number that was not finite."""
+
+    step: Step
+    split: Literal["train", "eval"]
+    __pydantic_extra__: dict[str, float | None]  # ty: ignore[incompatible-mutable-override]
+
+
+class _Samples(_Form):
+    """A line of samples.jsonl."""
+
+    class _Sample(_Form):
+        prompt: str
+        answer: str
+        tokens: int
+
+    step: Step
+    samples: list[_Sample]
+
+
+class _Finding(_Form):
+    """A line of health.jsonl."""
+
+    step: Step
+    name: str
+    what: str
+    todo: str
+
+
+class _BadBatch(_Form):
+    """A line of bad_batches.jsonl."""
+
+    step: Step
+
+
+LOGS = {"metrics.jsonl": _Metrics, "samples.jsonl": _Samples, "health.jsonl": _Finding, "bad_batches.jsonl": _BadBatch}
+
+
+def read_facts(run: Path, *needed: str) -> dict:
+    """Return what run.json holds; the keys `needed` are there. Raises ValueError, with what to do, if it is missing or damaged."""
+    return _read(run / "run.json", _Facts, needed)
+
+
+def read_recipe(run: Path, *needed: str) -> dict:
+    """Return recipe.yaml, the value of every key; the keys `needed` are there. Raises as `read_facts` does."""
+    return _read(run / "recipe.yaml", _Recipe, needed)
+
+
+def read_data(run: Path) -> dict | None:
+    """Return data.json, the manifest of the run's data; None for runs that keep none. Raises as `read_facts` does."""
+    return _read(run / "data.json", _Manifest, ()) if (run / "data.json").exists() else None
+
+
+def read_log(run: Path, name: str) -> list[dict]:
+    """Return the records of one of LOGS, none if it is not there. Raises ValueError naming a damaged line."""
+    return files.read_json_lines(run / name, lambda record: _check(record, LOGS[name]))
+
+
+def cut_log(run: Path, name: str, first_step: int) -> list[int]:
+    """Cut off the records of one of LOGS from `first_step` on; a start at step 1 leaves none. Returns the numbers of damaged lines.
+
+    They are moved to NAME.damaged, so that nothing is lost and all others can be read. A last line without a line end was cut by a crash.
+    """
+    path = run / name
+    if not path.exists():
+        return []
+    files.require_file(path)
+    *lines, last = path.read_bytes().split(b"\n")
+    kept, damaged = [], {}
+    for number, line in enumerate([*lines, last] if first_step > 1 else [], 1):
+        try:
+            record = files.parse_line(line, lambda record: _check(record, LOGS[name]))
+        except ValueError:
+            damaged |= {number: line} if number <= len(lines) else {}
+        else:
+            kept += [line] if record["step"] < first_step else []
+    if damaged:
+        with path.with_name(f"{name}.damaged").open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in damaged.values()))
+    files.write_whole(path, b"".join(line + b"\n" for line in kept))
+    return list(damaged)
+
+
+def _read(path: Path, form: type[_Form], needed: tuple[str, ...]) -> dict:
+    """Return the object of a file. Raises ValueError if it is missing or damaged, lacks a key, or has a value of another type."""
+    try:
+        found = files.read_object(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}. {ADVICE}") from error
+    try:
+        _check(found, form)
+        if missing := [name for name in needed if name not in found]:
+            raise ValueError(f"it lacks {' and '.join(missing)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {ADVICE}") from error
+    return found
+
+
+def _check(record: dict[str, Any], form: type[_Form]) -> None:
+    """Raise ValueError naming the first key of `record` that is missing or of another type than `form` says."""
+    try:
+        form.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

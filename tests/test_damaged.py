@@ -1,0 +1,226 @@
+"""Damaged files of a run: every command that reads them names the file, and the line, and a log's damage does not stop a run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import start_run
+
+from posttrain.common.errors import is_mistake
+from posttrain.data.manifest import read_manifest
+from posttrain.engine import checkpoint_folder
+from posttrain.engine.ds_config import read_ds_config
+from posttrain.model.forms import newest
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import build_recipe, load_recipe_of
+from posttrain.run import report
+from posttrain.run.card import model_card
+from posttrain.run.directory import Run
+from posttrain.run.resume import already_finished, resolve
+
+VALUES = {"checkpoint_path": "b", "sft_data_dir": "d", "max_iters": 9, "global_batch_size": 1}
+METRICS = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5}
+
+
+def recipe_of(run: Path) -> SFTRecipe:
+    return build_recipe(SFTRecipe, VALUES | {"out_dir": str(run)}, {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of four steps, as the package writes it, with something in each of its logs."""
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    here = Run(recipe_of(run), 0, {"data": "1", "model": "2"})
+    start_run(here, 1, 9)
+    for step in range(5):
+        split = "train" if step else "eval"
+        here.log(step, split, METRICS | {"runtime": 1.0} if step == 0 else METRICS)
+        here.log_samples(step, [{"prompt": "p", "answer": f"it’s {step}", "tokens": 2, "stopped": True}])
+    here.bad_batch(2, "spike", METRICS, [])
+    here._append("health.jsonl", {"step": 3, "name": "n", "what": "w", "todo": "t"})
+    here.finished()
+    here.close()
+    (run / "final").mkdir()
+    return run
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def replaced(name: str, value):
+    """Damage a value of run.json."""
+    return lambda content: json.dumps(json.loads(content) | {name: value}).encode()
+
+
+EVERY_FORM = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: min(99, len(content) // 2)],
+    "zeros": lambda content: bytes(len(content)),
+    "a list": lambda content: b"[1, 2]",
+    "a number": lambda content: b"5",
+    "a high bit": lambda content: content[:9] + bytes([content[9] | 128]) + content[10:],
+    "Latin-1": lambda content: content + "# ö".encode("latin-1"),
+    "nested": lambda content: b"[" * 600,
+    "gone": None,
+    "a pipe": None,
+}
+OF_RUN_JSON = {
+    "total_steps": replaced("total_steps", "x"),
+    "total_steps, huge": replaced("total_steps", 10**400),
+    "starts": replaced("starts", [{"ranks": 1}]),
+    "ended": replaced("ended", "yesterday"),
+    "kind": replaced("kind", 3),
+}
+OF_RECIPE = {
+    "tags": lambda content: b"out_dir: !!python/object/apply:os.system [ls]",
+    "a table": lambda content: b"out_dir: {a: 1}",
+    "numbers as keys": lambda content: b"1: 2",
+}
+
+
+def damaged(path: Path, how: str) -> None:
+    change = (EVERY_FORM | OF_RUN_JSON | OF_RECIPE)[how]
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+        return
+    path.unlink()
+    if how == "a pipe":
+        os.mkfifo(path)
+
+
+def told(action, *arguments) -> str:
+    """The message with which an action is refused, as a user's mistake."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        action(*arguments)
+    assert is_mistake(error.value), repr(error.value)
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+def of_report(run: Path) -> None:
+    report.read_runs([run])
+
+
+@pytest.mark.parametrize("how", [*EVERY_FORM, *OF_RUN_JSON])
+def test_a_damaged_run_json_is_named_by_all_who_read_it(run, how):
+    damaged(run / "run.json", how)
+    readers = [of_report, lambda run: newest(str(run)), lambda run: resolve(recipe_of(run), 1)]
+    if how in ("gone", "a pipe"):  # then it is no run
+        readers = [of_report]
+    elif how not in OF_RUN_JSON:
+        readers += [
+            lambda run: Run(recipe_of(run), 0, {}),
+            lambda run: already_finished(recipe_of(run), 0),
+            lambda run: model_card(run, VALUES, {}),
+        ]
+    for reader in readers:
+        message = told(reader, run)
+        assert str(run) in message
+        assert "run.json" in message
+        if how in OF_RUN_JSON:
+            assert how.split(",")[0] in message
+    if how not in ("gone", "a pipe"):
+        assert "Restore it from a copy" in message
+
+
+@pytest.mark.parametrize("how", [*EVERY_FORM, *OF_RECIPE])
+def test_a_damaged_recipe_yaml_is_named_by_all_who_read_it(run, how):
+    (run / "checkpoints" / "step_000004").mkdir(parents=True)
+    damaged(run / "recipe.yaml", how)
+    for reader in (of_report, lambda run: newest(str(run)), lambda run: resolve(recipe_of(run), 1)):
+        message = told(reader, run)
+        assert str(run / "recipe.yaml") in message
+        assert "Restore it from a copy" in message
+
+
+LINES = {
+    "no JSON": b'{"step": 2, "spl',
+    "a number": b"5",
+    "not UTF-8": b'{"step": 2, "split": "train", "lo\xf3s": 1.0}',
+    "zeros": bytes(20),
+    "no step": b"{}",
+    "a step that is a text": b'{"step": "2", "split": "train", "samples": [], "name": "n", "what": "w", "todo": "t"}',
+    "empty": b"",
+    "nested": b"[" * 2000,
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "health.jsonl"])
+@pytest.mark.parametrize("how", LINES)
+def test_a_damaged_line_of_a_log_is_named(run, name, how):
+    path = run / name
+    first, *others = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, LINES[how], *others, b'{"step": 9, "sp']))  # the end was cut by a crash
+    message = told(report.read_runs, [run])
+    assert f"{path}:2 is damaged: " in message or f"{path}:2 is not UTF-8" in message
+
+
+def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsys):
+    """Byte for byte, and nothing else of before the start is lost; a last line without a line end is dropped without a word."""
+    before = {path: path.read_bytes().splitlines() for path in run.glob("*.jsonl")}
+    assert len(before) == 4
+    for path, (first, *others) in before.items():
+        path.write_bytes(b"\n".join([first, *LINES.values(), *others, b'{"step": 9, "sp']))
+    for _ in range(2):
+        here = Run(recipe_of(run), 0, {"data": "1", "model": "2"})
+        start_run(here, 4, 9)
+        here.close()
+    said = capsys.readouterr().out
+    for path, lines in before.items():
+        kept = [line for line in lines if json.loads(line)["step"] < 4]
+        assert path.read_bytes().splitlines()[: len(kept)] == kept
+        assert path.with_name(f"{path.name}.damaged").read_bytes() == b"".join(line + b"\n" for line in LINES.values())
+        numbers = ", ".join(str(2 + number) for number in range(len(LINES)))
+        assert said.count(f"warning  lines {numbers} of {path} cannot be read: moved to {path.name}.damaged") == 1
+    report.read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", {"step": 2, "split": "other"}),
+        ("metrics.jsonl", {"step": 2, "split": "train", "loss": "low"}),
+        ("metrics.jsonl", {"step": 10**400, "split": "train"}),
+        ("metrics.jsonl", {"step": 2, "split": "train", "loss": 10**400}),
+        ("samples.jsonl", {"step": 2, "samples": [{"prompt": "p"}]}),
+        ("health.jsonl", {"step": 2, "name": "n"}),
+    ],
+)
+def test_a_line_of_other_values_is_named_by_the_report(run, name, line):
+    with (run / name).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    number = len((run / name).read_text().splitlines())
+    assert f"{run / name}:{number} is damaged: " in told(of_report, run)
+
+
+def test_other_files_are_named_as_well(run, tmp_path):
+    (run / "data.json").write_text("[]")
+    assert f"{run}/data.json is damaged" in told(of_report, run)
+    (tmp_path / "data").mkdir()
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("# Größe\nmax_iters: 1\n".encode("latin-1"))
+    assert f"{latin}:1 is not UTF-8 text" in told(load_recipe_of, "sft", [str(latin)])
+    assert f"{latin}:1 is not UTF-8 text" in told(read_ds_config, str(latin))
+    for how in ("empty", "cut", "a high bit", "a number", "a pipe", "nested"):
+        for path, reader in (
+            (tmp_path / "data" / "manifest.json", lambda: read_manifest(str(tmp_path / "data"), "MAKE")),
+            (
+                run / "checkpoints" / "step_000002" / "manifest.json",
+                lambda: checkpoint_folder.read_manifest(run / "checkpoints" / "step_000002"),
+            ),
+        ):
+            path.unlink(missing_ok=True)
+            path.write_text('{"format": 2, "kind": "sft", "checksum": "0"}')
+            damaged(path, how)
+            assert "manifest.json" in told(reader)
+
+
+@pytest.mark.parametrize("results", [b"", b"{}", b'{"a": {"b": {"value": "x", "low": 1, "high": 2}}}', b'{"a": "\xff"}', b"[" * 2000])
+def test_a_damaged_file_of_results_is_named(tmp_path, results):
+    (tmp_path / "results.json").write_bytes(results)
+    assert f"--results {tmp_path}/results.json is not a file of results" in told(report.read_results, tmp_path / "results.json")
