@@ -33,7 +33,7 @@ def signals():
 
 
 def test_a_signal_asks(signals):
-    stop = StopRequest(0, is_launched=False)
+    stop = StopRequest(0, launcher=None)
     assert stop.reason is None
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.2)
@@ -42,7 +42,7 @@ def test_a_signal_asks(signals):
 
 def test_the_time_limit_leaves_room_for_a_step_and_a_save(signals, monkeypatch):
     monkeypatch.setenv(STARTED, str(time.time() - 1000))  # the job began before this start of it
-    stop = StopRequest(1100, is_launched=False)
+    stop = StopRequest(1100, launcher=None)
     assert stop.reason is None
     stop.expect(step_seconds=20, save_seconds=30)  # 2 x 20 + 2 x 30 + 5 > 100
     assert stop.reason == "the time limit is near"
@@ -111,7 +111,7 @@ def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from posttrain.parallel.stopping import StopRequest, tell_that_all_is_well
-stop = StopRequest(0, is_launched=False)
+stop = StopRequest(0, launcher=None)
 print("ready", flush=True)
 while stop.reason is None: time.sleep(0.01)
 print("asked", stop.reason, flush=True)

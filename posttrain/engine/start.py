@@ -13,6 +13,7 @@ from packaging.version import Version
 from torch import distributed as dist
 
 from posttrain.parallel import ranks
+from posttrain.parallel.launched import read_launch
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
@@ -28,29 +29,23 @@ def check_versions() -> None:
         )
 
 
-def launch_shape() -> tuple[int, int]:
-    """Returns rank and world size from the launcher's environment variables; (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
     Raises ValueError if there are too few GPUs, or if ranks are missing or cannot connect to each other.
     """
-    accelerator = get_accelerator()
+    accelerator, here = get_accelerator(), read_launch()
     if accelerator.device_name() != "cpu":
-        check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
-    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free port
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        check_devices(here.local_size, torch.cuda.device_count(), here.launcher)
+    os.environ |= here.as_environment()  # DeepSpeed and others read it, too
+    accelerator.set_device(here.local_rank)
     if accelerator.device_name() == "cpu":
-        _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
+        _share_cores(here.local_size, here.rank)
         _limit_kernel_caches()
     _quiet_libraries()
     device = current_device()
     if not dist.is_initialized():
-        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
+        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, here)
     # DeepSpeed 0.19.8 would compile and load its all-reduce for CPUs, of which only its inference makes use; each rank's buffers of 66 MB
     # would stay in /dev/shm for good
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -90,7 +85,8 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def check_devices(wanted: int, visible: int) -> None:
+def check_devices(wanted: int, visible: int, launcher: str | None) -> None:
     """Raises ValueError if more GPUs are wanted on this machine than are visible."""
     if wanted > visible:
-        raise ValueError(f"--num_gpus asks for {wanted} GPUs on this machine, {visible} are visible; use --num_gpus {visible} or fewer")
+        option = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
+        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible; use {option} {visible} or fewer")
