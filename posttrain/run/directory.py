@@ -120,7 +120,7 @@ class Run:
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
             name, identity = self.recipe.wandb_run_name or self.path.name, json.loads((self.path / "run.json").read_text())["wandb_id"]
-            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved, self.say))
         texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text()}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)
