@@ -23,7 +23,7 @@ from posttrain.common.places import find_ds_config
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import load_prepared
 from posttrain.engine.ds_config import checkpoint_function, merge_config, read_ds_config
-from posttrain.engine.start import check_devices
+from posttrain.engine.start import check_devices, warn_of_little_shared_memory
 from posttrain.model.forms import tokenizer_beside
 from posttrain.model.loading import load_model
 from posttrain.model.policy import _set_dropout
@@ -335,6 +335,20 @@ def test_activation_checkpointing_has_one_owner():
     for mode, config in (("offload", {}), ("full", {"activation_checkpointing": {"cpu_checkpointing": True}})):
         with pytest.raises(ValueError, match="moves activations from a GPU to the CPU; here the model is on the CPU. Use full"):
             checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
+
+
+def test_little_shared_memory_is_said(tmp_path, capsys):
+    """The 64 MB of a container, as a real file system of that size (it needs root), with what to do."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        warn_of_little_shared_memory(str(tmp_path))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    warn_of_little_shared_memory("/")
+    assert re.fullmatch(
+        f"warning +{tmp_path} has 67 MB, of which NCCL may need 537.*--shm-size=16g or --ipc=host.*\n", capsys.readouterr().out
+    )
 
 
 def test_more_gpus_than_there_are():

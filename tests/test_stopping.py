@@ -1,5 +1,6 @@
 """Stopping and starting again: what asks a run to stop, the supervisor, longer runs, limits of time."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, last_of_each, metrics, python, start, start_run
+from conftest import ROOT, last_of_each, metrics, python, rank_environment, start, start_run
 from test_runs import sft_arguments
 
 from posttrain.parallel.stopping import STARTED, StopRequest
@@ -122,6 +123,24 @@ sys.exit({code})
 """
     (tmp_path / "rank.py").write_text(text)
     return [sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_are_told_from_torchrun_and_from_what_they_start(tmp_path):
+    """torchrun, if it got the signal, would print a traceback, and kill after 30 s the ranks that still save."""
+    python, script, _ = stand_in(tmp_path, 0.5)
+    path = Path(script)
+    helper = "import subprocess\nhelper = subprocess.Popen(['sleep', '5'])\n"
+    path.write_text(helper + path.read_text().replace("time.sleep(0.5)", "time.sleep(0.5); print('helper', helper.poll(), flush=True)"))
+    command = [*SUPERVISE, python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=rank_environment(), **shown)
+    lines = iter(process.stdout.readline, "")
+    ready = list(itertools.islice((line for line in lines if line == "ready\n"), 2))
+    process.send_signal(signal.SIGTERM)
+    rest = list(lines)
+    assert process.wait(30) == 0, rest
+    assert sorted(ready + rest) == sorted(2 * ["ready\n", "asked SIGTERM\n", "helper None\n", "saved\n"])
 
 
 @pytest.mark.slow

@@ -144,9 +144,9 @@ KEY = {"WANDB_API_KEY": "0" * 40}
         (
             "answering",
             {},
-            "note: there is no API key for http.* is logged to offline.* wandb sync a run/wandb/offline-run",
+            "note: there is no API key for http.* keeps this run offline.* wandb sync a run/wandb/offline-run",
         ),
-        ("silent", KEY, "note: waiting for an answer of .*, for at most 1 s\nnote: http.* does not answer: Weights & Biases is logged to"),
+        ("silent", KEY, "note: waiting for an answer of .*, for at most 1 s\nnote: http.* does not answer: Weights & Biases keeps"),
         ("nobody", KEY, "^note: http.* does not answer"),
         ("nobody", {"WANDB_MODE": "disabled"}, ""),
         ("nobody", {"WANDB_CONFIG_DIR": "settings of mine"}, ""),
@@ -175,7 +175,7 @@ def test_a_run_that_weights_and_biases_does_not_open_goes_on_offline(tiny, tmp_p
     arguments = sft_arguments(tiny, tmp_path / "run", "--wandb_log=True", "--max_iters=1", "--eval_interval=0", "--warmup_iters=0")
     done = python("posttrain/sft.py", *last_of_each(arguments), env=online)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("Weights & Biases is logged to offline: ") == 1
+    assert done.stdout.count("Weights & Biases keeps this run offline: ") == 1
     assert f"wandb sync {tmp_path}/run/wandb/offline-run-*" in done.stdout
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

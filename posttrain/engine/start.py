@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import warnings
 from importlib.metadata import version
 
@@ -12,8 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import distributed as dist
 
+from posttrain.common.terminal import say
 from posttrain.parallel import ranks
-from posttrain.parallel.launched import read_launch
+from posttrain.parallel.launched import SHARED_MEMORY, read_launch
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
@@ -37,6 +39,8 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     accelerator, here = get_accelerator(), read_launch()
     if accelerator.device_name() != "cpu":
         check_devices(here.local_size, torch.cuda.device_count(), here.launcher)
+        if here.local_size > 1 and here.local_rank == 0:
+            warn_of_little_shared_memory("/dev/shm")
     os.environ |= here.as_environment()  # DeepSpeed and others read it, too
     accelerator.set_device(here.local_rank)
     if accelerator.device_name() == "cpu":
@@ -59,7 +63,17 @@ def _share_cores(local_size: int, rank: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // local_size))
     if local_size > cores and rank == 0:
-        print(f"warning  {local_size} ranks share {cores} cores: results are right, but training is slow", flush=True)
+        say(f"warning    {local_size} ranks share {cores} cores: results are right, but training is slow")
+
+
+def warn_of_little_shared_memory(folder: str) -> None:
+    """Print how to get more where `folder`, /dev/shm, is too small for the buffers of several GPUs, without which NCCL ends the run."""
+    size = shutil.disk_usage(folder).total if os.path.isdir(folder) else 0
+    if size < SHARED_MEMORY:
+        say(
+            f"warning    {folder} has {size / 1e6:.0f} MB, of which NCCL may need {SHARED_MEMORY / 1e6:.0f}. In a container give it more: "
+            "docker run --shm-size=16g or --ipc=host, in Kubernetes an emptyDir with medium: Memory"
+        )
 
 
 def _limit_kernel_caches() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm that suffice for NCCL's buffers; containers start with 64 MiB
 LEFT_OVER = "If they are left over, unset them: one process needs none of them"
 
 

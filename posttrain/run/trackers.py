@@ -101,7 +101,7 @@ class WeightsAndBiases:
         try:
             self.run = wandb.init(**run)
         except wandb.Error as error:
-            say(f"warning    Weights & Biases is logged to offline: {first_line(error)}. {how_to_send(folder)}")
+            say(f"warning    Weights & Biases keeps this run offline: {first_line(error)}. {how_to_send(folder)}")
             wandb.teardown()  # wandb 0.31's service would call the run's id in use
             self.run = wandb.init(**run, mode="offline")
 

@@ -34,7 +34,7 @@ def settle_mode(folder: Path) -> None:
     else:
         return
     os.environ["WANDB_MODE"] = "offline"
-    print(f"note: {why}: Weights & Biases is logged to offline. {how_to_send(folder)}", flush=True)
+    print(f"note: {why}: Weights & Biases keeps this run offline. {how_to_send(folder)}", flush=True)
 
 
 def how_to_send(folder: Path) -> str:
