@@ -24,6 +24,7 @@ import psutil
 MISTAKE = 2  # exit code of the scripts for an error that a restart would only repeat
 PAUSE = 3  # seconds before a restart
 GRACE = 600  # seconds for ranks that outlive their launcher: they notice its end, save, and stop by themselves
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -97,12 +98,27 @@ class Supervisor:
             os.killpg(self.child.pid, signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:
-        """The ranks among the command's processes, told by their --local_rank; in the launchers' it is part of a longer argument."""
-        return [process for process in self._session() if any(part.startswith("--local_rank=") for part in _command_line(process))]
+        """The ranks among the command's processes.
+
+        deepspeed's have the argument --local_rank, which in the launchers' is part of a longer one; torchrun's have its variables, and a
+        parent, torchrun, which has not: what ranks start has inherited them.
+        """
+        session = self._session()
+        started = {process.pid for process in session if TORCHRUN in _environment(process)}
+        return [
+            process
+            for process in session
+            if any(part.startswith("--local_rank=") for part in _command_line(process))
+            or (process.pid in started and _parent(process) not in started)
+        ]
 
     def _session(self) -> list[psutil.Process]:
-        """All processes that the command has started, orphans included."""
-        return [process for process in psutil.process_iter() if _session_of(process.pid) == self.child.pid]
+        """All processes that the command has started, orphans included; torchrun's ranks have sessions of their own."""
+        try:
+            below = {process.pid for process in psutil.Process(self.child.pid).children(recursive=True)}
+        except psutil.NoSuchProcess:
+            below = set()
+        return [process for process in psutil.process_iter() if process.pid in below or _session_of(process.pid) == self.child.pid]
 
     def _end_what_is_left(self) -> None:
         for process in self._session():
@@ -127,6 +143,22 @@ def _command_line(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """The process's environment variables at its start; none if it has ended."""
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _parent(process: psutil.Process) -> int | None:
+    """The process id of its parent; None if it has ended."""
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
 
 
 def split_restarts(arguments: list[str]) -> tuple[int, list[str]]:

@@ -9,6 +9,8 @@ import yaml
 from posttrain.recipes.keys import DPORecipe, SFTRecipe
 from posttrain.recipes.other_names import OTHER_NAMES
 from posttrain.recipes.reading import build_recipe, help_text, load_recipe
+from posttrain.training import first_screen
+from posttrain.training.schedule import learning_rate
 
 SFT = {"checkpoint_path": "base", "sft_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
 DPO = {"sft_checkpoint_path": "sft", "dpo_data_dir": "data", "out_dir": "run", "max_iters": 10, "global_batch_size": 8}
@@ -215,6 +217,25 @@ def test_what_the_command_line_switches_off_leaves_the_files_options_idle(tmp_pa
     path.write_text(yaml.safe_dump({**DPO, "sample_tokens": 9, "samples": 0}))
     with pytest.raises(ValueError, match="sample_tokens would not be read with samples=0; remove it, or set samples"):
         load_recipe(DPORecipe, "unused", [str(path)])
+
+
+def test_a_run_whose_last_steps_change_nothing_says_so():
+    """As nanoGPT's configs are often copied: a cosine to 0 that ends before the run."""
+    for values, expected in (
+        (
+            {"lr_decay_iters": 6},
+            ["lr_decay_iters 6 is before the last step, 10, and min_lr is 0: the last 4 steps are made at"],
+        ),
+        ({"lr_decay_iters": 6, "min_lr": 1e-6}, []),
+        ({"lr_decay_iters": 10}, []),
+        ({"lr_decay_iters": 12}, []),
+        ({}, []),
+        ({"decay_lr": False}, []),
+    ):
+        recipe = build_recipe(SFTRecipe, {**SFT, "max_iters": 10, **values}, {})
+        said = list(first_screen._warnings(recipe, 10, 1.0))
+        assert [text[: len(start)] for text, start in zip(said, expected, strict=True)] == expected
+        assert (learning_rate(recipe, 7, 10) == 0) == bool(expected)
 
 
 def test_a_recipe_of_the_other_kind_is_told_from_a_misspelt_one(tmp_path):

@@ -273,6 +273,7 @@ OF_OTHERS = {  # options of programs that are not ours
     "hf": {"local-dir", "repo-type"},
     "tensorboard": {"logdir"},
     "sbatch": {"nodes", "gpus-per-node"},
+    "torchrun": {"nproc_per_node"},
 }
 
 
@@ -288,7 +289,8 @@ def test_the_scripts_and_options_in_all_commands_exist():
             if words[0] == "posttrain":
                 words[:2] = ["deepspeed" if "--num_gpus" in words else "python", in_a_checkout()[words[1]]]
             scripts = [word for word in words if re.fullmatch(r"[\w/]+\.(py|sh)", word)]
-            assert scripts or words[0] in ("hf", "tensorboard"), command
+            assert scripts or words[0] in ("hf", "tensorboard", "kubectl"), command
+            assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml") and "/" in word), command
             known = set(OF_OTHERS.get(words[0], ()))
             for script in scripts:
                 assert (ROOT / script).is_file(), f"{name}: {command}"

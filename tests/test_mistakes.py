@@ -23,7 +23,7 @@ from posttrain.common.places import find_ds_config
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import load_prepared
 from posttrain.engine.ds_config import checkpoint_function, merge_config, read_ds_config
-from posttrain.engine.start import check_devices
+from posttrain.engine.start import check_devices, warn_of_little_shared_memory
 from posttrain.model.forms import tokenizer_beside
 from posttrain.model.loading import load_model
 from posttrain.model.policy import _set_dropout
@@ -279,6 +279,11 @@ def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tm
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "an offload ratio other than 1"),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}}', "are not supported"),
         ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}}', "are not supported"),
+        ('{"communication_data_type": "fp16"}', "gradients would be rounded to another type than the recipe's dtype"),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "weights would be rounded to 8 bits"),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_gradients": true}}', "gradients would be rounded to 4 bits"),
+        ('{"zero_optimization": {"stage": 1, "save_muon_momentum_buffer_in_memory": true}}', "not known to leave the numbers as they are"),
+        ('{"prescale_gradients": true}', "not a sharding, offload or communication key"),
         ('{"zero_optimization": ', "not valid JSON"),
         ("[]", "should hold a JSON object"),
     ],
@@ -297,11 +302,20 @@ def test_every_shipped_ds_config_is_accepted():
         read_ds_config(str(path))
 
 
+def test_a_ds_config_may_say_what_deepspeed_does_anyway(tmp_path):
+    """Files made for other trainers name many settings; those that keep the numbers, or have their default, are no reason to refuse one."""
+    pieces = {"overlap_comm": True, "stage3_prefetch_bucket_size": 0, "param_persistence_threshold": 10, "reduce_bucket_size": 1e6}
+    section = {"stage": 3, "zero_quantized_weights": False, "round_robin_gradients": False, **pieces}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section}))
+    assert read_ds_config(str(tmp_path / "ds.json"))["zero_optimization"] == section
+
+
 def test_a_node_of_zeropp_divides_the_ranks(monkeypatch):
     values = {"checkpoint_path": "b", "sft_data_dir": "d", "out_dir": "r", "max_iters": 1, "global_batch_size": 1}
     recipe = build_recipe(SFTRecipe, values, {"ds_config": "ds_configs/zeropp.json"})
     section = read_ds_config(recipe.ds_config)
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     merge_config(recipe, section)
     monkeypatch.setenv("WORLD_SIZE", "12")
     with pytest.raises(ValueError, match="zeropp.json: zero_hpz_partition_size 8, the GPUs of a node, does not divide the 12 of this run"):
@@ -323,10 +337,26 @@ def test_activation_checkpointing_has_one_owner():
             checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
 
 
+def test_little_shared_memory_is_said(tmp_path, capsys):
+    """The 64 MB of a container, as a real file system of that size (it needs root), with what to do."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        warn_of_little_shared_memory(str(tmp_path))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    warn_of_little_shared_memory("/")
+    assert re.fullmatch(
+        f"warning +{tmp_path} has 67 MB, of which NCCL may need 537.*--shm-size=16g or --ipc=host.*\n", capsys.readouterr().out
+    )
+
+
 def test_more_gpus_than_there_are():
-    check_devices(2, 2)
+    check_devices(2, 2, None)
     with pytest.raises(ValueError, match="asks for 9 GPUs on this machine, 8 are visible; use --num_gpus 8"):
-        check_devices(9, 8)
+        check_devices(9, 8, "deepspeed")
+    with pytest.raises(ValueError, match="--nproc_per_node asks for 9 GPUs on this machine, 8 are visible; use --nproc_per_node 8"):
+        check_devices(9, 8, "torchrun")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import launch, metrics, rank_environment
+from conftest import last_of_each, launch, metrics, rank_environment
 from test_runs import sft_arguments
 from test_templates import LLAMA, byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,6 +160,17 @@ def test_precomputed_log_probs_are_kept_and_damaged_ones_are_refused(tiny, tmp_p
     assert "(1 of 2 files computed now)" in second  # the other serves a run with another beta, too
     assert (np.load(file)["sums"] == right).all()
     assert metrics(tmp_path / "second")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+    shutil.copytree(tiny.dpo, tmp_path / "foreign", ignore=shutil.ignore_patterns("reference"))
+    (tmp_path / "foreign" / "reference").touch()  # root may write into every folder, but not into a file
+    for computed in (2, 0):
+        elsewhere = dpo_arguments(tiny, tmp_path / "third", f"--dpo_data_dir={tmp_path}/foreign", "--reference=precompute")
+        more_steps = ["--max_iters=3", "--lr_decay_iters=3", "--extend"] if computed == 0 else []
+        ended_well, third = run("none", "dpo", *last_of_each([*elsewhere, *more_steps]))
+        assert ended_well, third
+        note = f"; in the run, since {tmp_path}/foreign/reference cannot be written: " if computed else ""
+        assert f"/third/reference/{file.parent.name} ({computed} of 2 files computed now{note}" in third
+    assert (tmp_path / "third" / "final" / "model.safetensors").is_file()
 
     np.savez(file, sums=right - 1.0)  # whole, but another model's
     ended_well, output = run("none", "dpo", *dpo_arguments(tiny, tmp_path / "run", *more))

@@ -1,5 +1,6 @@
 """Stopping and starting again: what asks a run to stop, the supervisor, longer runs, limits of time."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, last_of_each, metrics, python, start, start_run
+from conftest import ROOT, last_of_each, metrics, python, rank_environment, start, start_run
 from test_runs import sft_arguments
 
 from posttrain.parallel.stopping import STARTED, StopRequest
@@ -33,7 +34,7 @@ def signals():
 
 
 def test_a_signal_asks(signals):
-    stop = StopRequest(0, is_launched=False)
+    stop = StopRequest(0, launcher=None)
     assert stop.reason is None
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.2)
@@ -42,7 +43,7 @@ def test_a_signal_asks(signals):
 
 def test_the_time_limit_leaves_room_for_a_step_and_a_save(signals, monkeypatch):
     monkeypatch.setenv(STARTED, str(time.time() - 1000))  # the job began before this start of it
-    stop = StopRequest(1100, is_launched=False)
+    stop = StopRequest(1100, launcher=None)
     assert stop.reason is None
     stop.expect(step_seconds=20, save_seconds=30)  # 2 x 20 + 2 x 30 + 5 > 100
     assert stop.reason == "the time limit is near"
@@ -111,7 +112,7 @@ def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from posttrain.parallel.stopping import StopRequest, tell_that_all_is_well
-stop = StopRequest(0, is_launched=False)
+stop = StopRequest(0, launcher=None)
 print("ready", flush=True)
 while stop.reason is None: time.sleep(0.01)
 print("asked", stop.reason, flush=True)
@@ -122,6 +123,24 @@ sys.exit({code})
 """
     (tmp_path / "rank.py").write_text(text)
     return [sys.executable, str(tmp_path / "rank.py"), "--local_rank=0"]
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_are_told_from_torchrun_and_from_what_they_start(tmp_path):
+    """torchrun, if it got the signal, would print a traceback, and kill after 30 s the ranks that still save."""
+    python, script, _ = stand_in(tmp_path, 0.5)
+    path = Path(script)
+    helper = "import subprocess\nhelper = subprocess.Popen(['sleep', '5'])\n"
+    path.write_text(helper + path.read_text().replace("time.sleep(0.5)", "time.sleep(0.5); print('helper', helper.poll(), flush=True)"))
+    command = [*SUPERVISE, python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=rank_environment(), **shown)
+    lines = iter(process.stdout.readline, "")
+    ready = list(itertools.islice((line for line in lines if line == "ready\n"), 2))
+    process.send_signal(signal.SIGTERM)
+    rest = list(lines)
+    assert process.wait(30) == 0, rest
+    assert sorted(ready + rest) == sorted(2 * ["ready\n", "asked SIGTERM\n", "helper None\n", "saved\n"])
 
 
 @pytest.mark.slow

@@ -1,18 +1,25 @@
 """TensorBoard and Weights & Biases get what metrics.jsonl has, and more; each as one run whatever the number of starts."""
 
+import contextlib
+import http.server
 import json
+import os
+import re
+import socket
 import struct
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import last_of_each, launch, metrics, rank_environment
+from conftest import free_port, last_of_each, launch, metrics, python, rank_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from test_runs import sft_arguments
 
-from posttrain.run import trackers
+from posttrain.run import trackers, wandb_mode
 
 
 def events_of(folder) -> EventAccumulator:
@@ -101,3 +108,74 @@ def test_weights_and_biases_is_one_run_with_the_same_content(tiny, tmp_path):
     for step, names in ((0, ("samples", "recipe", "data")), (3, ("samples", "examples/nll"))):
         told = {name for key in history[step] for name in names if key.startswith(name)}  # each in several parts
         assert told == set(names)
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """Answers every request, and knows nothing."""
+
+    def do_GET(self):
+        with contextlib.suppress(ConnectionError):  # wandb may be gone by then
+            self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *_): ...
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, str]]:
+    """Addresses: of a server that knows nothing, of one that accepts connections and is silent, and of none."""
+    answering = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=answering.serve_forever, daemon=True).start()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = {"answering": answering.server_port, "silent": silent.getsockname()[1], "nobody": free_port()}
+        yield {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+    answering.shutdown()
+
+
+KEY = {"WANDB_API_KEY": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("server", "environment", "said"),
+    [
+        ("answering", KEY, ""),
+        ("answering", {"NETRC": "netrc"}, ""),
+        (
+            "answering",
+            {},
+            "note: there is no API key for http.* keeps this run offline.* wandb sync a run/wandb/offline-run",
+        ),
+        ("silent", KEY, "note: waiting for an answer of .*, for at most 1 s\nnote: http.* does not answer: Weights & Biases keeps"),
+        ("nobody", KEY, "^note: http.* does not answer"),
+        ("nobody", {"WANDB_MODE": "disabled"}, ""),
+        ("nobody", {"WANDB_CONFIG_DIR": "settings of mine"}, ""),
+    ],
+)
+def test_weights_and_biases_goes_offline_where_it_must(monkeypatch, tmp_path, capsys, servers, server, environment, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb_mode, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_mode, "QUICK_SECONDS", 0.3)
+    (tmp_path / "netrc").write_text(f"machine {servers[server].removeprefix('http://')} login user password {KEY['WANDB_API_KEY']}\n")
+    (tmp_path / "settings of mine").mkdir()
+    (tmp_path / "settings of mine" / "settings").write_text("[default]\nmode = offline\n")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.setenv(name, "")
+    for name, value in {"HOME": str(tmp_path), "WANDB_BASE_URL": servers[server], **environment}.items():
+        monkeypatch.setenv(name, value)
+    wandb_mode.settle_mode(Path("a run"))
+    output = capsys.readouterr().out
+    assert re.search(said, output) if said else not output
+    assert os.environ["WANDB_MODE"] == ("offline" if said else environment.get("WANDB_MODE", ""))
+
+
+@pytest.mark.slow
+def test_a_run_that_weights_and_biases_does_not_open_goes_on_offline(tiny, tmp_path, servers):
+    online = rank_environment() | KEY | {"WANDB_BASE_URL": servers["answering"], "WANDB_INIT_TIMEOUT": "5", "HOME": str(tmp_path)}
+    arguments = sft_arguments(tiny, tmp_path / "run", "--wandb_log=True", "--max_iters=1", "--eval_interval=0", "--warmup_iters=0")
+    done = python("posttrain/sft.py", *last_of_each(arguments), env=online)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Weights & Biases keeps this run offline: ") == 1
+    assert f"wandb sync {tmp_path}/run/wandb/offline-run-*" in done.stdout
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

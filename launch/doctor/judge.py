@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from posttrain.common import places
+from posttrain.parallel.launched import SHARED_MEMORY
 
 CLOCK = 2.0  # seconds by which a clock may differ from this machine's
-SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm: NCCL's and DeepSpeed's buffers; containers start with 64 MiB
 PER_RANK = 2e9  # bytes of memory that torch and DeepSpeed take before there is a model
 TEMPORARY = 1e9  # bytes that must be free in /tmp
 LEAST_DISK = 1e9  # bytes that must be free in out_dir, whatever the model
@@ -78,7 +78,7 @@ def _alone(host: Host) -> list[Problem]:
     for what, least, why in (
         ("out_dir", needed, "two checkpoints of this model" if needed > LEAST_DISK else "any run"),
         ("/tmp", TEMPORARY, "the launcher and compiled kernels"),
-        ("/dev/shm", SHARED_MEMORY, "NCCL and DeepSpeed; a container's 64 MB are too few"),
+        ("/dev/shm", SHARED_MEMORY, "NCCL; a container's 64 MB are too few"),
     ):
         place = free[what]
         where = what if what == place["path"] else f"{place['path']} ({what})"

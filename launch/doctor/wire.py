@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from posttrain.common import terminal
 from posttrain.parallel import ranks, watchdog
+from posttrain.parallel.launched import Launch
 
 SMALLEST, LARGEST = 2**10, 2**30  # bytes of an all-reduce
 LONG = 0.3  # seconds; no larger all-reduce follows one that takes longer
@@ -99,8 +100,7 @@ def pairs(slots: list[int], size: int, device: torch.device, synchronize, store:
 def work(local_rank: int, spec: dict) -> None:
     """Be one rank: meet the others, send and measure; rank 0 prints what was found."""
     rank = spec["first"] + local_rank
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(spec["world"]), "POSTTRAIN_HOSTS": spec["hosts"]}
-    os.environ |= {"MASTER_ADDR": spec["address"], "MASTER_PORT": str(spec["port"])}
+    os.environ["POSTTRAIN_HOSTS"] = spec["hosts"]
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     torch.set_num_threads(1)
@@ -108,7 +108,8 @@ def work(local_rank: int, spec: dict) -> None:
         torch.cuda.set_device(device)
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     try:
-        store = ranks.connect("nccl" if on_gpu else "gloo", device, spec["seconds"], rank, spec["world"])
+        launch = Launch(rank, spec["world"], local_rank, spec["slots"], address=spec["address"], port=int(spec["port"]))
+        store = ranks.connect("nccl" if on_gpu else "gloo", device, spec["seconds"], launch)
         slots = [int(entry.rpartition(":")[2]) for entry in spec["hosts"].split(",")]
         sizes = all_reduces(device, synchronize)
         found = pairs(slots, max(size for size, *_ in sizes if size <= 2**28), device, synchronize, store)

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 from torch import distributed as dist
 
+from posttrain.common.terminal import say
 from posttrain.engine.ds_config import accumulates_in_fp32, merge_config, read_ds_config
 from posttrain.engine.optimizer import make_optimizer, parameter_groups, undo_first_step
 from posttrain.engine.update import TrainingEngine, UpdateGate
@@ -17,9 +18,7 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict) -> 
     """Build the engine that trains `policy`; `json_config` is the recipe's checked ds_config. All ranks."""
     config = merge_config(recipe, json_config)
     if not accumulates_in_fp32(recipe, json_config) and dist.get_rank() == 0:
-        print(
-            "warning  at ZeRO-0 in bfloat16 DeepSpeed adds up gradients in bfloat16; ds_configs/zero1.json does it in float32", flush=True
-        )
+        say("warning    at ZeRO-0 in bfloat16 DeepSpeed adds up gradients in bfloat16; ds_configs/zero1.json does it in float32")
     policy.train()
     optimizer = make_optimizer(parameter_groups(policy, recipe.weight_decay), recipe, json_config)
     gate = UpdateGate(optimizer)

@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from posttrain.common.errors import nearest
 from posttrain.common.files import read_whole
 from posttrain.common.places import find_ds_config
-from posttrain.engine.start import launch_shape
+from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 
 # Keys that a ds_config may have. DeepSpeed does not check its top level: it silently ignores a misspelt key.
@@ -18,7 +18,6 @@ JSON_KEYS = {
     "zero_force_ds_cpu_optimizer",
     "zero_allow_untested_optimizer",
     "activation_checkpointing",
-    "communication_data_type",
     "aio",
     "comms_logger",
     "wall_clock_breakdown",
@@ -42,6 +41,23 @@ RECIPE_OWNS = {
     "wandb": "wandb_log",
     "csv_monitor": "out_dir",
     "steps_per_print": "log_interval",
+}
+# Settings that would change the loss curve, and how. The curve is the recipe's alone.
+CHANGE_THE_CURVE = {
+    "communication_data_type": "gradients would be rounded to another type than the recipe's dtype on their way between ranks",
+    "zero_quantized_weights": "weights would be rounded to 8 bits on their way between ranks",
+    "zero_quantized_nontrainable_weights": "weights would be rounded to 8 bits on their way between ranks",
+    "zero_quantized_gradients": "gradients would be rounded to 4 bits on their way between ranks",
+}
+# Settings of zero_optimization that only decide where states lie, and when and in which pieces they are sent; names without "stage3_"
+KEEP_THE_CURVE = {
+    *("stage", "offload_optimizer", "offload_param", "zero_hpz_partition_size", "leaf_module", "sub_group_size"),
+    *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce", "overlap_comm"),
+    *("allgather_partitions", "allgather_bucket_size", "allgather_sequential", "use_all_reduce_for_fetch_params"),
+    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+    *("module_granularity_threshold", "memory_efficient_linear", "parameter_alignment", "ignore_unused_parameters"),
+    *("gather_16bit_weights_on_model_save", "load_from_fp32_weights", "pipeline_loading_checkpoint", "override_module_apply"),
+    *("log_trace_cache_warnings", "enable_sanity_checks"),
 }
 # Keys of the sections that DeepSpeed does not check; it checks zero_optimization itself.
 SECTION_KEYS = {
@@ -73,6 +89,8 @@ def read_ds_config(path: str) -> dict:
     for name in config:
         if name in RECIPE_OWNS:
             raise ValueError(f"{path} sets {name}, which belongs to the recipe: remove it there and set {RECIPE_OWNS[name]} instead")
+        if name in CHANGE_THE_CURVE:
+            raise ValueError(f"{path} sets {name}: {CHANGE_THE_CURVE[name]}, which changes the loss curve; remove it")
         if name not in JSON_KEYS:
             raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
     if '"auto"' in json.dumps(config):
@@ -106,6 +124,10 @@ def _check_zero(path: str, section: dict) -> None:
         raise ValueError(f"{path}: round_robin_gradients and elastic_checkpoint are not supported: checkpoints would be wrong. Remove them")
     if not zero.compute_grad_norm:
         raise ValueError(f"{path}: compute_grad_norm: false leaves no gradient norm to clip, log or judge a step by; remove it")
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        if name not in KEEP_THE_CURVE and getattr(zero, name) != field.get_default(call_default_factory=True):
+            how = CHANGE_THE_CURVE.get(name, "it is not known to leave the numbers as they are")
+            raise ValueError(f"{path}: zero_optimization sets {name}: {how}, and the loss curve is the recipe's alone; remove it")
     if not isinstance(section.get("stage", 0), int):
         raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
     if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
@@ -128,7 +150,7 @@ def merge_config(recipe: Recipe, json_config: dict) -> dict:
             f"{recipe.ds_config} says how to checkpoint activations, but the recipe says activation_checkpointing: "
             f"{recipe.activation_checkpointing}. Set it to full, the only one that the section applies to, or remove the section"
         )
-    node, world_size = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), launch_shape()[1]
+    node, world_size = json_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), read_launch().world_size
     if world_size % node:
         raise ValueError(
             f"{recipe.ds_config}: zero_hpz_partition_size {node}, the GPUs of a node, does not divide the {world_size} of this run. Set it "

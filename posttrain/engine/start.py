@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import warnings
 from importlib.metadata import version
 
@@ -12,7 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import distributed as dist
 
+from posttrain.common.terminal import say
 from posttrain.parallel import ranks
+from posttrain.parallel.launched import SHARED_MEMORY, read_launch
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
@@ -28,29 +31,25 @@ def check_versions() -> None:
         )
 
 
-def launch_shape() -> tuple[int, int]:
-    """Returns rank and world size from the launcher's environment variables; (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
     Raises ValueError if there are too few GPUs, or if ranks are missing or cannot connect to each other.
     """
-    accelerator = get_accelerator()
+    accelerator, here = get_accelerator(), read_launch()
     if accelerator.device_name() != "cpu":
-        check_devices(int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count())
-    if "RANK" not in os.environ:  # started without a launcher; port 0 lets the system choose a free port
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        check_devices(here.local_size, torch.cuda.device_count(), here.launcher)
+        if here.local_size > 1 and here.local_rank == 0:
+            warn_of_little_shared_memory("/dev/shm")
+    os.environ |= here.as_environment()  # DeepSpeed and others read it, too
+    accelerator.set_device(here.local_rank)
     if accelerator.device_name() == "cpu":
-        _share_cores(int(os.environ.get("LOCAL_SIZE", "1")), int(os.environ["RANK"]))
+        _share_cores(here.local_size, here.rank)
         _limit_kernel_caches()
     _quiet_libraries()
     device = current_device()
     if not dist.is_initialized():
-        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, *launch_shape())
+        ranks.connect(accelerator.communication_backend_name(), device, watchdog_seconds, here)
     # DeepSpeed 0.19.8 would compile and load its all-reduce for CPUs, of which only its inference makes use; each rank's buffers of 66 MB
     # would stay in /dev/shm for good
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -64,7 +63,17 @@ def _share_cores(local_size: int, rank: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // local_size))
     if local_size > cores and rank == 0:
-        print(f"warning  {local_size} ranks share {cores} cores: results are right, but training is slow", flush=True)
+        say(f"warning    {local_size} ranks share {cores} cores: results are right, but training is slow")
+
+
+def warn_of_little_shared_memory(folder: str) -> None:
+    """Print how to get more where `folder`, /dev/shm, is too small for the buffers of several GPUs, without which NCCL ends the run."""
+    size = shutil.disk_usage(folder).total if os.path.isdir(folder) else 0
+    if size < SHARED_MEMORY:
+        say(
+            f"warning    {folder} has {size / 1e6:.0f} MB, of which NCCL may need {SHARED_MEMORY / 1e6:.0f}. In a container give it more: "
+            "docker run --shm-size=16g or --ipc=host, in Kubernetes an emptyDir with medium: Memory"
+        )
 
 
 def _limit_kernel_caches() -> None:
@@ -90,7 +99,8 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def check_devices(wanted: int, visible: int) -> None:
+def check_devices(wanted: int, visible: int, launcher: str | None) -> None:
     """Raises ValueError if more GPUs are wanted on this machine than are visible."""
     if wanted > visible:
-        raise ValueError(f"--num_gpus asks for {wanted} GPUs on this machine, {visible} are visible; use --num_gpus {visible} or fewer")
+        option = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
+        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible; use {option} {visible} or fewer")

@@ -18,6 +18,7 @@ from posttrain.evaluation.tasks import BENCHMARKS, UNREAD, load_tasks, task_name
 from posttrain.model import assistant
 from posttrain.model.assistant import dtype_on
 from posttrain.model.command_line import places_by_name
+from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.run import charts
 
@@ -48,13 +49,15 @@ def _prepare(names: list[str], options: argparse.Namespace) -> list[str]:
 
 def _connect() -> torch.device:
     """Join the process group of the launcher's ranks, or of this process alone; return this rank's device. All ranks."""
-    if "RANK" in os.environ:
+    here = read_launch()
+    if here.world_size > 1:
+        os.environ |= here.as_environment()
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -9,25 +9,26 @@ from torch import distributed as dist
 
 from posttrain.common.errors import described, first_line, is_mistake
 from posttrain.parallel import rendezvous, watchdog
+from posttrain.parallel.launched import Launch
 
 
-def connect(backend: str, device: torch.device, seconds: float, rank: int, world_size: int) -> dist.Store:
+def connect(backend: str, device: torch.device, seconds: float, launch: Launch) -> dist.Store:
     """Set up the process group, with a connection from every rank to every other, and start the watchdog. All ranks.
 
     `seconds`: how long a rank may make no progress (0: any time), see watchdog.py. Returns the store in which the ranks met.
     Raises ValueError if a rank is missing or cannot connect to another.
     """
-    store = rendezvous.meet(seconds, rank, world_size)
-    watchdog.start(seconds, rank, world_size)
+    store = rendezvous.meet(seconds, launch)
+    watchdog.start(seconds, launch)
     watchdog.enter("connect")
     try:
         # a long timeout, since ranks wait while rank 0 writes the result; the watchdog notices a rank that hangs
-        how = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(hours=2)}
+        how = {"store": store, "rank": launch.rank, "world_size": launch.world_size, "timeout": timedelta(hours=2)}
         dist.init_process_group(backend, **how)
         dist.all_reduce(torch.zeros(1, device=device))
     except RuntimeError as error:
         raise ValueError(
-            f"rank {rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
+            f"rank {launch.rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
         ) from error
     watchdog.enter("start")
     return store

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from posttrain.common import places
+from posttrain.parallel.launched import launch_or_alone
 
 MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
 OLDEST_PYTHON = (3, 11)
@@ -32,7 +33,8 @@ def run_script(script: Callable[[], None]) -> None:
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(_too_old())
     _use_utf8()
-    rank = int(os.environ.get("RANK", "0"))
+    here = launch_or_alone()
+    rank = here.rank
     if not any(map(os.path.exists, GPU_FILES)):  # else DeepSpeed 0.19.8 warns on every rank that it takes the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -61,7 +63,7 @@ def run_script(script: Callable[[], None]) -> None:
         _fail(rank, details, "")
     _part()
     _flush()
-    if os.environ.get("LOCAL_RANK", "0") == "0" and "POSTTRAIN_ALL_IS_WELL" in os.environ:  # launch/supervise.py started it
+    if here.local_rank == 0 and "POSTTRAIN_ALL_IS_WELL" in os.environ:  # launch/supervise.py started it
         from posttrain.parallel import stopping
 
         stopping.tell_that_all_is_well()
@@ -70,7 +72,7 @@ def run_script(script: Callable[[], None]) -> None:
 
 def is_rank_0() -> bool:
     """Whether this process is the first rank, or the only one; known before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
+    return launch_or_alone().rank == 0
 
 
 def _use_utf8() -> None:

@@ -19,17 +19,19 @@ SAME_REQUEST = 2.0  # seconds within which signals count as one: Ctrl-C reaches 
 # cannot rely on exit codes: DeepSpeed's launchers, once signalled, exit with 1 or not at all
 ALL_IS_WELL = "POSTTRAIN_ALL_IS_WELL"
 STARTED = "POSTTRAIN_STARTED"  # when the job began, in seconds since 1970; set by launch/supervise.py, restarts do not change it
+# how many of a rank's ancestors belong to its launcher: the deepspeed command starts an inner one, which outlives it
+LAUNCHERS = {"deepspeed": 2, "torchrun": 1, None: 0}
 OVER_SSH = "POSTTRAIN_OVER_SSH"  # set by launch/multinode.py if output goes through ssh to the host where the run was started
 
 
 class StopRequest:
     """Whether this rank wants the run to stop. A first signal asks it to; a second one, at least 2 s later, ends the process at once."""
 
-    def __init__(self, time_limit: float, is_launched: bool):
-        """`time_limit`: seconds that the job may take, 0 for no limit. `is_launched`: by a launcher; stop once that is gone."""
+    def __init__(self, time_limit: float, launcher: str | None):
+        """`time_limit`: seconds that the job may take, 0 for no limit. `launcher`: see `Launch`; the run stops once that is gone."""
         began = float(os.environ.get(STARTED, time.time()))
         self.ends = began + time_limit if time_limit else None
-        self.launchers = AT_START if is_launched else None
+        self.launchers = AT_START[: LAUNCHERS[launcher]]
         self.reserve = 0.0  # seconds to keep free before the time limit, for a step and a save
         self.signal: int | None = None
         self._listen()
@@ -65,7 +67,7 @@ class StopRequest:
         """Why this rank wants to stop; None if it does not."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
-        if self.launchers is not None and _ancestors() != self.launchers:
+        if _ancestors()[: len(self.launchers)] != self.launchers:
             return "the launcher has gone"
         if OVER_SSH in os.environ and _output_is_unread():
             return "the host that started it has gone"
@@ -88,10 +90,7 @@ def tell_that_all_is_well() -> None:
 
 
 def _ancestors() -> tuple[int, int]:
-    """Returns the process ids of DeepSpeed's inner launcher, our parent, and of its parent, the deepspeed command.
-
-    Both are needed: the inner launcher outlives the command.
-    """
+    """Returns the process ids of our parent and of its parent."""
     parent = os.getppid()
     try:
         return parent, psutil.Process(parent).ppid()

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
 from torch import distributed as dist
 
 from posttrain.common import terminal
-from posttrain.parallel.rendezvous import INTERFACES
+from posttrain.parallel.launched import Launch
+from posttrain.parallel.rendezvous import INTERFACES, machine_id, open_store
 
 PHASES = ("connect", "data", "forward", "backward", "step", "eval", "save")  # "connect" comes first, the others in the order of a step
 AHEAD = "next micro-batch"  # name of the thread of posttrain/training/state.py that builds it
@@ -31,9 +31,9 @@ UNTIMED = ("start", "export", "end")  # phases that may take any time: loading, 
 class Watchdog:
     """Publishes what this rank is doing, and watches the others."""
 
-    def __init__(self, seconds: float, rank: int, world_size: int):
+    def __init__(self, seconds: float, launch: Launch):
         """Start watching. `seconds`: how long a rank may be silent or make no progress; 0 to notice only processes that have died."""
-        self.seconds, self.rank, self.world_size = seconds, rank, world_size
+        self.seconds, self.rank, self.world_size = seconds, launch.rank, launch.world_size
         self.step, self.phase, self.count, self.since = 0, "start", 0, time.monotonic()
         self.main_thread = threading.get_ident()
         self.told: dict[int, dict] = {}  # what each rank published last
@@ -42,12 +42,10 @@ class Watchdog:
         self.lost: dict[int, str] = {}  # ranks because of which the run ends -> what was noticed of them
         self.over = threading.Event()
         self.tick = min(max(seconds / 10, 0.2), 5.0) if seconds else 1.0
-        self.place = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "machine": _machine_id()}
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        timeout = timedelta(seconds=seconds or 60)
-        self.store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        self.place = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "machine": machine_id()}
+        self.store = open_store(launch, seconds or 60)
         self._publish()
-        self.store.wait([f"posttrain/{rank}" for rank in range(world_size)])
+        self.store.wait([f"posttrain/{rank}" for rank in range(self.world_size)])
         self._read()  # so a rank that fails at once is already known
         for work in (self._exchange, self._watch):
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
@@ -193,12 +191,12 @@ class Watchdog:
 _active: Watchdog | None = None  # one per process, as a process is one rank
 
 
-def start(seconds: float, rank: int, world_size: int) -> None:
+def start(seconds: float, launch: Launch) -> None:
     """Start this process's watchdog, unless it is the only rank. All ranks, after they have met."""
     global _active
     if _active:
         _active.over.set()
-    _active = Watchdog(seconds, rank, world_size) if world_size > 1 else None
+    _active = Watchdog(seconds, launch) if launch.world_size > 1 else None
 
 
 def enter(phase: str, step: int | None = None) -> None:
@@ -222,11 +220,6 @@ def fall_silent() -> None:
 def explain() -> str | None:
     """Returns a message that names the lost ranks, after a collective has failed; None if none is lost, or there is no watchdog."""
     return _active.explain() if _active else None
-
-
-def _machine_id() -> str:
-    """Returns an id of the scope in which process ids are unique: this boot of this machine, in this container."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _process_state(words: dict) -> str | None:

@@ -119,11 +119,8 @@ class Run:
         compared = {name: value for name, value in self.as_resolved.items() if value is not None and name not in free}
         self.trackers.append(TensorBoard(self.path, self.facts["kind"], compared, first_step))
         if self.recipe.wandb_log:
-            name, identity = (
-                self.recipe.wandb_run_name or self.path.name,
-                read_facts(self.path, "wandb_id")["wandb_id"],
-            )
-            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved))
+            name, identity = self.recipe.wandb_run_name or self.path.name, read_facts(self.path, "wandb_id")["wandb_id"]
+            self.trackers.append(WeightsAndBiases(self.path, self.recipe.wandb_project, name, identity, self.as_resolved, self.say))
         texts = {"recipe": f"```yaml\n{(self.path / 'recipe.yaml').read_text(encoding='utf-8')}\n```", "data": ledger(manifest)}
         for tracker in self.trackers:
             tracker.texts(texts, first_step - 1)

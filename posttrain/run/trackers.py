@@ -5,11 +5,16 @@ tensorboard --logdir runs     begin with the page #custom_scalars; #hparams comp
 
 import html
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from posttrain.common.errors import first_line
+from posttrain.run.wandb_mode import how_to_send
 
 Charts = dict[str, dict[str, list[str]]]  # group -> chart -> tags that the chart shows
 LEARNING = {"loss": ["train/loss", "eval/loss"], "learning rate": ["train/learning_rate"], "gradient norm": ["train/grad_norm"]}
@@ -25,6 +30,8 @@ LAYOUT: dict[str, Charts] = {
     "dpo": {"1 preference": PREFERENCE, "2 learning": LEARNING, "3 cost": COST},
 }
 RESULTS = {"sft": ("train/loss", "eval/loss"), "dpo": ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")}
+# wandb's settings, in seconds: it would wait 90 for its server to open a run, and for ever for it to take the last values
+WAITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 Answers = list[dict[str, str]]  # for each prompt: column -> text, the columns being the prompt and the answers to it
 
 
@@ -83,13 +90,20 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs to one Weights & Biases run (`identity` is its id), which every start continues; it ignores steps that it already has."""
 
-    def __init__(self, folder: Path, project: str, name: str, identity: str, settings: dict):
+    def __init__(self, folder: Path, project: str, name: str, identity: str, settings: dict, say: Callable[[str], None]):
+        """Open the run, offline where it cannot be opened online. `say` prints a line."""
+        for what, seconds in WAITS.items():
+            os.environ.setdefault(what, seconds)
+        import wandb
+
+        self.wandb, self.folder, self.say = wandb, folder, say
+        run = {"project": project, "name": name, "dir": str(folder), "config": settings, "id": identity, "resume": "allow"}
         try:
-            import wandb
-        except ImportError:
-            raise ValueError("wandb_log=True needs the wandb package: pip install wandb") from None
-        self.wandb = wandb
-        self.run = wandb.init(project=project, name=name, dir=str(folder), config=settings, id=identity, resume="allow")
+            self.run = wandb.init(**run)
+        except wandb.Error as error:
+            say(f"warning    Weights & Biases keeps this run offline: {first_line(error)}. {how_to_send(folder)}")
+            wandb.teardown()  # wandb 0.31's service would call the run's id in use
+            self.run = wandb.init(**run, mode="offline")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -110,7 +124,10 @@ class WeightsAndBiases:
         pass
 
     def close(self) -> None:
-        self.run.finish()
+        try:
+            self.run.finish()
+        except TimeoutError:
+            self.say(f"warning    Weights & Biases has not taken everything. {how_to_send(self.folder).replace('offline-', '')}")
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:

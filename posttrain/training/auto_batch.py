@@ -4,7 +4,6 @@ It is written into run.json, and a run that is resumed in the same setting keeps
 """
 
 import contextlib
-import os
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ from posttrain.data.batches import most_of_a_rank
 from posttrain.data.prepared import PreparedData
 from posttrain.engine.ds_config import read_ds_config
 from posttrain.parallel import watchdog
+from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, this_machine
 from posttrain.planning.planner import Planner
@@ -135,7 +135,7 @@ def _usable(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) * (1 - FRAGMENTS) - KEPT_BACK
-    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
+    ranks_here = read_launch().local_size
     return (psutil.Process().memory_info().rss + psutil.virtual_memory().available / ranks_here) * (1 - FRAGMENTS)
 
 

@@ -2,6 +2,7 @@
 
 import sys
 
+from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 from posttrain.recipes.reading import load_recipe_of
 from posttrain.training.missing import refuse_missing
@@ -19,6 +20,7 @@ def dpo() -> None:
 
 def _train(recipe: Recipe) -> None:
     """Train by the recipe. Raises ValueError or FileNotFoundError for what is missing or does not belong together."""
+    read_launch()
     refuse_missing(recipe)
     from posttrain.training.run_recipe import run_recipe  # only now: it imports torch, transformers and DeepSpeed, which takes seconds
 

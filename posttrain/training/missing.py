@@ -8,6 +8,7 @@ from posttrain.data.manifest import is_raw, read_manifest
 from posttrain.model.forms import find_model, template_of_run, tokenizer_beside
 from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import Recipe
+from posttrain.run.wandb_mode import settle_mode
 
 
 def refuse_missing(recipe: Recipe) -> None:
@@ -22,6 +23,8 @@ def refuse_missing(recipe: Recipe) -> None:
         raise ValueError(
             "wandb_log=True needs the wandb package: export POSTTRAIN_EXTRAS=wandb and source launch/env.sh, or pip install wandb"
         )
+    if recipe.wandb_log and not recipe.only_looks and is_rank_0():
+        settle_mode(Path(recipe.out_dir))
 
 
 def prepare_command(recipe: Recipe) -> str:

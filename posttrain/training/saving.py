@@ -1,13 +1,13 @@
 """Decides after every step whether a run is saved, and whether it stops early."""
 
 import math
-import os
 import time
 
 from torch import distributed as dist
 
 from posttrain.engine.checkpoints import Checkpoints
 from posttrain.parallel import watchdog
+from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered
 from posttrain.parallel.stopping import StopRequest
 from posttrain.run.directory import Run
@@ -56,7 +56,7 @@ class Saving:
             self.checkpoints.check_space_for(math.ceil(self.steps / interval) - done // interval, result_bytes)
         self.checkpoints.check_shared()
         self.checkpoints.forget_after(done)
-        self.stop = StopRequest(recipe.time_limit, is_launched="LOCAL_SIZE" in os.environ)  # LOCAL_SIZE is set by the launcher
+        self.stop = StopRequest(recipe.time_limit, read_launch().launcher)
         self.questions = {
             "stop": lambda: self.stop.reason is not None,
             "written": lambda: self.checkpoints.is_written,

@@ -1,10 +1,9 @@
 """Tells what can be done with a finished run, as commands to copy."""
 
-import os
-
 from torch import distributed as dist
 
 from posttrain.common.places import command
+from posttrain.parallel.launched import read_launch
 from posttrain.run.directory import Run
 
 
@@ -13,7 +12,7 @@ def tell_what_next(run: Run, template: str) -> None:
 
     `template` is the chat format of the run's data, which that of DPO must have as well.
     """
-    ranks, ranks_here = dist.get_world_size(), int(os.environ.get("LOCAL_SIZE", "1"))
+    ranks, ranks_here = dist.get_world_size(), read_launch().local_size
     commands = {
         "chat": command("serve", "--checkpoint", run.path),
         "measure": command("eval", "--checkpoint", run.path, "--benchmark", "arc_easy"),
