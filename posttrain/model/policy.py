@@ -11,12 +11,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 
+from posttrain.common.errors import first_line
 from posttrain.data import tokenization
-from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.packing import MicroBatch
 from posttrain.model.loading import load_model
+from posttrain.model.sample_rows import packed_rows, plain_logps, sample_rows
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
-from posttrain.operators import attention, layers
+from posttrain.operators import attention, layers, positions
 from posttrain.operators.logprob import LogProbHead
+from posttrain.operators.positions import RowFrequencies
 from posttrain.operators.saved_form import widen_feed_forward
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import Recipe
@@ -36,6 +39,7 @@ class Policy(nn.Module):
         self.weights: dict[str, str] = {}  # hash of every tensor as loaded, by name
         self.scale = math.nan  # root mean square of all weight matrices as loaded
         head.__class__ = LogProbHead
+        self.frequencies, self.window = RowFrequencies(model), positions.attention_window(model.config)
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
         self.model = model
@@ -52,6 +56,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return the targets' log-probs, (N,) in float32; for a micro-batch without targets the likeliest token after each of its rows."""
+        if self.window and batch.packing.max_k > self.window:
+            raise ValueError(
+                f"a row has {batch.packing.max_k:,} positions; packed attention knows no window, and the model's is {self.window:,}"
+            )
+        self.frequencies.packing = batch.packing
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
         ).last_hidden_state
@@ -109,52 +118,43 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
     """Wrap a model as a Policy.
 
     With `checks`, or if its architecture is not in ARCHITECTURES, its packed log-probs are compared with transformers' own. Raises
-    ValueError where they differ or are not finite, and for a model with sliding-window attention.
+    ValueError where they differ or are not finite, where packing fails, and for attention that no row would see whole.
     """
-    known = type(model).__name__ in layers.ARCHITECTURES
-    if sliding := _sliding_window(model.config):
-        raise ValueError(
-            f"{type(model).__name__} uses {sliding}, which packed attention does not support; "
-            f"known to work: {', '.join(layers.ARCHITECTURES)}"
-        )
+    kind, works = type(model).__name__, f"known to work: {', '.join(layers.ARCHITECTURES)}"
+    known = kind in layers.ARCHITECTURES
+    try:
+        positions.attention_window(model.config)
+    except ValueError as error:
+        raise ValueError(f"{kind} {error}; {works}") from None
     if known and not checks:
         return Policy(model, attention_name)
-    sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
-    with torch.no_grad():
-        plain = torch.cat([_plain_logps(model, ids) for ids in sample])
-        if not plain.isfinite().all():
-            raise ValueError(
-                f"the {type(model).__name__} gives log-probs that are not finite: its weights are damaged, or its training diverged"
-            )
-        policy = Policy(model, attention_name)
-        builder = RowBuilder()
-        for ids in sample:
-            builder.add_sequence(ids.tolist(), ids.tolist())
-        packed = policy(builder.build().to(plain.device)).cpu()
-    difference = (plain.cpu() - packed).abs().max().item()
+    try:
+        plain, packed, policy = _both_ways(model, attention_name)
+    except Exception as error:
+        if known:
+            raise
+        # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
+        raise ValueError(f"{kind} cannot be trained packed: {first_line(error)}; {works}") from error
+    if not plain.isfinite().all():
+        raise ValueError(f"the {kind} gives log-probs that are not finite: its weights are damaged, or its training diverged")
+    difference = (plain - packed).abs().max().item()
     if not difference <= TOLERANCE[model.dtype]:
         raise ValueError(
-            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
+            f"{kind}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
             f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
-            f"known to work: {', '.join(layers.ARCHITECTURES)}"
+            f"{works}"
         )
     return policy
 
 
-def _sliding_window(config) -> str | None:
-    """Name the model's kind of attention that looks back only a limited way, None if all its attention is full."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return next((kind for kind in kinds if kind != "full_attention"), None)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return f"a sliding window of {window} tokens" if window else None
-
-
-def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the log-probs of ids[1:], (tokens - 1,), by transformers' own forward pass, without packing."""
-    ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+@torch.no_grad()
+def _both_ways(model: PreTrainedModel, attention_name: str) -> tuple[torch.Tensor, torch.Tensor, Policy]:
+    """Return log-probs of sample rows by transformers' own forward pass, those by the packed one, twice in two orders, and the Policy."""
+    rows = sample_rows(model.config)
+    plain = [plain_logps(model, row) for row in rows]
+    policy = Policy(model, attention_name)
+    packed = [policy(packed_rows(order).to(model.device)).cpu() for order in (rows, rows[::-1])]
+    return torch.cat([*plain, *plain[::-1]]), torch.cat(packed), policy
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
