@@ -33,18 +33,24 @@ def longest_position(config) -> int | None:
 
 
 def attention_window(config) -> int | None:
-    """Return how many positions every layer sees at least, itself included; None for a model that has full attention only.
+    """Return how many positions every layer sees at least, itself included; None for a model that has full attention only."""
+    return min((width for width in _windows(config).values() if width), default=None)
 
-    Raises ValueError for a kind of attention that hides tokens in rows of any length.
-    """
+
+def unsupported_attention(config) -> str | None:
+    """Say which kind of layer hides tokens in rows of any length, since packed attention does not support it; None where none does."""
+    kind = next((kind for kind, width in sorted(_windows(config).items()) if not width), None)
+    return kind and f"it uses {kind}, which packed attention does not support"
+
+
+def _windows(config) -> dict[str, int | None]:
+    """Return the kinds of layers that are not of full attention, each with its width; None: it is no window."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):
-        kinds = {"sliding_attention"}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] if window and getattr(config, "use_sliding_window", True) else []
     widths = {"sliding_attention": window, "chunked_attention": chunk}
-    if unknown := sorted(kind for kind in kinds if not widths.get(kind)):
-        raise ValueError(f"uses {unknown[0]}, which packed attention does not support")
-    return min((widths[kind] for kind in kinds), default=None)
+    return {kind: widths.get(kind) for kind in kinds if kind != "full_attention"}
 
 
 def longest_row(config) -> int | None:

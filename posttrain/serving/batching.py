@@ -44,8 +44,8 @@ class Batcher:
         model = assistant.model
         if not model.is_backend_compatible():
             raise ValueError(
-                f"{assistant.name} is a {type(model).__name__}, whose attention is its own, so that transformers cannot generate many answers "
-                "with it at once: it can neither be served nor compared by its answers; eval_benchmarks.py measures it"
+                f"{assistant.name} is a {type(model).__name__}, whose attention is its own, so that transformers cannot generate many "
+                "answers with it at once: it can neither be served nor compared by its answers; eval_benchmarks.py measures it"
             )
         on_cpu = model.device.type == "cpu"
         settings = ContinuousBatchingConfig(
