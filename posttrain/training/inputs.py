@@ -101,12 +101,12 @@ def check_positions(data: PreparedData, config) -> None:
         if not len(split):
             continue
         index = int(split.positions.argmax())
-        which = f"{name} example {index} ({split[index]['source']}) has {split.positions[index]} positions"
+        which = f"{name} example {index} ({split[index]['source']}) has {split.positions[index]}"
         if most and split.positions[index] > most:
-            raise ValueError(f"{which}, the model was made for at most {most}; prepare the data with --max_length {most}")
+            raise ValueError(f"{which} positions, the model was made for at most {most}; prepare the data with --max_length {most}")
         if window and split.positions[index] > window:
             raise ValueError(
-                f"{which}; the model's attention has a window of {window}, which packed attention does not support in longer rows: prepare "
+                f"{which} positions; the model's attention has a window of {window}, which packed attention does not support in longer rows: prepare "
                 f"the data with --max_length {window}"
             )
         if split.kind == "dpo" and split.share_prompt:
