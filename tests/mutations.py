@@ -140,8 +140,8 @@ MUTATIONS = {
     ),
     "dropout_left_on": Mutation(
         "posttrain/model/policy.py",
-        "            module.attention_dropout = dropout",
-        "            pass",
+        'setattr(module, name, dropout if name == "attention_dropout" else 0.0)',
+        "pass",
         "tests/test_mistakes.py::test_dropout_is_the_recipes_not_the_checkpoints",
     ),
     "dropout_not_looked_for": Mutation(
@@ -155,6 +155,24 @@ MUTATIONS = {
     ),
     "attention_across_examples": Mutation(
         "posttrain/data/packing.py", "pack(self.segments)", "pack([Segment(0, self.length)])", SFT_PARITY
+    ),
+    "frequencies_of_the_whole_micro_batch": Mutation(
+        "posttrain/operators/positions.py",
+        "if self.packing is None:",
+        "if True:",
+        "tests/test_positions.py::test_an_example_has_the_frequencies_that_it_has_alone[longrope]",
+    ),
+    "frequencies_of_what_came_before": Mutation(
+        "posttrain/operators/positions.py",
+        "type(module)(module.config).to(x.device)(x,",
+        "type(module).forward(module, x,",
+        "tests/test_positions.py::test_an_example_has_the_frequencies_that_it_has_alone[dynamic]",
+    ),
+    "window_not_looked_at": Mutation(
+        "posttrain/training/inputs.py",
+        "if window and split.positions[index] > window:",
+        "if False:",
+        "tests/test_positions.py::test_a_row_longer_than_the_window_is_named",
     ),
     "rejected_answer_sees_the_chosen_one": Mutation(
         "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY

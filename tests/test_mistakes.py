@@ -26,7 +26,7 @@ from posttrain.engine.ds_config import checkpoint_function, merge_config, read_d
 from posttrain.engine.start import check_devices, warn_of_little_shared_memory
 from posttrain.model.forms import tokenizer_beside
 from posttrain.model.loading import load_model
-from posttrain.model.policy import _set_dropout
+from posttrain.model.policy import set_dropout
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe, load_recipe_of
 from posttrain.run.directory import Run
@@ -141,13 +141,13 @@ def test_a_model_that_is_not_whole_is_refused(tiny, tmp_path, damage, message):
 def test_dropout_is_the_recipes_not_the_checkpoints(tiny):
     model = load_model(tiny.base, torch.float32, "")
     for value in (0.3, 0.0):
-        _set_dropout(model, value)
+        set_dropout(model, value)
         assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {value}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
-    _set_dropout(gpt2, 0.0)
+    set_dropout(gpt2, 0.0)
     assert {module.p for module in gpt2.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no attention dropout"):
-        _set_dropout(gpt2, 0.1)
+        set_dropout(gpt2, 0.1)
 
 
 def test_an_example_with_more_positions_than_the_model_has_is_named(tiny):

@@ -26,6 +26,7 @@ class Packing:
     """How a row of T tokens is divided into segments. Built once for each micro-batch and handed to every layer."""
 
     segments: torch.Tensor  # (segments, 4) int64 on the CPU: a Segment in each line, in row order, covering all rows
+    lengths: torch.Tensor  # (segments,) int64 on the CPU: how many positions each segment's example has, its shared prefix included
     cu_seqlens_q: torch.Tensor  # (segments + 1,) int32: where each segment's queries start
     cu_seqlens_k: torch.Tensor  # (segments + 1,) int32: the same for its keys, prefix included
     max_q: int
@@ -41,12 +42,13 @@ def pack(segments: list[Segment]) -> Packing:
     keys, key_rows = prefixes + queries, None
     if prefixes.any():
         key_rows = torch.from_numpy(_ranges(table[:, [2, 0]].ravel(), table[:, [3, 1]].ravel()))
-    return Packing(torch.from_numpy(table), _offsets(queries), _offsets(keys), int(queries.max()), int(keys.max()), key_rows)
+    offsets = _offsets(queries), _offsets(keys)
+    return Packing(torch.from_numpy(table), torch.from_numpy(keys), *offsets, int(queries.max()), int(keys.max()), key_rows)
 
 
 def to_device(packing: Packing, device: torch.device) -> Packing:
-    """The Packing with its tensors on the device, except the segments, which are read on the CPU."""
-    values = {field.name: getattr(packing, field.name) for field in fields(packing) if field.name != "segments"}
+    """The Packing with its tensors on the device, except the segments and their lengths, which are read on the CPU."""
+    values = {field.name: getattr(packing, field.name) for field in fields(packing) if field.name not in ("segments", "lengths")}
     return replace(packing, **{n: copied(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)})
 
 

@@ -74,13 +74,18 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
     elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
         terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
+    batch_size = options.batch_size
+    if batch_size > 1 and loaded.context_in_batches < loaded.context:
+        batch_size = 1
+        if dist.get_rank() == 0:
+            terminal.say(f"note: {name} reads one text at a time, since its rotary frequencies depend on the longest text of a batch")
     share = measure(
         loaded,
         benchmarks,
         mode=options.mode,
         tasks=options.output / "tasks",
         max_samples=options.max_samples,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         chat=chat,
         rank=dist.get_rank(),
         ranks=dist.get_world_size(),

@@ -95,10 +95,10 @@ async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
 
     async def answer(text: str) -> str:
         ids = render_prompt(one.chat, [*system, {"role": "user", "content": text}])
-        if len(ids) >= one.context:
-            raise ValueError(f"a prompt has {len(ids):,} tokens; {one.name} reads {one.context:,}: {text[:60]!r} ...")
+        if len(ids) >= (most_in_all := one.context_in_batches):
+            raise ValueError(f"a prompt has {len(ids):,} tokens; {one.name} reads {most_in_all:,}: {text[:60]!r} ...")
         async with gate:
-            made = batcher.generate(ids, Sampling(min(most, one.context - len(ids)), 0.0), 3600)
+            made = batcher.generate(ids, Sampling(min(most, most_in_all - len(ids)), 0.0), 3600)
             tokens = [token async for new in made for token in new]
         return one.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 

@@ -20,6 +20,7 @@ from posttrain.engine import checkpoint_folder
 from posttrain.model.export import SYSTEM_PROMPT
 from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, tokenizer_beside
 from posttrain.model.loading import load_model
+from posttrain.operators.positions import RowFrequencies, context_of, same_frequencies_until
 from posttrain.run.stored import read_recipe
 
 
@@ -37,6 +38,11 @@ class Assistant(NamedTuple):
     context: int  # tokens of prompt and answer together
     suggestions: tuple[str, ...] = ()  # prompts whose answers were sampled during its training
     folder: str | None = None  # a Hugging Face folder or hub name with just these weights; None where there is none
+
+    @property
+    def context_in_batches(self) -> int:
+        """How many tokens texts may have that are read together: beyond them rotary frequencies may depend on each text's length."""
+        return min(self.context, same_frequencies_until(self.model.config) or self.context)
 
 
 def quiet_libraries() -> None:
@@ -58,6 +64,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
     """
     path = newest(place)
     model, beside = _load_model(path, tokenizer, dtype)
+    RowFrequencies(model)
     loaded, template = _load_tokenizer(beside)
     chat, why_no_chat = _chat_format(loaded, template)
     grown = tokenization.grow_embeddings(model, loaded)
@@ -72,7 +79,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         system_prompt=_system_prompt(description),
         has_template=template == "tokenizer",
         stops=_stops(description, loaded, chat),
-        context=model.config.max_position_embeddings,
+        context=context_of(model.config),
         suggestions=_suggestions(Path(path)),
         folder=None if grown or is_training_state or is_ckpt_pt(path) else path,
     )

@@ -11,16 +11,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 
+from posttrain.common.errors import first_line
 from posttrain.data import tokenization
-from posttrain.data.packing import MicroBatch, RowBuilder
+from posttrain.data.packing import MicroBatch
 from posttrain.model.loading import load_model
+from posttrain.model.sample_rows import packed_rows, plain_logps, sample_rows
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
-from posttrain.operators import attention, layers
+from posttrain.operators import attention, layers, positions
 from posttrain.operators.logprob import LogProbHead
+from posttrain.operators.positions import RowFrequencies
 from posttrain.operators.saved_form import widen_feed_forward
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import Recipe
 
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # a decoder layer's feed-forward block, by architecture
+KNOWN = f"known to work: {', '.join(layers.ARCHITECTURES)}"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats per token by which packed and unpacked log-probs may differ, for rounding
 
 
@@ -28,14 +33,14 @@ class Policy(nn.Module):
     """A causal language model that returns log-probs of a micro-batch's targets. Its `model` stays an ordinary transformers model."""
 
     def __init__(self, model: PreTrainedModel, attention_name: str):
-        """Change the model's head and attention in place. Raises ValueError for a head that is not linear or has a bias."""
+        """Change the model's head, attention and rotary embedding in place. Raises ValueError where check_packable does."""
         super().__init__()
+        check_packable(model)
         head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or head.bias is not None:
-            raise ValueError(f"{type(model).__name__} has a head of type {type(head).__name__}; expected a linear one without bias")
         self.weights: dict[str, str] = {}  # hash of every tensor as loaded, by name
         self.scale = math.nan  # root mean square of all weight matrices as loaded
         head.__class__ = LogProbHead
+        self.frequencies, self.window = RowFrequencies(model), positions.attention_window(model.config)
         model.set_attn_implementation(attention_name)
         model.config.use_cache = False
         self.model = model
@@ -52,6 +57,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return the targets' log-probs, (N,) in float32; for a micro-batch without targets the likeliest token after each of its rows."""
+        if self.window and batch.packing.max_k > self.window:
+            raise ValueError(
+                f"a row has {batch.packing.max_k:,} positions; packed attention knows no window, and the model's is {self.window:,}"
+            )
+        self.frequencies.packing = batch.packing
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
         ).last_hidden_state
@@ -73,7 +83,7 @@ def load_policy(
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
-    _set_dropout(model, recipe.dropout)
+    set_dropout(model, recipe.dropout)
     if recipe.dropout:
         choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))
     weights = hash_weights(model)
@@ -90,72 +100,83 @@ def load_policy(
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:
-        for layer in model.base_model.layers:
+        for layer in layers.decoder_layers(model):
             layer.forward = torch.compile(layer.forward, dynamic=True)
     return policy, choices
 
 
-def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
-    """Set attention dropout, the only one that the known architectures have, to the recipe's value, whatever the config says."""
-    if dropout and not hasattr(model.config, "attention_dropout"):
-        raise ValueError(f"{type(model).__name__} has no attention dropout; set dropout: 0")
+def set_dropout(model: PreTrainedModel, dropout: float) -> None:
+    """Set attention dropout, the only one that the known architectures have, to the recipe's value, and all other dropout to 0.
+
+    Raises ValueError for an architecture that has no attention dropout that could be set.
+    """
+    numbers = [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool)  # OPT's layerdrop, SeedOss's residual_dropout
+    ]
+    if dropout and not any(name == "attention_dropout" for _, name in numbers):
+        raise ValueError(f"{type(model).__name__} has no attention dropout that can be set; set dropout: 0")
+    for module, name in numbers:
+        setattr(module, name, dropout if name == "attention_dropout" else 0.0)
     for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
-        elif isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose attention cannot be replaced by one that sees all, or whose head is not a plain linear one."""
+    head, why_not = model.get_output_embeddings(), positions.unsupported_attention(model.config)
+    if why_not is None and not model.is_backend_compatible():
+        why_not = "its attention is its own, and packing needs one that can be replaced"
+    elif why_not is None and (type(head) is not nn.Linear or head.bias is not None):
+        seen = "no head" if head is None else f"a head of type {type(head).__name__}{' with a bias' * (type(head) is nn.Linear)}"
+        why_not = f"it has {seen}; expected a linear one without a bias"
+    elif why_not is None and getattr(model.config, "final_logit_softcapping", None):
+        why_not = "its head bounds the logits (final_logit_softcapping), which the log-probs here are not"
+    if why_not:
+        raise ValueError(f"{type(model).__name__} cannot be trained packed: {why_not}; {KNOWN}")
 
 
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
     """Wrap a model as a Policy.
 
     With `checks`, or if its architecture is not in ARCHITECTURES, its packed log-probs are compared with transformers' own. Raises
-    ValueError where they differ or are not finite, and for a model with sliding-window attention.
+    ValueError where they differ or are not finite, where packing fails, and for attention that no row would see whole.
     """
-    known = type(model).__name__ in layers.ARCHITECTURES
-    if sliding := _sliding_window(model.config):
-        raise ValueError(
-            f"{type(model).__name__} uses {sliding}, which packed attention does not support; "
-            f"known to work: {', '.join(layers.ARCHITECTURES)}"
-        )
+    kind = type(model).__name__
+    known = kind in layers.ARCHITECTURES
+    check_packable(model)
     if known and not checks:
         return Policy(model, attention_name)
-    sample = [torch.arange(n) * 7919 % model.config.vocab_size for n in (5, 13, 8)]
-    with torch.no_grad():
-        plain = torch.cat([_plain_logps(model, ids) for ids in sample])
-        if not plain.isfinite().all():
-            raise ValueError(
-                f"the {type(model).__name__} gives log-probs that are not finite: its weights are damaged, or its training diverged"
-            )
-        policy = Policy(model, attention_name)
-        builder = RowBuilder()
-        for ids in sample:
-            builder.add_sequence(ids.tolist(), ids.tolist())
-        packed = policy(builder.build().to(plain.device)).cpu()
-    difference = (plain.cpu() - packed).abs().max().item()
+    try:
+        plain, packed, policy = _both_ways(model, attention_name)
+    except Exception as error:
+        if known:
+            raise
+        # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
+        raise ValueError(f"{kind} cannot be trained packed: {first_line(error)}; {KNOWN}") from error
+    if not plain.isfinite().all():
+        raise ValueError(f"the {kind} gives log-probs that are not finite: its weights are damaged, or its training diverged")
+    difference = (plain - packed).abs().max().item()
     if not difference <= TOLERANCE[model.dtype]:
         raise ValueError(
-            f"{type(model).__name__}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
+            f"{kind}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
             f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
-            f"known to work: {', '.join(layers.ARCHITECTURES)}"
+            f"{KNOWN}"
         )
     return policy
 
 
-def _sliding_window(config) -> str | None:
-    """Name the model's kind of attention that looks back only a limited way, None if all its attention is full."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return next((kind for kind in kinds if kind != "full_attention"), None)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return f"a sliding window of {window} tokens" if window else None
-
-
-def _plain_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the log-probs of ids[1:], (tokens - 1,), by transformers' own forward pass, without packing."""
-    ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+@torch.no_grad()
+def _both_ways(model: PreTrainedModel, attention_name: str) -> tuple[torch.Tensor, torch.Tensor, Policy]:
+    """Return log-probs of sample rows by transformers' own forward pass, those by the packed one, twice in two orders, and the Policy."""
+    rows = sample_rows(model.config)
+    plain = [plain_logps(model, row) for row in rows]
+    policy = Policy(model, attention_name)
+    packed = [policy(packed_rows(order).to(model.device)).cpu() for order in (rows, rows[::-1])]
+    return torch.cat([*plain, *plain[::-1]]), torch.cat(packed), policy
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:
@@ -163,10 +184,21 @@ def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoi
 
     `deepspeed_checkpoint` is DeepSpeed's function if its JSON section is to decide how. Recomputing only cheap operations, by torch's
     selective contexts, is not possible at ZeRO-3: gathering inside the recomputed region changes the sequence of operations (torch 2.13).
+
+    Raises ValueError for an architecture that the mode is not possible with.
     """
+    kind = type(model).__name__
     if mode in ("full", "offload"):
         function = deepspeed_checkpoint or partial(recompute, use_reentrant=False)
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"activation_checkpointing={mode}: {kind} cannot recompute whole layers; take selective or none")
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif mode == "selective":
-        for layer in model.base_model.layers:
-            layer.mlp.forward = partial(recompute, layer.mlp.forward, use_reentrant=False)
+        for layer in layers.decoder_layers(model):
+            block = next((found for name in FEED_FORWARD if (found := getattr(layer, name, None)) is not None), None)
+            if block is None:
+                raise ValueError(
+                    f"activation_checkpointing=selective recomputes feed-forward blocks, and the layers of {kind} have none that is a "
+                    f"module ({', '.join(FEED_FORWARD)}); take full or none"
+                )
+            block.forward = partial(recompute, block.forward, use_reentrant=False)

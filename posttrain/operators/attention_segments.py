@@ -63,13 +63,23 @@ def _group(segments: np.ndarray, dtype: torch.dtype) -> tuple[Group, np.ndarray]
     return Group(torch.from_numpy(query_rows), torch.from_numpy(key_rows), mask), is_query
 
 
-def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **_):
+def refuse_other_attention(asked: dict) -> None:
+    """Raise ValueError where a model's layer asks its attention function for more than scaled-dot-product attention.
+
+    `asked` are the function's further arguments: Gemma2 gives softcap, GptOss s_aux, its sinks (transformers 5.23).
+    """
+    if unknown := [name for name in ("softcap", "s_aux") if asked.get(name) is not None]:
+        raise ValueError(f"its attention asks for {unknown[0]}, which packed attention does not compute")
+
+
+def attend_segments(module, query, key, value, attention_mask, scaling, packing, *, dropout=0.0, **asked):
     """Compute scaled-dot-product attention with one call for all segments of about one length.
 
     CPUs and old GPUs use it, and faster kernels are compared with it. Shapes:
 
     query (1, heads, T, D), key and value (1, kv_heads, T, D) -> output (1, T, heads, D), and None for the attention weights.
     """
+    refuse_other_attention(asked)
     if query.device.type == "cpu" and not dropout and value.shape[-1] == query.shape[-1]:
         return attend_on_cpu(query, key, value, packing.segments, scaling)[0], None
     return _attend_anywhere(query, key, value, packing.segments, scaling, dropout), None

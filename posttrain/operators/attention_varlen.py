@@ -5,17 +5,20 @@ from functools import cache
 
 from transformers import AttentionInterface
 
+from posttrain.operators.attention_segments import refuse_other_attention
+
 # the name in transformers' registry; transformers (5.23) treats any name with "sdpa" or "flash" in it as its own
 VARLEN = "posttrain_varlen"
 
 
-def attend_varlen(module, query, key, value, attention_mask, scaling, packing, **_):
+def attend_varlen(module, query, key, value, attention_mask, scaling, packing, **asked):
     """Compute attention of all segments by one call; the causal mask is aligned to the end of the keys, as shared prefixes need.
 
     Shapes are those of attend_segments.
     """
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import
 
+    refuse_other_attention(asked)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if packing.key_rows is not None:
         key, value = key.index_select(0, packing.key_rows), value.index_select(0, packing.key_rows)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.operators.proof import tried
 
@@ -23,6 +24,17 @@ WHOLE = 128  # kernels work in tiles of this width
 FARTHER = 1.5  # a changed layer's error against float32 may be this many times that of transformers' own layer
 ROUNDING = 0.005  # relative error that is allowed besides
 PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary embedding, which liger-kernel replaces for all models
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's decoder layers, whatever its architecture calls them. Raises ValueError where they cannot be told."""
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) and all(isinstance(layer, GradientCheckpointingLayer) for layer in part):
+            return part
+    raise ValueError(
+        f"the decoder layers of {type(model).__name__} cannot be told, so compile: True and activation_checkpointing: selective are not "
+        f"possible with it; they are with {', '.join(ARCHITECTURES)}"
+    )
 
 
 def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from posttrain.common.errors import first_line
 from posttrain.data.packing import MicroBatch
-from posttrain.model.policy import Policy, checkpoint_activations
+from posttrain.model.policy import Policy, checkpoint_activations, set_dropout
 from posttrain.operators import logprob
 from posttrain.operators.attention_segments import SEGMENTS
+from posttrain.operators.positions import same_frequencies_until
 from posttrain.planning.memory import Working
 
 
@@ -65,7 +67,10 @@ def _take_memory_of_fused_kernels(model: PreTrainedModel) -> None:
 def _rotary_without_memory(model: PreTrainedModel):
     """Let the rotary embedding allocate nothing, as liger-kernel's does; transformers' attention looks it up in its module."""
     module = sys.modules[type(model).__module__]
-    rotary = module.apply_rotary_pos_emb
+    rotary = getattr(module, "apply_rotary_pos_emb", None)
+    if rotary is None:  # GPT-2's positions are learned
+        yield
+        return
     module.apply_rotary_pos_emb = lambda query, key, *others, **settings: (query, key)
     try:
         yield
@@ -121,12 +126,10 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
 
     Weights and finished gradients are not among them.
     """
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    config = _with_layers(config, layers)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        set_dropout(model, 0.0)
         policy = Policy(model, SEGMENTS)
         if fused:
             _take_memory_of_fused_kernels(model)
@@ -146,11 +149,49 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
 def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> Working:
     """Count what forward and backward of `config`'s model take at their peak for a micro-batch of `batch`'s shapes.
 
-    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them.
+    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them. Raises ValueError for
+    an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
     """
     with _matmuls_without_copies() if fused else contextlib.nullcontext():
-        one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+        try:
+            one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+        except Exception as error:
+            if isinstance(error, ValueError):
+                raise
+            # whatever the code of an architecture raises that looks at values
+            raise ValueError(
+                f"the memory that a {kind_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
+                "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
+            ) from error
         return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype))
+
+
+def possible_ways(config, ways) -> list[str]:
+    """Return those of some ways of checkpointing activations that the architecture of a config has."""
+    found = []
+    for way in ways:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_with_layers(config, 1))
+        with contextlib.suppress(ValueError):
+            checkpoint_activations(model, way)
+            found.append(way)
+    return found
+
+
+def _with_layers(config, layers: int):
+    """Return a copy of a config for a model with `layers` layers whose forward pass asks for no values."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    if same_frequencies_until(config):  # which frequencies a row gets is read from its positions
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    return config
+
+
+def kind_of(config) -> str:
+    """Return the name of the architecture that a config describes."""
+    return next(iter(config.architectures or []), config.model_type)
 
 
 def peak_bytes_of_head(config, rows: int, dtype: torch.dtype) -> int:

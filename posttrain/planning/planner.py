@@ -196,8 +196,11 @@ class Planner:
         """Return the FLOPs of a mean step over all ranks: 2 a weight and token forward, 4 backward; attention by its query-key pairs."""
         c = self.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        attend = c.hidden_size * width * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-        feed = 3 * c.hidden_size * c.intermediate_size
+        attend = (
+            c.hidden_size * width * (2 * c.num_attention_heads + 2 * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads))
+        )
+        inner = getattr(c, "intermediate_size", None)  # GPT-2 has none: what else a layer has then counts as its feed-forward block
+        feed = 3 * c.hidden_size * inner if inner else self.piece - self.embedding - attend
         tokens, trained = self.work.lengths.mean(), self._log_probs().mean()
         pairs = 2 * 2 * c.num_attention_heads * width * self.work.attended().mean()
         layer, head = 2 * (attend + feed) * tokens + pairs, 2 * c.vocab_size * c.hidden_size * trained

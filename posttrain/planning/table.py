@@ -2,6 +2,7 @@
 
 import torch
 
+from posttrain.planning.activations import possible_ways
 from posttrain.planning.machines import Device
 from posttrain.planning.planner import CHECKPOINTING, STAGES, Estimate, Planner
 from posttrain.planning.timing import time_here
@@ -11,12 +12,12 @@ from posttrain.recipes.keys import Recipe
 def table(recipe: Recipe, device: Device, *, gpus: int, nodes: int, assumed: str | None, here: bool) -> str:
     """Return the estimates for `gpus` ranks on each of `nodes`; `assumed` is a model's shape, `here` whether to time this machine."""
     planner = Planner(recipe, device, gpus, nodes, assumed)
-    stages = STAGES if nodes == 1 else (*STAGES, "zeropp")
+    modes, stages = possible_ways(planner.config, CHECKPOINTING), STAGES if nodes == 1 else (*STAGES, "zeropp")
     if not planner.on_gpu:  # there is nothing to offload from
         stages = [stage for stage in stages if stage != "zero3_offload"]
     if here:
-        time_here(planner, CHECKPOINTING, stages)
-    shown = [(stage, mode) for stage in stages for mode in CHECKPOINTING if stage != "zero3_offload" or mode == "full"]
+        time_here(planner, modes, stages)
+    shown = [(stage, mode) for stage in stages for mode in modes if stage != "zero3_offload" or mode == "full"]
     return report(planner, [planner.estimate(*way) for way in shown])
 
 

@@ -36,9 +36,17 @@ class Batcher:
     name = "transformers"
 
     def __init__(self, assistant: Assistant, most: int, models: int = 1, started: int = 0):
-        """`most` requests are generated at once, others wait. `models` share the device's memory, and `started` have taken their share."""
+        """`most` requests are generated at once, others wait. `models` share the device's memory, and `started` have taken their share.
+
+        Raises ValueError for an architecture that would compute each request's attention over all requests, unnoticed (transformers 5.23).
+        """
         self.assistant, self.numbers = assistant, itertools.count()
         model = assistant.model
+        if not model.is_backend_compatible():
+            raise ValueError(
+                f"{assistant.name} is a {type(model).__name__}, whose attention is its own, so that transformers cannot generate many "
+                "answers with it at once: it can neither be served nor compared by its answers; eval_benchmarks.py measures it"
+            )
         on_cpu = model.device.type == "cpu"
         settings = ContinuousBatchingConfig(
             page_size=PAGE,
@@ -65,7 +73,7 @@ class Batcher:
     @property
     def room(self) -> int:
         """How many tokens a request may have in all, known once one was served. A longer one would end all generation."""
-        return min(self.assistant.context, (self.manager.batch_processor.cache.num_blocks - 1) * PAGE)
+        return min(self.assistant.context_in_batches, (self.manager.batch_processor.cache.num_blocks - 1) * PAGE)
 
     def start(self) -> None:
         """Start the thread."""
@@ -158,7 +166,14 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
 
 def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
     """Return how many pages the KV cache gets: for `most` requests of full length, as far as `size` bytes go, but for one in any case."""
-    config, pages = assistant.model.config, -(-assistant.context // PAGE)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = 2 * config.num_hidden_layers * config.num_key_value_heads * head * assistant.model.dtype.itemsize * PAGE
+    config, pages = assistant.model.config, -(-assistant.context_in_batches // PAGE)
+    heads, head = config.num_attention_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page = (
+        2
+        * config.num_hidden_layers
+        * (getattr(config, "num_key_value_heads", None) or heads)
+        * head
+        * assistant.model.dtype.itemsize
+        * PAGE
+    )
     return max(pages + 1, min(most * pages, size // page))

@@ -116,8 +116,13 @@ def _introduce(one: assistant.Assistant, batcher: Batcher | VLLMBatcher, device:
     """Print what is served, and what it cannot do."""
     about = f"{one.model.num_parameters():,} parameters, {batcher.room:,} tokens, {str(one.model.dtype).removeprefix('torch.')}"
     _say(f"{one.name}: {about} on {device} by {batcher.name}; first answer after {seconds:.1f} s")
-    if batcher.room < one.context:
-        _say(f"warning: {one.name} could read {one.context:,} tokens; the memory left for its cache holds {batcher.room:,}")
+    if batcher.room < one.context_in_batches:
+        _say(f"warning: {one.name} could read {one.context_in_batches:,} tokens; the memory left for its cache holds {batcher.room:,}")
+    if one.context_in_batches < one.context:
+        _say(
+            f"warning: {one.name} could read {one.context:,} tokens, one text at a time; it is served with {one.context_in_batches:,}, "
+            "since longer texts would have the rotary frequencies of the longest that is read at the same time"
+        )
     if one.chat is None:
         _say(f"warning: {one.name} cannot chat, only continue a text: {one.why_no_chat}")
 

@@ -35,7 +35,8 @@ class VLLMBatcher:
         self.settings = {
             "dtype": str(assistant.model.dtype).removeprefix("torch."),
             "max_num_seqs": most,
-            "max_model_len": -1,  # the model's own, or what the cache holds
+            # -1: the model's own, or what the cache holds. With more, vLLM gives all texts the frequencies of longrope's long ones
+            "max_model_len": assistant.context_in_batches if assistant.context_in_batches < assistant.context else -1,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # ignores sampling defaults of the folder
             "disable_log_stats": True,
@@ -54,7 +55,7 @@ class VLLMBatcher:
     @property
     def room(self) -> int:
         """How many tokens a request may have in all."""
-        return min(self.assistant.context, self.engine.model_config.max_model_len)
+        return min(self.assistant.context_in_batches, self.engine.model_config.max_model_len)
 
     def start(self) -> None:
         """Start vLLM, in the event loop that will generate. Raises ValueError where it cannot serve the model."""

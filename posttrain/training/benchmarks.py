@@ -111,7 +111,7 @@ class _EngineModel(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Return each choice's summed log-probs. All ranks. Whether greedy decoding gives it is not computed: no benchmark reads that."""
         training = self.training
-        most = min(training.max_tokens, training.model.config.max_position_embeddings)
+        most = min(training.max_tokens, training.context)
         rows = [((before + choice)[-most:], len(choice)) for _, before, choice in requests]
         lengths = np.array([len(ids) for ids, _ in rows])
         found: dict[int, float] = {}
@@ -132,7 +132,7 @@ class _EngineModel(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
         """Return the greedy answer to each request, cut where its task says. All ranks."""
         stops = {self.tokenizer.eos_token_id, self.chat.end_id}
-        context = self.training.model.config.max_position_embeddings
+        context = self.training.context
         asked, ends = [], []
         for request in requests:
             text, how = request.args

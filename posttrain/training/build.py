@@ -15,7 +15,7 @@ from posttrain.objectives.preference import DPO
 from posttrain.recipes.keys import DPORecipe, Recipe
 from posttrain.training import reference
 from posttrain.training.auto_batch import tokens_to_begin_with
-from posttrain.training.inputs import load_chat
+from posttrain.training.inputs import check_positions, load_chat
 from posttrain.training.missing import prepare_command
 from posttrain.training.schedule import total_steps, with_warmup
 from posttrain.training.state import Training
@@ -62,6 +62,7 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
     )  # eval_only and replay_step write nothing, not even beside the data
     beside = frozen() if compares and not precomputes else None
     policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, inputs.ds_config))
+    check_positions(data, policy.model.config)
     if precomputes:
         choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))
     engine = build_engine(policy, recipe, inputs.ds_config)

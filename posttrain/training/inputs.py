@@ -5,11 +5,14 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from posttrain.common.places import command
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
-from posttrain.data.prepared import PreparedData
+from posttrain.data.prepared import PreparedData, Split
 from posttrain.model.forms import find_model, tokenizer_beside
+from posttrain.operators import positions
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import DPORecipe, Recipe
 
@@ -88,15 +91,38 @@ def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
 
 
 def check_positions(data: PreparedData, config) -> None:
-    """Raise ValueError naming an example with more positions than the model was made for, which would extrapolate its position encoding."""
-    most = getattr(config, "max_position_embeddings", None)
+    """Raise ValueError naming an example that the model cannot be given packed.
+
+    It has more positions than the model was made for, which would extrapolate its position encoding, or than its window of attention shows,
+    or it is a pair whose prompt would have other rotary frequencies with each answer.
+    """
+    most, window = positions.longest_position(config), positions.attention_window(config)
     for name, split in (("training", data.train), ("validation", data.validation)):
-        if most and len(split) and split.positions.max() > most:
-            index = int(split.positions.argmax())
+        if not len(split):
+            continue
+        index = int(split.positions.argmax())
+        which = f"{name} example {index} ({split[index]['source']}) has {split.positions[index]}"
+        if most and split.positions[index] > most:
+            raise ValueError(f"{which} positions, the model was made for at most {most}; prepare the data with --max_length {most}")
+        if window and split.positions[index] > window:
             raise ValueError(
-                f"{name} example {index} ({split[index]['source']}) has {split.positions[index]} positions, the model was made for "
-                f"at most {most}; prepare the data with --max_length {most}"
+                f"{which} positions; the model's attention has a window of {window}, which packed attention does not support in longer rows: prepare "
+                f"the data with --max_length {window}"
             )
+        if split.kind == "dpo" and split.share_prompt:
+            _check_shared_prompts(name, split, config)
+
+
+def _check_shared_prompts(name: str, split: Split, config) -> None:
+    """Raise ValueError naming a pair whose answers, each alone with the prompt, would give it other rotary frequencies."""
+    chosen, rejected = (split.token_counts("prompt") + split.token_counts(answer) for answer in ("chosen", "rejected"))
+    if len(split_up := np.flatnonzero(positions.frequencies_differ(config, chosen, rejected))):
+        index = int(split_up[0])
+        raise ValueError(
+            f"{name} example {index} ({split[index]['source']}) has {chosen[index]} positions with its chosen answer and {rejected[index]} "
+            f"with the rejected one: beyond {positions.same_frequencies_until(config)} the model's rotary frequencies depend on a row's "
+            f"length, so the two cannot share their prompt. Set share_prompt: False ({len(split_up):,} such pairs)"
+        )
 
 
 def check_lengths(data: PreparedData, max_tokens: int) -> None:

@@ -26,7 +26,6 @@ from posttrain.run.directory import Run
 from posttrain.run.health import Facts
 from posttrain.training import auto_batch
 from posttrain.training.first_screen import describe, expected_seconds
-from posttrain.training.inputs import check_positions
 from posttrain.training.replay import replay, shown_loss
 from posttrain.training.saving import Saving
 from posttrain.training.schedule import learning_rate, total_steps
@@ -49,7 +48,6 @@ def train(training: Training, chat: ChatFormat, run: Run, choices: list[tuple[st
         if recipe.max_tokens_per_gpu == AUTO:
             auto_batch.adapt(training, run)
     describe(training, run, steps, [*choices, ("optimizer", training.engine.optimizer_said)])
-    check_positions(training.data, training.model.config)
     check_start(training)
     if not recipe.only_looks:
         run.say(f"time       about {duration(steps * expected_seconds(training))} for all steps, by a timed forward pass")

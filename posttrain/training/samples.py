@@ -31,8 +31,11 @@ class Asked(NamedTuple):
 class Samples:
     """The fixed prompts of a run, which the model answers again and again."""
 
-    def __init__(self, recipe: Recipe, data: PreparedData, chat: ChatFormat):
-        """Take the recipe's prompts. Raises ValueError or FileNotFoundError if its file sample_prompts is missing or no text."""
+    def __init__(self, recipe: Recipe, data: PreparedData, chat: ChatFormat, context: int):
+        """Take the recipe's prompts, for a model that reads `context` tokens, answers included.
+
+        Raises ValueError or FileNotFoundError if the recipe's file sample_prompts is missing, no text, or has a prompt that is too long.
+        """
         self.most, self.chat = recipe.sample_tokens, chat
         if recipe.sample_prompts:
             system = data.system_prompt
@@ -43,12 +46,17 @@ class Samples:
             split = data.validation if len(data.validation) else data.train
             self.prompts = [_prompt_of(split[index]) for index in range(min(recipe.samples, len(split)))]
             self.texts = [chat.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in self.prompts]
+        self.context = context
+        if longest := next((prompt for prompt in self.prompts if len(prompt) >= context), None):
+            raise ValueError(f"a sample prompt has {len(longest):,} tokens; the model reads {context:,}, its answer included")
 
     def ask(self, training: Training) -> list[dict]:
         """Return each prompt with the model's greedy answer, its tokens, and whether it stopped by itself. All ranks."""
         stops = {self.chat.end_id, self.chat.tokenizer.eos_token_id}
         training.engine.eval()
-        answers = generate(training, [Asked(prompt, self.most, lambda answer: answer[-1] in stops) for prompt in self.prompts])
+        room = [min(self.most, self.context - len(prompt)) for prompt in self.prompts]
+        asked = [Asked(prompt, most, lambda answer: answer[-1] in stops) for prompt, most in zip(self.prompts, room, strict=True)]
+        answers = generate(training, asked)
         training.engine.train()
         found = []
         for text, answer in zip(self.texts, answers, strict=True):

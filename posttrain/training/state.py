@@ -16,6 +16,7 @@ from posttrain.data.prepared import PreparedData
 from posttrain.engine.update import TrainingEngine
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
+from posttrain.operators import positions
 from posttrain.parallel import watchdog
 from posttrain.recipes.keys import Recipe
 from posttrain.training.spikes import StepGuard
@@ -56,6 +57,11 @@ class Training:
     def model(self):
         """The transformers model inside the policy."""
         return self.engine.module.model
+
+    @property
+    def context(self) -> int:
+        """How many tokens a text that the model reads, or writes, may have in all."""
+        return positions.longest_row(self.model.config) or positions.ASSUMED_CONTEXT
 
     def set_max_tokens(self, max_tokens: int) -> None:
         """Limit micro-batches to `max_tokens` tokens from now on."""

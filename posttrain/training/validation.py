@@ -15,12 +15,11 @@ class Validation:
     def __init__(self, training: Training, chat: ChatFormat, run: Run, steps: int):
         """`steps` is the run's last step, after which everything is measured."""
         self.training, self.run, self.steps, recipe = training, run, steps, training.recipe
-        self.samples, self.benchmarks = Samples(recipe, training.data, chat), None
+        self.samples, self.benchmarks = Samples(recipe, training.data, chat, training.context), None
         if recipe.benchmarks:  # lm_eval, which takes seconds to import, is needed only then
             from posttrain.training.benchmarks import TrainingBenchmarks
 
-            context = training.model.config.max_position_embeddings
-            self.benchmarks = TrainingBenchmarks(recipe, chat, training.data.system_prompt, context)
+            self.benchmarks = TrainingBenchmarks(recipe, chat, training.data.system_prompt, training.context)
 
     def after(self, step: int) -> float | None:
         """Measure and log what is due after `step`; returns the validation loss, None if it was not due."""
