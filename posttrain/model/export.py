@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from posttrain.common import files
 from posttrain.data.chat import ChatFormat
 from posttrain.model.describe import write_config, write_generation_config, write_tokenizer
-from posttrain.model.sample import plain_logps
+from posttrain.model.sample_rows import plain_logps, sample_rows
 from posttrain.operators.layers import multiplies_in_float32
 from posttrain.operators.saved_form import count_as_saved
 
@@ -39,7 +39,7 @@ def write_model(
 ) -> None:
     """Write a model's folder: weights, what `describe` writes into it, and the model card. Rank 0 only.
 
-    `state_dict` has the model's own names, on the CPU, and is emptied. `expected` are the model's log-probs of sample.rows; the folder, as
+    `state_dict` has the model's own names, on the CPU, and is emptied. `expected` are the model's log-probs of sample_rows; the folder, as
     plain transformers opens it, must give the same. Raises OSError where the folder cannot be written or reads back otherwise than it was
     written, and AnotherModel where it opens as another model.
     """
@@ -135,7 +135,7 @@ def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None)
             )
     if expected is None:
         return
-    difference = (plain_logps(model.eval()) - expected).abs().mean().item()
+    difference = (torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) - expected).abs().mean().item()
     if not difference <= FARTHEST[dtype]:
         raise AnotherModel(
             f"{folder} was not published: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those of "

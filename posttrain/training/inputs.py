@@ -106,8 +106,8 @@ def check_positions(data: PreparedData, config) -> None:
             raise ValueError(f"{which} positions, the model was made for at most {most}; prepare the data with --max_length {most}")
         if window and split.positions[index] > window:
             raise ValueError(
-                f"{which} positions; the model's attention has a window of {window}, which packed attention does not support in longer rows: prepare "
-                f"the data with --max_length {window}"
+                f"{which} positions; the model's attention has a window of {window}, which packed attention does not "
+                f"support in longer rows: prepare the data with --max_length {window}"
             )
         if split.kind == "dpo" and split.share_prompt:
             _check_shared_prompts(name, split, config)

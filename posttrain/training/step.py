@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from posttrain.model import sample
+from posttrain.model.sample_rows import packed_rows, sample_rows
 from posttrain.objectives.answers import add_sums
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
@@ -91,9 +91,9 @@ def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray
 
 @torch.no_grad()
 def sampled_logps(training: Training) -> torch.Tensor:
-    """Return the policy's log-probs of model/sample.py's rows, (N,) in float32 on the CPU. All ranks."""
+    """Return the policy's log-probs of sample_rows, (N,) in float32 on the CPU. All ranks."""
     training.engine.eval()
-    logps = training.engine(sample.packed(training.model.config.vocab_size).to(training.device)).float().cpu()
+    logps = training.engine(packed_rows(sample_rows(training.model.config)).to(training.device)).float().cpu()
     training.engine.train()
     return logps
 
