@@ -72,7 +72,8 @@ def as_released(tiny, folder: Path) -> Path:
     """An instruct model as its makers release it: scaled positions, sampling defaults, stop tokens, several templates, code beside it."""
     rope = LLAMA3 | {"original_max_position_embeddings": 64}
     make(tiny, folder, rope_parameters=rope)
-    edit(folder, {"auto_map": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}})
+    code = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    edit(folder, {"auto_map": code, "pad_token_id": tiny.chat.end_id})
     edit(folder, SAMPLING | {"eos_token_id": [tiny.tokenizer.eos_token_id, 5], "pad_token_id": 0}, "generation_config.json")
     templates = [{"name": "default", "template": tiny.chat.jinja}, {"name": "tool_use", "template": tiny.chat.jinja + "{# tools #}"}]
     (folder / "chat_template.jinja").unlink(missing_ok=True)

@@ -47,7 +47,39 @@ DURING = EVALUATE + "test_benchmarks_during_training_are_those_of_its_result"
 MODES = EVALUATE + "test_every_benchmark_in_both_modes"
 STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
+EXPORT = "tests/test_export.py::"
+
 MUTATIONS = {
+    "buffers_left_out_of_the_result": Mutation(
+        "posttrain/engine/weights.py",
+        "return state | {name: buffer",
+        "return state or {name: buffer",
+        EXPORT + "test_buffers_are_those_of_the_base",
+    ),
+    "buffers_left_out_of_checkpoints": Mutation(
+        "posttrain/model/loading.py",
+        " | saved.buffers()",
+        "",
+        EXPORT + "test_plain_transformers_opens_what_was_trained[activation_buffers]",
+    ),
+    "rope_theta_left_out": Mutation(
+        "posttrain/model/describe.py",
+        "values | older_names(values, config.attribute_map)",
+        "values",
+        EXPORT + "test_final_carries_what_the_base_had",
+    ),
+    "padding_row_frozen": Mutation(
+        "posttrain/model/policy.py",
+        "    model.get_input_embeddings().padding_idx = None",
+        "    pass",
+        EXPORT + "test_every_embedding_that_data_uses_moves_in_every_stage",
+    ),
+    "result_not_opened_again": Mutation(
+        "posttrain/model/export.py",
+        "        _open_again(staging, model.dtype, expected)\n",
+        "",
+        EXPORT + "test_a_folder_that_opens_as_another_model_is_not_written",
+    ),
     "moments_not_restored": Mutation("posttrain/engine/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),
     "adams_clock_not_restored": Mutation("posttrain/engine/shards.py", "engine, saved.optimizer_step)", "engine, 1)", RELAYOUT),
     "saved_without_a_copy": Mutation(

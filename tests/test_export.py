@@ -89,7 +89,7 @@ def test_every_embedding_that_data_uses_moves_in_every_stage(results, tiny):
         moved = (before - after).abs().amax(1)
         taken = torch.zeros(len(moved), dtype=torch.bool)
         taken[list(tokens_of_steps(tiny))] = True
-        assert (moved[taken] > 1e-4).all(), name
+        assert (moved[taken] > 5e-3).all(), name  # by weight decay alone about 1e-3
 
 
 def tokens_of_steps(tiny) -> set[int]:
@@ -114,10 +114,34 @@ def test_final_carries_what_the_base_had(results, tiny):
     assert not {"max_new_tokens", "max_length"} & generation.keys()
     assert "auto_map" not in config and config["use_cache"]
     assert config.get("pad_token_id") not in (tiny.chat.end_id, tiny.tokenizer.eos_token_id)
-    assert config["rope_theta"] == 5e5 and config["rope_scaling"]["factor"] == 8.0
+    assert (config.get("rope_theta"), config.get("rope_scaling", {}).get("factor")) == (5e5, 8.0)
     assert fingerprint(load_tokenizer(final)) == fingerprint(tiny.tokenizer)
     settings = json.loads((final / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "pad_token" not in settings
+
+
+def test_a_folder_that_opens_as_another_model_is_not_written(results, tiny, tmp_path):
+    """Neither one that lacks a tensor, nor one whose tensors are right and whose config makes another model of them."""
+    base = results / "activation_buffers" / "base"
+
+    def write(change_state=lambda state: None, change_folder=lambda folder: None) -> None:
+        model = load_model(str(base), torch.float32, "").eval()
+        expected, state = logps(model), model.state_dict()
+        change_state(state)
+
+        def describe(folder):
+            export.write_description(model, tiny.chat, folder)
+            change_folder(folder)
+
+        export.write_model(model, state, describe, tmp_path / "final", "", expected)
+
+    with pytest.raises(ValueError, match=r"final was not written: .* 2 missing keys, first model.layers.0.mlp.act_fn.beta"):
+        write(lambda state: [state.pop(name) for name in list(state) if name.endswith("act_fn.beta")])
+    with pytest.raises(ValueError, match=r"final was not written: .* nats a token from those of the trained model"):
+        write(change_folder=lambda folder: bases.edit(folder, {"rms_norm_eps": 0.5}))
+    assert list(tmp_path.iterdir()) == []
+    write()
+    assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o077  # readable by others as the umask has it
 
 
 # what transformers 4 would take for granted, were it not written in its own names

@@ -57,6 +57,9 @@ def write_model(
         _open_again(staging, model.dtype, expected)
         _allow_reading(staging)
         files.sync_files(staging)
+    except AnotherModel:
+        shutil.rmtree(staging)
+        raise
     except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
@@ -130,16 +133,16 @@ def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
             raise AnotherModel(
-                f"{folder} was not published: opened by transformers it has {len(names)} {what.replace('_', ' ')}, first {names[0]}, so it "
-                "would be another model than was trained. The run's checkpoints are whole; please report this model's architecture"
+                f"{folder.stem} was not written: opened by transformers it has {len(names)} {what.replace('_', ' ')}, first {names[0]}, so it "
+                "would be another model than was trained. The run's checkpoints are whole; please report the architecture"
             )
     if expected is None:
         return
     difference = (torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) - expected).abs().mean().item()
     if not difference <= FARTHEST[dtype]:
         raise AnotherModel(
-            f"{folder} was not published: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those of "
-            f"the trained model (limit {FARTHEST[dtype]}). The run's checkpoints are whole; please report this model's architecture"
+            f"{folder.stem} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those of "
+            f"the trained model (limit {FARTHEST[dtype]}). The run's checkpoints are whole; please report the architecture"
         )
 
 
