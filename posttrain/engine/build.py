@@ -11,6 +11,7 @@ from posttrain.common.terminal import say
 from posttrain.engine.ds_config import accumulates_in_fp32, merge_config, read_ds_config
 from posttrain.engine.optimizer import make_optimizer, parameter_groups, undo_first_step
 from posttrain.engine.update import TrainingEngine, UpdateGate
+from posttrain.operators import layers
 from posttrain.recipes.keys import Recipe
 
 
@@ -39,7 +40,7 @@ def build_reference(policy: torch.nn.Module, recipe: Recipe):
 def _initialize(recipe: Recipe, model, **settings):
     """Wrap a model in DeepSpeed's engine; `settings` go to deepspeed.initialize. All ranks."""
     if recipe.compile:  # ZeRO-3 then gathers each layer as a whole; its hooks inside a layer would break the compiled graph
-        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.base_model.layers[0])])
+        deepspeed.utils.set_z3_leaf_modules(model, [type(layers.decoder_layers(model.model)[0])])
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the memory in use 4 times and more for bfloat16 at ZeRO-1
         return deepspeed.initialize(model=model, **settings)[0]
 
