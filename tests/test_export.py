@@ -135,7 +135,7 @@ def test_a_folder_that_opens_as_another_model_is_not_written(results, tiny, tmp_
 
         export.write_model(model, state, describe, tmp_path / "final", "", expected)
 
-    with pytest.raises(ValueError, match=r"final was not written: .* 2 missing keys, first model.layers.0.mlp.act_fn.beta"):
+    with pytest.raises(ValueError, match=r"final was not written: .* 2 missing_keys, first model.layers.0.mlp.act_fn.beta"):
         write(lambda state: [state.pop(name) for name in list(state) if name.endswith("act_fn.beta")])
     with pytest.raises(ValueError, match=r"final was not written: .* nats a token from those of the trained model"):
         write(change_folder=lambda folder: bases.edit(folder, {"rms_norm_eps": 0.5}))

@@ -24,6 +24,8 @@ from posttrain.operators.saved_form import count_as_saved
 SYSTEM_PROMPT = "system_prompt.txt"  # holds the system prompt that conversations of the data got where they had none
 FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # mean difference in nats a token that rounding explains
 
+ADVICE = "it would be another model than was trained. The checkpoints are whole; please report the architecture"
+
 
 class AnotherModel(ValueError):
     """Says that a written folder is another model than the one in memory."""
@@ -133,16 +135,15 @@ def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
             raise AnotherModel(
-                f"{folder.stem} was not written: opened by transformers it has {len(names)} {what.replace('_', ' ')}, first {names[0]}, so it "
-                "would be another model than was trained. The run's checkpoints are whole; please report the architecture"
+                f"{folder.stem} was not written: opened by transformers it has {len(names)} {what}, first {names[0]}; {ADVICE}"
             )
     if expected is None:
         return
     difference = (torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) - expected).abs().mean().item()
     if not difference <= FARTHEST[dtype]:
         raise AnotherModel(
-            f"{folder.stem} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those of "
-            f"the trained model (limit {FARTHEST[dtype]}). The run's checkpoints are whole; please report the architecture"
+            f"{folder.stem} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those "
+            f"of the trained model (limit {FARTHEST[dtype]}); {ADVICE}"
         )
 
 
