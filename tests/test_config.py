@@ -235,6 +235,7 @@ def test_a_run_whose_last_steps_change_nothing_says_so():
     ):
         recipe = build_recipe(SFTRecipe, {**SFT, "max_iters": 10, **values}, {})
         said = list(first_screen._warnings(recipe, 10, 1.0))
+        assert len(said) == len(expected), said
         assert [text[: len(start)] for text, start in zip(said, expected, strict=True)] == expected
         assert (learning_rate(recipe, 7, 10) == 0) == bool(expected)
 
