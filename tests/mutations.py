@@ -45,6 +45,9 @@ SAMPLES = "tests/test_samples.py::test_a_run_keeps_and_shows_them"
 EVALUATE = "tests/test_evaluate.py::"
 DURING = EVALUATE + "test_benchmarks_during_training_are_those_of_its_result"
 MODES = EVALUATE + "test_every_benchmark_in_both_modes"
+LAUNCHED = "tests/test_launched.py::"
+DS_CONFIG = "tests/test_mistakes.py::test_a_ds_config_that_says_too_much_is_refused"
+OFFLINE = "tests/test_tracking.py::test_weights_and_biases_goes_offline_where_it_must"
 STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 
 EXPORT = "tests/test_export.py::"
@@ -93,6 +96,52 @@ MUTATIONS = {
         "if files.file_facts(path / name) != facts:",
         "if False:",
         "tests/test_checkpoint.py::test_a_checksum_sees_one_bit",
+    ),
+    "left_over_world_size_counts": Mutation(
+        "posttrain/parallel/launched.py",
+        "    if rank is None:\n        return Launch()",
+        '    if rank is None:\n        return Launch(world_size=_number("WORLD_SIZE") or 1)',
+        LAUNCHED + "test_a_launch_is_read_from_the_environment",
+    ),
+    "torchruns_agent_not_known": Mutation(
+        "posttrain/parallel/launched.py",
+        'meets_at_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"',
+        "meets_at_agent = False",
+        LAUNCHED + "test_a_launch_is_read_from_the_environment",
+    ),
+    "master_address_not_looked_for": Mutation(
+        "posttrain/parallel/launched.py",
+        "if missing :=",
+        "if False and",
+        LAUNCHED + "test_variables_that_do_not_belong_together_are_named",
+    ),
+    "two_ranks_on_one_gpu": Mutation(
+        "posttrain/parallel/rendezvous.py",
+        "if len(beside) > 1:",
+        "if False:",
+        LAUNCHED + "test_ranks_of_one_machine_must_know_which_is_which",
+    ),
+    "restarts_meet_the_start_before": Mutation(
+        "posttrain/parallel/rendezvous.py",
+        "if launch.attempt else store",
+        "if False else store",
+        LAUNCHED + "test_a_restart_of_torchrun_does_not_meet_the_start_before",
+    ),
+    "gradients_sent_in_another_type": Mutation("posttrain/engine/ds_config.py", "if name in CHANGE_THE_CURVE:", "if False:", DS_CONFIG),
+    "weights_sent_in_8_bits": Mutation("posttrain/engine/ds_config.py", "if name not in KEEP_THE_CURVE and", "if False and", DS_CONFIG),
+    "api_key_not_looked_for": Mutation("posttrain/run/wandb_mode.py", "if not _has_key(server):", "if False:", OFFLINE),
+    "silent_server_waited_for": Mutation("posttrain/run/wandb_mode.py", "return answered.is_set()", "return True", OFFLINE),
+    "steps_at_rate_0_unsaid": Mutation(
+        "posttrain/training/first_screen.py",
+        "(end := recipe.lr_decay_iters or steps) < steps:",
+        "(end := recipe.lr_decay_iters or steps) < 0:",
+        "tests/test_config.py::test_a_run_whose_last_steps_change_nothing_says_so",
+    ),
+    "read_only_data_ends_the_run": Mutation(
+        "posttrain/training/reference.py",
+        "if error.errno not in CANNOT_WRITE:",
+        "if True:",
+        PLANTED + "test_precomputed_log_probs_are_kept_and_damaged_ones_are_refused",
     ),
     "compiler_not_looked_for": Mutation(
         "posttrain/engine/cpu_adam.py",

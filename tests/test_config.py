@@ -209,7 +209,8 @@ def test_what_the_command_line_switches_off_leaves_the_files_options_idle(tmp_pa
     notes = capsys.readouterr().out.splitlines()
     expected = [("wandb_project", "wandb_log=False"), ("label_smoothing", "loss=hinge"), ("sample_tokens", "samples=0")]
     assert sorted(notes) == sorted(f"note: {name} of {path} is not read with {off}" for name, off in expected)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     load_recipe(DPORecipe, "unused", [str(path), "--samples=0", "--loss=hinge", "--wandb_log=False"])
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="sample_tokens would not be read with samples=0; remove it, or set samples"):
@@ -234,6 +235,7 @@ def test_a_run_whose_last_steps_change_nothing_says_so():
     ):
         recipe = build_recipe(SFTRecipe, {**SFT, "max_iters": 10, **values}, {})
         said = list(first_screen._warnings(recipe, 10, 1.0))
+        assert len(said) == len(expected), said
         assert [text[: len(start)] for text, start in zip(said, expected, strict=True)] == expected
         assert (learning_rate(recipe, 7, 10) == 0) == bool(expected)
 

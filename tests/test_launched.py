@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import free_port, last_of_each, python, rank_environment
 from test_runs import sft_arguments
+from torch import distributed as dist
 
 from posttrain.parallel import rendezvous
 from posttrain.parallel.launched import Launch, read_launch
@@ -75,6 +76,18 @@ def test_ranks_of_one_machine_must_know_which_is_which():
         for one in met:
             with pytest.raises(ValueError, match=r"is one of 2 ranks of this machine \(ranks 0, 1\), and LOCAL_RANK.* is not set"):
                 one.result()
+
+
+def test_a_restart_of_torchrun_does_not_meet_the_start_before():
+    """Its agent holds the store, in which the seats of the start before are taken."""
+    port = free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(2) as pool:
+        for attempt in ("0", "1"):
+            launches = [Launch(rank, 2, launcher="torchrun", port=port, meets_at_agent=True, attempt=attempt) for rank in range(2)]
+            met = [pool.submit(rendezvous.meet, 20.0, launch) for launch in launches]
+            assert [one.exception() for one in met] == [None, None]
+    assert agent.num_keys() > 0
 
 
 @pytest.mark.slow

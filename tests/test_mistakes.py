@@ -51,6 +51,21 @@ def arguments(tiny, tmp_path):
     return sft_arguments(tiny, tmp_path / "run")
 
 
+def test_a_folder_for_compiled_code_that_cannot_be_written_is_named(arguments, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/new")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tmp_path}/file/new")
+    message = fails(sft, monkeypatch, *arguments)
+    assert message.startswith(f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/file/new cannot be written: Not a directory. Name another folder")
+
+
+def test_python_without_docstrings_is_refused():
+    command = [sys.executable, str(ROOT / "posttrain" / "report.py")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONOPTIMIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch("error: Python runs with -OO or PYTHONOPTIMIZE=2, .*\n", done.stderr)
+
+
 def test_missing_data_names_the_command_that_makes_it(arguments, monkeypatch, tmp_path):
     message = fails(sft, monkeypatch, *arguments, f"--sft_data_dir={tmp_path}/nowhere")
     assert f"no prepared data at {tmp_path}/nowhere" in message

@@ -35,6 +35,9 @@ def run_script(script: Callable[[], None]) -> None:
     _use_utf8()
     here = launch_or_alone()
     rank = here.rank
+    if sys.flags.optimize > 1:
+        without = "Python runs with -OO or PYTHONOPTIMIZE=2, that is, without the docstrings that transformers reads"
+        _fail(rank, f"error: {without}: leave it out, or use -O", "", MISTAKE)
     if not any(map(os.path.exists, GPU_FILES)):  # else DeepSpeed 0.19.8 warns on every rank that it takes the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

@@ -1,6 +1,8 @@
 """Looks for what a recipe names and is not there, before torch is imported: a mistake is answered at once."""
 
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 
 from posttrain.common import places
@@ -10,15 +12,27 @@ from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.run.wandb_mode import settle_mode
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # folders of compiled code: torch fails on one that it cannot make, once imported
+
 
 def refuse_missing(recipe: Recipe) -> None:
-    """Raise FileNotFoundError or ValueError, with what to do, where the ds_config, the prepared data or the model is not there."""
+    """Raise FileNotFoundError or ValueError, with what to do, where the ds_config, the prepared data or the model is not there.
+
+    Also where a folder of the environment's for compiled code cannot be written.
+    """
     found = places.find_ds_config(recipe.ds_config)
     ours = places.shipped(recipe.ds_config)
     if ours.is_file() and not ours.samefile(found) and is_rank_0():
         print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
     find_model(recipe.model_path, recipe.how_to_make_model)
     read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
+    for name in CACHES:
+        if folder := os.environ.get(name):
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise ValueError(f"{name}={folder} cannot be written: {error.strerror}. Name another folder, or unset {name}") from None
     if recipe.wandb_log and not importlib.util.find_spec("wandb"):
         raise ValueError(
             "wandb_log=True needs the wandb package: export POSTTRAIN_EXTRAS=wandb and source launch/env.sh, or pip install wandb"
