@@ -48,6 +48,7 @@ class _Facts(_Form):
     ended: Moment = ""
     finished: dict[str, float | None] = {}
     extended: list[dict] = []
+    model_files: dict[str, dict] = {}
     fitted: _Fitted | None = None
 
 
@@ -159,6 +160,25 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
             file.write(b"".join(line + b"\n" for line in damaged.values()))
     files.write_whole(path, b"".join(line + b"\n" for line in kept))
     return list(damaged)
+
+
+def model_files(run: Path) -> dict[str, dict]:
+    """Return size and checksum of every file in model/, by its path there."""
+    folder = run / "model"
+    return {str(path.relative_to(folder)): files.file_facts(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def model_problem(run: Path) -> str | None:
+    """Return what is wrong with the run's model/, None if it is what the run wrote. Runs of older versions did not note what that was."""
+    if not (run / "model" / "config.json").is_file():
+        return f"{run / 'model' / 'config.json'} is missing"
+    for name, facts in read_facts(run).get("model_files", {}).items():
+        path = run / "model" / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if files.file_facts(path) != facts:
+            return f"{path} is not what was written"
+    return None
 
 
 def _read(path: Path, form: type[_Form], needed: tuple[str, ...]) -> dict:
