@@ -64,9 +64,9 @@ class Run:
                 )
             if changed := [name for name, value in inputs.items() if began_with[name] != value]:
                 moved = [f"{name}: {then} -> {now}" for name, (then, now) in moved_paths(recipe).items()]
-                where = f"({', '.join(moved)})" if moved else "although the paths are the same"
+                where = ", ".join(moved) or "although the paths are the same"
                 raise ValueError(
-                    f"{' and '.join(changed)} changed since {self.path} began, {where}: continuing would mix two runs. Restore what it "
+                    f"{' and '.join(changed)} changed since {self.path} began ({where}): continuing would mix two runs. Restore what it "
                     "began with, or start a new run with another --out_dir"
                 )
 
