@@ -81,6 +81,7 @@ OF_RUN_JSON = {
 OF_RECIPE = {
     "tags": lambda content: b"out_dir: !!python/object/apply:os.system [ls]",
     "a table": lambda content: b"out_dir: {a: 1}",
+    "a text for a number": lambda content: b"global_batch_size: x",
     "numbers as keys": lambda content: b"1: 2",
 }
 
@@ -186,6 +187,7 @@ def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsy
     ("name", "line"),
     [
         ("metrics.jsonl", {"step": 2, "split": "other"}),
+        ("metrics.jsonl", {"step": 2, "split": "train", "loss": 1.0}),
         ("metrics.jsonl", {"step": 2, "split": "train", "loss": "low"}),
         ("metrics.jsonl", {"step": 10**400, "split": "train"}),
         ("metrics.jsonl", {"step": 2, "split": "train", "loss": 10**400}),

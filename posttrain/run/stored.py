@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.common import files
 
@@ -55,6 +55,13 @@ class _Facts(_Form):
 class _Recipe(_Form):
     """recipe.yaml, which is flat."""
 
+    global_batch_size: int | None = None
+    max_iters: int | None = None
+    epochs: float | None = None
+    lr_decay_iters: int | None = None
+    sample_prompts: str | None = None
+    checkpoint_path: str = ""
+    sft_checkpoint_path: str = ""
     __pydantic_extra__: dict[str, bool | int | float | str | None]  # ty: ignore[incompatible-mutable-override]
 
 
@@ -84,6 +91,14 @@ class _Metrics(_Form):
 
     step: Step
     split: Literal["train", "eval"]
+
+    @model_validator(mode="after")
+    def _is_whole(self):
+        """Refuse a training step without what the health checks look at, when a run goes on."""
+        if self.split == "train" and not {"loss", "grad_norm"} <= (self.model_extra or {}).keys():
+            raise ValueError("a training step has loss and grad_norm")
+        return self
+
     __pydantic_extra__: dict[str, float | None]  # ty: ignore[incompatible-mutable-override]
 
 
