@@ -21,7 +21,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, DPORecipe, Recipe, SFTRecipe  # noqa: E402
+from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, SAME_CONTENT, DPORecipe, Recipe, SFTRecipe  # noqa: E402
 from posttrain.recipes.reading import readers  # noqa: E402
 
 ELSEWHERE = {  # files and folders of the repository that are in the site, and where
@@ -35,7 +35,7 @@ ELSEWHERE = {  # files and folders of the repository that are in the site, and w
 }
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")  # of Markdown, to a file of the repository
 MARKS = "<!-- from posttrain/recipes/keys.py by launch/docs.sh -->", "<!-- end -->"
-CHANGES = {ANY_TIME: "yes", BY_EXTEND: "with `--extend`"}
+CHANGES = {ANY_TIME: "yes", BY_EXTEND: "with `--extend`", SAME_CONTENT: "to a path of the same content"}
 
 
 def pages(root: Path) -> dict[Path, str]:

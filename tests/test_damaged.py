@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_run
+from conftest import ROOT, start_run
 
 from posttrain.common.errors import is_mistake
 from posttrain.data.manifest import read_manifest
 from posttrain.engine import checkpoint_folder
 from posttrain.engine.ds_config import read_ds_config
+from posttrain.evaluation import tasks
 from posttrain.model.forms import newest
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe, load_recipe_of
@@ -78,6 +81,7 @@ OF_RUN_JSON = {
 OF_RECIPE = {
     "tags": lambda content: b"out_dir: !!python/object/apply:os.system [ls]",
     "a table": lambda content: b"out_dir: {a: 1}",
+    "a text for a number": lambda content: b"global_batch_size: x",
     "numbers as keys": lambda content: b"1: 2",
 }
 
@@ -183,6 +187,7 @@ def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsy
     ("name", "line"),
     [
         ("metrics.jsonl", {"step": 2, "split": "other"}),
+        ("metrics.jsonl", {"step": 2, "split": "train", "loss": 1.0}),
         ("metrics.jsonl", {"step": 2, "split": "train", "loss": "low"}),
         ("metrics.jsonl", {"step": 10**400, "split": "train"}),
         ("metrics.jsonl", {"step": 2, "split": "train", "loss": 10**400}),
@@ -224,3 +229,81 @@ def test_other_files_are_named_as_well(run, tmp_path):
 def test_a_damaged_file_of_results_is_named(tmp_path, results):
     (tmp_path / "results.json").write_bytes(results)
     assert f"--results {tmp_path}/results.json is not a file of results" in told(report.read_results, tmp_path / "results.json")
+
+
+ARC = {"query": "q", "choices": ["a", "b"], "gold": 1}
+GSM8K = {"question": "q", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "why"),
+    [
+        ("arc_easy", b"", "it is no JSON object"),
+        ("arc_easy", b"[1]", "it is no JSON object"),
+        ("arc_easy", b'{"query": "\xff"}', "is not UTF-8 text"),
+        ("arc_easy", {"query": "q", "gold": 1}, "it lacks the column 'choices'"),
+        ("arc_easy", ARC | {"gold": 2}, ""),
+        ("arc_easy", ARC | {"query": 5}, ""),
+        ("arc_easy", ARC | {"choices": ["a", 2]}, "a choice is no text"),
+        ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "Z"}, ""),
+        ("mmlu", {"question": "q", "choices": ["a", "b"], "answer": 4, "subject": "s"}, "the right choice is number 4 of 2"),
+        ("mmlu", {"question": 3, "choices": ["a", "b"], "answer": 1, "subject": "s"}, "question is 3, which should be str"),
+        ("truthfulqa", {"question": "q", "mc1_targets": {}, "mc2_targets": {}}, "it lacks the column 'choices'"),
+        ("gsm8k", GSM8K | {"answer": 1}, "answer is 1, which should be str"),
+        ("gsm8k_train", {"question": "q"}, "it lacks the column 'answer'"),
+    ],
+)
+def test_a_row_of_a_benchmark_that_cannot_be_asked_is_named_with_its_file(tmp_path, name, row, why):
+    whole = {
+        "arc_easy": ARC,
+        "gsm8k": GSM8K,
+        "gsm8k_train": GSM8K,
+        "mmlu": {"question": "q", "choices": ["a"], "answer": 0, "subject": "s"},
+    }
+    whole["truthfulqa"] = {"question": "q", **{f"mc{n}_targets": {"choices": ["a"], "labels": [1]} for n in (1, 2)}}
+    for file, one in whole.items():
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps(one) + "\n")
+    benchmark = name.partition("_train")[0]
+    mode = "generate" if benchmark == "gsm8k" else "logprob"
+    tasks.write_tasks([benchmark], mode, tmp_path, tmp_path / "tasks")
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    (tmp_path / f"{name}.jsonl").write_bytes(json.dumps(whole[name]).encode() + b"\n\n" + (line or b"{") + b"\n")
+    message = told(tasks.write_tasks, [benchmark], mode, tmp_path, tmp_path / "tasks")
+    assert f"{tmp_path / name}.jsonl:3 is not" in message
+    assert why in message
+    assert "--data" not in message  # it was given
+
+
+def test_rows_that_the_harness_cannot_read_are_not_sought_on_the_hub(tmp_path):
+    """What was given already is not advised."""
+    (tmp_path / "arc_easy.jsonl").write_text(json.dumps(ARC) + "\n")
+    tasks.write_tasks(["arc_easy"], "logprob", tmp_path, tmp_path / "tasks")
+    file = tmp_path / "tasks" / "posttrain_arc_easy.jsonl"
+    file.write_text(file.read_text() + '{"question": [')
+    message = told(tasks.load_tasks, str(tmp_path / "tasks"), ["posttrain_arc_easy"], 10**9)
+    assert f"the harness cannot read the rows, as they stand in {file}" in message
+    assert "--data" not in message
+    message = told(tasks.write_tasks, ["arc_easy"], "logprob", file, tmp_path / "tasks")
+    assert "it is a file, and not a folder of files" in message
+
+
+@pytest.mark.slow
+def test_the_commands_name_the_file(whole, tmp_path):
+    """The same by the real commands, in processes of their own, under a locale that is not UTF-8."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    damaged(run / "run.json", "cut")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "arc_easy.jsonl").write_text("{}\n")
+    recipe = [f"--{name}={value}" for name, value in VALUES.items()]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "DS_ACCELERATOR": "cpu"}
+    for script, arguments, message in (
+        ("report.py", [run], f"error: {run}/run.json is damaged: "),
+        ("serve.py", ["--checkpoint", run], f"error: {run}/run.json is damaged: "),
+        ("eval_benchmarks.py", ["--checkpoint", run, "--benchmark=arc_easy"], f"error: {run}/run.json is damaged: "),
+        ("sft.py", [*recipe, f"--out_dir={tmp_path}/new", f"--ds_config={run}/run.json"], "error: "),
+    ):
+        command = [sys.executable, ROOT / "posttrain" / script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(message), done.stderr
+        assert "Traceback" not in done.stderr

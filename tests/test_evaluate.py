@@ -205,7 +205,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ('{"query": "x"}', "arc_easy.jsonl:1 is not a row of arc_easy: KeyError 'choices'"),
+        ('{"query": "x"}', "arc_easy.jsonl:1 is not a row of arc_easy: it lacks the column 'choices'"),
         ("{", "arc_easy.jsonl:1 is not a row"),
         ("", "is empty"),
     ],

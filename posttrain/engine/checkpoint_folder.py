@@ -13,8 +13,8 @@ FORMAT = 1
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is named and laid out as one of a run's checkpoints."""
-    return bool(NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
+    """Whether a folder, or what a link leads to, is named and laid out as one of a run's checkpoints."""
+    return bool(NAME.fullmatch(path.resolve().name)) and (path / "manifest.json").is_file()
 
 
 def model_description(path: Path) -> Path:

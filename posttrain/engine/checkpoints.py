@@ -187,8 +187,9 @@ class Checkpoints:
                     path.rename(aside)
             if left := saved_checkpoints(self.folder):
                 write_whole(self.folder / "latest", left[-1].name)
-            if (self.folder / "best").is_file() and not (self.folder / (self.folder / "best").read_text(encoding="utf-8")).is_dir():
-                (self.folder / "best").unlink()
+            best = self.folder / "best"
+            if best.is_file() and not (self.folder / best.read_text(encoding="utf-8", errors="replace")).is_dir():
+                best.unlink()
 
         on_rank_0(set_aside)
 

@@ -57,6 +57,10 @@ async def judge(url: str, model: str, key: str | None, rows: list[tuple[str, str
 
     `url` is that of an OpenAI-compatible endpoint, with /v1. Raises ValueError where it cannot be used, or refuses every question.
     """
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"the judge's address {url} is no URL: {error}") from error
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     gate = asyncio.Semaphore(AT_ONCE)
     refusals: list[str] = []

@@ -73,7 +73,7 @@ def _judged_answers(options: argparse.Namespace) -> tuple[list[str], list[Judgem
     for one in models:
         if one.chat is None:
             raise ValueError(f"{one.name} cannot be asked: {one.why_no_chat}")
-    first, second = (asyncio.run(_answers(one, prompts, options.max_tokens or LONGEST)) for one in models)
+    first, second = (asyncio.run(_answers(one, prompts, options.max_tokens or LONGEST, options.prompts)) for one in models)
     names, asked = [one.name for one in models], list(zip(prompts, first, second, strict=True))
     rows = [{"prompt": prompt, names[0]: a, names[1]: b} for prompt, a, b in asked]
     _write(options.output / "win_rate.jsonl", rows)  # answers take longest, and the judge may fail
@@ -83,8 +83,8 @@ def _judged_answers(options: argparse.Namespace) -> tuple[list[str], list[Judgem
     return names, found, refusals
 
 
-async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
-    """Return the greedy answers of one checkpoint to prompts, of `most` tokens at most, many generated at once.
+async def _answers(one: Assistant, prompts: list[str], most: int, file: Path) -> list[str]:
+    """Return the greedy answers of one checkpoint to the prompts of a file, of `most` tokens at most, many generated at once.
 
     Raises ValueError for a prompt that leaves no room for an answer.
     """
@@ -93,17 +93,18 @@ async def _answers(one: Assistant, prompts: list[str], most: int) -> list[str]:
     system = [{"role": "system", "content": one.system_prompt}] if one.system_prompt else []
     gate = asyncio.Semaphore(64)
 
-    async def answer(text: str) -> str:
+    async def answer(number: int, text: str) -> str:
         ids = render_prompt(one.chat, [*system, {"role": "user", "content": text}])
         if len(ids) >= (most_in_all := one.context_in_batches):
-            raise ValueError(f"a prompt has {len(ids):,} tokens; {one.name} reads {most_in_all:,}: {text[:60]!r} ...")
+            many = f"{len(ids):,} tokens; {one.name} reads {most_in_all:,}"
+            raise ValueError(f"prompt {number} of {file} has {many}, the answer included: {text[:60]!r} ...")
         async with gate:
             made = batcher.generate(ids, Sampling(min(most, most_in_all - len(ids)), 0.0), 3600)
             tokens = [token async for new in made for token in new]
         return one.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     try:
-        return await asyncio.gather(*[answer(text) for text in prompts])
+        return await asyncio.gather(*[answer(number, text) for number, text in enumerate(prompts, 1)])
     finally:
         batcher.stop()
 

@@ -5,6 +5,7 @@ From these files the harness's own command gives the same numbers:
 """
 
 import json
+import reprlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import NamedTuple
 import yaml
 
 from posttrain.common.errors import first_line
-from posttrain.common.files import read_lines
+from posttrain.common.files import parse_line, read_lines
 
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
-HUB = "the data cannot be loaded from the hub ({}); where it is not reachable, give files with --data DIR (DIR/arc_easy.jsonl ...)"
+HUB = (
+    "the data cannot be loaded from the hub ({}); where it is not reachable, give files with --data DIR (DIR/arc_easy.jsonl ...), in a "
+    "recipe with benchmark_data"
+)
 UNREAD = "[invalid]"  # what the harness's filters return for an answer in which they find no choice
 # CHOICE finds the choice in an answer: "answer is C", "option C", "(c)", or "C." at the start. Where it finds none, the harness's filter
 # looks for a choice's text, then for ": C". The pattern of the harness's own tasks knows "(C)" only.
@@ -108,6 +112,9 @@ BENCHMARKS = {
         {"generate": "prompt_level_strict_acc"},
     ),
 }
+# the types of columns that are more than choices, in whichever benchmark has them
+COLUMNS = {"question": str, "answerKey": str, "question_stem": str, "subject": str, "prompt": str, "ctx_a": str, "ctx_b": str}
+COLUMNS |= {"activity_label": str, "endings": list, "mc1_targets": dict, "mc2_targets": dict, "instruction_id_list": list, "kwargs": list}
 # The harness checks these instructions with nltk's sentence models, which no package holds, so they may be absent.
 NEED_NLTK = {"change_case:capital_word_frequency", "length_constraints:number_sentences"}
 
@@ -134,7 +141,7 @@ def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[s
     """Write the task file of one benchmark, and its rows where the harness does not load them itself. Return notes for the user."""
     benchmark, task, notes = BENCHMARKS[name], task_name(name, mode), []
     by_letter = mode == "generate" and benchmark.choices is not None
-    rows = _read(name, benchmark, data) if data else _from_hub(name, benchmark) if by_letter else None
+    rows = _read(name, benchmark, _find(name, benchmark.files, data)) if data else _from_hub(name, benchmark) if by_letter else None
     if rows is not None and name == "ifeval" and not _has_nltk_data():
         kept = [row for row in rows if NEED_NLTK.isdisjoint(row["instruction_id_list"])]
         notes.append(
@@ -151,7 +158,8 @@ def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[s
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files, examples = {"test": str(path.resolve())}, None
         if benchmark.fewshot:
-            files["train"], examples = str(_find(name, (benchmark.fewshot,), data).resolve()), "train"
+            _read(name, benchmark, found := _find(name, (benchmark.fewshot,), data))
+            files["train"], examples = str(found.resolve()), "train"
         settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         settings |= {"validation_split": None, "training_split": examples, "fewshot_split": examples}
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings | {"task": task}, sort_keys=False), encoding="utf-8")
@@ -163,12 +171,15 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
 
     Raises ValueError for one whose answers may be longer than the `context` tokens that the model reads, or whose data is out of reach.
     """
+    from datasets.exceptions import DatasetsError
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
 
     try:
         loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
+        if files := [str(path) for name in names if (path := Path(folder) / f"{name}.jsonl").is_file()]:
+            raise ValueError(f"the harness cannot read the rows, as they stand in {', '.join(files)}: {first_line(error)}") from error
         raise ValueError(f"{_named(names)}: {HUB.format(first_line(error))}") from error
     for name in names:
         task = loaded["tasks"][name]
@@ -222,7 +233,8 @@ def _find(name: str, files: tuple[str, ...], data: Path) -> Path:
     places += [data / first / f"{rest}.jsonl" for first, _, rest in (file.partition("_") for file in files) if rest]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        there = ", ".join(sorted(path.name for path in data.glob("*.jsonl"))[:12]) if data.is_dir() else "no such folder"
+        there = "no such folder" if not data.exists() else "it is a file, and not a folder of files" if data.is_file() else ""
+        there = there or ", ".join(sorted(path.name for path in data.glob("*.jsonl"))[:12])
         raise FileNotFoundError(
             f"{name}: --data {data} has none of {', '.join(place.name for place in places)} (there: {there or 'no .jsonl'})"
         )
@@ -238,23 +250,41 @@ def available(data: Path, name: str) -> bool:
     return True
 
 
-def _read(name: str, benchmark: Benchmark, data: Path) -> list[dict]:
-    """Return the benchmark's rows from --data, in the harness's form."""
-    path = _find(name, benchmark.files, data)
+def _read(name: str, benchmark: Benchmark, path: Path) -> list[dict]:
+    """Return the benchmark's rows from a file, in the harness's form. Raises ValueError naming the file, and a line that is none."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            rows.append(benchmark.rows(json.loads(line)))
-        except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
+            row = benchmark.rows(parse_line(line))
+            _check(benchmark, row)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            why = f"it lacks the column {error}" if isinstance(error, KeyError) else first_line(error)
             raise ValueError(
-                f"{path}:{number} is not a row of {name}: {type(error).__name__} {error}. Expected the columns of the dataset that "
-                f"{benchmark.source} of lm-evaluation-harness names, or for questions with choices {{query, choices, gold}}"
+                f"{path}:{number} is not a row of {name}: {why}. Expected the columns of the dataset that {benchmark.source} of "
+                "lm-evaluation-harness names, or for questions with choices {query, choices, gold}"
             ) from error
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
+
+
+def _check(benchmark: Benchmark, row: dict) -> None:
+    """Raise ValueError unless a row in the harness's form can be asked: texts where texts should be, and one of the choices is right."""
+    for column, kind in (COLUMNS if benchmark.choices else COLUMNS | {"answer": str}).items():
+        if column in row and not isinstance(row[column], kind):
+            raise ValueError(f"{column} is {reprlib.repr(row[column])}, which should be {kind.__name__}")
+    for one in (row[column] for column in ("mc1_targets", "mc2_targets") if column in row):
+        if not one["choices"] or len(one["choices"]) != len(one["labels"]):
+            raise ValueError(f"it has {len(one['choices'])} choices and {len(one['labels'])} labels")
+    if benchmark.choices:
+        question, choices, right = benchmark.choices(row)
+        if not isinstance(question, str) or not all(isinstance(one, str) for one in choices):
+            raise ValueError("the question or a choice is no text")
+        if not isinstance(right, int) or not 0 <= right < len(choices):
+            raise ValueError(f"the right choice is number {right} of {len(choices)}, counted from 0")
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> list[dict]:

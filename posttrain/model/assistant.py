@@ -80,7 +80,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         has_template=template == "tokenizer",
         stops=_stops(description, loaded, chat),
         context=context_of(model.config),
-        suggestions=_suggestions(Path(path)),
+        suggestions=_suggestions(Path(path).resolve()),
         folder=None if grown or is_training_state or is_ckpt_pt(path) else path,
     )
 

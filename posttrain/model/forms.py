@@ -6,7 +6,7 @@ from posttrain.common import hub
 from posttrain.common.errors import nearest_path
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder
-from posttrain.run.stored import read_facts, read_recipe
+from posttrain.run.stored import model_problem, read_facts, read_recipe
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
 
@@ -30,6 +30,8 @@ def find_model(path: str, how_to_make: str) -> None:
         if (place / "final").is_dir():
             raise FileNotFoundError(f"{path} is a run; name its result, {place / 'final'}, or one of its checkpoints, checkpoints/step_*")
         found, seen = False, "a run without a result yet; its checkpoints, checkpoints/step_*, are taken, too"
+    elif saved := checkpoint_folder.saved_checkpoints(place):
+        raise FileNotFoundError(f"{path} holds checkpoints of a run; name one of them, of which {saved[-1]} is the newest")
     elif place.is_dir():
         found, seen = (place / "config.json").is_file(), "a folder without config.json"
     elif found := hub.is_hub_name(path):
@@ -40,6 +42,25 @@ def find_model(path: str, how_to_make: str) -> None:
     if not found:
         hint = "" if place.exists() else nearest_path(path)
         raise FileNotFoundError(f"there is no model at {path} (found {seen}).{hint} {how_to_make}")
+
+
+def source_of(model_path: str, out_dir: str) -> str:
+    """Return where to load the model of a training run from: `model_path`, or where nothing is there the run's newest checkpoint.
+
+    A checkpoint holds all that it takes to go on: the weights, and beside it RUN/model describes them. Raises ValueError where that is
+    damaged, too.
+    """
+    try:
+        find_model(model_path, "")
+    except FileNotFoundError:
+        run = Path(out_dir)
+        saved = [path for path in checkpoint_folder.saved_checkpoints(run / "checkpoints") if checkpoint_folder.is_checkpoint(path)]
+        if not saved or not (run / "run.json").is_file():
+            return model_path
+        if problem := model_problem(run):
+            raise ValueError(f"{problem}, and the model at {model_path} is gone: restore one of the two, and the run goes on") from None
+        return str(saved[-1])
+    return model_path
 
 
 def tokenizer_beside(model_path: str) -> str | None:
@@ -67,11 +88,13 @@ def template_of_run(model_path: str) -> str | None:
 def newest(place: str) -> str:
     """Return where the model of a run directory is: final/ if it is as long as the recipe says, else the newest checkpoint.
 
-    Any other place is returned as it is. Raises FileNotFoundError for a run that has saved nothing yet.
+    A run's folder checkpoints/ means the newest one; any other place is returned as it is. Raises FileNotFoundError for a run that has
+    saved nothing yet.
     """
     run = Path(place)
     if not (run / "run.json").is_file():
-        return place
+        saved = checkpoint_folder.saved_checkpoints(run)
+        return str(saved[-1]) if saved else place
     final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")
     lengths = read_facts(run).get("finished")
     if final.is_dir() and lengths is not None:

@@ -13,6 +13,7 @@ from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt
 from posttrain.model.forms import find_model, is_ckpt_pt
 from posttrain.operators.saved_form import as_saved
+from posttrain.run.stored import model_problem
 
 
 def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTrainedModel:
@@ -60,6 +61,9 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         problem = next(
             (found for name, file in facts["files"].items() if (found := checkpoint_folder.file_problem(path, name, file))), None
         )
+        run = checkpoint_folder.model_description(path).parent
+        if not problem and (run / "run.json").is_file():
+            problem = model_problem(run)
     except ValueError as error:
         problem = str(error)
     if problem:

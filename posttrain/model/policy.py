@@ -5,6 +5,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from posttrain.common.errors import first_line
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch
+from posttrain.model.forms import source_of
 from posttrain.model.loading import load_model
 from posttrain.model.sample_rows import packed_rows, plain_logps, sample_rows
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
@@ -23,6 +25,7 @@ from posttrain.operators.positions import RowFrequencies
 from posttrain.operators.saved_form import widen_feed_forward
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import Recipe
+from posttrain.run.stored import read_facts
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # a decoder layer's feed-forward block, by architecture
 KNOWN = f"known to work: {', '.join(layers.ARCHITECTURES)}"
@@ -38,6 +41,8 @@ class Policy(nn.Module):
         check_packable(model)
         head = model.get_output_embeddings()
         self.weights: dict[str, str] = {}  # hash of every tensor as loaded, by name
+        self.fingerprint = ""  # one hash of all tensors of the model with which the run began
+        self.is_from_checkpoint = False  # whether that model is gone, so that the weights loaded are those of the run's newest checkpoint
         self.scale = math.nan  # root mean square of all weight matrices as loaded
         head.__class__ = LogProbHead
         self.frequencies, self.window = RowFrequencies(model), positions.attention_window(model.config)
@@ -49,11 +54,6 @@ class Policy(nn.Module):
     def head(self) -> LogProbHead:
         """The language-model head, which computes log-probs from hidden states."""
         return self.model.get_output_embeddings()
-
-    @property
-    def fingerprint(self) -> str:
-        """One hash of all tensors as loaded."""
-        return digest(self.weights)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return the targets' log-probs, (N,) in float32; for a micro-batch without targets the likeliest token after each of its rows."""
@@ -78,8 +78,15 @@ def load_policy(
     None for torch's; a `frozen` policy, a reference, has none.
     """
     dtype = getattr(torch, recipe.dtype)
-    model = load_model(recipe.model_path, dtype, recipe.how_to_make_model)
-    choices = []
+    source = source_of(recipe.model_path, recipe.out_dir)
+    is_gone = source != recipe.model_path
+    if is_gone and frozen:
+        raise ValueError(
+            f"the model at {recipe.model_path} is gone, and the reference needs its weights: put it back, or name where it is now with "
+            "--sft_checkpoint_path. --reference=precompute goes on without it where the data's folder has all its log-probs"
+        )
+    model = load_model(source, dtype, recipe.how_to_make_model)
+    choices = [("model", f"{recipe.model_path} is gone; the run goes on from {source}, which has its weights")] if is_gone else []
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
@@ -97,6 +104,8 @@ def load_policy(
     policy = build_policy(model, name, recipe.checks == "on")
     choices.append(("kernel", f"head: {policy.head.choose(recipe.kernels)}"))
     policy.weights, policy.scale = weights, scale_of_weights(model)
+    policy.fingerprint = read_facts(Path(recipe.out_dir), "inputs")["inputs"].get("model", "") if is_gone else digest(weights)
+    policy.is_from_checkpoint = is_gone
     if not frozen:
         checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
     if recipe.compile:

@@ -33,7 +33,8 @@ def _seconds(value):
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 
 
-NEVER, BY_EXTEND, ANY_TIME = "never", "by extend", "any time"  # when an existing run may be given another value of a key
+# when an existing run may be given another value of a key; same content: another path to the same weights, data or tokenizer
+NEVER, BY_EXTEND, SAME_CONTENT, ANY_TIME = "never", "by extend", "same content", "any time"
 
 
 def key(default, meaning: str, *, changes: str = NEVER, needs: tuple[str, ...] = (), **limits):
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     tokenizer: Place | None = key(
         None,
         "a Hugging Face folder or a SentencePiece .model file; None: the one beside the checkpoint, else the one in the prepared data",
+        changes=SAME_CONTENT,
     )
 
     global_batch_size: Count | None = key(None, "examples (SFT rows or DPO pairs) per optimizer step, all GPUs together")
@@ -190,7 +192,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def keys_that_change(cls, when: str) -> set[str]:
-        """Return the names of the keys that may change in an existing run; `when` is ANY_TIME or BY_EXTEND."""
+        """Return the names of the keys that may change in an existing run; `when` is ANY_TIME, SAME_CONTENT or BY_EXTEND."""
         return {name for name, field in cls.model_fields.items() if nature(field)["changes"] == when}
 
     @property
@@ -238,8 +240,10 @@ class SFTRecipe(Recipe):
     kind: ClassVar[str] = "sft"
     usual_epochs: ClassVar[float] = 3.0
     example_data: ClassVar[str] = "alpaca"
-    checkpoint_path: Place = key(..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run")
-    sft_data_dir: Place = key(..., "folder with data that data_prep/prepare_sft.py has made")
+    checkpoint_path: Place = key(
+        ..., "base model: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run", changes=SAME_CONTENT
+    )
+    sft_data_dir: Place = key(..., "folder with data that data_prep/prepare_sft.py has made", changes=SAME_CONTENT)
 
     @property
     def model_path(self) -> str:
@@ -267,9 +271,11 @@ class DPORecipe(Recipe):
     usual_epochs: ClassVar[float] = 1.0
     example_data: ClassVar[str] = "ultrafeedback"
     sft_checkpoint_path: Place = key(
-        ..., "SFT model, from which the policy starts and which is the frozen reference; in the same forms as a base model, e.g. RUN/final"
+        ...,
+        "SFT model, from which the policy starts and which is the frozen reference; in the same forms as a base model, e.g. RUN/final",
+        changes=SAME_CONTENT,
     )
-    dpo_data_dir: Place = key(..., "folder with data that data_prep/prepare_dpo.py has made")
+    dpo_data_dir: Place = key(..., "folder with data that data_prep/prepare_dpo.py has made", changes=SAME_CONTENT)
     learning_rate: Positive = key(5e-7, "peak learning rate")
     loss: Literal[*LOSSES] = key(  # ty: ignore[invalid-type-form]
         "sigmoid", "preference loss; posttrain/objectives/losses.py has the equation and paper of each"

@@ -17,6 +17,7 @@ runs/NAME/final/            the result, a Hugging Face folder
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -33,8 +34,8 @@ from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, Recipe
 from posttrain.run import stored
 from posttrain.run.health import Facts, Finding, Health
-from posttrain.run.resume import CREATING, LOGS, extension_of, length_of
-from posttrain.run.stored import read_facts, read_log
+from posttrain.run.resume import CREATING, LOGS, extension_of, length_of, moved_paths
+from posttrain.run.stored import read_facts, read_log, read_recipe
 from posttrain.run.trackers import TensorBoard, Tracker, WeightsAndBiases, finite, ledger
 
 RECORD = {"step", "split"}  # what a line of metrics.jsonl holds besides metrics
@@ -62,9 +63,11 @@ class Run:
                     "that version, or give another --out_dir"
                 )
             if changed := [name for name, value in inputs.items() if began_with[name] != value]:
+                moved = [f"{name}: {then} -> {now}" for name, (then, now) in moved_paths(recipe).items()]
+                where = ", ".join(moved) or "although the paths are the same"
                 raise ValueError(
-                    f"{' and '.join(changed)} changed since {self.path} began, although the paths are the same: continuing would mix two "
-                    "runs. Restore what it began with, or start a new run with another --out_dir"
+                    f"{' and '.join(changed)} changed since {self.path} began ({where}): continuing would mix two runs. Restore what it "
+                    "began with, or start a new run with another --out_dir"
                 )
 
     def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
@@ -77,11 +80,28 @@ class Run:
         files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "warmup_iters": self.recipe.warmup_iters, "wandb_id": uuid.uuid4().hex[:8]}
+        own["model_files"] = stored.model_files(self.path)
         files.sync_files(self.path / "model")
         files.write_whole(
             self.path / "run.json", json.dumps(self.facts | own, indent=2) + "\n"
         )  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
+
+    def _mend(self, describe_model: Callable[[Path], None]) -> None:
+        """Write model/ anew if it is not what it was, and recipe.yaml where model, data or tokenizer lie elsewhere now; say both."""
+        if problem := stored.model_problem(self.path):
+            shutil.rmtree(self.path / "model", ignore_errors=True)
+            (self.path / "model").mkdir()
+            describe_model(self.path / "model")
+            files.sync_files(self.path / "model")
+            self._update(model_files=stored.model_files(self.path))
+            self.say(f"warning  {problem}: {self.path / 'model'} was written anew")
+        if moved := moved_paths(self.recipe):
+            now = {name: now for name, (_, now) in moved.items()}
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | now, sort_keys=False))
+        for name, (then, now) in moved.items():
+            if not (then and now and os.path.realpath(then) == os.path.realpath(now)):
+                self.say(f"moved      {name}: {then} -> {now}, the same content")
 
     def start(
         self,
@@ -103,9 +123,11 @@ class Run:
             return
         if not (self.path / "run.json").exists():
             self._create(total_steps, describe_model, manifest)
-        elif change := extension_of(self.recipe):
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
-            self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
+        else:
+            self._mend(describe_model)
+            if change := extension_of(self.recipe):
+                files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
+                self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.fitted:
             self._update(fitted=self.fitted)
         if self.recipe.checks == "off":

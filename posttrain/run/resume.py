@@ -4,7 +4,7 @@ from pathlib import Path
 
 from posttrain.common import terminal
 from posttrain.data.batches import PLAN_VERSION
-from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, Recipe
+from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, SAME_CONTENT, Recipe
 from posttrain.run.stored import read_facts, read_recipe
 
 LOGS = "logs"
@@ -34,7 +34,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
         if recipe.global_batch_size is None and stored["batch_form"] == form:
             batch = was["global_batch_size"]  # fixed when the run was created, whatever the number of GPUs is now
         recipe = _keep_schedule(recipe.model_copy(update={"global_batch_size": batch}), was, stored)
-        free = recipe.keys_that_change(ANY_TIME)
+        free = recipe.keys_that_change(ANY_TIME) | recipe.keys_that_change(SAME_CONTENT)  # what lies at a path is compared later
         changed = {name for name, value in recipe.model_dump().items() if name not in free and was.get(name) != value}
         if recipe.extend:
             changed -= LENGTH_KEYS
@@ -93,6 +93,13 @@ def extension_of(recipe: Recipe) -> dict[str, list]:
     """Returns what --extend changes in the existing run: key -> [old value, new value]."""
     was = read_recipe(Path(recipe.out_dir))
     return {name: [was.get(name), getattr(recipe, name)] for name in sorted(LENGTH_KEYS) if was.get(name) != getattr(recipe, name)}
+
+
+def moved_paths(recipe: Recipe) -> dict[str, tuple[str | None, str | None]]:
+    """Returns the paths to model, data and tokenizer that the existing run was given otherwise: key -> (then, now)."""
+    was = read_recipe(Path(recipe.out_dir))
+    both = {name: (was.get(name), getattr(recipe, name)) for name in sorted(recipe.keys_that_change(SAME_CONTENT))}
+    return {name: (then, now) for name, (then, now) in both.items() if then != now}
 
 
 def length_of(recipe: Recipe) -> dict:

@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.common import files
 
@@ -48,12 +48,20 @@ class _Facts(_Form):
     ended: Moment = ""
     finished: dict[str, float | None] = {}
     extended: list[dict] = []
+    model_files: dict[str, dict] = {}
     fitted: _Fitted | None = None
 
 
 class _Recipe(_Form):
     """recipe.yaml, which is flat."""
 
+    global_batch_size: int | None = None
+    max_iters: int | None = None
+    epochs: float | None = None
+    lr_decay_iters: int | None = None
+    sample_prompts: str | None = None
+    checkpoint_path: str = ""
+    sft_checkpoint_path: str = ""
     __pydantic_extra__: dict[str, bool | int | float | str | None]  # ty: ignore[incompatible-mutable-override]
 
 
@@ -83,6 +91,14 @@ class _Metrics(_Form):
 
     step: Step
     split: Literal["train", "eval"]
+
+    @model_validator(mode="after")
+    def _is_whole(self):
+        """Refuse a training step without what the health checks look at, when a run goes on."""
+        if self.split == "train" and not {"loss", "grad_norm"} <= (self.model_extra or {}).keys():
+            raise ValueError("a training step has loss and grad_norm")
+        return self
+
     __pydantic_extra__: dict[str, float | None]  # ty: ignore[incompatible-mutable-override]
 
 
@@ -159,6 +175,25 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
             file.write(b"".join(line + b"\n" for line in damaged.values()))
     files.write_whole(path, b"".join(line + b"\n" for line in kept))
     return list(damaged)
+
+
+def model_files(run: Path) -> dict[str, dict]:
+    """Return size and checksum of every file in model/, by its path there."""
+    folder = run / "model"
+    return {str(path.relative_to(folder)): files.file_facts(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def model_problem(run: Path) -> str | None:
+    """Return what is wrong with the run's model/, None if it is what the run wrote. Runs of older versions did not note what that was."""
+    if not (run / "model" / "config.json").is_file():
+        return f"{run / 'model' / 'config.json'} is missing"
+    for name, facts in read_facts(run).get("model_files", {}).items():
+        path = run / "model" / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if files.file_facts(path) != facts:
+            return f"{path} is not what was written"
+    return None
 
 
 def _read(path: Path, form: type[_Form], needed: tuple[str, ...]) -> dict:

@@ -11,7 +11,7 @@ from posttrain.common.places import command
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.prepared import PreparedData, Split
-from posttrain.model.forms import find_model, tokenizer_beside
+from posttrain.model.forms import find_model, source_of, tokenizer_beside
 from posttrain.operators import positions
 from posttrain.parallel.ranks import same_on_all_ranks
 from posttrain.recipes.keys import DPORecipe, Recipe
@@ -46,9 +46,10 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
 
     Raises ValueError unless it is the tokenizer, with the template, that the data was prepared with.
     """
-    find_model(recipe.model_path, recipe.how_to_make_model)
+    source = source_of(recipe.model_path, recipe.out_dir)
+    find_model(source, recipe.how_to_make_model)
     place, template = (
-        recipe.tokenizer or tokenizer_beside(recipe.model_path) or str(Path(recipe.data_dir) / "tokenizer"),
+        recipe.tokenizer or tokenizer_beside(source) or str(Path(recipe.data_dir) / "tokenizer"),
         manifest["template_name"],
     )
     chat = ChatFormat(tokenization.load_tokenizer(place, template), template)
@@ -60,7 +61,7 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
                 f"{recipe.data_dir} was prepared with another {what}, {maker}'s, than {place}'s: its token ids would mean other words. "
                 f"Prepare the data again:\n    {_again(recipe, manifest)}"
             )
-    if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(recipe.model_path):
+    if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(source):
         _check_template(chat, recipe)
     return chat
 

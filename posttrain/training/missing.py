@@ -7,7 +7,7 @@ from pathlib import Path
 
 from posttrain.common import places
 from posttrain.data.manifest import is_raw, read_manifest
-from posttrain.model.forms import find_model, template_of_run, tokenizer_beside
+from posttrain.model.forms import find_model, source_of, template_of_run, tokenizer_beside
 from posttrain.parallel.script import is_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.run.wandb_mode import settle_mode
@@ -24,7 +24,7 @@ def refuse_missing(recipe: Recipe) -> None:
     ours = places.shipped(recipe.ds_config)
     if ours.is_file() and not ours.samefile(found) and is_rank_0():
         print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
-    find_model(recipe.model_path, recipe.how_to_make_model)
+    find_model(source_of(recipe.model_path, recipe.out_dir), recipe.how_to_make_model)
     read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
     for name in CACHES:
         if folder := os.environ.get(name):

@@ -35,6 +35,8 @@ class Saving:
         if not recipe.only_looks:
             self.checkpoints.lock()
         found = self.checkpoints.newest(before=recipe.replay_step or math.inf)
+        if found is None and self.training.engine.module.is_from_checkpoint:
+            raise ValueError(f"the model at {recipe.model_path} is gone, and there is no checkpoint before step {recipe.replay_step}")
         if found is None:
             return 0
         done = self.checkpoints.restore(found)
