@@ -78,8 +78,9 @@ def load_policy(
     None for torch's; a `frozen` policy, a reference, has none.
     """
     dtype = getattr(torch, recipe.dtype)
-    model = load_model(recipe.model_path, dtype, recipe.how_to_make_model)
-    choices = []
+    notes: list[str] = []
+    model = load_model(recipe.model_path, dtype, recipe.how_to_make_model, notes.append)
+    choices = [("model", note) for note in notes]
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold

@@ -128,7 +128,7 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
     """
     config = _with_layers(config, layers)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
         set_dropout(model, 0.0)
         policy = Policy(model, SEGMENTS)
         if fused:
