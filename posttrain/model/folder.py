@@ -17,7 +17,7 @@ MERGE = "PEFT's merge_and_unload(), then save_pretrained()"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ and AutoAWQ
 # tensors that only a quantized layer has: of GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors, MXFP4
 QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|\w+_(blocks|scales))$"
+    r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|(gate_up|down)_proj_(blocks|scales))$"
 )
 FLOATS = ("F64", "F32", "F16", "BF16")
 OTHER_TASKS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)|RewardModel|ForReward")
