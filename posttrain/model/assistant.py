@@ -22,8 +22,8 @@ from posttrain.model.export import SYSTEM_PROMPT
 from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, tokenizer_beside
 from posttrain.model.loading import load_model
 from posttrain.operators.positions import RowFrequencies, context_of, same_frequencies_until
-from posttrain.run.stored import read_recipe
 from posttrain.parallel.script import is_rank_0
+from posttrain.run.stored import read_recipe
 
 
 class Assistant(NamedTuple):

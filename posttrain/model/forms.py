@@ -6,8 +6,8 @@ from posttrain.common import hub
 from posttrain.common.errors import nearest_path
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder
-from posttrain.run.stored import read_facts, read_recipe
 from posttrain.model import folder
+from posttrain.run.stored import read_facts, read_recipe
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
 

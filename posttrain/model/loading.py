@@ -206,15 +206,9 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
-    with _in_one_sentence(path):
-        config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
         config._attn_implementation = None  # as in read_config
         kind = getattr(transformers, config.architectures[0])
     state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    with _in_one_sentence(path):
-        return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-        kind = getattr(transformers, config.architectures[0])
-    state = {name.removeprefix("model."): as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes}
     with _in_one_sentence(path):
         return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -171,7 +171,7 @@ def possible_ways(config, ways) -> list[str]:
     found = []
     for way in ways:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_with_layers(config, 1))
+            model = AutoModelForCausalLM.from_config(_with_layers(config, 1), trust_remote_code=False)
         with contextlib.suppress(ValueError):
             checkpoint_activations(model, way)
             found.append(way)
