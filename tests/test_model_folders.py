@@ -133,9 +133,9 @@ REFUSED = {
         both(lambda f: shards(f, {"metadata": {}}), without("model.safetensors.index.json")),
         "holds model-00001-of-00002.safetensors, .* but no index",
     ),
-    "config_cut": (written("config.json", '{"model_type": "qw'), "config.json is cut, or not JSON"),
-    "config_a_list": (written("config.json", "[]"), "config.json holds a JSON list"),
-    "config_of_brackets": (written("config.json", "[" * 200_000), "config.json is cut, or not JSON"),
+    "config_cut": (written("config.json", '{"model_type": "qw'), "config.json is damaged"),
+    "config_a_list": (written("config.json", "[]"), "config.json is damaged"),
+    "config_of_brackets": (written("config.json", "[" * 200_000), "config.json is damaged"),
     # kinds of model
     "no_type": (config_with(model_type=None), "config.json has no model_type"),
     "unknown_type": (config_with(model_type="qwen9"), f"'qwen9', which transformers {transformers.__version__} does not know"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.common import hub
+from posttrain.common.files import read_object
 
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # in the order in which transformers looks for them
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them
@@ -96,17 +97,6 @@ def examine_config(folder: Path) -> dict:
     if kind := _other_kind(config):
         raise ValueError(f"{folder} is {kind}, which this package does not train: name a causal language model of text alone")
     return config
-
-
-def read_object(path: Path) -> dict:
-    """Read a JSON file that holds an object. Raises ValueError, with the file's name, where it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of the encoding, of JSON, of brackets in brackets
-        raise ValueError(f"{path} is cut, or not JSON in UTF-8 ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object: copy it again")
-    return content
 
 
 def weight_files(folder: Path, config: dict) -> list[Path]:

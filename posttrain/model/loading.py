@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from posttrain.common import hub
 from posttrain.common.errors import reason
+from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt, folder
 from posttrain.model.forms import find_model, is_ckpt_pt
@@ -161,7 +162,7 @@ def _files(path: str) -> Path:
 def _shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a folder's files, by its name there."""
     shapes = {}
-    for file in folder.weight_files(place, folder.read_object(place / "config.json")):
+    for file in folder.weight_files(place, read_object(place / "config.json")):
         if file.suffix == ".safetensors":
             shapes |= {name: tensor.shape for name, tensor in folder.read_header(file).items()}
         else:
