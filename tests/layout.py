@@ -173,7 +173,29 @@ def text_without_encoding(root: Path) -> Iterator[str]:
                 yield f'{path.relative_to(root)}:{node.lineno}: {name} lacks encoding="utf-8"'
 
 
-RULES = (climbing_imports, private_names, shadowing_names, strangers_of_deepspeed, sprawling_functions, text_without_encoding)
+def trusting_loads(root: Path) -> Iterator[str]:
+    """Calls of transformers' Auto classes that do not refuse the code which may come with a folder: left out, it is asked for on stdin."""
+    for path in sources(root, "posttrain", "data_prep", "launch"):
+        for node in nodes_of(path.read_text()):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr not in ("from_pretrained", "from_config") or not ast.unparse(node.func.value).split(".")[-1].startswith(
+                "Auto"
+            ):
+                continue
+            if not any(one.arg == "trust_remote_code" and ast.unparse(one.value) == "False" for one in node.keywords):
+                yield f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node.func)} without trust_remote_code=False"
+
+
+RULES = (
+    climbing_imports,
+    private_names,
+    shadowing_names,
+    strangers_of_deepspeed,
+    sprawling_functions,
+    text_without_encoding,
+    trusting_loads,
+)
 
 
 def broken_rules(root: Path) -> list[str]:

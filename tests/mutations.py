@@ -143,6 +143,12 @@ MUTATIONS = {
         "if True:",
         PLANTED + "test_precomputed_log_probs_are_kept_and_damaged_ones_are_refused",
     ),
+    "unexpected_keys_unread": Mutation(
+        "posttrain/model/loading.py",
+        'set(report["unexpected_keys"])',
+        "set()",
+        "tests/test_model_folders.py::test_a_folder_that_cannot_be_trained_is_refused_in_one_sentence[more_layers_than_config]",
+    ),
     "compiler_not_looked_for": Mutation(
         "posttrain/engine/cpu_adam.py",
         "    _check_tools()\n",

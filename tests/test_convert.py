@@ -131,16 +131,6 @@ def test_weights_that_carry_code_do_not_run_it(tmp_path):
     assert not harm.exists()
 
 
-def test_a_folder_with_code_of_its_own_is_not_run(tmp_path):
-    harm = tmp_path / "harm"
-    config = {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(harm)!r})\n")
-    with pytest.raises(ValueError, match=r"the model at .* cannot be loaded"):
-        load_model(str(tmp_path), torch.float32, "")
-    assert not harm.exists()
-
-
 def test_a_sharded_folder_loads_as_a_whole_one(tmp_path):
     model = llama(40)
     model.save_pretrained(tmp_path / "one")

@@ -36,6 +36,8 @@ BROKEN = [
     ("launch/set_up.py", "Path('x').read_text()", 'read_text lacks encoding="utf-8"'),
     ("posttrain/common/hub.py", "def f(path):\n    path.open('a')", 'open lacks encoding="utf-8"'),
     ("posttrain/common/hub.py", "def f(path):\n    path.open('ab'), os.open(path, os.O_RDONLY)", None),
+    ("launch/set_up.py", "m.AutoConfig.from_pretrained(1)", "m.AutoConfig.from_pretrained without trust_remote_code=False"),
+    ("data_prep/files.py", "AutoModel.from_config(1, trust_remote_code=True)", "AutoModel.from_config without trust_remote_code=False"),
     ("data_prep/files.py", "def long():\n" + "    print()\n" * 59, "long has 60 lines"),
 ]
 

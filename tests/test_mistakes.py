@@ -135,7 +135,7 @@ def test_a_hub_model_brings_its_own_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [("missing", "lacks 1 tensors .*random values"), ("cut", "cannot be loaded"), ("shape", "cannot be loaded")]
+    ("damage", "message"), [("missing", "lacks 1 tensors .*random values"), ("cut", "cut or damaged"), ("shape", "other shapes")]
 )
 def test_a_model_that_is_not_whole_is_refused(tiny, tmp_path, damage, message):
     folder = tmp_path / "base"
@@ -149,7 +149,7 @@ def test_a_model_that_is_not_whole_is_refused(tiny, tmp_path, damage, message):
         if damage == "shape":
             tensors["model.layers.1.mlp.up_proj.weight"] = weight[:7].clone()
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"the model at {folder} .*{message}"):
+    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
         load_model(str(folder), torch.float32, "")
 
 

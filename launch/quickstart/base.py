@@ -52,7 +52,7 @@ def blank_model(vocab_size: int, end_of_text: int) -> torch.nn.Module:
         eos_token_id=end_of_text, pad_token_id=None, initializer_range=0.06,
     )  # fmt: skip
     torch.manual_seed(SEED)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def write_blank(world_dir: Path, out: Path) -> None:
@@ -66,7 +66,7 @@ def write_blank(world_dir: Path, out: Path) -> None:
 
 def write_committed(trained: Path, out: Path) -> None:
     """Write the trained model in bfloat16, which halves the file in the repository, with its tokenizer."""
-    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(out)
     load_tokenizer(trained).save_pretrained(out)
 
 

@@ -43,8 +43,8 @@ class Answer(NamedTuple):
 @torch.inference_mode()
 def answer_all(folder: Path, prompts: list[str]) -> dict[str, Answer]:
     """Greedy answers of one model, by prompt. Only prompts of equal length share a batch, so padding cannot change an answer."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     chat = ChatFormat(tokenizer)
     end, end_of_text = chat.end_id, tokenizer.eos_token_id
     ids = {prompt: render_prompt(chat, [{"role": "user", "content": prompt}]) for prompt in prompts}

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sysconfig
 import traceback
 from pathlib import Path
@@ -9,11 +10,21 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{folder}/" for folder in (PACKAGE, PACKAGE.parent / "data_prep", PACKAGE.parent / "launch"))
 LIBRARIES = tuple({f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+# advice of libraries that no command here can follow, or that points to a report which is not shown
+ADVICE = re.compile(r"trust_remote_code|ignore_mismatched_sizes|above|install|https?:|from_pretrained|argument", re.IGNORECASE)
 
 
 def first_line(error: Exception) -> str:
     """Returns the first line of the error's message, at most 150 characters; the name of its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:150]
+
+
+def reason(error: Exception) -> str:
+    """Returns in one sentence why a library failed: its message's first, without advice that leads nowhere here, and its class's name."""
+    text = re.sub(r":\n\s*", ": ", str(error))  # huggingface_hub's validation names the field in one line, and what is wrong in the next
+    sentence = re.split(r"(?<=[.!?])\s|\n", text)[0][:200]
+    name = "" if isinstance(error, OSError | ValueError) or ": " in sentence else f"{type(error).__name__}: "
+    return f"an error of the library, {type(error).__name__}" if not sentence or ADVICE.search(sentence) else name + sentence
 
 
 def is_mistake(error: Exception) -> bool:

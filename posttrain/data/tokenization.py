@@ -15,13 +15,16 @@ import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from posttrain.common import hub
+from posttrain.common.errors import reason
 from posttrain.data.chatml import IM_END, IM_START
 from posttrain.data.encoding import encode_text
 
 EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # endings of files that no tokenizer needs
 SPACE = "▁"  # SentencePiece's visible space
 PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 PROBES = (
@@ -40,7 +43,7 @@ def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
     outgrow a model's embeddings (see grow_embeddings). Raises FileNotFoundError where nothing is found, ValueError for files that
     cannot be used.
     """
-    path = os.fspath(path)
+    path = hub.snapshot_in(os.fspath(path))
     if os.path.isdir(path) and TOKENIZER_FILES & set(os.listdir(path)) == {"tokenizer.model"}:
         path = os.path.join(path, "tokenizer.model")  # a bare SentencePiece file beside a model
     if os.path.isfile(path):
@@ -49,10 +52,19 @@ def load_tokenizer(path, template: str = "chatml") -> PreTrainedTokenizerBase:
         if template != "chatml":
             raise ValueError(f"{path} is a bare SentencePiece model and has no chat template of its own; use chatml")
         return _from_sentencepiece(path)
-    tokenizer = _from_folder(path) if os.path.isdir(path) else _from_hub(path)
+    tokenizer = open_tokenizer(path)
     if type(tokenizer) is transformers.SentencePieceBackend:
         tokenizer.__class__ = SentencePieceBackend
     return _with_chat_tokens(tokenizer, template)
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Open the tokenizer in a Hugging Face folder or at a hub name as transformers does, and add nothing to it.
+
+    Code that comes with it is never run. Raises as load_tokenizer does.
+    """
+    path = hub.snapshot_in(path)
+    return _from_folder(path) if os.path.isdir(path) else _from_hub(path)
 
 
 def fingerprint(tokenizer) -> str:
@@ -111,10 +123,11 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
             advice = "; vocab.json and merges.txt do not say how text is split: put the model's tokenizer_config.json beside them"
         found = ", ".join(sorted(seen)[:12]) or "nothing"
         raise ValueError(f"{path} holds no tokenizer; expected {EXPECTED}; found {found}{advice}")
+    hub.refuse_pointers(path, sorted(name for name in seen if not name.endswith(WEIGHTS)))
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any kind: files of somebody else's may fail anywhere in transformers
+        raise _unreadable(path, error) from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
@@ -123,10 +136,26 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"{name} does not exist; expected {EXPECTED}")
     reachable = hub.is_reachable()
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=not reachable)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False)
+    except OSError as error:
         where = "nor on the hub" if reachable else "nor in the hub's local cache, and the hub cannot be reached"
         raise ValueError(f"{name} is not a folder here {where}; expected {EXPECTED}") from error
+    except Exception as error:  # as in a folder
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(place: str, error: Exception) -> ValueError:
+    """Return the error for a tokenizer that transformers cannot open: that it needs code of its own, or the first line of the reason."""
+    try:
+        code = get_tokenizer_config(place, local_files_only=True).get("auto_map")
+    except Exception:  # what is wrong with the file is in `error`
+        code = None
+    if code:
+        return ValueError(
+            f"the tokenizer in {place} needs code that comes with it (auto_map in tokenizer_config.json), and such code is never run here: "
+            "name another tokenizer; or, where its tokenizer.json says all, remove auto_map and tokenizer_class from tokenizer_config.json"
+        )
+    return ValueError(f"the tokenizer in {place} cannot be read: {reason(error)}")
 
 
 def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
@@ -142,6 +171,7 @@ def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:
 
 def _from_sentencepiece(path: str) -> PreTrainedTokenizerBase:
     """Load a SentencePiece .model file. Raises ValueError."""
+    hub.refuse_pointers(os.path.dirname(path), [os.path.basename(path)])
     try:
         proto = sentencepiece_model_pb2.ModelProto()
         with open(path, "rb") as file:

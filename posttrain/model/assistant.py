@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.common import hub, terminal
 from posttrain.common.errors import first_line
 from posttrain.common.files import read_prompts, read_whole
 from posttrain.data import tokenization
@@ -21,6 +22,7 @@ from posttrain.model.export import SYSTEM_PROMPT
 from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, tokenizer_beside
 from posttrain.model.loading import load_model
 from posttrain.operators.positions import RowFrequencies, context_of, same_frequencies_until
+from posttrain.parallel.script import is_rank_0
 from posttrain.run.stored import read_recipe
 
 
@@ -62,12 +64,15 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
     `tokenizer` is for a checkpoint without one beside it. One without a chat template of its own is asked in ChatML, which is what SFT
     would teach it. Raises FileNotFoundError or ValueError with what was seen, what was expected and what to do.
     """
-    path = newest(place)
-    model, beside = _load_model(path, tokenizer, dtype)
+    path, notes = newest(place), []
+    model, beside = _load_model(path, tokenizer, dtype, notes)
+    path = hub.snapshot_in(path)
     RowFrequencies(model)
     loaded, template = _load_tokenizer(beside)
     chat, why_no_chat = _chat_format(loaded, template)
     grown = tokenization.grow_embeddings(model, loaded)
+    for note in notes if is_rank_0() else ():
+        terminal.say(f"{name or name_of(place)}: {note}")
     is_training_state = checkpoint_folder.is_checkpoint(Path(path))
     description = checkpoint_folder.model_description(Path(path)) if is_training_state else Path(path)
     return Assistant(
@@ -81,17 +86,20 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         stops=_stops(description, loaded, chat),
         context=context_of(model.config),
         suggestions=_suggestions(Path(path).resolve()),
-        folder=None if grown or is_training_state or is_ckpt_pt(path) else path,
+        folder=None if grown or notes or is_training_state or is_ckpt_pt(path) else path,
     )
 
 
-def _load_model(path: str, tokenizer: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:
-    """Return the model, and where its tokenizer is: beside it, else `tokenizer`. What is missing is said before weights are read."""
+def _load_model(path: str, tokenizer: str | None, dtype: torch.dtype | None, notes: list[str]) -> tuple[PreTrainedModel, str]:
+    """Return the model, and where its tokenizer is: beside it, else `tokenizer`. What is missing is said before weights are read.
+
+    `notes` gets what loading says about the model.
+    """
     beside = tokenizer_beside(path) or tokenizer
     find_model(path, HOW)
     if beside is None:
         raise ValueError(f"{path} has no tokenizer beside it; name its folder or SentencePiece .model file with --tokenizer")
-    return load_model(path, dtype, HOW), beside
+    return load_model(path, dtype, HOW, notes.append), beside
 
 
 def _load_tokenizer(beside: str) -> tuple[PreTrainedTokenizerBase, str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from posttrain.common import hub
+from posttrain.data import tokenization
 from posttrain.engine.checkpoint_folder import is_checkpoint, model_description, read_manifest
 from posttrain.model import ckpt_pt
 from posttrain.model.export import write_description, write_model
@@ -23,6 +25,7 @@ LIMIT = 1e-4  # largest difference of logits, relative to the largest logit; ano
 
 def convert(src: Path, dst: Path, tokenizer: str | None) -> None:
     """Convert the model at `src` to `dst`, and compare the logits; posttrain/convert.py describes the forms."""
+    src = Path(hub.snapshot_in(str(src)))
     to_ckpt_pt = _direction(src, dst)
     if to_ckpt_pt and tokenizer:
         raise ValueError("a ckpt.pt holds no tokenizer, so --tokenizer would not be read; remove it")
@@ -101,7 +104,7 @@ def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: 
     if tokenizer and tokenizer.endswith(".model"):
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     elif tokenizer:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        loaded = tokenization.open_tokenizer(tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]
         if (needed := 1 + max(loaded.get_vocab().values())) > rows:
             print(f"warning  {tokenizer} has ids up to {needed - 1}, the model has rows for {rows}: training adds the rest")

@@ -6,6 +6,7 @@ from posttrain.common import hub
 from posttrain.common.errors import nearest_path
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder
+from posttrain.model import folder
 from posttrain.run.stored import model_problem, read_facts, read_recipe
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
@@ -16,11 +17,17 @@ def is_ckpt_pt(path) -> bool:
     return str(path).endswith((".pt", ".pth"))
 
 
-def find_model(path: str, how_to_make: str) -> None:
-    """Raise FileNotFoundError, which ends with `how_to_make`, unless there is a model at `path`. Reads no weights."""
-    place, seen = Path(path), "nothing"
+def find_model(path: str, how_to_make: str, weights: bool = True) -> None:
+    """Raise FileNotFoundError, which ends with `how_to_make`, unless there is a model at `path`, ValueError if it cannot be trained.
+
+    Of a Hugging Face folder it reads config.json and, with `weights`, the headers of the files with weights.
+    """
+    place, seen = Path(hub.snapshot_in(path)), "nothing"
     if is_ckpt_pt(path):
         found = place.is_file()
+        hub.refuse_pointers(place.parent, [place.name])
+    elif place.is_file():
+        folder.refuse_file(path)
     elif checkpoint_folder.is_checkpoint(place):
         found, seen = (
             (checkpoint_folder.model_description(place) / "config.json").is_file(),
@@ -33,7 +40,10 @@ def find_model(path: str, how_to_make: str) -> None:
     elif saved := checkpoint_folder.saved_checkpoints(place):
         raise FileNotFoundError(f"{path} holds checkpoints of a run; name one of them, of which {saved[-1]} is the newest")
     elif place.is_dir():
-        found, seen = (place / "config.json").is_file(), "a folder without config.json"
+        if found := (place / "config.json").is_file():
+            folder.examine(place, weights)
+        else:
+            seen = folder.refuse_other_forms(place)
     elif found := hub.is_hub_name(path):
         from huggingface_hub import try_to_load_from_cache
 
@@ -67,13 +77,13 @@ def tokenizer_beside(model_path: str) -> str | None:
     """Return the path or hub name of the tokenizer beside a model in any accepted form, None if there is none."""
     if hub.is_hub_name(model_path):
         return model_path
-    folder = Path(model_path).parent if is_ckpt_pt(model_path) else Path(model_path)
-    if checkpoint_folder.is_checkpoint(folder):
-        folder = checkpoint_folder.model_description(folder)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return str(folder)
-    if (folder / "tokenizer.model").is_file():
-        return str(folder / "tokenizer.model")
+    place = Path(model_path).parent if is_ckpt_pt(model_path) else Path(hub.snapshot_in(model_path))
+    if checkpoint_folder.is_checkpoint(place):
+        place = checkpoint_folder.model_description(place)
+    if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(place)
+    if (place / "tokenizer.model").is_file():
+        return str(place / "tokenizer.model")
     return None
 
 

@@ -1,54 +1,194 @@
-"""Loads a model from any accepted form: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run."""
+"""Loads a model from any accepted form: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run.
 
+A folder is opened by transformers. What transformers would leave out, make up or ask about is refused here by name, or done and said; code
+that comes with a model is never run.
+"""
+
+import contextlib
+import copy
 import pickle
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub import hf_hub_download
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from posttrain.common import hub
+from posttrain.common.errors import reason
+from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder, shards
-from posttrain.model import ckpt_pt
+from posttrain.model import ckpt_pt, folder
 from posttrain.model.forms import find_model, is_ckpt_pt
+from posttrain.model.left_out import WRAPPERS, sort_out, unwrapped
 from posttrain.operators.saved_form import as_saved
 from posttrain.run.stored import model_problem
 
 
-def load_model(path: str, dtype: torch.dtype | None, how_to_make: str) -> PreTrainedModel:
+def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Callable[[str], None] = print) -> PreTrainedModel:
     """Load the model at `path`, in any accepted form, in `dtype` or, if that is None, in its own dtype.
 
-    Raises FileNotFoundError, which ends with `how_to_make`, if there is none, and ValueError if it is damaged.
+    `say` gets a sentence about each thing that was done on the way, such as tensors left out. Raises FileNotFoundError, which ends with
+    `how_to_make`, if there is no model, and ValueError if it is damaged, or of a kind that is not trained.
     """
     find_model(path, how_to_make)
     if is_ckpt_pt(path):
         return ckpt_pt.load_ckpt_pt(path, dtype)
     if checkpoint_folder.is_checkpoint(Path(path)):
         return _from_checkpoint(Path(path), dtype)
-    offline = Path(path).is_dir() or not hub.is_reachable()
+    place = hub.snapshot_in(path)
+    if place != path:
+        say(f"{path} is a folder of the hub's cache: its snapshot {Path(place).name} is taken")
+    config = read_config(place)
+    if getattr(config, "auto_map", None):
+        say(f"config.json names code of its own (auto_map), which is not run: the model is transformers' own {config.model_type}")
+    return _from_folder(place, config, dtype, say)
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """Return the config of a Hugging Face folder or hub name. Raises ValueError unless it is a causal language model's."""
+    raw = folder.examine_config(_files(path))
+    kind, version = raw["model_type"], transformers.__version__
+    if kind not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise ValueError(
+                f"{path} is a model of type {kind!r}, which only the code that comes with it can compute (auto_map in config.json), and "
+                f"such code is never run here: name a model of a type that transformers {version} knows"
+            )
+        raise ValueError(f"{path} is a model of type {kind!r}, which transformers {version} does not know; a newer one may")
+    with _in_one_sentence(path):
+        config = AutoConfig.from_pretrained(path, local_files_only=_is_here(path), trust_remote_code=False)
+        # not config.json's to choose: it could name any kernel of the hub's, which would be fetched and run for every model made of it
+        config._attn_implementation = config._experts_implementation = None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{path} is a model of type {kind!r}, which is not a causal language model; name one that is")
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and rows > 0 and not -rows <= pad < rows:
+        raise ValueError(f"{path}/config.json has pad_token_id {pad}, but vocab_size {rows}, whose ids end at {rows - 1}: set it to null")
+    return config
+
+
+def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None, say: Callable[[str], None]) -> PreTrainedModel:
+    """Load the model of a Hugging Face folder or hub name. Raises ValueError."""
+    if Path(path).is_dir():
+        _refuse_shapes(path, config)
+    with _in_one_sentence(path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            key_mapping=dict.fromkeys(WRAPPERS, ""),
+            ignore_mismatched_sizes=True,  # else transformers' error says only that there are some; they are refused below
+            output_loading_info=True,
+            local_files_only=_is_here(path),
+            trust_remote_code=False,
+        )
+        shapes = _shapes_in(_files(path))
+    notes, unexpected = sort_out(model, shapes, set(report["unexpected_keys"]))
+    _refuse_differences(path, report, unexpected)
+    if len(names := {unwrapped(name) for name in shapes}) < len(shapes):
+        raise ValueError(f"{path} has {len(shapes) - len(names)} tensors twice, with and without a wrapper's prefix: save the model again")
+    for note in notes:
+        say(note)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+        say("config.json says that the head is the embedding, but the file holds two matrices: both are used, and written")
+    return model
+
+
+def _refuse_differences(path: str, report: dict, unexpected: list[str]) -> None:
+    """Raise ValueError if the weights are not exactly those that config.json calls for; `report` is from_pretrained's."""
+    for name, seen, expected in sorted(report["mismatched_keys"]):
+        raise _other_shape(path, name, seen, expected)
+    missing = sorted(report["missing_keys"])
+    if any(folder.QUANTIZED.search(name) for name in unexpected):
+        raise folder.quantized(path, f"its weights hold {next(filter(folder.QUANTIZED.search, unexpected))}")
+    folder.refuse_adapter_state(path, unexpected)
+    held = f"{len(unexpected)} unexpected tensors ({_some(unexpected)})"
+    if missing:
+        others = f", and has {held}" if unexpected else ""
+        raise ValueError(
+            f"the model at {path} lacks {len(missing)} tensors that its config.json calls for ({_some(missing)}), which would start at "
+            f"random values{others}. The folder is incomplete, or its config.json belongs to another model"
+        )
+    if unexpected:
+        raise ValueError(
+            f"the model at {path} has {held}, which the model that its config.json describes does not have: they would be lost. Correct "
+            "config.json (layers, biases, architecture), or remove them from the weights if they are not wanted"
+        )
+
+
+def _refuse_shapes(path: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a tensor of another shape than config.json calls for, before memory is taken for what may be far too large."""
+    with _in_one_sentence(path):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {unwrapped(name): shape for name, shape in _shapes_in(Path(path)).items()}
+    for name, seen in shapes.items():
+        whole = name if name in expected else f"{model.base_model_prefix}.{name}"  # a base model's file lacks the prefix
+        if expected.get(whole, seen) != seen:
+            raise _other_shape(path, name, seen, expected[whole])
+
+
+def _other_shape(path: str, name: str, seen, expected) -> ValueError:
+    """Return the error for a tensor of another shape than config.json calls for."""
+    return ValueError(
+        f"the model at {path} has other shapes than its config.json calls for: {name} is {list(seen)} in the file, {list(expected)} by "
+        "config.json. One of the two belongs to another model"
+    )
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_here(path: str) -> bool:
+    """Whether files are to be read from this machine only: of a folder, or of a hub name where the hub cannot be reached."""
+    return Path(path).is_dir() or not hub.is_reachable()
+
+
+def _files(path: str) -> Path:
+    """Return the folder that holds a model's files: itself, or for a hub name the cache's, into which config.json is downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    with _in_one_sentence(path):
+        return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
+
+
+def _shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a folder's files, by its name there."""
+    shapes = {}
+    for file in folder.weight_files(place, read_object(place / "config.json")):
+        if file.suffix == ".safetensors":
+            shapes |= {name: tensor.shape for name, tensor in folder.read_header(file).items()}
+        else:
+            state = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return shapes
+
+
+@contextlib.contextmanager
+def _in_one_sentence(path) -> Iterator[None]:
+    """Raise ValueError, with one sentence of the reason, for whatever is raised inside while a model is opened.
+
+    Inside, transformers prints errors only: its reports of tensors are judged here, and point to options that no command has.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        where = {"local_files_only": offline, "trust_remote_code": False}
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **where)
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(f"the model at {path} cannot be loaded: its file holds more than tensors, which would run as code") from error
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-    ) as error:  # a file is missing or cut, shapes or the kind of model are others
-        raise ValueError(f"the model at {path} cannot be loaded: {error}. {how_to_make}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"the model at {path} lacks {len(missing)} tensors that its config.json calls for ({', '.join(missing[:3])}, ...): they "
-            "would start at random values. The folder is incomplete, or its config.json belongs to another model"
-        )
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and model.config.tie_word_embeddings != (head.weight is embedding.weight):
-        model.config.tie_word_embeddings = not model.config.tie_word_embeddings
-    return model
+    except Exception as error:  # of any kind: what a config.json or a file of somebody else's holds may fail anywhere in transformers
+        raise ValueError(f"the model at {path} cannot be loaded: {reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -70,8 +210,11 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise ValueError(f"{path} is damaged: {problem}")
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
-    config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
+    with _in_one_sentence(path):
+        config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
+        config._attn_implementation = None  # as in read_config
+        kind = getattr(transformers, config.architectures[0])
     state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with _in_one_sentence(path):
+        return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -85,8 +85,9 @@ def load_policy(
             f"the model at {recipe.model_path} is gone, and the reference needs its weights: put it back, or name where it is now with "
             "--sft_checkpoint_path. --reference=precompute goes on without it where the data's folder has all its log-probs"
         )
-    model = load_model(source, dtype, recipe.how_to_make_model)
-    choices = [("model", f"{recipe.model_path} is gone; the run goes on from {source}, which has its weights")] if is_gone else []
+    notes = [f"{recipe.model_path} is gone; the run goes on from {source}, which has its weights"] if is_gone else []
+    model = load_model(source, dtype, recipe.how_to_make_model, notes.append)
+    choices = [("model", note) for note in notes]
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold

@@ -128,7 +128,7 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
     """
     config = _with_layers(config, layers)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
         set_dropout(model, 0.0)
         policy = Policy(model, SEGMENTS)
         if fused:
@@ -171,7 +171,7 @@ def possible_ways(config, ways) -> list[str]:
     found = []
     for way in ways:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_with_layers(config, 1))
+            model = AutoModelForCausalLM.from_config(_with_layers(config, 1), trust_remote_code=False)
         with contextlib.suppress(ValueError):
             checkpoint_activations(model, way)
             found.append(way)

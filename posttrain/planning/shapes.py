@@ -53,7 +53,7 @@ def assumed_shape(recipe: Recipe, assumed: str | None) -> Shape | None:
     FileNotFoundError where something else lies at the model's path.
     """
     try:
-        find_model(recipe.model_path, recipe.how_to_make_model)
+        find_model(recipe.model_path, recipe.how_to_make_model, weights=False)  # a shape is all that is needed
     except FileNotFoundError:
         if Path(recipe.model_path).exists():
             raise

@@ -108,7 +108,7 @@ def _random_policy(planner: Planner, depth: int, mode: str, device: torch.device
     """Build a policy of `depth` layers with random weights, with the kernels that a run would take."""
     config = type(planner.config).from_dict({**planner.config.to_dict(), "num_hidden_layers": depth, "layer_types": None})
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype, trust_remote_code=False).train()
     name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
     layers.choose(model, planner.recipe.kernels, compiled=False)
     policy = Policy(model, name)

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from posttrain.common import hub
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.engine import checkpoint_folder
 from posttrain.model import ckpt_pt
 from posttrain.model.forms import is_ckpt_pt
+from posttrain.model.loading import read_config
 from posttrain.planning.shapes import assumed_shape
 from posttrain.recipes.keys import DPORecipe, Recipe
 
@@ -78,16 +80,15 @@ def read_model_shape(recipe: Recipe, assumed: str | None):
         config = ckpt_pt.load_ckpt_pt(recipe.model_path, None).config
     else:
         place = Path(recipe.model_path)
-        config = AutoConfig.from_pretrained(
-            checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
-        )
+        described = checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
+        config = read_config(hub.snapshot_in(str(described)))
     return config, count_parameters(config), recipe.model_path
 
 
 def count_parameters(config) -> int:
     """Return the number of parameters of a transformers config's model, without allocating it."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def read_work(recipe: Recipe) -> tuple[Work, str]:

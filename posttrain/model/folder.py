@@ -1,0 +1,208 @@
+"""Examines a Hugging Face folder before anything is loaded: one that cannot be trained, or is not whole, is refused in one sentence.
+
+Imports no torch, so that a command answers at once. Of the weights it reads the headers of safetensors files: names, dtypes and shapes.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from posttrain.common import hub
+from posttrain.common.files import read_object
+
+WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # in the order in which transformers looks for them
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them
+MERGE = "PEFT's merge_and_unload(), then save_pretrained()"
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ and AutoAWQ
+# tensors that only a quantized layer has: of GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors, MXFP4
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|(gate_up|down)_proj_(blocks|scales))$"
+)
+FLOATS = ("F64", "F32", "F16", "BF16")
+OTHER_TASKS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)|RewardModel|ForReward")
+
+
+class Tensor(NamedTuple):
+    """What a file says of a tensor without its values."""
+
+    dtype: str  # safetensors' name, e.g. BF16
+    shape: tuple[int, ...]
+
+
+def refuse_file(path: str) -> None:
+    """Raise ValueError, with what to do, for a file that is named where a model is expected and is no ckpt.pt."""
+    folder = Path(path).parent
+    if path.lower().endswith(".gguf"):
+        raise ValueError(f"{path} is a GGUF file, llama.cpp's form: name the Hugging Face folder that it was made from")
+    beside = (folder / "config.json").is_file()
+    whole = f"name its folder, {folder}" if beside else "expected a folder with config.json, weights and tokenizer, or a ckpt.pt"
+    raise ValueError(f"{path} is a file, not a model: {whole}")
+
+
+def refuse_other_forms(folder: Path) -> str:
+    """Return what a folder without config.json is. Raises ValueError, with what to do, for forms of a model that are not taken."""
+    names = {one.name for one in folder.iterdir()}
+    if ADAPTER[0] in names:
+        base = read_object(folder / ADAPTER[0]).get("base_model_name_or_path") or "another model"
+        raise ValueError(f"{folder} is {_adapter(folder)} of {base}, not a model: merge it into that first ({MERGE}), and name the result")
+    if gguf := sorted(name for name in names if name.lower().endswith(".gguf")):
+        raise ValueError(f"{folder} holds GGUF ({gguf[0]}), llama.cpp's form: name the Hugging Face folder that it was made from")
+    if "zero_to_fp32.py" in names:
+        raise ValueError(f"{folder} is DeepSpeed's checkpoint: make a model of it with its zero_to_fp32.py, and put config.json beside")
+    if "params.json" in names:
+        raise ValueError(f"{folder} holds a model in its maker's own form (params.json): name its Hugging Face folder, with config.json")
+    inner = sorted(str(one) for one in folder.iterdir() if (one / "config.json").is_file())
+    return "a folder without config.json" + (f"; there is one in {inner[0]}" if inner else "")
+
+
+def examine(folder: Path, weights: bool = True) -> None:
+    """Raise ValueError or FileNotFoundError, with what to do, for a folder that cannot be trained; `weights`: look at these, too."""
+    config = examine_config(folder)
+    if not weights:
+        return
+    hub.refuse_pointers(folder, sorted(one.name for one in folder.iterdir()))
+    tensors = read_headers(folder, config)
+    for name, tensor in tensors.items():
+        if QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
+            raise quantized(folder, f"its weights hold {name}, {tensor.dtype}")
+        if 0 in tensor.shape:
+            raise ValueError(
+                f"{folder} is not whole: {name} has shape {list(tensor.shape)}, as when a rank of ZeRO-3 saves its own share. Make the "
+                "model anew from the training's checkpoint, with DeepSpeed's zero_to_fp32.py"
+            )
+    refuse_adapter_state(folder, tensors)
+    layers = config.get("num_hidden_layers")
+    if tensors and isinstance(layers, int) and layers > len(tensors):  # transformers would build them all before it compares
+        raise ValueError(
+            f"{folder / 'config.json'} says num_hidden_layers {layers}, the weights beside it are {len(tensors)} tensors in all"
+        )
+
+
+def examine_config(folder: Path) -> dict:
+    """Return the folder's config.json. Raises ValueError for a model that is not a plain causal language model of text."""
+    hub.refuse_pointers(folder, ["config.json"])
+    config = read_object(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{folder / 'config.json'} has no model_type, which says what kind of model this is: copy the file again")
+    names = {one.name for one in folder.iterdir()}
+    if beside := names.intersection(ADAPTER):
+        raise ValueError(
+            f"{folder} holds {_adapter(folder)} ({min(beside)}) beside a whole model: merge it ({MERGE}), or remove its files if the model "
+            "is wanted without it"
+        )
+    if how := _quantization(config, names):
+        raise quantized(folder, how)
+    if kind := _other_kind(config):
+        raise ValueError(f"{folder} is {kind}, which this package does not train: name a causal language model of text alone")
+    return config
+
+
+def weight_files(folder: Path, config: dict) -> list[Path]:
+    """Return the files from which transformers reads the weights. Raises ValueError or FileNotFoundError where they are not whole."""
+    names = {str(path.relative_to(folder)) for path in folder.iterdir()}
+    choices = [name + ending for name in WEIGHTS for ending in ("", INDEX)]
+    if own := config.get("transformers_weights"):
+        choices = [f"{own} (transformers_weights in config.json)"] if str(own) not in names else [str(own)]
+    if shards := sorted(name for name in names if re.fullmatch(r"shard-\d{5}-model-.*\.safetensors", name)):
+        raise ValueError(f"{folder} holds a distributed save ({shards[0]}): save the model whole, with save_pretrained() on one device")
+    if not (chosen := next((name for name in choices if name in names), None)):
+        raise FileNotFoundError(_without_weights(folder, names, choices))
+    if not chosen.endswith(INDEX):
+        return [folder / chosen]
+    index = read_object(folder / chosen)
+    for key in ("weight_map", "metadata"):
+        if not isinstance(index.get(key), dict):
+            add = ', or add "metadata": {} to it' if key == "metadata" else ""
+            raise ValueError(f'{folder / chosen} has no "{key}", which transformers reads: copy the file again{add}')
+    files = sorted({str(file) for file in index["weight_map"].values()})
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} is not whole: {chosen} names {len(files)} files, of which {len(missing)} are missing ({', '.join(missing[:3])}); "
+            "copy them, too"
+        )
+    return [folder / file for file in files]
+
+
+def read_headers(folder: Path, config: dict) -> dict[str, Tensor]:
+    """Return what the folder's safetensors files say of each tensor, by its name; {} for pickles, which only torch can read."""
+    tensors = {}
+    for file in weight_files(folder, config):
+        if file.suffix == ".safetensors":
+            tensors |= read_header(file)
+    return tensors
+
+
+def refuse_adapter_state(path, names: Iterable[str]) -> None:
+    """Raise ValueError if the tensors of these names are a PEFT model's, with an adapter that is not merged."""
+    if apart := sorted(name for name in names if ".base_layer." in name or ".lora_" in name):
+        raise ValueError(
+            f"{path} holds the state of a PEFT model whose LoRA adapter is not merged ({len(apart)} tensors such as {apart[0]}): merge it "
+            f"({MERGE}), and name the result"
+        )
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Return what a safetensors file says of each tensor, by its name. Raises ValueError for one that is cut or damaged."""
+    hub.refuse_pointers(file.parent, [file.name])
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        header = opened.read(begin - 8) if begin <= size else b""
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {name: Tensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file} ({size:,} bytes) is cut or damaged, or no safetensors file: copy it again") from error
+    if end != size:
+        raise ValueError(f"{file} is cut or damaged: its header tells of {end:,} bytes, the file has {size:,}; copy it again")
+    return tensors
+
+
+def _without_weights(folder: Path, names: set[str], choices: list[str]) -> str:
+    """Return the message for a folder in which none of `choices` lies."""
+    if gguf := sorted(name for name in names if name.lower().endswith(".gguf")):
+        return f"{folder} holds GGUF weights only ({gguf[0]}), llama.cpp's form: name the Hugging Face folder that they were made from"
+    loose = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth")))
+    held = f"; it holds {', '.join(loose[:3])}, but no index that says which tensor is where: copy it, too" if loose else ""
+    return f"{folder} has no weights: expected {' or '.join(choices)}{held}"
+
+
+def _quantization(config: dict, names: set[str]) -> str | None:
+    """Return by what a model is quantized, with what says so; None for one of which nothing says that it is."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if settings := part.get(key):
+                method = settings.get("quant_method") if isinstance(settings, dict) else None
+                return f"by {method}, says {key} in config.json" if method else f"says {key} in config.json"
+    return next((f"says {name}" for name in QUANTIZATION_FILES if name in names), None)
+
+
+def quantized(folder: Path, how: str) -> ValueError:
+    """Return the error that says how a model is quantized, and what to take instead."""
+    return ValueError(
+        f"{folder} is quantized ({how}), and quantized weights cannot be trained: take the bfloat16 or float16 model that it was made from"
+    )
+
+
+def _other_kind(config: dict) -> str | None:
+    """Return what a model is that is not a causal language model of text; None for one that seems to be."""
+    architectures = config.get("architectures")
+    name = str(architectures[0] if isinstance(architectures, list) and architectures else config["model_type"])
+    if any(config.get(key) for key in ("vision_config", "visual", "vision_tower", "mm_vision_tower")):
+        return f"a vision-language model ({name})"
+    if config.get("audio_config"):
+        return f"a model of speech and sound ({name})"
+    if config.get("is_encoder_decoder"):
+        return f"an encoder-decoder model ({name})"
+    if OTHER_TASKS.search(name):
+        return f"a model for another task ({name}: it has another head, such as score.weight, than a language model)"
+    return None
+
+
+def _adapter(folder: Path) -> str:
+    """Return what kind of adapter a folder holds."""
+    settings = read_object(folder / ADAPTER[0]) if (folder / ADAPTER[0]).is_file() else {}
+    return f"a {settings.get('peft_type') or 'LoRA'} adapter".replace("LORA", "LoRA")
