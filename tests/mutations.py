@@ -79,8 +79,8 @@ MUTATIONS = {
     ),
     "result_not_opened_again": Mutation(
         "posttrain/model/export.py",
-        "        _open_again(staging, model.dtype, expected)\n",
-        "",
+        "unseen = _open_again(staging, model.dtype, expected)",
+        "unseen = None",
         EXPORT + "test_a_folder_that_opens_as_another_model_is_not_written",
     ),
     "moments_not_restored": Mutation("posttrain/engine/shards.py", "KINDS if saved.optimizer_step else KINDS[:1]", "KINDS[:1]", RELAYOUT),

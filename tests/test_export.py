@@ -120,11 +120,11 @@ def test_final_carries_what_the_base_had(results, tiny):
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "pad_token" not in settings
 
 
-def test_a_folder_that_opens_as_another_model_is_not_written(results, tiny, tmp_path):
-    """Neither one that lacks a tensor, nor one whose tensors are right and whose config makes another model of them."""
+def test_a_folder_that_opens_as_another_model_is_not_written(results, tiny, tmp_path, monkeypatch):
+    """Neither one that lacks a tensor, nor one whose config makes another model of the right tensors. Without memory it is only said."""
     base = results / "activation_buffers" / "base"
 
-    def write(change_state=lambda state: None, change_folder=lambda folder: None) -> None:
+    def write(change_state=lambda state: None, change_folder=lambda folder: None) -> str | None:
         model = load_model(str(base), torch.float32, "").eval()
         expected, state = logps(model), model.state_dict()
         change_state(state)
@@ -133,14 +133,17 @@ def test_a_folder_that_opens_as_another_model_is_not_written(results, tiny, tmp_
             export.write_description(model, tiny.chat, folder)
             change_folder(folder)
 
-        export.write_model(model, state, describe, tmp_path / "final", "", expected)
+        return export.write_model(model, state, describe, tmp_path / "final", "", expected)
 
     with pytest.raises(ValueError, match=r"final was not written: .* 2 missing_keys, first model.layers.0.mlp.act_fn.beta"):
         write(lambda state: [state.pop(name) for name in list(state) if name.endswith("act_fn.beta")])
     with pytest.raises(ValueError, match=r"final was not written: .* nats a token from those of the trained model"):
         write(change_folder=lambda folder: bases.edit(folder, {"rms_norm_eps": 0.5}))
     assert list(tmp_path.iterdir()) == []
-    write()
+    monkeypatch.setattr(export, "MEMORY", 1e9)
+    assert "was not opened to compare it: that takes" in write(change_folder=lambda folder: bases.edit(folder, {"rms_norm_eps": 0.5}))
+    monkeypatch.undo()
+    assert write() is None
     assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o077  # readable by others as the umask has it
 
 

@@ -129,7 +129,7 @@ def test_a_pair_that_cannot_share_its_prompt_is_named(tiny):
 ROPES = {
     512: {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     1024: {"type": "yarn", "factor": 8.0},  # as config.json had it before transformers 5; of max_position_embeddings
-    640: {"rope_type": "linear", "factor": 5.0},
+    640: {"rope_type": "linear", "factor": 5.0, "original_max_position_embeddings": 128},
     384: {"rope_type": "dynamic", "factor": 3.0},
     768: LONG | {"factor": 12.0, "original_max_position_embeddings": 64},
     128: {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},  # never less than config.json says
@@ -141,6 +141,12 @@ ROPES = {
 def test_a_scaled_rotary_embedding_has_more_positions(most, rope):
     config = LlamaConfig(**SMALL, max_position_embeddings=128, rope_theta=1e4, rope_scaling=rope)
     assert positions.longest_position(config) == positions.context_of(config) == most
+
+
+def test_a_limit_that_may_be_scaled_already_is_not_scaled_again():
+    """deepseek-coder's config.json has factor 4 beside the 16,384 positions that this factor makes of 4,096."""
+    config = LlamaConfig(**SMALL, max_position_embeddings=128, rope_theta=1e4, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    assert positions.longest_position(config) == 128
 
 
 def test_other_position_encodings_have_their_own_limit_or_none():

@@ -35,6 +35,8 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     path = folder / "config.json"
     values = _read(path)
     values.pop("auto_map", None)  # names files of code that are not here, and that transformers' own class does not need
+    if values.get("num_nextn_predict_layers"):
+        values["num_nextn_predict_layers"] = 0  # layers of multi-token prediction, which transformers neither trains nor holds
     _write(path, values | older_names(values, config.attribute_map))
     if _rotary(AutoConfig.from_pretrained(folder, trust_remote_code=False)) != _rotary(config):  # transformers 5 reads the older names, too
         _write(path, values)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
@@ -15,16 +16,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.common import files
+from posttrain.common.errors import reason
 from posttrain.data.chat import ChatFormat
 from posttrain.model.describe import write_config, write_generation_config, write_tokenizer
 from posttrain.model.sample_rows import plain_logps, sample_rows
-from posttrain.operators.layers import multiplies_in_float32
+from posttrain.operators.layers import multiplies_in_float32, plain_rotary
 from posttrain.operators.saved_form import count_as_saved
 
 SYSTEM_PROMPT = "system_prompt.txt"  # holds the system prompt that conversations of the data got where they had none
 FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # mean difference in nats a token that rounding explains
 
-ADVICE = "it would be another model than was trained. The checkpoints are whole; please report the architecture"
+MEMORY = 1.2  # times the size of its weights is what it takes to open a model
+ADVICE = (
+    "it would be another model than was trained. The checkpoints are whole, and convert.py makes folders of them without this comparison; "
+    "please report the architecture"
+)
 
 
 class AnotherModel(ValueError):
@@ -38,12 +44,12 @@ def write_model(
     folder: Path,
     card: str,
     expected: torch.Tensor | None = None,
-) -> None:
+) -> str | None:
     """Write a model's folder: weights, what `describe` writes into it, and the model card. Rank 0 only.
 
     `state_dict` has the model's own names, on the CPU, and is emptied. `expected` are the model's log-probs of sample_rows; the folder, as
-    plain transformers opens it, must give the same. Raises OSError where the folder cannot be written or reads back otherwise than it was
-    written, and AnotherModel where it opens as another model.
+    plain transformers opens it, must give the same. Returns why that was not looked at, None if it was. Raises OSError where the folder
+    cannot be written or reads back otherwise than it was written, and AnotherModel where it opens as another model.
     """
     staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
     shutil.rmtree(staging, ignore_errors=True)
@@ -56,11 +62,12 @@ def write_model(
         (staging / "README.md").write_text(card, encoding="utf-8")
         _compare(staging, state)
         state.clear()  # opening the folder takes as much memory
-        _open_again(staging, model.dtype, expected)
+        with plain_rotary():
+            unseen = _open_again(staging, model.dtype, expected)
         _allow_reading(staging)
         files.sync_files(staging)
     except AnotherModel:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the file
         shutil.rmtree(staging, ignore_errors=True)
@@ -73,6 +80,7 @@ def write_model(
     staging.rename(folder)
     files.sync_folder(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
+    return unseen
 
 
 def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: Path, system_prompt: str | None = None) -> list[str]:
@@ -125,26 +133,35 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None) -> None:
-    """Open the folder by plain transformers, on the CPU.
+def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None) -> str | None:
+    """Open the folder by plain transformers, on the CPU; returns why not where this machine has too little memory for that.
 
     Raises AnotherModel for tensors that lack or are too many, and for other log-probs.
     """
-    computed_in = torch.float32 if multiplies_in_float32(torch.device("cpu"), dtype) else dtype
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
+    size, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory().available
+    if MEMORY * size > free:
+        return (
+            f"{folder.stem} was not opened to compare it: that takes {MEMORY * size / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free"
+        )
+    is_slow = multiplies_in_float32(torch.device("cpu"), dtype)  # then in float32, if that fits
+    computed_in = torch.float32 if is_slow and MEMORY * size * torch.float32.itemsize / dtype.itemsize < free else dtype
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
+        seen = torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) if expected is not None else None
+    except Exception as error:  # of any kind: an architecture's code may fail anywhere
+        raise AnotherModel(f"{folder.stem} was not written: transformers cannot open it ({reason(error)}); {ADVICE}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
             raise AnotherModel(
                 f"{folder.stem} was not written: opened by transformers it has {len(names)} {what}, first {names[0]}; {ADVICE}"
             )
-    if expected is None:
-        return
-    difference = (torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) - expected).abs().mean().item()
+    difference = (seen - expected).abs().mean().item() if seen is not None else 0.0
     if not difference <= FARTHEST[dtype]:
         raise AnotherModel(
             f"{folder.stem} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those "
             f"of the trained model (limit {FARTHEST[dtype]}); {ADVICE}"
         )
+    return None
 
 
 def _allow_reading(folder: Path) -> None:

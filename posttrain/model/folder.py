@@ -6,6 +6,7 @@ Imports no torch, so that a command answers at once. Of the weights it reads the
 import json
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from posttrain.common import hub
 from posttrain.common.files import read_object
 
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # in the order in which transformers looks for them
+SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them
 MERGE = "PEFT's merge_and_unload(), then save_pretrained()"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ and AutoAWQ
@@ -62,7 +64,7 @@ def examine(folder: Path, weights: bool = True) -> None:
     config = examine_config(folder)
     if not weights:
         return
-    hub.refuse_pointers(folder, sorted(one.name for one in folder.iterdir()))
+    hub.refuse_pointers(folder, [*SMALL_FILES, *(str(file.relative_to(folder)) for file in weight_files(folder, config))])
     tensors = read_headers(folder, config)
     for name, tensor in tensors.items():
         if QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
@@ -145,8 +147,14 @@ def refuse_adapter_state(path, names: Iterable[str]) -> None:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """Return what a safetensors file says of each tensor, by its name. Raises ValueError for one that is cut or damaged."""
+    facts = file.stat()
+    return _header(file, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # a start looks at a model several times
+def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
+    """Return read_header's result for a file of `size` bytes that was last `changed` so many nanoseconds after 1970."""
     hub.refuse_pointers(file.parent, [file.name])
-    size = file.stat().st_size
     with file.open("rb") as opened:
         begin = 8 + int.from_bytes(opened.read(8), "little")
         header = opened.read(begin - 8) if begin <= size else b""

@@ -63,6 +63,8 @@ def source_of(model_path: str, out_dir: str) -> str:
     try:
         find_model(model_path, "")
     except FileNotFoundError:
+        if Path(model_path).exists():
+            raise
         run = Path(out_dir)
         saved = [path for path in checkpoint_folder.saved_checkpoints(run / "checkpoints") if checkpoint_folder.is_checkpoint(path)]
         if not saved or not (run / "run.json").is_file():

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 WRAPPERS = (r"^(?:(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|base_model\.model)\.)+", r"(?<=\.)_orig_mod\.")
 LAYER = re.compile(r".*?\blayers\.(\d+)\.")
 MTP, MTP_LAYER = re.compile(r"(?:^|\.)mtp"), re.compile(r"\.(?:eh_proj|enorm|hnorm)\.weight$")  # DeepSeek's MTP layers follow the others
-COMPUTED = re.compile(r"(?:^|[._])(?:inv_freq|position_ids|masked_bias)$")  # constants that older versions saved
+COMPUTED = re.compile(r"(?:^|[._])(?:inv_freq|position_ids|masked_bias|cos_cached|sin_cached)$")  # constants that older versions saved
 MASK = re.compile(r"\.(?:attn|attention)\.bias$")  # of four dimensions: GPT-2's causal mask, a constant, too
 
 

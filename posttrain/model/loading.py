@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from posttrain.common import hub
@@ -93,11 +102,18 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
         raise ValueError(f"{path} has {len(shapes) - len(names)} tensors twice, with and without a wrapper's prefix: save the model again")
     for note in notes:
         say(note)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False
+    if _untie(model):
         say("config.json says that the head is the embedding, but the file holds two matrices: both are used, and written")
     return model
+
+
+def _untie(model: PreTrainedModel) -> bool:
+    """Correct the config of a model whose head is not its embedding although the config says so; returns whether it is such a one."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight or not model.config.tie_word_embeddings:
+        return False
+    model.config.tie_word_embeddings = False
+    return True
 
 
 def _refuse_differences(path: str, report: dict, unexpected: list[str]) -> None:
@@ -158,7 +174,12 @@ def _files(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     with _in_one_sentence(path):
-        return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
+        try:
+            return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
+        except GatedRepoError as error:
+            raise ValueError(f"its licence must be accepted on its page, https://hf.co/{path}; then log in: hf auth login") from error
+        except RepositoryNotFoundError as error:
+            raise ValueError("the hub has no such model; if it is private, log in: hf auth login") from error
 
 
 def _shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
@@ -210,11 +231,21 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise ValueError(f"{path} is damaged: {problem}")
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
+    description = checkpoint_folder.model_description(path)
     with _in_one_sentence(path):
-        config = AutoConfig.from_pretrained(checkpoint_folder.model_description(path), trust_remote_code=False)
-        config._attn_implementation = None  # as in read_config
+        config = AutoConfig.from_pretrained(description, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None  # as in read_config
         kind = getattr(transformers, config.architectures[0])
     state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     with _in_one_sentence(path):
-        return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        if (description / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(description)
+    if lacking := sorted(report["missing_keys"] | report["unexpected_keys"]):
+        raise ValueError(
+            f"{path} holds no whole model: {len(lacking)} tensors, first {lacking[0]}, are there or in {description / 'config.json'} only. "
+            "Versions before 0.2 saved no buffers: take the run's final/, or go on from the model that it began with"
+        )
+    _untie(model)
+    return model

@@ -4,9 +4,10 @@ GPUs take liger-kernel's fused RMSNorm, rotary embedding and SwiGLU. CPUs whose 
 it ten to sixty times slower than float32: they multiply in float32 and round to bfloat16.
 """
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -120,6 +121,19 @@ def _put_in_liger(model: PreTrainedModel) -> None:
         monkey_patch._apply_liger_kernel_to_instance(model, **which)
     finally:
         vars(module).update(classes)
+
+
+@contextlib.contextmanager
+def plain_rotary() -> Iterator[None]:
+    """Let models that are not on a GPU compute inside: liger-kernel's rotary embedding, which cannot, replaces that of all of a kind."""
+    replaced = {name: sys.modules[name].apply_rotary_pos_emb for name in PLAIN_ROTARY}
+    try:
+        for name, plain in PLAIN_ROTARY.items():
+            sys.modules[name].apply_rotary_pos_emb = plain
+        yield
+    finally:
+        for name, rotary in replaced.items():
+            sys.modules[name].apply_rotary_pos_emb = rotary
 
 
 def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> tuple[float, float]:

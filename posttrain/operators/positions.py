@@ -27,9 +27,11 @@ def longest_position(config) -> int | None:
     """
     stated = next((most for name in MOST_POSITIONS if (most := getattr(config, name, None))), None)
     rope = getattr(config, "rope_parameters", None) or {}
-    if not stated or rope.get("rope_type") not in SCALED or not rope.get("factor"):
+    # with `linear`, which needs no other key, `stated` may be the scaled limit already; `dynamic` scales beyond it
+    original = rope.get("original_max_position_embeddings") or (stated if rope.get("rope_type") == "dynamic" else None)
+    if not stated or not original or rope.get("rope_type") not in SCALED or not rope.get("factor"):
         return stated
-    return max(stated, int(rope["factor"] * (rope.get("original_max_position_embeddings") or stated)))
+    return max(stated, int(rope["factor"] * original))
 
 
 def attention_window(config) -> int | None:

@@ -30,6 +30,7 @@ import yaml
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
+from posttrain.common.hub import is_hub_name
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, Recipe
 from posttrain.run import stored
@@ -89,16 +90,19 @@ class Run:
 
     def _mend(self, describe_model: Callable[[Path], None]) -> None:
         """Write model/ anew if it is not what it was, and recipe.yaml where model, data or tokenizer lie elsewhere now; say both."""
-        if problem := stored.model_problem(self.path):
+        problem = stored.model_problem(self.path)
+        if problem or "model_files" not in read_facts(self.path):  # older versions did not note them, and wrote less
             shutil.rmtree(self.path / "model", ignore_errors=True)
             (self.path / "model").mkdir()
             describe_model(self.path / "model")
             files.sync_files(self.path / "model")
             self._update(model_files=stored.model_files(self.path))
+        if problem:
             self.say(f"warning  {problem}: {self.path / 'model'} was written anew")
-        if moved := moved_paths(self.recipe):
-            now = {name: now for name, (_, now) in moved.items()}
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | now, sort_keys=False))
+        there = {name: now for name, (_, now) in moved_paths(self.recipe).items() if now and (os.path.exists(now) or is_hub_name(now))}
+        moved = {name: pair for name, pair in moved_paths(self.recipe).items() if name in there}  # else it goes on from its checkpoint
+        if moved:
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | there, sort_keys=False))
         for name, (then, now) in moved.items():
             if not (then and now and os.path.realpath(then) == os.path.realpath(now)):
                 self.say(f"moved      {name}: {then} -> {now}, the same content")

@@ -156,7 +156,8 @@ def _record_refused(training: Training, run: Run, saving: Saving, step: int, res
 def finish(training: Training, chat: ChatFormat, run: Run) -> None:
     """Write final/, the run's result. All ranks."""
     watchdog.enter("export")
-    expected, state = sampled_logps(training), gathered_state_dict(training.engine)
+    expected = sampled_logps(training) if training.recipe.checks == "on" else None
+    state = gathered_state_dict(training.engine)
 
     def write():
         card, notes = model_card(run.path, run.as_resolved, training.data.manifest), []
@@ -164,8 +165,8 @@ def finish(training: Training, chat: ChatFormat, run: Run) -> None:
         def describe(folder: Path) -> None:
             notes.extend(export.write_description(training.model, chat, folder, training.data.system_prompt))
 
-        export.write_model(training.model, state, describe, run.final, card, expected)
-        for note in notes:
+        unseen = export.write_model(training.model, state, describe, run.final, card, expected)
+        for note in [*notes, *filter(None, [unseen])]:
             run.say(f"note       {note}")
 
     on_rank_0(write)
