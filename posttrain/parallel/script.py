@@ -88,8 +88,8 @@ def _use_utf8() -> None:
         os.environ["PYTHONUTF8"] = "1"  # for what this process starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        # a file's name need not be UTF-8
-        stream.reconfigure(errors="backslashreplace")  # ty: ignore[missing-attribute]
+        with contextlib.suppress(OSError):  # of a stream under which the file was exchanged for one that cannot seek
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8  # ty: ignore[missing-attribute]
 
 
 def _part() -> None:
