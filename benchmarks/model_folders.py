@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """How far is a result from the model that was trained? python benchmarks/model_folders.py     writes results/model_folders.json
 
 Bases with folders as people have them (tests/bases.py) go through data preparation and SFT by the real commands, for one step of a
@@ -15,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests"))
+
+import bases
 import torch
+from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import bases  # noqa: E402
-from tiny import make_tiny  # noqa: E402
-
-from benchmarks.side_by_side import RESULTS, as_text, machine, versions  # noqa: E402
-from posttrain.common.files import read_json_lines  # noqa: E402
+from benchmarks.side_by_side import RESULTS, as_text, machine, versions
+from posttrain.common.files import read_json_lines
 
 STEP = ["--dtype=float32", "--max_iters=1", "--warmup_iters=0", "--global_batch_size=8", "--eval_interval=0", "--max_tokens_per_gpu=2000"]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
