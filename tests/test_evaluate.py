@@ -13,6 +13,7 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
+import bases
 import numpy as np
 import pytest
 import torch
@@ -318,9 +319,9 @@ def test_all_says_what_it_leaves_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_out_of_reach_is_said_before_a_model_is_read(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()  # it could not be read
+def test_a_hub_that_is_out_of_reach_is_said_before_a_model_is_read(tiny, tmp_path):
+    shutil.copytree(tiny.base, tmp_path / "model")
+    bases.edit(tmp_path / "model", {"model_type": "unheard_of"})  # it could not be read
     command = [sys.executable, SCRIPT, "--checkpoint", tmp_path / "model", "--benchmark", "arc_easy", "--output", tmp_path / "out"]
     environment = rank_environment() | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=120)
