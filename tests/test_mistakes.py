@@ -22,6 +22,7 @@ from posttrain.common import hub, places
 from posttrain.common.places import find_ds_config
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import load_prepared
+from posttrain.engine import start
 from posttrain.engine.ds_config import checkpoint_function, merge_config, read_ds_config
 from posttrain.engine.start import check_devices, warn_of_little_shared_memory
 from posttrain.model.forms import tokenizer_beside
@@ -352,18 +353,19 @@ def test_activation_checkpointing_has_one_owner():
             checkpoint_function(build_recipe(SFTRecipe, values, {"activation_checkpointing": mode}), config)
 
 
-def test_little_shared_memory_is_said(tmp_path, capsys):
+def test_little_shared_memory_is_said(tmp_path, monkeypatch):
     """The 64 MB of a container, as a real file system of that size (it needs root), with what to do."""
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")
+    said: list[str] = []
+    monkeypatch.setattr(start, "say", said.append)
     try:
         warn_of_little_shared_memory(str(tmp_path))
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
     warn_of_little_shared_memory("/")
-    assert re.fullmatch(
-        f"warning +{tmp_path} has 67 MB, of which NCCL may need 537.*--shm-size=16g or --ipc=host.*\n", capsys.readouterr().out
-    )
+    (line,) = said
+    assert re.fullmatch(f"warning +{tmp_path} has 67 MB, of which NCCL may need 537.*--shm-size=16g or --ipc=host.*", line)
 
 
 def test_more_gpus_than_there_are():
