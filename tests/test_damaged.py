@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, start_run
 
+from posttrain.common import terminal
 from posttrain.common.errors import is_mistake
 from posttrain.data.manifest import read_manifest
 from posttrain.engine import checkpoint_folder
@@ -163,8 +164,9 @@ def test_a_damaged_line_of_a_log_is_named(run, name, how):
     assert f"{path}:2 is damaged: " in message or f"{path}:2 is not UTF-8" in message
 
 
-def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsys):
+def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsys, monkeypatch):
     """Byte for byte, and nothing else of before the start is lost; a last line without a line end is dropped without a word."""
+    monkeypatch.setattr(terminal, "console", terminal._Terminal(highlight=False, soft_wrap=True))  # another test may have ended the old one
     before = {path: path.read_bytes().splitlines() for path in run.glob("*.jsonl")}
     assert len(before) == 4
     for path, (first, *others) in before.items():
