@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, start_run
 
-from posttrain.common import terminal
+from posttrain.common import files, terminal
 from posttrain.common.errors import is_mistake
 from posttrain.data.manifest import read_manifest
 from posttrain.engine import checkpoint_folder
@@ -183,6 +184,19 @@ def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsy
         numbers = ", ".join(str(2 + number) for number in range(len(LINES)))
         assert said.count(f"warning  lines {numbers} of {path} cannot be read: moved to {path.name}.damaged") == 1
     report.read_runs([run])
+
+
+def test_the_runs_recipe_follows_what_moved_and_keeps_what_is_nowhere(run, tmp_path):
+    """A tokenizer that is no longer named is no longer kept; a path under which no model lies does not take the place of the old one."""
+    was = files.read_object(run / "recipe.yaml")
+    files.write_whole(run / "recipe.yaml", yaml.safe_dump(was | {"tokenizer": "old"}))
+    (tmp_path / "data").mkdir()
+    now = {"checkpoint_path": str(tmp_path / "nowhere"), "sft_data_dir": str(tmp_path / "data"), "tokenizer": None}
+    here = Run(recipe_of(run).model_copy(update=now), 0, {"data": "1", "model": "2"})
+    start_run(here, 5, 9)
+    here.close()
+    found = files.read_object(run / "recipe.yaml")
+    assert {name: found[name] for name in now} == now | {"checkpoint_path": was["checkpoint_path"]}
 
 
 @pytest.mark.parametrize(

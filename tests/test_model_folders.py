@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from conftest import last_of_each, python
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from test_runs import sft_arguments
 
 from posttrain.data.tokenization import load_tokenizer, open_tokenizer
-from posttrain.model import assistant, policy
+from posttrain.model import assistant, loading, policy
 from posttrain.model.forms import find_model, tokenizer_beside
 from posttrain.model.loading import load_model, read_config
 from posttrain.recipes.keys import SFTRecipe
@@ -405,3 +407,23 @@ def test_every_command_gives_the_same_answer(tiny, folder, tmp_path):
     done = python("data_prep/prepare_sft.py", "--tokenizer", folder, *source)
     assert f"error: {folder}/tokenizer.json is a git-lfs pointer" in done.stdout
     assert done.returncode
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            GatedRepoError,
+            r"its licence must be accepted on its page, https://hf.co/org/name; then log in: hf auth login",
+        ),
+        (RepositoryNotFoundError, r"the hub has no model org/name; if it is private, log in: hf auth login"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(monkeypatch, kind, said):
+    def refuse(*_, **__):
+        raise kind("40x Client Error.", response=httpx.Response(403, request=httpx.Request("GET", "https://hf.co")))
+
+    monkeypatch.setattr(loading, "hf_hub_download", refuse)
+    monkeypatch.setattr(loading.hub, "is_reachable", lambda: True)
+    with pytest.raises(ValueError, match=said):
+        read_config("org/name")

@@ -174,12 +174,7 @@ def _files(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     with _in_one_sentence(path):
-        try:
-            return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
-        except GatedRepoError as error:
-            raise ValueError(f"its licence must be accepted on its page, https://hf.co/{path}; then log in: hf auth login") from error
-        except RepositoryNotFoundError as error:
-            raise ValueError("the hub has no such model; if it is private, log in: hf auth login") from error
+        return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
 
 
 def _shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
@@ -206,6 +201,13 @@ def _in_one_sentence(path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(f"the model at {path} cannot be loaded: its file holds more than tensors, which would run as code") from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"the model at {path} cannot be downloaded: its licence must be accepted on its page, https://hf.co/{path}; then log in: "
+            "hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"the hub has no model {path}; if it is private, log in: hf auth login") from error
     except Exception as error:  # of any kind: what a config.json or a file of somebody else's holds may fail anywhere in transformers
         raise ValueError(f"the model at {path} cannot be loaded: {reason(error)}") from error
     finally:

@@ -99,10 +99,14 @@ class Run:
             self._update(model_files=stored.model_files(self.path))
         if problem:
             self.say(f"warning  {problem}: {self.path / 'model'} was written anew")
-        there = {name: now for name, (_, now) in moved_paths(self.recipe).items() if now and (os.path.exists(now) or is_hub_name(now))}
-        moved = {name: pair for name, pair in moved_paths(self.recipe).items() if name in there}  # else it goes on from its checkpoint
+        moved = {
+            name: (then, now)
+            for name, (then, now) in moved_paths(self.recipe).items()
+            if now is None or os.path.exists(now) or is_hub_name(now)  # else it is nowhere, and the run goes on from its checkpoint
+        }
         if moved:
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | there, sort_keys=False))
+            now_there = {name: now for name, (_, now) in moved.items()}
+            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | now_there, sort_keys=False))
         for name, (then, now) in moved.items():
             if not (then and now and os.path.realpath(then) == os.path.realpath(now)):
                 self.say(f"moved      {name}: {then} -> {now}, the same content")
