@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
+from posttrain.common.files import read_object
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 
@@ -33,7 +34,7 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
         config.pad_token_id = None if own in _taught(chat) else own
     config.save_pretrained(folder)
     path = folder / "config.json"
-    values = _read(path)
+    values = read_object(path)
     values.pop("auto_map", None)  # names files of code that are not here, and that transformers' own class does not need
     if values.get("num_nextn_predict_layers"):
         values["num_nextn_predict_layers"] = 0  # layers of multi-token prediction, which transformers neither trains nor holds
@@ -99,7 +100,7 @@ def write_tokenizer(chat: ChatFormat, folder: Path) -> list[str]:
     finally:
         tokenizer.chat_template = own
     path = folder / "tokenizer_config.json"
-    _write(path, _readable_by_both(_read(path), chat))
+    _write(path, _readable_by_both(read_object(path), chat))
     again = tokenization.load_tokenizer(folder, chat.template)
     if tokenization.fingerprint(again) != tokenization.fingerprint(tokenizer):
         raise ValueError(
@@ -138,10 +139,6 @@ def _stops(chat: ChatFormat, own: int | list[int] | None) -> list[int]:
 def _taught(chat: ChatFormat) -> set[int]:
     """Return the ids of the end tokens, which training teaches."""
     return {chat.end_id, chat.tokenizer.eos_token_id} - {None}
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, values: dict) -> None:

@@ -82,8 +82,10 @@ def read_config(path: str) -> PreTrainedConfig:
 
 def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None, say: Callable[[str], None]) -> PreTrainedModel:
     """Load the model of a Hugging Face folder or hub name. Raises ValueError."""
-    if Path(path).is_dir():
-        _refuse_shapes(path, config)
+    is_folder = Path(path).is_dir()
+    if is_folder:
+        shapes = _shapes_in(path)
+        _refuse_shapes(path, config, shapes)
     with _in_one_sentence(path):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -95,7 +97,8 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
             local_files_only=_is_here(path),
             trust_remote_code=False,
         )
-        shapes = _shapes_in(_files(path))
+    if not is_folder:
+        shapes = _shapes_in(path)  # transformers has downloaded the files by now
     notes, unexpected = sort_out(model, shapes, set(report["unexpected_keys"]))
     _refuse_differences(path, report, unexpected)
     if len(names := {unwrapped(name) for name in shapes}) < len(shapes):
@@ -138,14 +141,16 @@ def _refuse_differences(path: str, report: dict, unexpected: list[str]) -> None:
         )
 
 
-def _refuse_shapes(path: str, config: PreTrainedConfig) -> None:
-    """Raise ValueError for a tensor of another shape than config.json calls for, before memory is taken for what may be far too large."""
+def _refuse_shapes(path: str, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError for a tensor of another shape than config.json calls for, before memory is taken for what may be far too large.
+
+    `shapes`: by the tensors' names in the files.
+    """
     with _in_one_sentence(path):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = {unwrapped(name): shape for name, shape in _shapes_in(Path(path)).items()}
-    for name, seen in shapes.items():
+    for name, seen in ((unwrapped(name), shape) for name, shape in shapes.items()):
         whole = name if name in expected else f"{model.base_model_prefix}.{name}"  # a base model's file lacks the prefix
         if expected.get(whole, seen) != seen:
             raise _other_shape(path, name, seen, expected[whole])
@@ -177,16 +182,18 @@ def _files(path: str) -> Path:
         return Path(hf_hub_download(path, "config.json", local_files_only=_is_here(path))).parent
 
 
-def _shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a folder's files, by its name there."""
-    shapes = {}
-    for file in folder.weight_files(place, read_object(place / "config.json")):
-        if file.suffix == ".safetensors":
-            shapes |= {name: tensor.shape for name, tensor in folder.read_header(file).items()}
-        else:
-            state = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes
+def _shapes_in(path: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in the files of a folder or hub name, by its name there. Raises ValueError."""
+    place = _files(path)
+    with _in_one_sentence(path):
+        config, shapes = read_object(place / "config.json"), {}
+        for file in folder.weight_files(place, config):
+            if file.suffix == ".safetensors":
+                shapes |= {name: tensor.shape for name, tensor in folder.read_header(file).items()}
+            else:
+                state = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+                shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return shapes
 
 
 @contextlib.contextmanager
