@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import launch
 from exported import CASES
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from posttrain.data.tokenization import fingerprint, load_tokenizer
 from posttrain.model import export
@@ -175,13 +175,41 @@ print(json.dumps(found))
 """
 
 
+VLLM = """
+import json, sys
+from vllm.transformers_utils.config import get_config, try_get_generation_config
+for folder in sys.argv[1:]:
+    config, generation = (read(folder, trust_remote_code=False) for read in (get_config, try_get_generation_config))
+    facts = {"rope": config.rope_parameters, "stops": config.eos_token_id, "dtype": str(config.dtype)}
+    print(json.dumps([folder, facts | {"sampling": generation.to_diff_dict()}]))
+"""
+
+
+@pytest.fixture(scope="module")
+def others(results, tiny, tmp_path_factory):
+    """The folder of each of OTHERS as it is written, and the model that it was written from."""
+    written = {}
+    for name, (kind, settings) in OTHERS.items():
+        place = tmp_path_factory.mktemp("others")
+        base, final = bases.make(tiny, place / "base", kind, **settings), place / "final"
+        model = load_model(str(base), torch.float32, "").eval()
+        export.write_model(model, model.state_dict(), lambda into, of=model: export.write_description(of, tiny.chat, into), final, "")
+        written[name] = (final, model)
+    return written
+
+
+def installed(folder, *packages: str) -> dict[str, str]:
+    """Install packages into a folder; returns the environment that finds them first."""
+    command = [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", sys.executable, "--target", str(folder), *packages]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{packages[-1]} cannot be had here")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
 @pytest.mark.slow
-def test_transformers_4_opens_the_same_model(results, tiny, tmp_path):
+def test_transformers_4_opens_the_same_model(results, others, tiny, tmp_path):
     """Its log-probs, ids of a chat and sampling defaults are ours: no key of config.json is one that only transformers 5 knows."""
-    older = tmp_path / "older"
-    install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", sys.executable, "--target", str(older)]
-    if subprocess.run([*install, "transformers==4.57.6"], capture_output=True).returncode:
-        pytest.skip("transformers 4.57.6 cannot be had here")
+    environment = installed(tmp_path / "older", "transformers==4.57.6")
     engines = [name for name in CASES if name != "router_bias"]  # whose bfloat16 is rounded elsewhere
     lengths = (5, 13, 8)  # short enough that no frequencies depend on them
 
@@ -190,13 +218,9 @@ def test_transformers_4_opens_the_same_model(results, tiny, tmp_path):
         return torch.cat([plain_logps(model, row) for row in rows])
 
     expected = {str(results / name / "final"): short_logps(opened(results / name / "final")) for name in engines}
-    for name, (kind, settings) in OTHERS.items():
-        base, final = bases.make(tiny, tmp_path / name / "base", kind, **settings), tmp_path / name / "final"
-        model = load_model(str(base), torch.float32, "").eval()
-        expected[str(final)] = short_logps(model)
-        export.write_model(model, model.state_dict(), lambda into, of=model: export.write_description(of, tiny.chat, into), final, "")
+    expected |= {str(final): short_logps(model) for final, model in others.values()}
     command = [sys.executable, "-c", OPENED, json.dumps(lengths), *expected]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(older)}, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("version") == "4.57.6"
@@ -207,3 +231,22 @@ def test_transformers_4_opens_the_same_model(results, tiny, tmp_path):
         assert torch.allclose(torch.tensor(seen["logps"]), expected[folder], atol=0.02), folder  # Apertus' activation differs by 5e-3
         assert seen["chat"] == chat, folder
     assert bases.SAMPLING.items() <= found[str(results / "released" / "final")]["settings"].items()
+
+
+@pytest.mark.slow
+def test_vllms_config_reader_finds_the_same_settings(results, others, tmp_path):
+    """It refuses where rope_type and its older name `type` disagree; sampling defaults come from generation_config.json."""
+    environment = installed(tmp_path / "vllm", "--no-deps", "cbor2", "pyzmq", "openai-harmony", "vllm==0.33.0")
+    folders = [*(final for final, _ in others.values()), *(results / name / "final" for name in CASES)]
+    done = subprocess.run([sys.executable, "-c", VLLM, *map(str, folders)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert found.keys() == set(map(str, folders))
+    for folder, seen in found.items():
+        config, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+        rope = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+        assert {name: value for name, value in seen["rope"].items() if name != "type"} == rope, folder
+        assert seen["stops"] == config.eos_token_id and seen["dtype"] == str(config.dtype), folder
+        assert seen["sampling"]["eos_token_id"] == generation.eos_token_id, folder
+        assert not {"max_new_tokens", "max_length"} & seen["sampling"].keys(), folder
+    assert bases.SAMPLING.items() <= found[str(results / "released" / "final")]["sampling"].items()

@@ -80,9 +80,11 @@ def test_another_content_at_another_path_is_refused(half):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_run_goes_on_without_its_model(half, kind):
-    """Weights, tokenizer and architecture are the run's own; DPO's reference is precomputed."""
+    """Weights, tokenizer and architecture are the run's own; DPO's reference is precomputed. A newer checkpoint is damaged."""
     folder = half()
     shutil.rmtree(folder / "base")
+    damaged = shutil.copytree(folder / f"{kind}_whole" / "checkpoints" / "step_000004", folder / f"{kind}_half/checkpoints/step_000004")
+    next(damaged.glob("*_optim_states.pt")).write_bytes(b"")
     done = train(folder, kind, f"{kind}_half")
     same_as_undisturbed(folder, kind, done)
     assert f"base is gone; the run goes on from {kind}_half/checkpoints/step_000002" in done.stdout

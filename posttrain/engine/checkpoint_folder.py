@@ -52,6 +52,15 @@ def file_problem(path: Path, name: str, facts: dict) -> str | None:
     return None
 
 
+def problem(path: Path) -> str | None:
+    """Returns what is wrong with a checkpoint; None if its manifest can be read and every file has its size and checksum."""
+    try:
+        facts = read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    return next((found for name, file in facts["files"].items() if (found := file_problem(path, name, file))), None)
+
+
 def saved_checkpoints(folder: Path) -> list[Path]:
     """Lists the finished checkpoints in a folder, going by their names, oldest first."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of) if folder.is_dir() else []

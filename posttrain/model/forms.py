@@ -55,7 +55,7 @@ def find_model(path: str, how_to_make: str, weights: bool = True) -> None:
 
 
 def source_of(model_path: str, out_dir: str) -> str:
-    """Return where to load the model of a training run from: `model_path`, or where nothing is there the run's newest checkpoint.
+    """Return where to load the model of a training run from: `model_path`, or where nothing is there the run's newest whole checkpoint.
 
     A checkpoint holds all that it takes to go on: the weights, and beside it RUN/model describes them. Raises ValueError where that is
     damaged, too.
@@ -71,7 +71,7 @@ def source_of(model_path: str, out_dir: str) -> str:
             return model_path
         if problem := model_problem(run):
             raise ValueError(f"{problem}, and the model at {model_path} is gone: restore one of the two, and the run goes on") from None
-        return str(saved[-1])
+        return str(next((path for path in reversed(saved) if not checkpoint_folder.problem(path)), saved[-1]))
     return model_path
 
 

@@ -226,18 +226,12 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
     Raises ValueError if a file is missing or damaged.
     """
-    try:
-        facts = checkpoint_folder.read_manifest(path)
-        problem = next(
-            (found for name, file in facts["files"].items() if (found := checkpoint_folder.file_problem(path, name, file))), None
-        )
-        run = checkpoint_folder.model_description(path).parent
-        if not problem and (run / "run.json").is_file():
-            problem = model_problem(run)
-    except ValueError as error:
-        problem = str(error)
+    problem, run = checkpoint_folder.problem(path), checkpoint_folder.model_description(path).parent
+    if not problem and (run / "run.json").is_file():
+        problem = model_problem(run)
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
+    facts = checkpoint_folder.read_manifest(path)
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
     description = checkpoint_folder.model_description(path)

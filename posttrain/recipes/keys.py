@@ -303,7 +303,8 @@ class DPORecipe(Recipe):
     reference_free: bool = key(False, "assume a uniform reference, so that no reference model is loaded")
     reference: Literal["beside", "precompute"] = free_key(
         "beside",
-        "beside: keep the reference model loaded beside the policy; precompute: compute its log-probs once, into DPO_DATA_DIR/reference",
+        "beside: keep the reference model loaded beside the policy; precompute: compute its log-probs once, into DPO_DATA_DIR/reference, "
+        "or OUT_DIR/reference where that cannot be written",
     )
     share_prompt: bool = free_key(True, "compute a pair's prompt once for both answers; changes speed only")
 
