@@ -43,7 +43,7 @@ class Block(NamedTuple):
 def show(options: argparse.Namespace) -> None:
     """Show or check the rows of a prepared folder, as the options of preview.py ask. Raises ValueError if a check fails."""
     kind = read_manifest(options.directory, HOW)["kind"]
-    loaded = load_prepared(options.directory, kind, HOW)
+    loaded = load_prepared(options.directory, kind, HOW, checksums=False)  # --check finds the row
     manifest = loaded.manifest
     tokenizer = tokenization.load_tokenizer(Path(options.directory) / "tokenizer", manifest["template_name"])
     chat = ChatFormat(tokenizer, manifest["template_name"])

@@ -73,8 +73,8 @@ MUTATIONS = {
     ),
     "padding_row_frozen": Mutation(
         "posttrain/model/policy.py",
-        "    model.get_input_embeddings().padding_idx = None",
-        "    pass",
+        "            module.padding_idx = None",
+        "            pass",
         EXPORT + "test_every_embedding_that_data_uses_moves_in_every_stage",
     ),
     "result_not_opened_again": Mutation(

@@ -229,7 +229,6 @@ def test_a_run_whose_last_steps_change_nothing_says_so():
         ),
         ({"lr_decay_iters": 6, "min_lr": 1e-6}, []),
         ({"lr_decay_iters": 10}, []),
-        ({"lr_decay_iters": 12}, []),
         ({}, []),
         ({"decay_lr": False}, []),
     ):
@@ -238,6 +237,25 @@ def test_a_run_whose_last_steps_change_nothing_says_so():
         assert len(said) == len(expected), said
         assert [text[: len(start)] for text, start in zip(said, expected, strict=True)] == expected
         assert (learning_rate(recipe, 7, 10) == 0) == bool(expected)
+
+
+def test_a_cosine_that_does_not_come_to_its_end_is_said():
+    recipe = build_recipe(SFTRecipe, {**SFT, "max_iters": 10, "lr_decay_iters": 12}, {})
+    (said,) = first_screen._warnings(recipe, 10, 1.0)
+    assert said == "lr_decay_iters 12 is after the last step, 10: the learning rate does not come down to min_lr"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("learning_rate", "weight_decay", "grad_clip", "epochs", "skip_spikes") for value in ("inf", "nan")),
+        *(("learning_rate", "1e300"), ("epochs", "1e308"), ("max_iters", f"1{'0' * 30}"), ("watchdog_seconds", f"1{'0' * 30}")),
+        *(("time_limit", "inf"), ("tokenizer", ""), ("checkpoint_path", "")),
+    ],
+)
+def test_a_value_without_bounds_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=f"^{key}='?{value}"):
+        build_recipe(SFTRecipe, SFT | {"max_iters": 10} if key != "epochs" else SFT, {key: value})
 
 
 def test_a_recipe_of_the_other_kind_is_told_from_a_misspelt_one(tmp_path):

@@ -20,7 +20,7 @@ from posttrain.evaluation import tasks
 from posttrain.model.forms import newest
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe, load_recipe_of
-from posttrain.run import report
+from posttrain.run import report, stored
 from posttrain.run.card import model_card
 from posttrain.run.directory import Run
 from posttrain.run.resume import already_finished, resolve
@@ -71,8 +71,12 @@ EVERY_FORM = {
     "Latin-1": lambda content: content + "# ö".encode("latin-1"),
     "nested": lambda content: b"[" * 600,
     "gone": None,
-    "a pipe": None,
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to nowhere": lambda path: path.symlink_to("gone"),
+    "a link to itself": lambda path: path.symlink_to(path),
 }
+OTHERS = ("a pipe", "a folder", "a link to nowhere", "a link to itself")  # what stands in the file's place
 OF_RUN_JSON = {
     "total_steps": replaced("total_steps", "x"),
     "total_steps, huge": replaced("total_steps", 10**400),
@@ -90,12 +94,12 @@ OF_RECIPE = {
 
 def damaged(path: Path, how: str) -> None:
     change = (EVERY_FORM | OF_RUN_JSON | OF_RECIPE)[how]
-    if change:
-        path.write_bytes(change(path.read_bytes()))
+    if how in OTHERS or not change:
+        path.unlink()
+        if change:
+            change(path)
         return
-    path.unlink()
-    if how == "a pipe":
-        os.mkfifo(path)
+    path.write_bytes(change(path.read_bytes()))
 
 
 def told(action, *arguments) -> str:
@@ -115,7 +119,7 @@ def of_report(run: Path) -> None:
 def test_a_damaged_run_json_is_named_by_all_who_read_it(run, how):
     damaged(run / "run.json", how)
     readers = [of_report, lambda run: newest(str(run)), lambda run: resolve(recipe_of(run), 1)]
-    if how in ("gone", "a pipe"):  # then it is no run
+    if how == "gone":  # then it is no run
         readers = [of_report]
     elif how not in OF_RUN_JSON:
         readers += [
@@ -129,7 +133,7 @@ def test_a_damaged_run_json_is_named_by_all_who_read_it(run, how):
         assert "run.json" in message
         if how in OF_RUN_JSON:
             assert how.split(",")[0] in message
-    if how not in ("gone", "a pipe"):
+    if how != "gone":
         assert "Restore it from a copy" in message
 
 
@@ -163,6 +167,29 @@ def test_a_damaged_line_of_a_log_is_named(run, name, how):
     path.write_bytes(b"\n".join([first, LINES[how], *others, b'{"step": 9, "sp']))  # the end was cut by a crash
     message = told(report.read_runs, [run])
     assert f"{path}:2 is damaged: " in message or f"{path}:2 is not UTF-8" in message
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_what_stands_in_a_logs_place_is_named_before_the_run_goes_on(run, how):
+    damaged(run / "metrics.jsonl", how)
+    for reader in (of_report, lambda run: stored.cut_log(run, "metrics.jsonl", 4)):
+        assert f"{run}/metrics.jsonl is " in told(reader, run)
+
+
+def test_a_byte_order_mark_is_no_damage(run):
+    for path in (*run.glob("*.jsonl"), run / "run.json", run / "recipe.yaml"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (found,) = report.read_runs([run])
+    assert len(found.records) == 5
+    assert stored.cut_log(run, "metrics.jsonl", 4) == []
+
+
+def test_a_key_that_is_twice_in_a_file_is_refused(run):
+    """JSON and YAML would keep the last without a word."""
+    for name, content in (("run.json", b'{"kind": "sft", "kind": "dpo"}'), ("recipe.yaml", b"out_dir: a\nout_dir: b\n")):
+        (run / name).write_bytes(content)
+        read = {"run.json": stored.read_facts, "recipe.yaml": stored.read_recipe}[name]
+        assert f"{run / name} is damaged: {content.split()[0].strip(b'{:').decode().strip(chr(34) + ':')} is set twice" in told(read, run)
 
 
 def test_damaged_lines_of_logs_are_set_aside_once_and_the_run_goes_on(run, capsys, monkeypatch):

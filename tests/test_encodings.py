@@ -35,6 +35,23 @@ run_script(main)
 """
 
 
+CLOSED = """
+import sys
+from posttrain.common import terminal
+from posttrain.parallel.script import run_script
+
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("noise")
+        terminal.keep_noise()
+        terminal.say("a line")
+        file.write(str(file.fileno() > 2))
+    raise ValueError("what is wrong")
+
+run_script(main)
+"""
+
+
 @pytest.fixture(scope="session")
 def locales(tmp_path_factory) -> dict[str, str]:
     """The environment variable that adds two locales which are not UTF-8."""
@@ -127,3 +144,13 @@ def test_no_option_of_a_command_is_a_bare_path():
     for name, (script, _) in places.COMMANDS.items():
         text = (ROOT / script).read_text(encoding="utf-8")
         assert "type=Path" not in text, name
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(tmp_path, closed):
+    """As of a service, or of a job that nohup would start: no file is opened in their place, and the error is told where it can be."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", CLOSED, str(tmp_path / "file")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == ("" if "2>&-" in closed else "error: what is wrong\n")
+    assert (tmp_path / "file").read_text() == "True"

@@ -228,7 +228,7 @@ def test_preference_data_must_read_as_the_model_was_taught(tiny):
         _check_template(chat, recipe)
 
 
-@pytest.mark.parametrize("damage", ["manifest", "half_manifest", "arrow", "rows", "kind", "format"])
+@pytest.mark.parametrize("damage", ["manifest", "half_manifest", "kind", "format", "arrow", "a_bit", "state", "rows", "template"])
 def test_damaged_data_is_refused(tiny, tmp_path, damage):
     folder = tmp_path / "data"
     shutil.copytree(tiny.sft, folder)
@@ -240,12 +240,21 @@ def test_damaged_data_is_refused(tiny, tmp_path, damage):
     elif damage == "arrow":
         file = next((folder / "train").glob("*.arrow"))
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "a_bit":  # of a token's id: of the same size, and a table as before
+        file = next((folder / "train").glob("*.arrow"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 2
+        file.write_bytes(content)
+    elif damage == "state":
+        (folder / "train" / "state.json").write_text("{}")
     else:
-        change = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}[damage]
-        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+        changes = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}
+        (folder / "manifest.json").write_text(json.dumps(manifest | (changes | {"template": {"template_name": "x"}})[damage]))
     with pytest.raises(ValueError, match=str(folder)) as error:
         load_prepared(str(folder), "sft", "THE COMMAND")
-    assert "THE COMMAND" in str(error.value)
+    again = f"--source {tiny.folder}/sft.jsonl --tokenizer {tiny.base} --template chatml --output_dir {folder}_again"
+    assert ("THE COMMAND" if damage in ("manifest", "half_manifest", "kind", "format") else again) in str(error.value)
+    assert damage != "state" or f"{folder}/train/state.json names no files" in str(error.value)
 
 
 def test_data_of_another_tokenizer_is_refused(tiny, arguments, monkeypatch, tmp_path):
@@ -300,8 +309,16 @@ def test_a_directory_that_is_not_a_run_is_not_touched(arguments, monkeypatch, tm
         ('{"zero_optimization": {"stage": 3, "zero_quantized_gradients": true}}', "gradients would be rounded to 4 bits"),
         ('{"zero_optimization": {"stage": 1, "save_muon_momentum_buffer_in_memory": true}}', "not known to leave the numbers as they are"),
         ('{"prescale_gradients": true}', "not a sharding, offload or communication key"),
-        ('{"zero_optimization": ', "not valid JSON"),
-        ("[]", "should hold a JSON object"),
+        ('{"zero_optimization": ', "is damaged: Expecting value"),
+        ("[]", "is damaged: it holds a value of type list"),
+        ('{"zero_optimization": {"stage": 3, "stage": 0}}', "is damaged: stage is set twice"),
+        ('{"zero_optimization": {"stage": true}}', "stage should be the number 0, 1, 2 or 3, saw True"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is not accepted by DeepSpeed: Input should be"),
+        ('{"zero_optimization": {"stage": 3, "leaf_module": 5}}', "zero_optimization is not accepted by DeepSpeed: leaf_module config"),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}', "zero_hpz_partition_size should be 1 or more, saw 0"),
+        ('{"wall_clock_breakdown": "no"}', "wall_clock_breakdown should be true or false, saw 'no'"),
+        ('{"aio": {"block_size": "x"}}', "aio: block_size should be a whole number, saw 'x'"),
+        ('{"comms_logger": {"prof_ops": 5}}', "comms_logger: prof_ops should be a list, saw 5"),
     ],
 )
 def test_a_ds_config_that_says_too_much_is_refused(tmp_path, text, message):

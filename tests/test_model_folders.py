@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bases
 import httpx
 import pytest
 import safetensors.torch
@@ -16,15 +17,17 @@ from conftest import last_of_each, python
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from test_runs import sft_arguments
 
-from posttrain.data.tokenization import load_tokenizer, open_tokenizer
+from posttrain.data.tokenization import fingerprint, load_tokenizer, open_tokenizer
 from posttrain.model import assistant, loading, policy
 from posttrain.model.forms import find_model, tokenizer_beside
 from posttrain.model.loading import load_model, read_config
+from posttrain.model.sample_rows import packed_rows, plain_logps, sample_rows
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3441185608\n"
 NORM = "model.norm.weight"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def configure(folder: Path, file: str = "config.json", **values) -> None:
@@ -61,6 +64,10 @@ def written(name: str, content: str):
 
 def without(name: str):
     return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:5000])
 
 
 def both(*changes):
@@ -145,6 +152,48 @@ REFUSED = {
     "encoder_decoder": (config_with(is_encoder_decoder=True), "is an encoder-decoder model"),
     "classifier": (config_with(architectures=["Qwen3ForSequenceClassification"]), "is a model for another task"),
     "not_causal": (config_with(model_type="vit"), "type 'vit', which is not a causal language model"),
+    "compressed_without_a_word": (config_with(quantization_config={}), "quantized .says quantization_config"),
+    "packed_bytes_in_a_pickle": (
+        both(
+            with_tensors(**{Q_PROJ + "__weight": BYTES}),
+            lambda f: torch.save(state(f), f / "pytorch_model.bin"),
+            without("model.safetensors"),
+        ),
+        "quantized .its weights hold .*uint8",
+    ),
+    "pickle_cut": (
+        both(lambda f: torch.save(state(f), f / "pytorch_model.bin"), without("model.safetensors"), cut("pytorch_model.bin")),
+        "pytorch_model.bin is cut or damaged: copy it again",
+    ),
+    "pickle_a_page": (
+        both(written("pytorch_model.bin", "<html>" * 99), without("model.safetensors")),
+        "is no file of torch.save .it begins with b'<html>",
+    ),
+    "pickle_of_a_training": (
+        both(lambda f: torch.save({"state_dict": state(f), "epoch": 3}, f / "pytorch_model.bin"), without("model.safetensors")),
+        "holds something else than a model's tensors by name .its keys: 'state_dict', 'epoch'",
+    ),
+    "generation_config_cut": (written("generation_config.json", '{"do_sample": tr'), "generation_config.json is damaged"),
+    "generation_config_a_list": (written("generation_config.json", "[]"), "generation_config.json is damaged"),
+    "a_key_twice": (
+        written("generation_config.json", '{"top_k": 1, "top_k": 50}'),
+        "generation_config.json is damaged: top_k is set twice",
+    ),
+    "weights_a_folder": (
+        both(without("model.safetensors"), lambda f: (f / "model.safetensors").mkdir()),
+        "model.safetensors is not a file",
+    ),
+    "weights_a_link_to_nowhere": (
+        both(without("model.safetensors"), lambda f: (f / "model.safetensors").symlink_to("gone")),
+        "model.safetensors is a link that leads nowhere",
+    ),
+    "shard_of_another_save": (
+        both(
+            lambda f: shards(f, {"metadata": {}}),
+            *(lambda f, file=file: put(f, safetensors.torch.load_file(f / file) | {NORM: torch.ones(32)}, file) for file in SHARDS),
+        ),
+        f"holds 1 tensors twice: {NORM} is in model-00002-of-00002.safetensors and in a file before it",
+    ),
     # tensors that do not fit config.json
     "share_of_zero3": (
         with_tensors(**{Q_PROJ + "__weight": torch.zeros(0)}),
@@ -167,8 +216,12 @@ REFUSED = {
     "bias": (with_tensors(**{Q_PROJ + "__bias": torch.ones(32)}), "has 1 unexpected tensors .*q_proj.bias.*they would be lost"),
     "value_head": (with_tensors(v_head__summary__weight=torch.ones(1, 32)), "unexpected tensors .v_head.summary.weight"),
     "other_names": (
-        renamed(lambda name: f"wrapped.{name}"),
+        renamed(lambda name: f"wrapped.{name.replace('q_proj', 'query')}"),
         r"lacks 25 tensors .* random values, and has 24 unexpected tensors \(wrapped.model.embed",
+    ),
+    "part_of_another_model": (
+        renamed(lambda name: name.replace("model.", "model.language_model.")),
+        r"other names .* such as model.language_model.embed_tokens.weight for model.embed_tokens.weight.* a part of another model",
     ),
     "adapter_not_merged": (renamed(lambda name: name.replace("q_proj.w", "q_proj.base_layer.w")), "LoRA adapter is not merged.*base_layer"),
     "adapter_among_them": (
@@ -180,7 +233,19 @@ REFUSED = {
     "pad": (config_with(pad_token_id=32000), "config.json has pad_token_id 32000, but vocab_size"),
     "text_for_a_number": (config_with(hidden_size="x"), "cannot be loaded: Validation error for field 'hidden_size': .*expected int"),
     "no_heads": (config_with(num_attention_heads=0), "the model at .* cannot be loaded"),
-    "unknown_activation": (config_with(hidden_act="evil"), "cannot be loaded: KeyError: 'evil'"),
+    "unknown_activation": (
+        config_with(hidden_act="evil"),
+        "cannot be loaded: KeyError: 'evil', which .*config.json has as hidden_act, and",
+    ),
+    "unknown_scaling": (
+        config_with(rope_parameters={"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0}),
+        "'ntk', which .* has as rope_type",
+    ),
+    "unknown_dtype": (config_with(torch_dtype="torch.bfloat16"), "has torch_dtype 'torch.bfloat16'; expected the name of one, such as"),
+    "no_positions": (
+        config_with(max_position_embeddings=1),
+        "has max_position_embeddings 1, how many tokens a row may have; expected 2 or",
+    ),
     "list_for_an_object": (config_with(rope_parameters=[]), "cannot be loaded"),
 }
 
@@ -250,6 +315,7 @@ SAME = {
     "own_code_of_a_known_type": (config_with(auto_map=CODE), "names code of its own .auto_map., which is not run"),
     "shards": (lambda f: shards(f, {"metadata": {}}), None),
     "pad_of_another_form": (config_with(pad_token_id=-1), None),
+    "byte_order_mark": (lambda f: (f / "generation_config.json").write_text("\ufeff{}"), None),
 }
 
 
@@ -322,9 +388,18 @@ BAD_TOKENIZERS = {
         both(without("tokenizer.json"), without("tokenizer_config.json"), written("tokenizer.model", POINTER)),
         "git-lfs",
     ),
-    "cut": (written("tokenizer.json", '{"version": "1.0", "model'), "the tokenizer in .* cannot be read"),
-    "config_cut": (written("tokenizer_config.json", "{"), "the tokenizer in .* cannot be read"),
-    "config_a_list": (written("tokenizer_config.json", "[1]"), "the tokenizer in .* cannot be read"),
+    "cut": (written("tokenizer.json", '{"version": "1.0", "model'), "/tokenizer.json is damaged: Unterminated string"),
+    "nothing_in_it": (written("tokenizer.json", "{}"), "the tokenizer in .* cannot be read: KeyError.*Copy its files again"),
+    "config_cut": (written("tokenizer_config.json", "{"), "/tokenizer_config.json is damaged"),
+    "config_a_list": (written("tokenizer_config.json", "[1]"), "/tokenizer_config.json is damaged: it holds a value of type list"),
+    "a_folder": (
+        both(without("tokenizer.json"), lambda f: (f / "tokenizer.json").mkdir()),
+        "/tokenizer.json is not a file that can be read",
+    ),
+    "models_config": (
+        config_with(hidden_size="32"),
+        "/config.json cannot be read: Validation error for field 'hidden_size'.* Compare it with",
+    ),
     "numbers_for_tokens": (written("tokenizer.json", '{"model": {"type": "BPE", "vocab": 5, "merges": 3}}'), "cannot be read"),
     "code": (
         both(without("tokenizer.json"), lambda f: configure(f, "tokenizer_config.json", tokenizer_class="Own", auto_map=CODE)),
@@ -342,6 +417,51 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_sentence(folder, name
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert "trust_remote_code" not in str(error.value)
+
+
+def test_a_tokenizer_that_splits_words_at_random_is_made_to_split_them_alike(tiny, folder):
+    """BPE dropout, with which some are trained: every preparation would make other rows, and training would not know the tokenizer."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"splits words at random .BPE dropout 0.5 in tokenizer.json.; that is off here"):
+        tokenizer = load_tokenizer(folder)
+    assert fingerprint(tokenizer) == fingerprint(load_tokenizer(tiny.base))
+
+
+def test_a_model_in_a_folder_named_as_a_file_of_weights_is_found(folder):
+    find_model(str(folder.rename(folder.with_name("llama-v1.pt"))), "")
+
+
+def test_a_config_that_asks_for_tuples_or_all_hidden_states_trains_alike(folder):
+    configure(folder, return_dict=False, output_hidden_states=True, output_attentions=True)
+    model = load_model(str(folder), torch.float32, "").eval()
+    assert plain_logps(model, sample_rows(model.config)[0]).isfinite().all()
+
+
+def test_noise_of_routers_is_off_and_said(tiny, tmp_path, monkeypatch):
+    """Mixtral's and PhiMoE's jitter: drawn anew by each rank, it would make another curve in every layout."""
+    monkeypatch.setattr(policy, "same_on_all_ranks", lambda *_: None)  # there are no others
+    base = bases.make(tiny, tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1)
+    paths = {"checkpoint_path": str(base), "sft_data_dir": tiny.sft, "out_dir": "run"}
+    recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
+    model, choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"))
+    assert "jitter_noise is set to 0" in dict(choices)["noise"]
+    rows = packed_rows(sample_rows(model.model.config))
+    assert torch.equal(model.train()(rows), model(rows))
+
+
+def test_no_embedding_of_a_model_has_a_row_that_is_not_trained(tiny, tmp_path, monkeypatch):
+    """Gemma 3n and 4 have a second table, for each layer, with a padding row of its own."""
+    monkeypatch.setattr(policy, "same_on_all_ranks", lambda *_: None)
+    sizes = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tiny.tokenizer)}
+    base = bases.make(tiny, tmp_path / "base", "gemma4_text", **sizes, num_kv_shared_layers=0, sliding_window=512, pad_token_id=0)
+    paths = {"checkpoint_path": str(base), "sft_data_dir": tiny.sft, "out_dir": "run"}
+    recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
+    model, _ = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"))
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    assert len(tables) > 1
+    assert all(table.padding_idx is None for table in tables)
 
 
 def test_no_code_of_a_folder_runs_or_is_asked_for(folder, tmp_path, monkeypatch):

@@ -104,6 +104,16 @@ def test_what_needs_the_model_that_is_gone_is_refused(half):
         assert f"error: {message}" in done.stdout
 
 
+def test_a_run_without_its_checkpoints_does_not_begin_anew_without_a_word(half):
+    folder = half()
+    shutil.rmtree(folder / "sft_half" / "checkpoints" / "step_000002")
+    before = (folder / "sft_half" / "metrics.jsonl").read_bytes()
+    done = train(folder, "sft", "sft_half")
+    assert done.returncode == 2, done.stdout
+    assert "error: no checkpoint is left in sft_half/checkpoints, so the run would start again at step 1. Restore one" in done.stdout
+    assert (folder / "sft_half" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_damaged_description_of_the_model_is_mended_from_the_model_or_refused(half):
     folder = half()
     config = folder / "sft_half" / "model" / "config.json"

@@ -242,5 +242,5 @@ def test_of_several_templates_by_name_the_default_is_taken():
     tokenizer.chat_template = {"default": LLAMA, "tool_use": GEMMA}
     assert ChatFormat(tokenizer, "tokenizer").jinja == LLAMA
     tokenizer.chat_template = {"tool_use": GEMMA}
-    with pytest.raises(ValueError, match="no chat template of its own"):
+    with pytest.raises(ValueError, match="has chat templates named tool_use, and transformers finds none named default"):
         ChatFormat(tokenizer, "tokenizer")

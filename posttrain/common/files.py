@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 import yaml
@@ -25,14 +25,15 @@ def read_whole(path: Path) -> str:
 def read_lines(path: Path) -> list[str]:
     """Reads a text file's lines, with their line ends. str.splitlines would also split at U+2028 and the like, unescaped in JSON texts.
 
-    Raises FileNotFoundError if there is none; ValueError, naming it, if it is no regular file or not UTF-8.
+    A byte order mark at the beginning, which some editors write, is left out. Raises FileNotFoundError if there is no such file;
+    ValueError, naming it, if it is no regular file or not UTF-8.
     """
     require_file(path)
     lines: list[str] = []
     try:
         with path.open("rb") as file:
             for line in file:
-                lines.append(line.decode().replace("\r\n", "\n"))
+                lines.append(line.decode("utf-8" if lines else "utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{len(lines) + 1} is not UTF-8 text, at byte {error.start} of the line") from error
     return lines
@@ -40,6 +41,8 @@ def read_lines(path: Path) -> list[str]:
 
 def require_file(path: Path) -> None:
     """Raises FileNotFoundError unless `path` is there, and ValueError unless it is a regular file: reading a pipe would wait for ever."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link that leads nowhere")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file():
@@ -50,8 +53,8 @@ def read_object(path: Path) -> dict:
     """Reads a JSON object, or of a file named *.yaml a YAML mapping. Raises as `read_whole` does, and ValueError if it is damaged."""
     text = read_whole(path)
     try:
-        return _object(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        return _object(yaml.load(text, UniqueKeys) if path.suffix == ".yaml" else json.loads(text, object_pairs_hook=_unique))
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = "it is empty" if not text.strip() else "it holds zero bytes" if "\0" in text else first_line(error)
         raise ValueError(f"{path} is damaged: {why}") from error
 
@@ -61,7 +64,7 @@ def read_json_lines(path: Path, check: Callable[[dict], None] | None = None) -> 
 
     `check` raises ValueError for an object that is not as it should be. Raises as `read_lines` does, and ValueError for a damaged line.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return []
     records = []
     for number, line in enumerate(read_lines(path), 1):
@@ -82,6 +85,25 @@ def parse_line(line: str | bytes, check: Callable[[dict], None] | None = None) -
     if check:
         check(record)
     return record
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Raises an error for a key that is set twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is set twice")
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    """Returns a JSON object's values by key. Raises ValueError for a key that is there twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)} is set twice")
+    return found
 
 
 def _object(value) -> dict:

@@ -35,9 +35,17 @@ class OwnTemplate:
         self.tokenizer, self.specials = tokenizer, special_tokens(tokenizer)
         self.jinja = tokenizer.chat_template
         if isinstance(self.jinja, dict):  # several by name
-            self.jinja = self.jinja.get("default")
+            names, self.jinja = ", ".join(self.jinja), self.jinja.get("default")
+            if not isinstance(self.jinja, str):
+                raise ValueError(
+                    f"the tokenizer has chat templates named {names}, and transformers finds none named default, which says how plain "
+                    "conversations are written: put it into chat_template.jinja beside the tokenizer; or use --template chatml"
+                )
         if not isinstance(self.jinja, str):
-            raise ValueError("the tokenizer has no chat template of its own; use --template chatml, or put its chat_template beside it")
+            raise ValueError(
+                "the tokenizer has no chat template of its own: use --template chatml, or put it, as text, into chat_template.jinja beside "
+                "tokenizer_config.json"
+            )
         self.end_id = self._find_end()
 
     def parts(self, messages: list[dict], tools: list | None) -> list[Part]:

@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from posttrain.data.manifest import read_manifest
+from posttrain.common.errors import reason
+from posttrain.common.files import read_object
+from posttrain.data.manifest import again, read_manifest
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.data.parts import IGNORE
 
@@ -108,21 +110,26 @@ class PreparedData(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = True) -> PreparedData:
+def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = True, checksums: bool = True) -> PreparedData:
     """The prepared data in `directory`; without share_prompt a DPO prompt counts, and is packed, once for each answer.
+
+    `checksums`: read all files once, and compare them with what was written.
 
     Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
     """
     manifest, path = read_manifest(directory, make, kind), Path(directory)
+    make = again(manifest, f"{directory}_again") or make
     for name, stored in manifest["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != stored["bytes"]:
             raise ValueError(
                 f"{path} is damaged: {name} is not the file of {stored['bytes']:,} bytes that was prepared. Make it again with\n    {make}"
             )
+        if checksums and fingerprint_file(path / name) != stored:
+            raise ValueError(f"{path} is damaged: {name} is not what was prepared (its checksum differs). Make it again with\n    {make}")
     try:
         splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:  # by what is damaged, and how
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Make it again with\n    {make}") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}). Make it again with\n    {make}") from error
     return PreparedData(*splits, manifest)
 
 
@@ -131,7 +138,10 @@ def memory_mapped(folder: Path) -> pa.Table:
 
     datasets.load_from_disk gives the same, but importing datasets takes two seconds, which every rank would wait at every start.
     """
-    files = [folder / file["filename"] for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]]
+    state = read_object(folder / "state.json")
+    if not state.get("_data_files"):
+        raise ValueError(f"{folder / 'state.json'} names no files")
+    files = [folder / file["filename"] for file in state["_data_files"]]
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
 
 

@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 import warnings
+from pathlib import Path
 
 import sentencepiece
 import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from posttrain.common import hub
 from posttrain.common.errors import reason
+from posttrain.common.files import read_object
 from posttrain.data.chatml import IM_END, IM_START
 from posttrain.data.encoding import encode_text
 
@@ -64,7 +66,22 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Code that comes with it is never run. Raises as load_tokenizer does.
     """
     path = hub.snapshot_in(path)
-    return _from_folder(path) if os.path.isdir(path) else _from_hub(path)
+    return _always_the_same(_from_folder(path) if os.path.isdir(path) else _from_hub(path), path)
+
+
+def _always_the_same(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
+    """Switch off a tokenizer's random splitting of words, as BPE dropout; raises ValueError where a text still has other ids each time."""
+    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    if getattr(model, "dropout", None):
+        warnings.warn(f"{path} splits words at random (BPE dropout {model.dropout} in tokenizer.json); that is off here", stacklevel=3)
+        model.dropout = None
+    text = " ".join(PROBES)
+    if any(encode_text(tokenizer, text) != encode_text(tokenizer, text) for _ in range(5)):
+        raise ValueError(
+            f"the tokenizer in {path} splits the same text differently each time: switch that off in its files (enable_sampling in "
+            "sp_model_kwargs of tokenizer_config.json)"
+        )
+    return tokenizer
 
 
 def fingerprint(tokenizer) -> str:
@@ -124,6 +141,8 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
         found = ", ".join(sorted(seen)[:12]) or "nothing"
         raise ValueError(f"{path} holds no tokenizer; expected {EXPECTED}; found {found}{advice}")
     hub.refuse_pointers(path, sorted(name for name in seen if not name.endswith(WEIGHTS)))
+    for name in sorted(seen & {"tokenizer.json", "tokenizer_config.json"}):
+        read_object(Path(path) / name)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of any kind: files of somebody else's may fail anywhere in transformers
@@ -155,7 +174,12 @@ def _unreadable(place: str, error: Exception) -> ValueError:
             f"the tokenizer in {place} needs code that comes with it (auto_map in tokenizer_config.json), and such code is never run here: "
             "name another tokenizer; or, where its tokenizer.json says all, remove auto_map and tokenizer_class from tokenizer_config.json"
         )
-    return ValueError(f"the tokenizer in {place} cannot be read: {reason(error)}")
+    try:
+        AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)  # which AutoTokenizer reads, too
+    except Exception as other:  # of any kind, as above
+        if reason(other) == reason(error):
+            return ValueError(f"{place}/config.json cannot be read: {reason(error)}. Compare it with the original's")
+    return ValueError(f"the tokenizer in {place} cannot be read: {reason(error)}. Copy its files again")
 
 
 def _with_chat_tokens(tokenizer, template: str) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ is complete. Only then is `latest` updated and an older checkpoint deleted.
 import fcntl
 import json
 import math
+import os
 import random
 import shutil
 import socket
@@ -150,6 +151,7 @@ class Checkpoints:
     def newest(self, before: float = math.inf) -> Found | None:
         """Returns the newest undamaged checkpoint with no applied step from `before` on, or None. Raises ValueError if all are damaged."""
         names = on_rank_0(lambda: [path.name for path in saved_checkpoints(self.folder)])
+        latest = on_rank_0(lambda: os.path.lexists(self.folder / "latest"))  # written with the first checkpoint
         usable = 0
         for path in (self.folder / name for name in reversed(names)):
             facts, problem = _verified(path)
@@ -158,10 +160,11 @@ class Checkpoints:
             usable += not problem
             if not problem and facts["guard"]["last_applied"] < before:
                 return Found(path, facts)
-        if names and not usable:
+        if (names or latest) and not usable:
             raise ValueError(
-                f"none of the checkpoints in {self.folder} can be used, so the run would start again at step 1. Restore one of them; or "
-                "move the folder away, and the same command starts from the beginning"
+                f"{'none of the checkpoints' if names else 'no checkpoint is left'} in {self.folder}{' can be used' if names else ''}, so "
+                "the run would start again at step 1. Restore one of them; or move the folder away, and the same command starts from the "
+                "beginning"
             )
         return None
 

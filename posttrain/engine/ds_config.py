@@ -1,28 +1,30 @@
 """DeepSpeed's configuration: checks a ds_configs/*.json, and merges it with the recipe."""
 
 import json
+import reprlib
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
-from posttrain.common.errors import nearest
-from posttrain.common.files import read_whole
+from posttrain.common.errors import first_line, nearest
+from posttrain.common.files import read_object
 from posttrain.common.places import find_ds_config
 from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 
-# Keys that a ds_config may have. DeepSpeed does not check its top level: it silently ignores a misspelt key.
+# Keys that a ds_config may have, with their types. DeepSpeed does not check its top level: it silently ignores a misspelt key.
 JSON_KEYS = {
-    "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
-    "zero_allow_untested_optimizer",
-    "activation_checkpointing",
-    "aio",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "flops_profiler",
+    "zero_optimization": dict,
+    "zero_force_ds_cpu_optimizer": bool,
+    "zero_allow_untested_optimizer": bool,
+    "activation_checkpointing": dict,
+    "aio": dict,
+    "comms_logger": dict,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "flops_profiler": dict,
 }
 RECIPE_OWNS = {
     "train_batch_size": "global_batch_size",
@@ -59,20 +61,37 @@ KEEP_THE_CURVE = {
     *("gather_16bit_weights_on_model_save", "load_from_fp32_weights", "pipeline_loading_checkpoint", "override_module_apply"),
     *("log_trace_cache_warnings", "enable_sanity_checks"),
 }
-# Keys of the sections that DeepSpeed does not check; it checks zero_optimization itself.
+# Keys of the sections that DeepSpeed does not check, with their types; it checks zero_optimization itself.
 SECTION_KEYS = {
     "activation_checkpointing": {
-        "partition_activations",
-        "contiguous_memory_optimization",
-        "cpu_checkpointing",
-        "number_checkpoints",
-        "synchronize_checkpoint_boundary",
-        "profile",
+        "partition_activations": bool,
+        "contiguous_memory_optimization": bool,
+        "cpu_checkpointing": bool,
+        "number_checkpoints": int,
+        "synchronize_checkpoint_boundary": bool,
+        "profile": bool,
     },
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
-    "comms_logger": {"enabled", "verbose", "prof_all", "debug", "prof_ops"},
-    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list},
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": (int, float),
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "detailed": bool,
+        "output_file": str,
+    },
 }
+TYPES = {dict: "an object of its settings", bool: "true or false", int: "a whole number", list: "a list", str: "a text"}
+FROM_1 = {"reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "zero_hpz_partition_size"}  # DeepSpeed takes 0, too
 
 
 def read_ds_config(path: str) -> dict:
@@ -80,12 +99,7 @@ def read_ds_config(path: str) -> dict:
 
     Raises FileNotFoundError, or ValueError for keys that the recipe owns, that DeepSpeed does not know, or that are left at "auto".
     """
-    try:
-        config = json.loads(read_whole(find_ds_config(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} should hold a JSON object, saw {type(config).__name__}")
+    config = read_object(find_ds_config(path))
     for name in config:
         if name in RECIPE_OWNS:
             raise ValueError(f"{path} sets {name}, which belongs to the recipe: remove it there and set {RECIPE_OWNS[name]} instead")
@@ -95,14 +109,22 @@ def read_ds_config(path: str) -> dict:
             raise ValueError(f"{path} sets {name}, which is not a sharding, offload or communication key.{nearest(name, JSON_KEYS)}")
     if '"auto"' in json.dumps(config):
         raise ValueError(f'{path} holds "auto", which only Hugging Face\'s Trainer resolves: DeepSpeed would silently use a default')
-    for section in ("zero_optimization", *SECTION_KEYS):
-        if not isinstance(config.get(section, {}), dict):
-            raise ValueError(f"{path}: {section} should be an object of its settings, saw {config[section]!r}")
+    _check_types(path, config, JSON_KEYS)
     for section, known in SECTION_KEYS.items():
-        if unknown := set(config.get(section, {})) - known:
+        if unknown := config.get(section, {}).keys() - known.keys():
             raise ValueError(f"{path}: {section} has no key {min(unknown)}.{nearest(min(unknown), known)}")
+        _check_types(f"{path}: {section}", config.get(section, {}), known)
     _check_zero(path, config.get("zero_optimization", {}))
     return config
+
+
+def _check_types(where: str, values: dict, types: dict) -> None:
+    """Raises ValueError naming the first value that is of another type than `types` says for its key; a number may be null."""
+    for name, value in values.items():
+        expected = types[name]
+        is_right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+        if not is_right and not (value is None and expected in (int, str)):
+            raise ValueError(f"{where}: {name} should be {TYPES.get(expected, 'a number')}, saw {value!r}")
 
 
 def _check_zero(path: str, section: dict) -> None:
@@ -111,8 +133,14 @@ def _check_zero(path: str, section: dict) -> None:
         raise ValueError(f"{path}: {old[0]} is DeepSpeed's old spelling; use offload_optimizer or offload_param")
     try:
         zero = DeepSpeedZeroConfig(**section)
-    except ValueError as error:
-        raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ValueError(f"{path}: {place} is not accepted by DeepSpeed: {first['msg']}, saw {reprlib.repr(first['input'])}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: zero_optimization is not accepted by DeepSpeed: {first_line(error)}") from None
+    if too_small := [name for name in FROM_1 if getattr(zero, name) < 1]:
+        raise ValueError(f"{path}: {too_small[0]} should be 1 or more, saw {getattr(zero, too_small[0])}")
     offload = section.get("offload_optimizer") or {}
     if zero.zenflow is not None or offload.get("super_offload") or offload.get("ratio", 1) != 1:
         # these step optimizers of their own, which would escape the learning-rate schedule and the check for bad steps
@@ -128,7 +156,7 @@ def _check_zero(path: str, section: dict) -> None:
         if name not in KEEP_THE_CURVE and getattr(zero, name) != field.get_default(call_default_factory=True):
             how = CHANGE_THE_CURVE.get(name, "it is not known to leave the numbers as they are")
             raise ValueError(f"{path}: zero_optimization sets {name}: {how}, and the loss curve is the recipe's alone; remove it")
-    if not isinstance(section.get("stage", 0), int):
+    if type(section.get("stage", 0)) is not int:
         raise ValueError(f"{path}: stage should be the number 0, 1, 2 or 3, saw {section['stage']!r}")
     if (zero.offload_optimizer is not None and zero.stage == 0) or (zero.offload_param is not None and zero.stage < 3):
         raise ValueError(

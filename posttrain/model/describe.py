@@ -39,7 +39,11 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     if values.get("num_nextn_predict_layers"):
         values["num_nextn_predict_layers"] = 0  # layers of multi-token prediction, which transformers neither trains nor holds
     _write(path, values | older_names(values, config.attribute_map))
-    if _rotary(AutoConfig.from_pretrained(folder, trust_remote_code=False)) != _rotary(config):  # transformers 5 reads the older names, too
+    try:
+        is_same = _rotary(AutoConfig.from_pretrained(folder, trust_remote_code=False)) == _rotary(config)
+    except (KeyError, ValueError, TypeError):  # by the rope type
+        is_same = False
+    if not is_same:  # transformers 5 reads the older names, too
         _write(path, values)
 
 

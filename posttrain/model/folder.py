@@ -4,6 +4,7 @@ Imports no torch, so that a command answers at once. Of the weights it reads the
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.common import hub
-from posttrain.common.files import read_object
+from posttrain.common.files import read_object, require_file
 
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # in the order in which transformers looks for them
 SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json")
+OBJECTS = ("generation_config.json", "tokenizer_config.json")  # transformers leaves out the first, without a word, where it is damaged
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them
 MERGE = "PEFT's merge_and_unload(), then save_pretrained()"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ and AutoAWQ
@@ -22,14 +24,14 @@ QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_con
 QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|(gate_up|down)_proj_(blocks|scales))$"
 )
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # safetensors' names and torch's
 OTHER_TASKS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)|RewardModel|ForReward")
 
 
 class Tensor(NamedTuple):
     """What a file says of a tensor without its values."""
 
-    dtype: str  # safetensors' name, e.g. BF16
+    dtype: str  # e.g. BF16, as safetensors names it, or torch's name
     shape: tuple[int, ...]
 
 
@@ -66,9 +68,8 @@ def examine(folder: Path, weights: bool = True) -> None:
         return
     hub.refuse_pointers(folder, [*SMALL_FILES, *(str(file.relative_to(folder)) for file in weight_files(folder, config))])
     tensors = read_headers(folder, config)
+    refuse_quantized(folder, tensors)
     for name, tensor in tensors.items():
-        if QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
-            raise quantized(folder, f"its weights hold {name}, {tensor.dtype}")
         if 0 in tensor.shape:
             raise ValueError(
                 f"{folder} is not whole: {name} has shape {list(tensor.shape)}, as when a rank of ZeRO-3 saves its own share. Make the "
@@ -86,6 +87,9 @@ def examine_config(folder: Path) -> dict:
     """Return the folder's config.json. Raises ValueError for a model that is not a plain causal language model of text."""
     hub.refuse_pointers(folder, ["config.json"])
     config = read_object(folder / "config.json")
+    for name in OBJECTS:
+        if os.path.lexists(folder / name):
+            read_object(folder / name)
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{folder / 'config.json'} has no model_type, which says what kind of model this is: copy the file again")
     names = {one.name for one in folder.iterdir()}
@@ -103,6 +107,14 @@ def examine_config(folder: Path) -> dict:
 
 def weight_files(folder: Path, config: dict) -> list[Path]:
     """Return the files from which transformers reads the weights. Raises ValueError or FileNotFoundError where they are not whole."""
+    found = _weight_files(folder, config)
+    for file in found:
+        require_file(file)
+    return found
+
+
+def _weight_files(folder: Path, config: dict) -> list[Path]:
+    """Return where the weights should be, by the names in the folder and the index."""
     names = {str(path.relative_to(folder)) for path in folder.iterdir()}
     choices = [name + ending for name in WEIGHTS for ending in ("", INDEX)]
     if own := config.get("transformers_weights"):
@@ -119,7 +131,7 @@ def weight_files(folder: Path, config: dict) -> list[Path]:
             add = ', or add "metadata": {} to it' if key == "metadata" else ""
             raise ValueError(f'{folder / chosen} has no "{key}", which transformers reads: copy the file again{add}')
     files = sorted({str(file) for file in index["weight_map"].values()})
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    if missing := [file for file in files if not (folder / file).exists()]:
         raise FileNotFoundError(
             f"{folder} is not whole: {chosen} names {len(files)} files, of which {len(missing)} are missing ({', '.join(missing[:3])}); "
             "copy them, too"
@@ -129,11 +141,28 @@ def weight_files(folder: Path, config: dict) -> list[Path]:
 
 def read_headers(folder: Path, config: dict) -> dict[str, Tensor]:
     """Return what the folder's safetensors files say of each tensor, by its name; {} for pickles, which only torch can read."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(folder, config):
         if file.suffix == ".safetensors":
-            tensors |= read_header(file)
+            refuse_twice(file, tensors, header := read_header(file))
+            tensors |= header
     return tensors
+
+
+def refuse_twice(file: Path, before: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError if a file holds a tensor that a file `before` it held, too: transformers takes one of the two."""
+    if twice := sorted(set(before) & set(names)):
+        raise ValueError(
+            f"{file.parent} holds {len(twice)} tensors twice: {twice[0]} is in {file.name} and in a file before it, perhaps of another "
+            "download or save. Download or save the model again, into an empty folder"
+        )
+
+
+def refuse_quantized(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError if these tensors are those of a quantized model."""
+    for name, tensor in tensors.items():
+        if QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
+            raise quantized(folder, f"its weights hold {name}, {tensor.dtype}")
 
 
 def refuse_adapter_state(path, names: Iterable[str]) -> None:
@@ -182,7 +211,7 @@ def _quantization(config: dict, names: set[str]) -> str | None:
     """Return by what a model is quantized, with what says so; None for one of which nothing says that it is."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
-            if settings := part.get(key):
+            if (settings := part.get(key)) is not None:
                 method = settings.get("quant_method") if isinstance(settings, dict) else None
                 return f"by {method}, says {key} in config.json" if method else f"says {key} in config.json"
     return next((f"says {name}" for name in QUANTIZATION_FILES if name in names), None)

@@ -1,5 +1,6 @@
 """Which of the accepted forms of a model lies at a path, and what lies beside it. Imports no torch: a command asks before it loads."""
 
+import os
 from pathlib import Path
 
 from posttrain.common import hub
@@ -7,14 +8,14 @@ from posttrain.common.errors import nearest_path
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder
 from posttrain.model import folder
-from posttrain.run.stored import model_problem, read_facts, read_recipe
+from posttrain.run.stored import is_run, model_problem, read_facts, read_recipe
 
 HOW = "Name a Hugging Face folder, a run directory, a folder of a run's checkpoints, or a ckpt.pt file"
 
 
 def is_ckpt_pt(path) -> bool:
-    """Return whether the name is that of a ckpt.pt file (.pt or .pth), there or not."""
-    return str(path).endswith((".pt", ".pth"))
+    """Return whether the name is that of a ckpt.pt file (.pt or .pth), there or not, and not a folder's."""
+    return str(path).endswith((".pt", ".pth")) and not os.path.isdir(path)
 
 
 def find_model(path: str, how_to_make: str, weights: bool = True) -> None:
@@ -33,7 +34,7 @@ def find_model(path: str, how_to_make: str, weights: bool = True) -> None:
             (checkpoint_folder.model_description(place) / "config.json").is_file(),
             "a checkpoint outside its run, whose model/ describes it",
         )
-    elif (place / "run.json").is_file():
+    elif is_run(place):
         if (place / "final").is_dir():
             raise FileNotFoundError(f"{path} is a run; name its result, {place / 'final'}, or one of its checkpoints, checkpoints/step_*")
         found, seen = False, "a run without a result yet; its checkpoints, checkpoints/step_*, are taken, too"
@@ -67,7 +68,7 @@ def source_of(model_path: str, out_dir: str) -> str:
             raise
         run = Path(out_dir)
         saved = [path for path in checkpoint_folder.saved_checkpoints(run / "checkpoints") if checkpoint_folder.is_checkpoint(path)]
-        if not saved or not (run / "run.json").is_file():
+        if not saved or not is_run(run):
             return model_path
         if problem := model_problem(run):
             raise ValueError(f"{problem}, and the model at {model_path} is gone: restore one of the two, and the run goes on") from None
@@ -104,7 +105,7 @@ def newest(place: str) -> str:
     saved nothing yet.
     """
     run = Path(place)
-    if not (run / "run.json").is_file():
+    if not is_run(run):
         saved = checkpoint_folder.saved_checkpoints(run)
         return str(saved[-1]) if saved else place
     final, saved = run / "final", checkpoint_folder.saved_checkpoints(run / "checkpoints")

@@ -33,8 +33,9 @@ from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt, folder
 from posttrain.model.forms import find_model, is_ckpt_pt
 from posttrain.model.left_out import WRAPPERS, sort_out, unwrapped
+from posttrain.operators import positions
 from posttrain.operators.saved_form import as_saved
-from posttrain.run.stored import model_problem
+from posttrain.run.stored import is_run, model_problem
 
 
 def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Callable[[str], None] = print) -> PreTrainedModel:
@@ -61,6 +62,12 @@ def read_config(path: str) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder or hub name. Raises ValueError unless it is a causal language model's."""
     raw = folder.examine_config(_files(path))
     kind, version = raw["model_type"], transformers.__version__
+    for name in ("dtype", "torch_dtype"):
+        if (value := raw.get(name)) is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise ValueError(f"{path}/config.json has {name} {value!r}; expected the name of one, such as float32 or bfloat16")
+    for name in positions.MOST_POSITIONS:
+        if isinstance(most := raw.get(name), int) and most < 2:
+            raise ValueError(f"{path}/config.json has {name} {most}, how many tokens a row may have; expected 2 or more")
     if kind not in CONFIG_MAPPING:
         if raw.get("auto_map"):
             raise ValueError(
@@ -70,14 +77,19 @@ def read_config(path: str) -> PreTrainedConfig:
         raise ValueError(f"{path} is a model of type {kind!r}, which transformers {version} does not know; a newer one may")
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=_is_here(path), trust_remote_code=False)
-        # not config.json's to choose: it could name any kernel of the hub's, which would be fetched and run for every model made of it
-        config._attn_implementation = config._experts_implementation = None
+        _take_from(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{path} is a model of type {kind!r}, which is not a causal language model; name one that is")
     pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and rows > 0 and not -rows <= pad < rows:
         raise ValueError(f"{path}/config.json has pad_token_id {pad}, but vocab_size {rows}, whose ids end at {rows - 1}: set it to null")
     return config
+
+
+def _take_from(config: PreTrainedConfig) -> None:
+    """Set what is not config.json's to choose: it could name any kernel of the hub's, which would be fetched and run for every model."""
+    config._attn_implementation = config._experts_implementation = None
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
 
 
 def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None, say: Callable[[str], None]) -> PreTrainedModel:
@@ -128,6 +140,11 @@ def _refuse_differences(path: str, report: dict, unexpected: list[str]) -> None:
         raise folder.quantized(path, f"its weights hold {next(filter(folder.QUANTIZED.search, unexpected))}")
     folder.refuse_adapter_state(path, unexpected)
     held = f"{len(unexpected)} unexpected tensors ({_some(unexpected)})"
+    if pair := _same_with_another_beginning(missing, unexpected):
+        raise ValueError(
+            f"the model at {path} has other names for its tensors than its config.json calls for, such as {pair[0]} for {pair[1]}. It "
+            "seems to be a part of another model, such as one with images: load it by its own class, and save that part alone"
+        )
     if missing:
         others = f", and has {held}" if unexpected else ""
         raise ValueError(
@@ -139,6 +156,13 @@ def _refuse_differences(path: str, report: dict, unexpected: list[str]) -> None:
             f"the model at {path} has {held}, which the model that its config.json describes does not have: they would be lost. Correct "
             "config.json (layers, biases, architecture), or remove them from the weights if they are not wanted"
         )
+
+
+def _same_with_another_beginning(missing: list[str], unexpected: list[str]) -> tuple[str, str] | None:
+    """Return the first unexpected tensor and the missing one whose name ends alike, if there is one for each; else None."""
+    ends = {f".{name.removeprefix('model.')}": name for name in missing}
+    pairs = [(name, next((ends[end] for end in ends if name.endswith(end)), None)) for name in unexpected]
+    return pairs[0] if pairs and all(other for _, other in pairs) else None  # ty: ignore[invalid-return-type]
 
 
 def _refuse_shapes(path: str, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -185,15 +209,46 @@ def _files(path: str) -> Path:
 def _shapes_in(path: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the files of a folder or hub name, by its name there. Raises ValueError."""
     place = _files(path)
-    with _in_one_sentence(path):
-        config, shapes = read_object(place / "config.json"), {}
-        for file in folder.weight_files(place, config):
-            if file.suffix == ".safetensors":
-                shapes |= {name: tensor.shape for name, tensor in folder.read_header(file).items()}
-            else:
-                state = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-                shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return shapes
+    found: dict[str, folder.Tensor] = {}
+    for file in folder.weight_files(place, read_object(place / "config.json")):
+        one = folder.read_header(file) if file.suffix == ".safetensors" else _tensors_of(file)
+        folder.refuse_twice(file, found, one)
+        found |= one
+    folder.refuse_quantized(place, found)
+    return {name: tensor.shape for name, tensor in found.items()}
+
+
+def _tensors_of(file: Path) -> dict[str, folder.Tensor]:
+    """Return what a file of torch.save says of each tensor, by its name. Raises ValueError for one that is no state dict, or damaged."""
+    with file.open("rb") as opened:
+        begin = opened.read(64)
+    if not begin.startswith((b"PK", b"\x80")):  # a zip archive; versions before torch 1.6 wrote a pickle
+        raise ValueError(f"{file} is no file of torch.save (it begins with {begin[:20]!r}): download it again")
+    if begin.startswith(b"PK") and not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is cut or damaged: copy it again")
+    with _in_one_sentence(file.parent):
+        state = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        seen = ", ".join(map(repr, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{file} holds something else than a model's tensors by name (its keys: {seen}), such as a training's whole state: save "
+            "model.state_dict() alone, or use save_pretrained()"
+        )
+    return {name: folder.Tensor(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in state.items()}
+
+
+def _named_in_config(path, error: Exception) -> str:
+    """Return where config.json has the name that transformers does not know, for a KeyError; else an empty text."""
+    place = Path(path) / "config.json"
+    if not isinstance(error, KeyError) or not error.args or not place.is_file():
+        return ""
+    waiting = list(read_object(place).items())
+    while waiting:
+        name, value = waiting.pop()
+        if value == error.args[0]:
+            return f", which {place} has as {name}, and transformers {transformers.__version__} does not know"
+        waiting += value.items() if isinstance(value, dict) else []
+    return ""
 
 
 @contextlib.contextmanager
@@ -216,7 +271,7 @@ def _in_one_sentence(path) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {path}; if it is private, log in: hf auth login") from error
     except Exception as error:  # of any kind: what a config.json or a file of somebody else's holds may fail anywhere in transformers
-        raise ValueError(f"the model at {path} cannot be loaded: {reason(error)}") from error
+        raise ValueError(f"the model at {path} cannot be loaded: {reason(error)}{_named_in_config(path, error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -227,7 +282,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     Raises ValueError if a file is missing or damaged.
     """
     problem, run = checkpoint_folder.problem(path), checkpoint_folder.model_description(path).parent
-    if not problem and (run / "run.json").is_file():
+    if not problem and is_run(run):
         problem = model_problem(run)
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
@@ -237,7 +292,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     description = checkpoint_folder.model_description(path)
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(description, trust_remote_code=False)
-        config._attn_implementation = config._experts_implementation = None  # as in read_config
+        _take_from(config)
         kind = getattr(transformers, config.architectures[0])
     state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 
-from posttrain.common.errors import first_line
+from posttrain.common.errors import reason
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch
 from posttrain.model.forms import source_of
@@ -90,7 +90,11 @@ def load_policy(
     choices = [("model", note) for note in notes]
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
-    model.get_input_embeddings().padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
+    if jitter := still(model):
+        choices.append(("noise", f"{jitter} is set to 0: noise on what routers see would be drawn anew by each rank and layout"))
     set_dropout(model, recipe.dropout)
     if recipe.dropout:
         choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))
@@ -135,6 +139,16 @@ def set_dropout(model: PreTrainedModel, dropout: float) -> None:
             module.p = 0.0
 
 
+def still(model: PreTrainedModel) -> str:
+    """Set the noise that routers of some experts add in training to 0; returns the setting's name, "" where there is none."""
+    found = sorted({name for module in model.modules() for name, value in vars(module).items() if name.endswith("jitter_noise") and value})
+    for module in model.modules():
+        for name in found:
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    return " and ".join(found)
+
+
 def check_packable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose attention cannot be replaced by one that sees all, or whose head is not a plain linear one."""
     head, why_not = model.get_output_embeddings(), positions.unsupported_attention(model.config)
@@ -166,7 +180,8 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
         if known:
             raise
         # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
-        raise ValueError(f"{kind} cannot be trained packed: {first_line(error)}; {KNOWN}") from error
+        own = str(error) if isinstance(error, ValueError) else f"transformers' code of it does not take packed rows ({reason(error)})"
+        raise ValueError(f"{kind} cannot be trained packed: {own}; {KNOWN}") from error
     if not plain.isfinite().all():
         raise ValueError(f"the {kind} gives log-probs that are not finite: its weights are damaged, or its training diverged")
     difference = (plain - packed).abs().max().item()

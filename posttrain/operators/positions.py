@@ -27,6 +27,7 @@ def longest_position(config) -> int | None:
     """
     stated = next((most for name in MOST_POSITIONS if (most := getattr(config, name, None))), None)
     rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope  # where each kind of layer has its own, the others see a window only
     # with `linear`, which needs no other key, `stated` may be the scaled limit already; `dynamic` scales beyond it
     original = rope.get("original_max_position_embeddings") or (stated if rope.get("rope_type") == "dynamic" else None)
     if not stated or not original or rope.get("rope_type") not in SCALED or not rope.get("factor"):

@@ -32,6 +32,7 @@ def run_script(script: Callable[[], None]) -> None:
     """
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(_too_old())
+    _open_closed_streams()
     _use_utf8()
     here = launch_or_alone()
     rank = here.rank
@@ -76,6 +77,17 @@ def run_script(script: Callable[[], None]) -> None:
 def is_rank_0() -> bool:
     """Whether this process is the first rank, or the only one; known before there is a process group."""
     return launch_or_alone().rank == 0
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that were closed, as by `>&-`, to /dev/null: else the next file opened would be taken for one of them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
 
 
 def _use_utf8() -> None:

@@ -13,12 +13,15 @@ from pydantic.fields import FieldInfo
 from posttrain.common import places
 from posttrain.objectives.losses import LOSSES
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(gt=0)]
-Period = Annotated[int, Field(ge=0)]  # in optimizer steps; 0 = off
+MOST = 2**31 - 1  # of steps, tokens, examples and seconds: libraries count them in 32 bits
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Count = Annotated[int, Field(gt=0, le=MOST)]
+Period = Annotated[int, Field(ge=0, le=MOST)]  # in optimizer steps; 0 = off
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[str, BeforeValidator(lambda value: places.expanded(value) if isinstance(value, str) else value)]  # a path, or a hub name
+Place = Annotated[
+    str, Field(min_length=1), BeforeValidator(lambda value: places.expanded(value) if isinstance(value, str) else value)
+]  # a path, or a hub name
 
 
 def _seconds(value):
@@ -30,7 +33,7 @@ def _seconds(value):
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=MOST)]
 
 
 # when an existing run may be given another value of a key; same content: another path to the same weights, data or tokenizer
@@ -67,7 +70,7 @@ class Recipe(BaseModel):
     usual_epochs: ClassVar[float]  # the length of a run for which neither epochs nor max_iters is given
     example_data: ClassVar[str]  # a dataset of the hub that suits it, for error messages
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     out_dir: Place = free_key(..., "run directory; giving the same command again resumes the run in it")
     tokenizer: Place | None = key(

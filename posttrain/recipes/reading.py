@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from posttrain.common.errors import nearest
-from posttrain.common.files import read_whole
+from posttrain.common.files import UniqueKeys, read_whole
 from posttrain.common.hub import is_hub_name
 from posttrain.common.places import command, expanded, in_this_form
 from posttrain.objectives.losses import LOSSES
@@ -237,22 +237,12 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
     text = read_whole(path)
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)
+        values = yaml.load(text, Loader=UniqueKeys)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # by what stands where a key or a number should be
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold `key: value` lines, saw {type(values).__name__}")
     return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Raises an error for a key that is set twice, of which PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise yaml.YAMLError(f"{_names(twice)} is set twice")
-        return super().construct_mapping(node, deep)
 
 
 def _refuse_other_kind(kind: type[Recipe], file: dict, path: Path) -> None:

@@ -56,7 +56,7 @@ class Run:
         self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
-        if (self.path / "run.json").exists():  # on every rank, so that all raise
+        if stored.is_run(self.path):  # on every rank, so that all raise
             began_with = read_facts(self.path, "inputs")["inputs"]
             if began_with.keys() != inputs.keys():
                 raise ValueError(
@@ -129,7 +129,7 @@ class Run:
         terminal.keep_noise_in(self.path / LOGS / f"rank_{self.rank}.log")
         if self.rank:
             return
-        if not (self.path / "run.json").exists():
+        if not stored.is_run(self.path):
             self._create(total_steps, describe_model, manifest)
         else:
             self._mend(describe_model)

@@ -99,7 +99,7 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
     """Return the runs, named by their folders; where two are alike, by their paths. Raises ValueError for one that is damaged or none."""
     runs, names = [], [path.resolve().name for path in paths]
     for number, path in enumerate(paths):
-        if not (path / "run.json").is_file():
+        if not stored.is_run(path):
             inside = sorted(str(one.parent) for one in path.glob("*/run.json")) if path.is_dir() else []
             hint = f"; there are {', '.join(inside)}" if inside else ""
             raise ValueError(f"{path} is not a run: it has no run.json{hint}")

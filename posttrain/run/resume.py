@@ -5,7 +5,7 @@ from pathlib import Path
 from posttrain.common import terminal
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, SAME_CONTENT, Recipe
-from posttrain.run.stored import read_facts, read_recipe
+from posttrain.run.stored import is_run, read_facts, read_recipe
 
 LOGS = "logs"
 CREATING = ".creating"  # this file exists while a run is created: after a crash there is no run yet, and the same command starts it again
@@ -20,7 +20,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     form = {"batch_size": recipe.batch_size, "gradient_accumulation_steps": recipe.gradient_accumulation_steps}
     batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
     out_dir = Path(recipe.out_dir)
-    if (out_dir / "run.json").is_file():
+    if is_run(out_dir):
         stored = read_facts(out_dir, "kind", "plan_version", "batch_form", "total_steps")
         if stored["kind"] != recipe.kind:
             raise ValueError(f"{out_dir} holds a {stored['kind']} run; give another --out_dir")

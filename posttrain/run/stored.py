@@ -1,25 +1,21 @@
 """Reads what a run's directory holds about the run, and says which file, and which line of it, is damaged. Imports no torch."""
 
+import os
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from posttrain.common import files
+from posttrain.common.records import Record, check_record
 
 ADVICE = "Restore it from a copy. Without one, start a new run with another --out_dir; it can begin from this one's final/ or a checkpoint"
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 Moment = Annotated[str, AfterValidator(datetime.fromisoformat)]
 
 
-class _Form(BaseModel):
-    """The types of known keys, where they are there; others may be there, too."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Start(_Form):
+class _Start(Record):
     """A start of the run."""
 
     when: Moment
@@ -29,30 +25,30 @@ class _Start(_Form):
     states: dict[str, float]
 
 
-class _Fitted(_Form):
+class _Fitted(Record):
     """The value that max_tokens_per_gpu: auto has found, and the setting in which it was."""
 
     setting: dict = Field(alias="as")
     max_tokens_per_gpu: int
 
 
-class _Facts(_Form):
+class _Facts(Record):
     """run.json."""
 
     kind: Literal["sft", "dpo"] = "sft"
-    inputs: dict[str, str] = {}
-    packages: dict[str, str] = {}
+    inputs: dict[str, str] = Field({})
+    packages: dict[str, str] = Field({})
     total_steps: Step = 0
     warmup_iters: Step | None = None
-    starts: list[_Start] = []
+    starts: list[_Start] = Field([])
     ended: Moment = ""
-    finished: dict[str, float | None] = {}
-    extended: list[dict] = []
-    model_files: dict[str, dict] = {}
+    finished: dict[str, float | None] = Field({})
+    extended: list[dict] = Field([])
+    model_files: dict[str, dict] = Field({})
     fitted: _Fitted | None = None
 
 
-class _Recipe(_Form):
+class _Recipe(Record):
     """recipe.yaml, which is flat."""
 
     global_batch_size: int | None = None
@@ -65,19 +61,19 @@ class _Recipe(_Form):
     __pydantic_extra__: dict[str, bool | int | float | str | None]  # ty: ignore[incompatible-mutable-override]
 
 
-class _Manifest(_Form):
+class _Manifest(Record):
     """data.json, as far as it is shown."""
 
-    class _Entry(_Form):
+    class _Entry(Record):
         rows: int
 
-    class _Tokens(_Form):
+    class _Tokens(Record):
         per_epoch: int
         trained_per_epoch: int
         longest: int
 
-    counts: dict[str, int]
-    rows: int
+    counts: dict[str, Step]
+    rows: Step
     sources: list[str]
     tokens: _Tokens
     template_name: str = ""
@@ -86,7 +82,7 @@ class _Manifest(_Form):
     notes: list[str]
 
 
-class _Metrics(_Form):
+class _Metrics(Record):
     """A line of metrics.jsonl; None stands for a number that was not finite."""
 
     step: Step
@@ -102,10 +98,10 @@ class _Metrics(_Form):
     __pydantic_extra__: dict[str, float | None]  # ty: ignore[incompatible-mutable-override]
 
 
-class _Samples(_Form):
+class _Samples(Record):
     """A line of samples.jsonl."""
 
-    class _Sample(_Form):
+    class _Sample(Record):
         prompt: str
         answer: str
         tokens: int
@@ -114,7 +110,7 @@ class _Samples(_Form):
     samples: list[_Sample]
 
 
-class _Finding(_Form):
+class _Finding(Record):
     """A line of health.jsonl."""
 
     step: Step
@@ -123,13 +119,18 @@ class _Finding(_Form):
     todo: str
 
 
-class _BadBatch(_Form):
+class _BadBatch(Record):
     """A line of bad_batches.jsonl."""
 
     step: Step
 
 
 LOGS = {"metrics.jsonl": _Metrics, "samples.jsonl": _Samples, "health.jsonl": _Finding, "bad_batches.jsonl": _BadBatch}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: it has run.json, which may be damaged."""
+    return os.path.lexists(folder / "run.json")
 
 
 def read_facts(run: Path, *needed: str) -> dict:
@@ -149,7 +150,7 @@ def read_data(run: Path) -> dict | None:
 
 def read_log(run: Path, name: str) -> list[dict]:
     """Return the records of one of LOGS, none if it is not there. Raises ValueError naming a damaged line."""
-    return files.read_json_lines(run / name, lambda record: _check(record, LOGS[name]))
+    return files.read_json_lines(run / name, lambda record: check_record(record, LOGS[name]))
 
 
 def cut_log(run: Path, name: str, first_step: int) -> list[int]:
@@ -158,14 +159,14 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
     They are moved to NAME.damaged, so that nothing is lost and all others can be read. A last line without a line end was cut by a crash.
     """
     path = run / name
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     files.require_file(path)
     *lines, last = path.read_bytes().split(b"\n")
     kept, damaged = [], {}
     for number, line in enumerate([*lines, last] if first_step > 1 else [], 1):
         try:
-            record = files.parse_line(line, lambda record: _check(record, LOGS[name]))
+            record = files.parse_line(line, lambda record: check_record(record, LOGS[name]))
         except ValueError:
             damaged |= {number: line} if number <= len(lines) else {}
         else:
@@ -196,25 +197,16 @@ def model_problem(run: Path) -> str | None:
     return None
 
 
-def _read(path: Path, form: type[_Form], needed: tuple[str, ...]) -> dict:
+def _read(path: Path, form: type[Record], needed: tuple[str, ...]) -> dict:
     """Return the object of a file. Raises ValueError if it is missing or damaged, lacks a key, or has a value of another type."""
     try:
         found = files.read_object(path)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{error}. {ADVICE}") from error
     try:
-        _check(found, form)
+        check_record(found, form)
         if missing := [name for name in needed if name not in found]:
             raise ValueError(f"it lacks {' and '.join(missing)}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. {ADVICE}") from error
     return found
-
-
-def _check(record: dict[str, Any], form: type[_Form]) -> None:
-    """Raise ValueError naming the first key of `record` that is missing or of another type than `form` says."""
-    try:
-        form.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -20,7 +20,7 @@ from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, this_machine
 from posttrain.planning.planner import Planner
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
-from posttrain.run.stored import read_facts
+from posttrain.run.stored import is_run, read_facts
 from posttrain.training.inputs import check_lengths
 from posttrain.training.state import Training
 from posttrain.training.step import try_largest
@@ -111,7 +111,7 @@ def _setting(recipe: Recipe, device: torch.device) -> dict:
 def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
     """Return the number that an earlier start of this run has found in the same setting, None if there is none."""
     run = Path(recipe.out_dir)
-    found = read_facts(run).get("fitted") if (run / "run.json").exists() else None
+    found = read_facts(run).get("fitted") if is_run(run) else None
     return found["max_tokens_per_gpu"] if found and found["as"] == _setting(recipe, device) else None
 
 

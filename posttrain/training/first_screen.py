@@ -56,12 +56,14 @@ def _warnings(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
         if not least <= recipe.beta <= most:
             yield f"beta {recipe.beta:g} is outside the range usual for loss {recipe.loss}, {least:g} to {most:g}"
     if steps <= recipe.warmup_iters:
-        yield f"warmup_iters {recipe.warmup_iters} is longer than the run: learning_rate {recipe.learning_rate:g} is never reached"
+        yield f"warmup_iters {recipe.warmup_iters} is as long as the run: learning_rate {recipe.learning_rate:g} is never reached"
     if recipe.decay_lr and not recipe.min_lr and (end := recipe.lr_decay_iters or steps) < steps:
         yield (
             f"lr_decay_iters {end} is before the last step, {steps}, and min_lr is 0: the last {steps - end} steps are made at learning "
             "rate 0 and change nothing. Leave lr_decay_iters out, or set min_lr"
         )
+    if recipe.lr_decay_iters and recipe.lr_decay_iters > steps:
+        yield f"lr_decay_iters {recipe.lr_decay_iters} is after the last step, {steps}: the learning rate does not come down to min_lr"
     if recipe.epochs and steps < FEW_STEPS and recipe.global_batch_size > SMALL_BATCH:
         yield (
             f"{steps} steps are few, since a step takes {recipe.global_batch_size} examples: with so few rows a smaller global_batch_size "

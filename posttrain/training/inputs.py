@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.common.places import command
 from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
+from posttrain.data.manifest import again
 from posttrain.data.prepared import PreparedData, Split
 from posttrain.model.forms import find_model, source_of, tokenizer_beside
 from posttrain.operators import positions
@@ -59,20 +59,11 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
         if manifest[what] != value:
             raise ValueError(
                 f"{recipe.data_dir} was prepared with another {what}, {maker}'s, than {place}'s: its token ids would mean other words. "
-                f"Prepare the data again:\n    {_again(recipe, manifest)}"
+                f"Prepare the data again:\n    {again(manifest, f'{recipe.data_dir}_again', recipe.tokenizer or recipe.model_path)}"
             )
     if isinstance(recipe, DPORecipe) and recipe.checks == "on" and not recipe.tokenizer and tokenizer_beside(source):
         _check_template(chat, recipe)
     return chat
-
-
-def _again(recipe: Recipe, manifest: dict) -> str:
-    """Return the command that prepares the same rows with the model's tokenizer."""
-    options = manifest["options"]
-    words = [word for name in options.get("dataset") or [] for word in ("--dataset", name)]
-    words += ["--source", options["source"]] if options.get("source") else []
-    words += ["--tokenizer", recipe.tokenizer or recipe.model_path, "--template", options.get("template", "chatml")]
-    return command(f"prepare-{recipe.kind}", *words, "--output_dir", f"{recipe.data_dir}_again")
 
 
 def _check_template(chat: ChatFormat, recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from posttrain.data import batches
 from posttrain.recipes.keys import Recipe
 from posttrain.recipes.reading import refuse_decay_in_warmup
-from posttrain.run.stored import read_facts
+from posttrain.run.stored import is_run, read_facts
 
 
 def total_steps(recipe: Recipe, num_examples: int) -> int:
@@ -25,10 +25,8 @@ def with_warmup(recipe: Recipe, steps: int) -> Recipe:
     if recipe.warmup_ratio is None:
         return recipe
     run = Path(recipe.out_dir)
-    if (run / "run.json").exists():
-        warmup = read_facts(run, "warmup_iters")["warmup_iters"]
-    else:
-        warmup = min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
+    share = min(math.ceil(recipe.warmup_ratio * steps), steps - 1)
+    warmup = read_facts(run, "warmup_iters")["warmup_iters"] if is_run(run) else share
     recipe = recipe.model_copy(update={"warmup_iters": warmup})
     refuse_decay_in_warmup(recipe)
     return recipe
