@@ -57,8 +57,8 @@ def run(whole, tmp_path) -> Path:
 
 
 def replaced(name: str, value):
-    """Damage a value of run.json."""
-    return lambda content: json.dumps(json.loads(content) | {name: value}).encode()
+    """Damage a value of run.json, as a version without checksums might have written it."""
+    return lambda content: json.dumps({key: one for key, one in json.loads(content).items() if key != "checksum"} | {name: value}).encode()
 
 
 EVERY_FORM = {
@@ -167,6 +167,16 @@ def test_a_damaged_line_of_a_log_is_named(run, name, how):
     path.write_bytes(b"\n".join([first, LINES[how], *others, b'{"step": 9, "sp']))  # the end was cut by a crash
     message = told(report.read_runs, [run])
     assert f"{path}:2 is damaged: " in message or f"{path}:2 is not UTF-8" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("warmup_iters", 3), ("total_steps", 1), ("kind", "dpo"), ("inputs", {"data": "2", "model": "2"})]
+)
+def test_a_value_of_run_json_that_was_changed_is_seen(run, name, value):
+    """A right one of its kind, which would make another curve or refuse the run's own data."""
+    path = run / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert f"{path} is damaged: it is not what was written" in told(of_report, run)
 
 
 @pytest.mark.parametrize("how", OTHERS)

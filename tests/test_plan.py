@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, launch, python
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
@@ -53,17 +53,12 @@ def test_six_runs_came_within_the_bounds():
         assert abs(result["predicted"]["step_seconds"] / result["measured"]["step_seconds"] - 1) < 0.20, one
 
 
+SHAPE = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
 @pytest.fixture(scope="module")
 def small():
-    shape = {
-        "vocab_size": 500,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    return Qwen3Config(**shape, num_hidden_layers=6, max_position_embeddings=2048)
+    return Qwen3Config(**SHAPE, num_hidden_layers=6, max_position_embeddings=2048)
 
 
 def test_what_a_gpu_takes_does_not_depend_on_this_machines_cpu(small, cpu_has_bfloat16):
@@ -86,6 +81,21 @@ def test_activations_grow_with_layers_and_tokens(small):
     )
     assert 1.7 < two / one < 2
     assert 1.9 < longer / one < 2.1
+
+
+def test_a_model_with_a_frozen_parameter_is_counted():
+    """The bias of Ernie 4.5's router is one."""
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0}
+    config = AutoConfig.for_model("ernie4_5_moe", **SHAPE, num_hidden_layers=2, moe_layer_end_index=1, **experts)
+    with torch.device("meta"):
+        assert not all(one.requires_grad for one in AutoModelForCausalLM.from_config(config).parameters())
+    assert count_working(config, rows(4, 250, 20), BF16, "none", fused=False)[0] > 0
+
+
+def test_a_model_that_is_not_trained_is_not_counted():
+    config = AutoConfig.for_model("mamba", vocab_size=500, hidden_size=64, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be trained packed: it uses linear_attention"):
+        count_working(config, rows(4, 250, 20), BF16, "none", fused=False)
 
 
 def on_8_gpus(zero: Zero, count: int, has_reference: bool = False) -> Parts:

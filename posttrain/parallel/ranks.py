@@ -11,6 +11,8 @@ from posttrain.common.errors import described, first_line, is_mistake
 from posttrain.parallel import rendezvous, watchdog
 from posttrain.parallel.launched import Launch
 
+OPEN_FILES = "A process may have too few files open here, and every rank needs one for each other rank: ulimit -n 65536"
+
 
 def connect(backend: str, device: torch.device, seconds: float, launch: Launch) -> dist.Store:
     """Set up the process group, with a connection from every rank to every other, and start the watchdog. All ranks.
@@ -27,8 +29,9 @@ def connect(backend: str, device: torch.device, seconds: float, launch: Launch) 
         dist.init_process_group(backend, **how)
         dist.all_reduce(torch.zeros(1, device=device))
     except RuntimeError as error:
+        advice = OPEN_FILES if "Too many open files" in str(error) else rendezvous.INTERFACES
         raise ValueError(
-            f"rank {launch.rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {rendezvous.INTERFACES}"
+            f"rank {launch.rank} on {socket.gethostname()} cannot connect to the other ranks: {first_line(error)}. {advice}"
         ) from error
     watchdog.enter("start")
     return store

@@ -134,7 +134,7 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
         if fused:
             _take_memory_of_fused_kernels(model)
         checkpoint_activations(model, checkpointing)
-        for parameter in model.parameters():
+        for parameter in filter(lambda one: one.requires_grad, model.parameters()):  # some routers' bias is a frozen parameter
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         batch = batch._replace(
             **{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
@@ -183,7 +183,8 @@ def _with_layers(config, layers: int):
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+        with contextlib.suppress(AttributeError):  # of a config that derives them, as Mamba's
+            config.layer_types = config.layer_types[:layers]
     if same_frequencies_until(config):  # which frequencies a row gets is read from its positions
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     return config

@@ -83,9 +83,7 @@ class Run:
         own = {"batch_form": form, "total_steps": total_steps, "warmup_iters": self.recipe.warmup_iters, "wandb_id": uuid.uuid4().hex[:8]}
         own["model_files"] = stored.model_files(self.path)
         files.sync_files(self.path / "model")
-        files.write_whole(
-            self.path / "run.json", json.dumps(self.facts | own, indent=2) + "\n"
-        )  # last: its presence makes the folder a run
+        stored.write_facts(self.path, self.facts | own)  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
 
     def _mend(self, describe_model: Callable[[Path], None]) -> None:
@@ -171,7 +169,7 @@ class Run:
         facts = read_facts(self.path)
         for name, value in changes.items():
             facts[name] = [*facts.get(name, []), *value] if isinstance(value, list) else value
-        files.write_whole(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+        stored.write_facts(self.path, facts)
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Record the metrics of a step: in metrics.jsonl, in all trackers (as SPLIT/NAME), and for the health checks.

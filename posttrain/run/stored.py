@@ -1,10 +1,12 @@
 """Reads what a run's directory holds about the run, and says which file, and which line of it, is damaged. Imports no torch."""
 
+import json
 import os
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import xxhash
 from pydantic import AfterValidator, Field, model_validator
 
 from posttrain.common import files
@@ -135,7 +137,21 @@ def is_run(folder: Path) -> bool:
 
 def read_facts(run: Path, *needed: str) -> dict:
     """Return what run.json holds; the keys `needed` are there. Raises ValueError, with what to do, if it is missing or damaged."""
-    return _read(run / "run.json", _Facts, needed)
+    facts = _read(run / "run.json", _Facts, needed)
+    written = facts.pop("checksum", None)  # versions before 0.2 wrote none
+    if written not in (None, _checksum(facts)):
+        raise ValueError(f"{run / 'run.json'} is damaged: it is not what was written (its checksum differs). {ADVICE}")
+    return facts
+
+
+def write_facts(run: Path, facts: dict) -> None:
+    """Write run.json, with a checksum of `facts`."""
+    files.write_whole(run / "run.json", json.dumps(facts | {"checksum": _checksum(facts)}, indent=2) + "\n")
+
+
+def _checksum(facts: dict) -> str:
+    """Return the XXH3 checksum of what run.json holds besides it."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def read_recipe(run: Path, *needed: str) -> dict:
