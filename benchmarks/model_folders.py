@@ -3,7 +3,8 @@
 
 Bases with folders as people have them (tests/bases.py) go through data preparation and SFT by the real commands, for one step of a
 learning rate near 0, in float32. Then plain transformers computes the log-probs of a few rows with the base and with final/, for which
-they should be the same. `--before CHECKOUT` does the same with another checkout of this repository beside it.
+they should be the same. `--before CHECKOUT` does the same with another checkout of this repository beside it. Words choose the cases whose
+titles begin with one of them; the other rows of the file stay as they are.
 """
 
 import argparse
@@ -45,23 +46,28 @@ with torch.no_grad():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
-    before = parser.parse_args().before
+    parser.add_argument("titles", nargs="*", metavar="TITLE", help="the beginning of a case's title; without any all are measured")
+    options = parser.parse_args()
+    file, chosen = RESULTS / "model_folders.json", tuple(options.titles) or ("",)
+    rows = {row["case"]: row for row in json.loads(file.read_text(encoding="utf-8"))["cases"]} if options.titles else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny, older = make_tiny(folder), folder / "older"
         install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", sys.executable, "--target", older]
         subprocess.run([*install, OLDER], check=True)
-        rows = []
-        for title, (make, measure) in CASES.items():
-            row = {"case": title}
-            for when, code in (("before", before), ("after", ROOT)):
+        for number, (title, (make, measure)) in enumerate(CASES.items()):
+            if not title.startswith(chosen):
+                continue
+            rows[title] = {"case": title}
+            for when, code in (("before", options.before), ("after", ROOT)):
                 if code:
-                    place = folder / f"{len(rows)}_{when}"
-                    row[when] = measure(SimpleNamespace(code=code, tiny=tiny, place=place, older=older, base=make(tiny, place / "base")))
-            rows.append(row)
-            print(row, flush=True)
-    content = {"machine": machine(), "versions": versions("torch", "transformers", "deepspeed"), "cases": rows}
-    (RESULTS / "model_folders.json").write_text(as_text(content), encoding="utf-8")
+                    place = folder / f"{number}_{when}"
+                    case = SimpleNamespace(code=code, tiny=tiny, place=place, older=older, base=make(tiny, place / "base"))
+                    rows[title][when] = measure(case)
+            print(rows[title], flush=True)
+            ordered = [rows[title] for title in CASES if title in rows]
+            content = {"machine": machine(), "versions": versions(), "cases": ordered}
+            file.write_text(as_text(content), encoding="utf-8")
 
 
 def train(case: SimpleNamespace, base: Path, out: str = "run", *more: str) -> tuple[Path, str]:
@@ -90,13 +96,13 @@ def logps(folder: Path, older: Path | None = None) -> list[torch.Tensor]:
 def of_the_result(case: SimpleNamespace) -> str:
     """Measure how far final/ is from the base, which a step of this learning rate does not change."""
     run, error = train(case, case.base)
-    return f"refused: {error[:80]}" if error else nats(logps(case.base), logps(run / "final"))
+    return "refused" if error else nats(logps(case.base), logps(run / "final"))
 
 
 def in_transformers_4(case: SimpleNamespace) -> str:
     """Measure how far final/, opened by transformers 4, is from the base in transformers 5."""
     run, error = train(case, case.base)
-    return f"refused: {error[:80]}" if error else nats(logps(case.base), logps(run / "final", case.older))
+    return "refused" if error else nats(logps(case.base), logps(run / "final", case.older))
 
 
 def of_the_loss(case: SimpleNamespace) -> str:
@@ -105,7 +111,7 @@ def of_the_loss(case: SimpleNamespace) -> str:
 
     run, error = train(case, case.base, "run", "--global_batch_size=53")  # all rows of the tiny world
     if error:
-        return f"refused: {error[:80]}"
+        return "refused"
     model = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32).eval()
     total = count = 0
     for row in sorted(load_from_disk(f"{case.tiny.sft}/train"), key=lambda row: len(row["input_ids"])):
@@ -151,10 +157,10 @@ def without_biases(case: SimpleNamespace) -> str:
     right = logps(case.base)
     bases.edit(case.base, {"attention_bias": False})
     run, error = train(case, case.base)
-    return f"refused: {error[:80]}" if error else nats(right, logps(run / "final"))
+    return "refused" if error else nats(right, logps(run / "final"))
 
 
-LONGROPE = {"original_max_position_embeddings": 24, "pad_token_id": 0, "rope_parameters": bases.LONGROPE}
+LONGROPE = {"original_max_position_embeddings": 32, "pad_token_id": 0, "rope_parameters": bases.LONGROPE}
 CASES = {
     "1. persistent buffers of an activation (Apertus)": (bases.with_activation_buffers, of_the_result),
     "1. a router's correction bias (DeepSeek V3)": (bases.with_router_bias, of_the_result),

@@ -1,5 +1,6 @@
 """The benchmarks still run, and count as they say. What they measure is no test's business."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ def test_ratios_are_taken_within_a_round():
     assert summarise(mine, theirs, "tokens_per_second")["times_faster"] == [3.0, 2.0, 4.0]
     assert summarise([], theirs, "tokens_per_second") == {"tokens_per_second": 5, "peak_mb": 1.0}
     assert as_text({"runs": [{"step_seconds": [0.1, 2]}]}) == '{\n  "runs": [\n    {\n      "step_seconds": [0.1, 2]\n    }\n  ]\n}\n'
+
+
+def test_the_table_of_model_folders_is_that_of_its_file():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "model_folders.json").read_text())["cases"]
+    text = (ROOT / "docs" / "correctness.md").read_text()
+    rows = "\n".join(f"| {case['case']} | {case['before']} | {case['after']} |" for case in cases)
+    assert f"| folder | before | now |\n|---|---|---|\n{rows}\n\n" in text
 
 
 def test_the_tables_in_the_texts_are_those_of_the_result_files():
