@@ -162,7 +162,7 @@ def _same_with_another_beginning(missing: list[str], unexpected: list[str]) -> t
     """Return the first unexpected tensor and the missing one whose name ends alike, if there is one for each; else None."""
     ends = {f".{name.removeprefix('model.')}": name for name in missing}
     pairs = [(name, next((ends[end] for end in ends if name.endswith(end)), None)) for name in unexpected]
-    return pairs[0] if pairs and all(other for _, other in pairs) else None  # ty: ignore[invalid-return-type]
+    return pairs[0] if pairs and all(other for _, other in pairs) else None
 
 
 def _refuse_shapes(path: str, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
