@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +22,11 @@ from posttrain.common import hub
 from posttrain.data.parts import Refused
 
 Row = dict | Refused
+LONGEST_LINE = 2**26  # bytes of a row; a line without an end, as a few packed bytes can hold, would take all memory
+
+
+class _Twice(ValueError):
+    """Raised for an object in which a key is there twice, of which json would keep the last without a word."""
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -60,18 +66,22 @@ def _json(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         if (start := file.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path} is UTF-16 (it starts with {start!r}); save it as UTF-8")
-        first = file.readline().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         while first and not first.strip():
-            first = file.readline()
+            first = next(lines, b"")
         if first.lstrip().startswith(b"["):
-            yield from _json_list(path, first + file.read())
+            try:
+                yield from _json_list(path, first + file.read())
+            except MemoryError:
+                raise ValueError(f"{path} is a JSON list that does not fit into memory: save it as JSONL, a row a line") from None
         else:
-            yield from _json_lines(path, itertools.chain([first], file))
+            yield from _json_lines(path, itertools.chain([first], lines))
 
 
 def _json_list(path: Path, content: bytes) -> Iterator[Row]:
     try:
-        rows = json.loads(content)
+        rows = json.loads(content, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -84,17 +94,31 @@ def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"{path}: line {number} has more than {LONGEST_LINE >> 20} MB, which no row for training has")
         try:
             text = line.decode()
         except UnicodeDecodeError:
             yield Refused("not UTF-8")
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_unique)
+        except _Twice as error:
+            yield Refused(str(error))
+            continue
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(path, f"line {number}", row)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    """Return a JSON object. Raises _Twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {next(name for name in found if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _object(path: Path, place: str, row) -> dict:

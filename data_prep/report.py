@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from data_prep.choose import Chosen
 from data_prep.sources import Source, count_rows
 from data_prep.staging import Chunk, column
 from posttrain.common.places import command
+from posttrain.common.visible import visible
 
 console = Console(highlight=False, soft_wrap=True)
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -29,7 +32,7 @@ class RowProgress:
         )  # fmt: skip
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         total = count_rows(source, max_samples) if console.is_terminal else None  # counting reads the files
-        self.task = self.progress.add_task(source.label, total=total, completed=start, speed="")
+        self.task = self.progress.add_task(escape(visible(source.label)), total=total, completed=start, speed="")
 
     def __enter__(self):
         self.progress.start()
@@ -95,12 +98,12 @@ def show(output: Path, manifest: dict) -> None:
         table = Table("rows", "dropped or changed", "first", box=None, header_style="bold", pad_edge=False)
         table.columns[0].justify = "right"
         for cause, entry in manifest["ledger"].items():
-            table.add_row(f"{entry['rows']:,}", cause, entry["first"])
+            table.add_row(f"{entry['rows']:,}", Text(visible(cause)), Text(visible(entry["first"])))
         for what, count in manifest["changes"].items():
-            table.add_row(f"{count:,}", f"changed: {what}", "")
+            table.add_row(f"{count:,}", Text(visible(f"changed: {what}")), "")
         console.print(table)
     for note in manifest["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(visible(f"note: {note}"), markup=False)
     widest = max(tokens["histogram"].values(), default=1)
     table = Table("tokens", "rows", "", box=None, header_style="bold", pad_edge=False)
     table.columns[0].justify = table.columns[1].justify = "right"

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
 from data_prep.proof import answer_texts, proof, span_texts, without_ends
+from posttrain.common.visible import visible
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.data.encoding import decode_after
@@ -66,7 +68,10 @@ def show(options: argparse.Namespace) -> None:
     console = Console(highlight=False)
     coloured = console.color_system is not None
     for number, source, parts in shown:
-        console.rule(f"{options.split} {number} · {source} · {sum(len(p.ids) for b in parts for p in b.pieces)} tokens", style="blue")
+        console.rule(
+            f"{options.split} {number} · {escape(visible(source))} · {sum(len(p.ids) for b in parts for p in b.pieces)} tokens",
+            style="blue",
+        )
         answers = [Panel(_rich(block, options.ids, coloured), title=block.title, title_align="left") for block in parts[1:]]
         console.print(_rich(parts[0], options.ids, coloured))
         if answers:
@@ -155,7 +160,7 @@ def _rich(block: Block, ids: bool, coloured: bool) -> Text:
         if piece.trained != within and not coloured:
             text.append("\u27e6" if piece.trained else "\u27e7")
         within = piece.trained
-        text.append(piece.text, style=" ".join(style for style, on in ((TRAINED, piece.trained), (SPECIAL, piece.special)) if on))
+        text.append(visible(piece.text), style=" ".join(style for style, on in ((TRAINED, piece.trained), (SPECIAL, piece.special)) if on))
         if ids and piece.ids:
             text.append(f" {piece.ids} ", style="yellow")
     return text
@@ -184,7 +189,7 @@ def _page(directory: str, split: str, shown: list[tuple[int, str, list[Block]]],
     """The HTML page of some rows, each as (number, source, blocks)."""
     rows = []
     for number, source, parts in shown:
-        rows.append(f'<h2>{split} {number} · {html.escape(source)}</h2><div class="row" dir="auto">{_html(parts[0], ids)}</div>')
+        rows.append(f'<h2>{split} {number} · {html.escape(visible(source))}</h2><div class="row" dir="auto">{_html(parts[0], ids)}</div>')
         if parts[1:]:
             answers = (f'<div class="row" dir="auto"><h3>{block.title}</h3>{_html(block, ids)}</div>' for block in parts[1:])
             rows.append(f'<div class="pair">{"".join(answers)}</div>')
@@ -196,7 +201,7 @@ def _html(block: Block, ids: bool) -> str:
     spans = []
     for piece in block.pieces:
         classes = " ".join(name for name, on in (("t", piece.trained), ("s", piece.special)) if on)
-        spans.append(f'<span class="{classes}">{html.escape(piece.text)}</span>')
+        spans.append(f'<span class="{classes}">{html.escape(visible(piece.text))}</span>')
         if ids:
             spans.append(f'<span class="i">{html.escape(str(piece.ids))}</span>')
     return "".join(spans)

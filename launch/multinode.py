@@ -6,11 +6,14 @@ Environment:
   MASTER_ADDR, MASTER_PORT     where the ranks meet: an address of the first host, and 29500
   NODE_RANK                    0 on the first host, 1 on the second, ...: the same command on every host, without ssh between them
 
-Environment variables of PASSED_ON are set for all ranks. Repository, environment, data and models must lie at the same paths on all hosts.
+Environment variables of PASSED_ON are set for all ranks; tokens and keys among them go by ssh into a file that only their owner may read,
+and not onto a command line, which all users of a host see. Repository, environment, data and models must lie at the same paths on all
+hosts.
 A signal goes to the ranks, which save and stop.
 """
 
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -33,8 +37,11 @@ from supervise import MISTAKE, Supervisor, split_restarts
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")  # in the names of variables that no other user may read
 KEEP_ALIVE = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 STARTING = 120  # seconds within which ranks have started
+SECRETS = "POSTTRAIN_SECRETS"  # names the file of `place_secrets`, which posttrain/parallel/script.py reads
+NOT_PASSED_ON = ("POSTTRAIN_API_KEY", SECRETS)  # the key is a server's
 PLAIN = re.compile(r"[\w@%+=:,./~-]*")  # a text that every shell takes as it is
 
 
@@ -156,7 +163,17 @@ def address_of(host: str, over_ssh: bool) -> str:
 
 def passed_on() -> dict[str, str]:
     """The environment variables that ranks on all hosts get."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PASSED_ON)}
+    names = [name for name in sorted(os.environ) if name.startswith(PASSED_ON) and name not in NOT_PASSED_ON]
+    return {name: os.environ[name] for name in names}
+
+
+def place_secrets(hosts: list[str], secrets: dict[str, str]) -> str:
+    """Write variables into a new file on every host, which its owner alone may read; returns its path. Raises ValueError."""
+    path = f"/tmp/.posttrain-{uuid.uuid4().hex}"
+    answers = ask_all(dict.fromkeys(hosts, f"umask 077; set -C; cat > {path}"), json.dumps(secrets))
+    if failed := [f"{host}: {' '.join(answer.errors.split())}" for host, answer in answers.items() if answer.code]:
+        raise ValueError(f"{', '.join(secrets)} could not be written to {path} on every host ({'; '.join(failed)})")
+    return path
 
 
 def for_pdsh(argument: str) -> str:
@@ -183,8 +200,11 @@ def over_ssh(hosts: dict[str, int], script: Path, arguments: list[str], environm
     check_hosts(list(hosts), script)
     os.environ["POSTTRAIN_OVER_SSH"] = "1"  # for posttrain/parallel/stopping.py, as is the time from which a job's limit counts
     os.environ.setdefault("POSTTRAIN_STARTED", str(time.time()))
+    variables = passed_on()
+    if secrets := {name: variables.pop(name) for name in list(variables) if SECRET.search(name)}:
+        variables[SECRETS] = os.environ[SECRETS] = place_secrets(list(hosts), secrets)
     # DeepSpeed puts each value between double quotes where it has special characters
-    environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in passed_on().items()), encoding="utf-8")
+    environment_file.write_text("".join(f"{name}={_within_quotes(value)}\n" for name, value in variables.items()), encoding="utf-8")
     os.environ["DS_ENV_FILE"] = str(environment_file)
     os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *KEEP_ALIVE]).strip()
     return ["--force_multi", "--no_ssh_check", str(script), *map(for_pdsh, arguments)]
@@ -232,7 +252,11 @@ def main(arguments: list[str]) -> int:
             def reach(number: int) -> None:  # in a thread, since it may wait for ranks that are still being started
                 Thread(target=signal_ranks, args=(list(hosts), port, number), daemon=True).start()
 
-            return Supervisor(command, restarts, reach).run()
+            try:
+                return Supervisor(command, restarts, reach).run()
+            finally:
+                if path := os.environ.get(SECRETS):
+                    ask_all(dict.fromkeys(hosts, f"rm -f {path}"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

@@ -14,5 +14,5 @@ ty check
 shellcheck -x launch/*.sh launch/quickstart/*.sh benchmarks/*.sh tests/*.sh .ci/run
 shfmt -d -i 4 -ci launch/*.sh launch/quickstart/*.sh benchmarks/*.sh tests/*.sh .ci/run
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two ranks share the machine's cores
-# Two workers, each file whole in one of them, the longest first (tests/conftest.py); -n 0 for one.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three workers on two cores, since tests often wait, each file whole in one of them, the longest first (tests/conftest.py); -n 0 for one.
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
 LONG = (
-    "launch two_hosts layouts terminal runs faults install evaluate planted checkpoint plan compile mistakes docs warm page stopping "
-    "kernels serve data_prep templates report serving_parts convert layout"
+    "benchmarks evaluate two_hosts install plan launch docs faults moved layouts real_data setup checkpoint compile planted fit runs "
+    "stopping contributing export strangers terminal serving_parts kubernetes doctor serve data_prep tracking page"
 )
 
 

@@ -342,7 +342,7 @@ MUTATIONS = {
     ),
     "any_host_may_ask": Mutation(
         "posttrain/serving/access.py",
-        "if not self.any_host and host not in LOOPBACK:",
+        "if not self.api_key and not self._is_own(host):",
         "if False:",
         SERVE + "test_other_sites_cannot_use_it_through_a_browser",
     ),
@@ -369,9 +369,9 @@ MUTATIONS = {
     ),
     "a_marker_in_a_text_becomes_a_token": Mutation(
         "posttrain/data/encoding.py",
-        "    with _settings_lock:  # a call",
-        "    if True:  # a call",
-        "tests/test_chat.py::test_nothing_touches_the_tokenizer_while_another_thread_encodes",
+        "        _changed.wait_for(lambda: backend not in _encoding)",
+        "        pass",
+        "tests/test_chat.py::test_no_call_changes_the_tokenizer_while_another_thread_encodes",
     ),
     "a_line_ends_inside_a_text": Mutation(
         "posttrain/common/files.py",

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from posttrain.engine import shards  # noqa: E402
 from posttrain.model import policy  # noqa: E402
 from posttrain.objectives.likelihood import SFT  # noqa: E402
 from posttrain.objectives.preference import DPO  # noqa: E402
@@ -171,6 +172,19 @@ def spikes():
 
     loop.train_step = replay.train_step = step
     SFT.loss = loss
+
+
+def a_weight_becomes_nan():
+    """On rank 1, after step 2, which is applied as all others are."""
+
+    def step(training, number, *arguments, **others):
+        result = train_step(training, number, *arguments, **others)
+        if number == 2 and RANK == 1:
+            with torch.no_grad():
+                shards.master_weights(training.engine)[0][-1].view(-1)[-1] = torch.nan
+        return result
+
+    loop.train_step = step
 
 
 def one_rank_hangs():

@@ -72,17 +72,26 @@ def test_markers_stay_text_when_two_threads_encode(tiny):
         assert not any(markers & set(ids) for job in jobs for ids in job.result())
 
 
-@pytest.mark.parametrize("call", [text_prefix, lambda tokenizer: encode_text(tokenizer, "ta")], ids=["a call", "encoding"])
-def test_nothing_touches_the_tokenizer_while_another_thread_encodes(tiny, call):
+def test_no_call_changes_the_tokenizer_while_another_thread_encodes(tiny):
     """Its settings are the tokenizer's, not the call's: a marker in the other thread's text would become a token. Seen in a server's load,
     once in some hundred requests."""
-    thread = threading.Thread(target=call, args=[tiny.tokenizer])
-    with encoding._settings_lock:
+    thread = threading.Thread(target=text_prefix, args=[tiny.tokenizer])
+    with encoding._as_text(tiny.tokenizer.backend_tokenizer):
         thread.start()
         thread.join(0.3)
         waited = thread.is_alive()
     thread.join()
     assert waited
+
+
+def test_a_short_text_does_not_wait_for_a_long_one(tiny):
+    """It is encoded beside it, and the last of the two sets the tokenizer back."""
+    backend, marker = tiny.tokenizer.backend_tokenizer, "ta <|im_end|>"
+    with encoding._as_text(backend):
+        assert tiny.chat.end_id not in encode_text(tiny.tokenizer, marker)
+        assert backend.encode_special_tokens
+    assert not backend.encode_special_tokens
+    assert tiny.chat.end_id in tiny.tokenizer(marker)["input_ids"]
 
 
 def test_a_content_that_would_merge_with_its_header_keeps_the_header_apart(tiny):

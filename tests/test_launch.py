@@ -31,9 +31,16 @@ def place(tmp_path_factory, tiny):
     return folder
 
 
-@pytest.mark.parametrize("script", ["sft_8gpu", "dpo_8gpu", "sft_multinode", "dpo_multinode"])
+def test_sft_and_dpo_have_the_same_scripts():
+    """But for the word, so that one of each is tried below."""
+    for name in ("8gpu", "multinode"):
+        sft, dpo = ((ROOT / "launch" / f"{kind}_{name}.sh").read_text() for kind in ("sft", "dpo"))
+        assert sft.replace("sft", "dpo").replace("SFT", "DPO") == dpo
+
+
+@pytest.mark.parametrize("script", ["sft_8gpu", "dpo_multinode"])
 def test_a_script_runs(place, script):
-    """The multi-node ones on a single host, without ssh; over ssh they run in two_hosts.sh."""
+    """The multi-node one on a single host, without ssh; over ssh it runs in two_hosts.sh."""
     hosts = {"HOSTFILE": f"{place}/the hosts", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     where = hosts if "multinode" in script else {}
     out = place / f"run of {script}"

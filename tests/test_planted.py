@@ -136,6 +136,15 @@ def test_a_planted_fault_is_named_before_the_first_step(stopped, world, fault):
         assert "<|start_header_id|>user" in stopped[fault]
 
 
+def test_weights_that_are_not_finite_take_the_place_of_no_checkpoint(tiny, tmp_path):
+    out = tmp_path / "run"
+    ended_well, output = run("a_weight_becomes_nan", "sft", *sft_arguments(tiny, out), "--save_interval=1", "--keep_checkpoints=1")
+    assert not ended_well
+    assert output.count("error: after step 2 the weights hold numbers that are not finite, so nothing is saved") == 1
+    assert f"the newest checkpoint, {out}/checkpoints/step_000001, is from before" in output
+    assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_000001"]
+
+
 def test_a_run_without_checks_says_so_for_good(world, tmp_path):
     ended_well, output = run("none", "dpo", *llama_arguments(world, tmp_path / "run"), "--checks=off")
     assert ended_well, output

@@ -1,16 +1,21 @@
 """The parts of the server: choosing tokens, text in pieces, votes, and which checkpoint is loaded how."""
 
 import asyncio
+import contextlib
 import json
 import resource
 import shutil
 import signal
 import socket
+import threading
+import time
 
 import pytest
 import torch
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -20,9 +25,12 @@ from transformers.generation.logits_process import (
 )
 
 from posttrain.model import assistant
-from posttrain.serving import server
+from posttrain.serving import batching, connections, server
+from posttrain.serving.access import AccessControl
 from posttrain.serving.answers import EventStream
+from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling, choose
+from posttrain.serving.server import listen
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
 
@@ -64,6 +72,143 @@ def test_nothing_impossible_is_drawn():
     assert choose(torch.tensor([[5.0, 5.0, -1e9, -1e9]]), [Sampling(1)], [[]], [almost_one]).item() == 1
     assert choose(torch.tensor([[5.0, 5.0, 4.0, 3.0]]), [Sampling(1, top_k=2)], [[]], [almost_one]).item() in (0, 1)
     assert choose(logits, [Sampling(1, 1e-38)], [[]], [0.5]).item() == 1
+
+
+def test_a_top_k_beyond_the_vocabulary_takes_all():
+    logits = torch.randn(2, 50)
+    asked = [Sampling(1, top_k=2**63, top_p=0.9), Sampling(1, top_k=10**30, top_p=0.9)]
+    same = [Sampling(1, top_p=0.9)] * 2
+    assert torch.equal(*(choose(logits.clone(), settings, [[], []], [0.3, 0.6]) for settings in (asked, same)))
+
+
+@pytest.fixture
+def batcher(tiny):
+    batcher = Batcher(assistant.load(str(tiny.base), dtype=torch.float32), 4)
+    batcher.start()
+    yield batcher
+    batcher.stop()
+
+
+def answers(batcher: Batcher, *asked: Sampling) -> list:
+    """The ids that each request gets, or the error with which it ends; all at once."""
+
+    async def one(sampling: Sampling) -> list[int]:
+        return [token async for tokens in batcher.generate([5, 6, 7], sampling, 60) for token in tokens]
+
+    async def every() -> list:
+        return await asyncio.gather(*map(one, asked), return_exceptions=True)
+
+    return asyncio.run(every())
+
+
+def test_an_exception_ends_the_request_that_caused_it_and_no_other(batcher, monkeypatch):
+    def failing(logits, asked, histories, uniforms):
+        if any(sampling.seed == 13 for sampling in asked):
+            raise RuntimeError("Overflow when unpacking long long")
+        return choose(logits, asked, histories, uniforms)
+
+    alone = answers(batcher, Sampling(12, seed=1))
+    monkeypatch.setattr(batching, "choose", failing)
+    good, bad = answers(batcher, Sampling(12, seed=1), Sampling(12, seed=13))
+    assert [good] == alone
+    assert isinstance(bad, EngineFailed)
+    assert "cannot be sampled with (Overflow when unpacking long long)" in str(bad)
+    assert batcher.failure is None
+    assert answers(batcher, Sampling(12, seed=1)) == alone
+
+
+def test_a_model_whose_numbers_are_not_finite_answers_nothing(batcher):
+    with torch.no_grad():
+        batcher.assistant.model.model.norm.weight[3] = torch.nan
+    (bad,) = answers(batcher, Sampling(3))
+    assert isinstance(bad, EngineFailed)
+    assert "not finite" in str(bad)
+    assert batcher.failure is None
+
+
+@contextlib.contextmanager
+def listening():
+    """A server of one page, on a port of its own, in a thread."""
+
+    async def app(scope, receive, send):
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with listen("127.0.0.1", 0, 60) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, http=connections.Connection, lifespan="off", log_level="error"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def answered(client: socket.socket) -> bool:
+    """Send a request, and read its answer to the end."""
+    client.sendall(HEAD + b"\r\n")
+    answer = b""
+    while not answer.endswith(b"ok"):
+        answer += client.recv(4096)
+    return b"200 OK" in answer
+
+
+def test_a_head_that_does_not_end_is_cut_off(monkeypatch):
+    """At once or after requests that were answered; a client that only waits between its requests is not."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    with listening() as port:
+        silent, half, patient = (socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(3))
+        half.sendall(HEAD)
+        for _ in range(3):
+            assert answered(patient)
+            time.sleep(0.7)
+        patient.sendall(HEAD)
+        for one in (silent, half, patient):
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(4096) == b""
+            one.close()
+
+
+def test_connections_beyond_the_most_are_cut_at_once(monkeypatch):
+    monkeypatch.setattr(connections, "most_connections", lambda: 2)
+    with listening() as port:
+        first = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(2)]
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as third, contextlib.suppress(ConnectionResetError):
+            assert third.recv(4096) == b""
+        assert answered(first[0])
+        for one in first:
+            one.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "name", "passes"),
+    [
+        ("127.0.0.1", None, "localhost:8000", True),
+        ("127.0.0.1", None, "127.0.0.2", True),
+        ("127.0.0.1", None, "evil.example", False),
+        ("127.0.0.1", None, "192.168.1.5", False),
+        ("0.0.0.0", None, "192.168.1.5:8000", True),
+        ("0.0.0.0", None, "[fe80::1]", True),
+        ("0.0.0.0", None, socket.gethostname(), True),
+        ("0.0.0.0", None, "evil.example", False),
+        ("0.0.0.0", "key", "chat.example.org", True),
+        ("::1", None, "evil.example", False),
+    ],
+)
+def test_names_that_a_server_answers_to(host, key, name, passes):
+    """Without a key none that a web page could have made to mean its address."""
+    refused = AccessControl(None, key, 100, host)._refused({"path": "/health", "method": "GET"}, Headers({"host": name}))
+    assert (refused is None) == passes
+
+
+def test_votes_are_their_owners_alone(tmp_path):
+    votes = Votes(tmp_path / "votes.jsonl")
+    votes.add([{"role": "user", "content": "q"}], "a", "b", "m", "m")
+    assert votes.path.stat().st_mode & 0o077 == 0
 
 
 def test_a_vote_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -178,13 +323,14 @@ def test_nothing_of_a_stop_text_or_behind_it_is_said(tiny, text, stop):
 def test_a_run_suggests_its_sample_prompts(tiny, tmp_path):
     final = tmp_path / "run" / "final"
     shutil.copytree(tiny.base, final)
-    (tmp_path / "prompts").write_text("one\n\n two \n")
+    (tmp_path / "prompts").write_text("what only this machine's owner may read\n")
     (tmp_path / "run" / "recipe.yaml").write_text(f"sample_prompts: {tmp_path}/prompts\n")
     (final / "system_prompt.txt").write_text("be brief")
+    assert assistant.load(str(final)).suggestions == ()  # the file that its recipe names is not read
+    asked = [{"prompt": prompt, "answer": "a", "tokens": 1} for prompt in ("one", "two", "one")]
+    (tmp_path / "run" / "samples.jsonl").write_text(json.dumps({"step": 0, "samples": asked}) + "\n")
     loaded = assistant.load(str(final))
     assert loaded.suggestions == ("one", "two") and loaded.system_prompt == "be brief"
-    (tmp_path / "prompts").unlink()
-    assert assistant.load(str(final)).suggestions == ()
 
 
 def test_the_newest_of_a_run(tmp_path):

@@ -14,6 +14,8 @@ import yaml
 
 from posttrain.common.errors import first_line
 
+# endings of files with weights, which no tokenizer needs
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

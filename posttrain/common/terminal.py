@@ -16,6 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from posttrain.common.visible import visible
+
 SHOWN_ON_FAILURE = 20  # last lines of libraries' output that are shown with an error
 BAR = 12, 40  # least and greatest width of the progress bar, in columns
 RECENT = 20  # the time left is estimated from the mean duration of so many last steps
@@ -96,14 +98,14 @@ def noise_path() -> str | None:
 
 def say(text: str) -> None:
     """Print a line to the terminal, above the live line if there is one."""
-    console.print(text, markup=False)
+    console.print(visible(text), markup=False)
 
 
 def say_error(text: str) -> None:
     """Write to the error stream in one piece, from any thread; does nothing if the stream is gone."""
     clear = "\r\x1b[2K" if _live else ""
     with contextlib.suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno() if _errors is None else _errors, f"{clear}{text}\n".encode(errors="backslashreplace"))
+        os.write(sys.stderr.fileno() if _errors is None else _errors, f"{clear}{visible(text)}\n".encode())
 
 
 def show_noise() -> None:

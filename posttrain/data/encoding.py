@@ -1,24 +1,43 @@
 """Turns texts into token ids and back, without anything that a tokenizer would add or leave out."""
 
+import contextlib
 import threading
+from collections import Counter
+from collections.abc import Iterator
 
-_settings_lock = threading.Lock()
+# How many threads encode with each backend, by its id(). What is special in a text is a setting of the tokenizer's, not of a call's: it is
+# changed by the first of them and set back by the last, so that a short text need not wait for a long one.
+_encoding: Counter[int] = Counter()
+_changed = threading.Condition()
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     """The ids of texts as text: nothing is added around them, and no special token is recognised inside them."""
     if not tokenizer.is_fast:
         return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
-    backend = tokenizer.backend_tokenizer
-    with _settings_lock:  # the settings are the tokenizer's, not the call's: another thread's call must not see them change
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        try:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        finally:
-            backend.encode_special_tokens = False
+    with _as_text(tokenizer.backend_tokenizer) as backend:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+@contextlib.contextmanager
+def _as_text(backend) -> Iterator:
+    """Let a tokenizer's backend take special tokens in texts for text."""
+    with _changed:
+        if not _encoding[id(backend)]:
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
+        _encoding[id(backend)] += 1
+    try:
+        yield backend
+    finally:
+        with _changed:
+            _encoding[id(backend)] -= 1
+            if not _encoding[id(backend)]:
+                backend.encode_special_tokens = False
+                del _encoding[id(backend)]
+                _changed.notify_all()
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -42,7 +61,9 @@ def decode_after(tokenizer, headers: list[list[int]], bodies: list[list[int]]) -
 
 def text_prefix(tokenizer) -> list[int]:
     """The begin-of-text token as a list, empty for a tokenizer that adds none (Qwen)."""
-    with _settings_lock:  # a call of the tokenizer sets its settings back while another thread encodes
+    backend = id(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
+    with _changed:  # a call of the tokenizer sets its settings back, which other threads encode with
+        _changed.wait_for(lambda: backend not in _encoding)
         first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 

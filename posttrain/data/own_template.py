@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from posttrain.common.time_limit import time_limit
 from posttrain.data.encoding import special_tokens
 from posttrain.data.parts import Encoded, Part, Refused, Text
 
 # What a template that asks for today is told (Llama-3.1's default), so that ids do not depend on the day
 TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+RENDER_SECONDS = 5.0  # how long a template may take for a conversation; Jinja bounds a loop, but no loop in a loop
 STRIPPED = (lambda text: text, str.strip, str.lstrip, str.rstrip)  # what templates do to a message
 
 
@@ -90,7 +92,10 @@ class OwnTemplate:
     def _render(self, messages, tools, **options) -> str:
         """The template's output. Raises Refused where the template raises anything."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, chat_template=TODAY + self.jinja, **options)
+            with time_limit(RENDER_SECONDS):
+                return self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, chat_template=TODAY + self.jinja, **options
+                )
         except Exception as error:  # whatever a template's code raises
             raise Refused(f"the template refuses it: {error}") from error
 

@@ -20,13 +20,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from posttrain.common import hub
 from posttrain.common.errors import reason
-from posttrain.common.files import read_object
+from posttrain.common.files import WEIGHTS, read_object
+from posttrain.common.links import refuse_links
 from posttrain.data.chatml import IM_END, IM_START
 from posttrain.data.encoding import encode_text
 
 EXPECTED = "a folder with tokenizer.json or tokenizer.model, a SentencePiece .model file, or a hub name such as org/name"
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # endings of files that no tokenizer needs
+MORE_ROWS = 1000  # how many rows a model's embedding may get besides a tenth of what it has
 SPACE = "▁"  # SentencePiece's visible space
 PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 PROBES = (
@@ -101,12 +102,18 @@ def fingerprint(tokenizer) -> str:
 def grow_embeddings(model, tokenizer) -> int:
     """Give the model a row for every id of the tokenizer; returns the number of rows added (0 when there are enough).
 
-    A new row is the mean of the old ones, in the input embedding and in an untied head. Uses no random numbers; never shrinks.
+    A new row is the mean of the old ones, in the input embedding and in an untied head. Uses no random numbers; never shrinks. Raises
+    ValueError for a tokenizer with far more ids than the model has rows.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     needed = 1 + max(tokenizer.get_vocab().values())
     if needed <= rows:
         return 0
+    if needed > rows * 1.1 + MORE_ROWS:
+        raise ValueError(
+            f"the tokenizer has ids up to {needed - 1:,}, the model has rows for {rows:,}: it is another model's tokenizer, or its files "
+            "are damaged. Name the one that the model was trained with"
+        )
     with torch.random.fork_rng(), torch.no_grad():  # the resize initialises new rows at random before they are set here
         model.resize_token_embeddings(needed, mean_resizing=False)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -140,6 +147,7 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
             advice = "; vocab.json and merges.txt do not say how text is split: put the model's tokenizer_config.json beside them"
         found = ", ".join(sorted(seen)[:12]) or "nothing"
         raise ValueError(f"{path} holds no tokenizer; expected {EXPECTED}; found {found}{advice}")
+    refuse_links(path, WEIGHTS)
     hub.refuse_pointers(path, sorted(name for name in seen if not name.endswith(WEIGHTS)))
     for name in sorted(seen & {"tokenizer.json", "tokenizer_config.json"}):
         read_object(Path(path) / name)

@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from posttrain.common.files import sync_folder, write_whole
+from posttrain.common.links import open_own
 from posttrain.engine import shards
 from posttrain.engine.adam import FLOAT32, STATE_BYTES
 from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
@@ -50,9 +51,19 @@ class Checkpoints:
         self.pending: dict | None = None  # the save that is being written
 
     def save(self, step: int, guard: dict, validation: float | None = None) -> None:
-        """Copy the state after `step`, with StepGuard's (`guard`), to host memory and begin to write it; `finish` before the next save."""
+        """Copy the state after `step`, with StepGuard's (`guard`), to host memory and begin to write it; `finish` before the next save.
+
+        Raises ValueError on all ranks for weights that are not finite: they would take the place of good ones.
+        """
         assert self.pending is None, self.pending
         watchdog.enter("save")
+        if not all(gathered(shards.are_finite(self.engine))):
+            there = saved_checkpoints(self.folder)
+            older = f"the newest checkpoint, {there[-1]}, is from before" if there else "there is no earlier checkpoint"
+            raise ValueError(
+                f"after step {step} the weights hold numbers that are not finite, so nothing is saved; {older}. The same command would "
+                "come here again: start a new run with a lower --learning_rate"
+            )
         name = f"step_{step:06d}"
         staging = self.folder / f"{name}.incomplete"
         on_rank_0(lambda: self._make_room(staging))
@@ -219,7 +230,7 @@ class Checkpoints:
 
         def take():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.held = (self.folder.parent / ".lock").open("w", encoding="utf-8")
+            self.held = open(open_own(self.folder.parent / ".lock"), "r+b")  # noqa: SIM115
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

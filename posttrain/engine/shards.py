@@ -81,6 +81,12 @@ def master_weights(engine) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]], optimizer
 
 
+def are_finite(engine) -> bool:
+    """Return whether this rank's master weights hold neither NaN nor infinity."""
+    ends = [end for weights in master_weights(engine)[0] if weights.numel() for end in weights.detach().aminmax()]  # a NaN is both ends
+    return all(bool(end.isfinite()) for end in ends)
+
+
 def optimizer_step(engine) -> int:
     """Returns how many steps the optimizer has made, by Adam's own count."""
     masters, optimizer = master_weights(engine)

@@ -6,6 +6,8 @@ From these files the harness's own command gives the same numbers:
 
 import json
 import reprlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from posttrain.common.errors import first_line
-from posttrain.common.files import parse_line, read_lines
+from posttrain.common.files import parse_line, read_lines, write_whole
 
 LETTERS = "ABCDE"
 MODES = ("logprob", "generate")
@@ -155,14 +157,14 @@ def _write_task(name: str, mode: str, data: Path | None, folder: Path) -> list[s
         settings = {"include": str(harness() / benchmark.source), **(benchmark.more or {})}
     if rows is not None:
         path = folder / f"{task}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         files, examples = {"test": str(path.resolve())}, None
         if benchmark.fewshot:
             _read(name, benchmark, found := _find(name, (benchmark.fewshot,), data))
             files["train"], examples = str(found.resolve()), "train"
         settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         settings |= {"validation_split": None, "training_split": examples, "fewshot_split": examples}
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings | {"task": task}, sort_keys=False), encoding="utf-8")
+    write_whole(folder / f"{task}.yaml", yaml.safe_dump(settings | {"task": task}, sort_keys=False))
     return notes
 
 
@@ -176,7 +178,10 @@ def load_tasks(folder: str, names: list[str], context: int) -> dict:
     from lm_eval.tasks import TaskManager
 
     try:
-        loaded = TaskManager(include_path=folder, include_defaults=False).load(names)
+        with tempfile.TemporaryDirectory() as alone:  # the harness would read, and run the code that is named in, every file of `folder`
+            for name in names:
+                shutil.copyfile(Path(folder) / f"{name}.yaml", Path(alone) / f"{name}.yaml")
+            loaded = TaskManager(include_path=alone, include_defaults=False).load(names)
     except (OSError, ValueError, DatasetsError) as error:
         if files := [str(path) for name in names if (path := Path(folder) / f"{name}.jsonl").is_file()]:
             raise ValueError(f"the harness cannot read the rows, as they stand in {', '.join(files)}: {first_line(error)}") from error

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from posttrain.common import hub, terminal
 from posttrain.common.errors import first_line
-from posttrain.common.files import read_prompts, read_whole
+from posttrain.common.files import read_whole
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.engine import checkpoint_folder
@@ -23,7 +23,7 @@ from posttrain.model.forms import HOW, find_model, is_ckpt_pt, name_of, newest, 
 from posttrain.model.loading import load_model
 from posttrain.operators.positions import RowFrequencies, context_of, same_frequencies_until
 from posttrain.parallel.script import is_rank_0
-from posttrain.run.stored import read_recipe
+from posttrain.run.stored import read_log, read_recipe
 
 
 class Assistant(NamedTuple):
@@ -125,11 +125,15 @@ def _system_prompt(description: Path) -> str | None:
 
 
 def _suggestions(path: Path) -> tuple[str, ...]:
-    """Return the first sample_prompts of the run that `path` belongs to; none where it belongs to no run, or a file is gone or damaged."""
+    """Return the first sample_prompts of the run that `path` belongs to; none where it belongs to no run, or a file is gone or damaged.
+
+    They are those of the run's own record: the file that its recipe names may be any of this machine's, and all clients see them.
+    """
     run = next((folder for folder in (path.parent, path.parent.parent) if (folder / "recipe.yaml").is_file()), None)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        prompts = read_recipe(run).get("sample_prompts") if run else None
-        return tuple(read_prompts(Path(str(prompts)), 6)) if prompts else ()
+        if run and read_recipe(run).get("sample_prompts"):
+            asked = [one["prompt"] for record in read_log(run, "samples.jsonl") for one in record["samples"]]
+            return tuple(dict.fromkeys(asked))[:6]
     return ()
 
 

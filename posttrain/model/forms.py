@@ -5,7 +5,8 @@ from pathlib import Path
 
 from posttrain.common import hub
 from posttrain.common.errors import nearest_path
-from posttrain.common.files import read_object
+from posttrain.common.files import WEIGHTS, read_object
+from posttrain.common.links import refuse_links
 from posttrain.engine import checkpoint_folder
 from posttrain.model import folder
 from posttrain.run.stored import is_run, model_problem, read_facts, read_recipe
@@ -24,6 +25,10 @@ def find_model(path: str, how_to_make: str, weights: bool = True) -> None:
     Of a Hugging Face folder it reads config.json and, with `weights`, the headers of the files with weights.
     """
     place, seen = Path(hub.snapshot_in(path)), "nothing"
+    if checkpoint_folder.is_checkpoint(place) and is_run(run := checkpoint_folder.model_description(place).parent):
+        refuse_links(run)
+    elif place.is_dir():
+        refuse_links(place, WEIGHTS)
     if is_ckpt_pt(path):
         found = place.is_file()
         hub.refuse_pointers(place.parent, [place.name])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import locale
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from posttrain.common import places
+from posttrain.common.visible import visible
 from posttrain.parallel.launched import launch_or_alone
 
 MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
@@ -34,6 +36,7 @@ def run_script(script: Callable[[], None]) -> None:
         sys.exit(_too_old())
     _open_closed_streams()
     _use_utf8()
+    _read_secrets()
     here = launch_or_alone()
     rank = here.rank
     if sys.flags.optimize > 1:
@@ -88,6 +91,12 @@ def _open_closed_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
             setattr(sys, name, open(number, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+
+
+def _read_secrets() -> None:
+    """Set the environment variables of the file that launch/multinode.py has written on this host, if it has."""
+    with contextlib.suppress(OSError), open(os.environ.get("POSTTRAIN_SECRETS", ""), encoding="utf-8") as file:
+        os.environ |= json.load(file)
 
 
 def _use_utf8() -> None:
@@ -162,7 +171,7 @@ def _say_error(text: str) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="backslashreplace"))
+        os.write(sys.stderr.fileno(), f"{visible(text)}\n".encode())
 
 
 def _too_old() -> str:

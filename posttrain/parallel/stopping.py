@@ -29,8 +29,8 @@ class StopRequest:
 
     def __init__(self, time_limit: float, launcher: str | None):
         """`time_limit`: seconds that the job may take, 0 for no limit. `launcher`: see `Launch`; the run stops once that is gone."""
-        began = float(os.environ.get(STARTED, time.time()))
-        self.ends = began + time_limit if time_limit else None
+        used = max(time.time() - float(os.environ.get(STARTED, time.time())), 0.0)
+        self.ends = time.monotonic() + time_limit - used if time_limit else None  # whatever the wall clock does from here on
         self.launchers = AT_START[: LAUNCHERS[launcher]]
         self.reserve = 0.0  # seconds to keep free before the time limit, for a step and a save
         self.signal: int | None = None
@@ -71,7 +71,7 @@ class StopRequest:
             return "the launcher has gone"
         if OVER_SSH in os.environ and _output_is_unread():
             return "the host that started it has gone"
-        if self.ends is not None and time.time() + self.reserve > self.ends:
+        if self.ends is not None and time.monotonic() + self.reserve > self.ends:
             return "the time limit is near"
         return None
 

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 
 from posttrain.common.files import read_object
+from posttrain.common.links import refuse_links
 from posttrain.common.terminal import duration
 from posttrain.run import charts, stored
 
@@ -103,6 +104,7 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
             inside = sorted(str(one.parent) for one in path.glob("*/run.json")) if path.is_dir() else []
             hint = f"; there are {', '.join(inside)}" if inside else ""
             raise ValueError(f"{path} is not a run: it has no run.json{hint}")
+        refuse_links(path)
         name = names[number] if names.count(names[number]) == 1 else str(path)
         runs.append(RunFiles(path, name, charts.COLOURS[number % len(charts.COLOURS)]))
         runs[-1].read()

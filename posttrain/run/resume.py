@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from posttrain.common import terminal
+from posttrain.common.links import refuse_links
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, SAME_CONTENT, Recipe
 from posttrain.run.stored import is_run, read_facts, read_recipe
@@ -20,6 +21,8 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     form = {"batch_size": recipe.batch_size, "gradient_accumulation_steps": recipe.gradient_accumulation_steps}
     batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
     out_dir = Path(recipe.out_dir)
+    if out_dir.is_dir():
+        refuse_links(out_dir)
     if is_run(out_dir):
         stored = read_facts(out_dir, "kind", "plan_version", "batch_form", "total_steps")
         if stored["kind"] != recipe.kind:

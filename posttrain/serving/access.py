@@ -6,15 +6,24 @@ Its refusals are OpenAI's error objects, so that any client shows them.
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
+import socket
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-LOOPBACK = {"localhost", "127.0.0.1", "::1", "testserver"}
 BODY_SECONDS = 30  # how long a body may take to arrive
 LINGER_SECONDS = 5  # how long the rest of a refused body is read
 PROTECTED = ("/v1/", "/votes")  # paths that need the API key; the page itself and /health reveal nothing
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name to listen on means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def error_object(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict:
@@ -25,9 +34,11 @@ def error_object(message: str, kind: str = "invalid_request_error", param: str |
 class AccessControl:
     """An ASGI application around another one, which never sees what comes from foreign hosts and sites, without the key, or too long."""
 
-    def __init__(self, app, api_key: str | None, max_body: int, any_host: bool):
-        """`max_body` is in bytes; `any_host` says whether the server may be reached by other names than localhost."""
-        self.app, self.api_key, self.max_body, self.any_host = app, api_key, max_body, any_host
+    def __init__(self, app, api_key: str | None, max_body: int, host: str):
+        """`max_body` is in bytes; `host` is where the server listens. Without a key it answers to its own names and addresses only."""
+        self.app, self.api_key, self.max_body = app, api_key, max_body
+        self.is_open = not is_loopback(host)
+        self.names = {"localhost", "testserver"} | ({host, socket.gethostname(), socket.getfqdn()} if self.is_open else set())
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -45,6 +56,14 @@ class AccessControl:
         if body.refused:
             await _send_refusal(receive, send, *body.refused)
 
+    def _is_own(self, host: str | None) -> bool:
+        """Whether a Host header's name means this server: one of its names, or an IP address, which no name can be made to look like."""
+        try:
+            address = ipaddress.ip_address(host or "")
+        except ValueError:
+            return host in self.names
+        return self.is_open or address.is_loopback
+
     def _refused(self, scope, headers: Headers) -> tuple[int, dict] | None:
         """Return status and error for a request that is refused by its headers."""
         try:
@@ -52,9 +71,9 @@ class AccessControl:
             origin = urlsplit(headers.get("origin", ""))
         except ValueError:
             return 400, error_object("the Host or Origin header is not an address")
-        if not self.any_host and host not in LOOPBACK:  # a web page whose name was made to mean 127.0.0.1 (DNS rebinding)
+        if not self.api_key and not self._is_own(host):  # a web page whose name was made to mean this address (DNS rebinding)
             return 403, error_object(
-                "this server answers to localhost and 127.0.0.1 only; start it with --host to be reached by other names"
+                f"this server answers to {', '.join(sorted(self.names))} and IP addresses only; with an API key it answers to any name"
             )
         if "origin" in headers and origin.netloc != headers.get("host"):
             return 403, error_object("pages of other sites may not use this server")

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationR
 from posttrain.serving.votes import Votes
 
 PAGE = Path(__file__).parent / "page"
+LONG_TEXT = 20_000  # characters of a prompt from which on it is read beside the others
 LAST_WORDS = 10.0  # seconds beyond the time limit in which a client may read that it was exceeded
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -59,7 +62,11 @@ class Endpoints:
         """`models` are by the name that requests give; `log` gets a line for each answer, without its text."""
         self.models, self.limits, self.votes, self.log = models, limits, votes, log
         self.began = int(time.time())
-        self.active = dict.fromkeys(models, 0)  # requests of each model that are generated, or wait
+        self.active = dict.fromkeys(models, 0)  # requests of each model that are read or generated, or wait
+        # prompts of each model are read by threads of its own, long ones by another than short ones, which would wait for them
+        self.readers = {name: tuple(ThreadPoolExecutor(1, f"{kind} prompts") for kind in ("short", "long")) for name in models}
+        self.prefixes = {name: text_prefix(model.assistant.tokenizer) for name, model in models.items()}  # what begins a text to continue
+        self.longest = {name: max(map(len, model.assistant.tokenizer.get_vocab())) for name, model in models.items()}
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +74,8 @@ class Endpoints:
         try:
             yield
         finally:
+            for pool in itertools.chain.from_iterable(self.readers.values()):
+                pool.shutdown(wait=False, cancel_futures=True)
             for model in self.models.values():
                 await asyncio.to_thread(model.batcher.stop)
 
@@ -79,21 +88,29 @@ class Endpoints:
         messages = [message.plain() for message in request.messages]
         if assistant.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": assistant.system_prompt})
-        try:
-            ids = await asyncio.to_thread(render_prompt, assistant.chat, messages)
-        except (Refused, ValueError) as error:
-            raise Refusal(400, f"the checkpoint's chat template cannot write these messages: {error}", param="messages") from None
-        return await self._answer(http, request, model, ids, ChatPayload(assistant.name))
+
+        def render() -> list[int]:
+            try:
+                return render_prompt(assistant.chat, messages)
+            except (Refused, ValueError) as error:
+                raise Refusal(400, f"the checkpoint's chat template cannot write these messages: {error}", param="messages") from None
+
+        texts = sum(len(message["content"]) for message in messages)
+        return await self._answer(http, request, model, texts, render, ChatPayload(assistant.name))
 
     async def complete(self, http: Request, request: CompletionRequest):
         """Continue a text, or token ids, as they are."""
         model = self._find(request.model)
-        ids, vocabulary = request.prompt, model.assistant.model.config.vocab_size
-        if isinstance(ids, str):
-            ids = await asyncio.to_thread(_encode, model.assistant.tokenizer, ids)
-        if not ids or any(not 0 <= token < vocabulary for token in ids):
-            raise Refusal(400, f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt")
-        return await self._answer(http, request, model, ids, CompletionPayload(model.assistant.name))
+        prompt, vocabulary = request.prompt, model.assistant.model.config.vocab_size
+
+        def encode() -> list[int]:
+            ids = self.prefixes[request.model] + encode_text(model.assistant.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            if not ids or any(not 0 <= token < vocabulary for token in ids):
+                raise Refusal(400, f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt")
+            return ids
+
+        text = len(prompt) if isinstance(prompt, str) else 0
+        return await self._answer(http, request, model, text, encode, CompletionPayload(model.assistant.name))
 
     async def list_models(self):
         """Describe every model."""
@@ -131,11 +148,21 @@ class Endpoints:
             raise Refusal(404, f"there is no such model; there are: {there}", param="model", code="model_not_found")
         return self.models[name]
 
-    async def _answer(self, http: Request, request: GenerationRequest, model: Model, ids: list[int], payload: Payload) -> Response:
-        """Answer the prompt `ids`, whole or as a stream, as the request asks."""
-        sampling, stops = _sampling(request, len(ids), model.assistant.context)
-        leave = self._take_place(model)
-        name, timeout = model.assistant.name, self.limits.timeout
+    async def _answer(
+        self, http: Request, request: GenerationRequest, model: Model, text: int, read: Callable[[], list[int]], payload: Payload
+    ) -> Response:
+        """Answer the prompt whose ids `read` returns, whole or as a stream, as the request asks; `text`: its characters.
+
+        The time limit counts from here on: reading a prompt takes a place, and time, as generating does.
+        """
+        leave, began = self._take_place(model), time.monotonic()
+        try:
+            ids = await self._read(model, text, read)
+            sampling, stops = _sampling(request, len(ids), model.assistant.context)
+        except BaseException:
+            leave()
+            raise
+        name, timeout = model.assistant.name, self.limits.timeout - (time.monotonic() - began)
         pieces = logged(generate(model, ids, sampling, stops, timeout), name, len(ids), self.log)
         if request.stream:
             usage = request.stream_options is not None and request.stream_options.include_usage
@@ -144,6 +171,20 @@ class Endpoints:
             return await unless_disconnected(http, payload.whole(pieces, len(ids)))
         finally:
             leave()
+
+    async def _read(self, model: Model, text: int, read: Callable[[], list[int]]) -> list[int]:
+        """Return what `read` does, in the model's own threads. Raises Refusal for a prompt that is too long, or takes too long."""
+        most = model.assistant.context * self.longest[model.assistant.name]
+        if text > most:
+            message = (
+                f"the prompt has {text:,} characters; this model reads {model.assistant.context:,} tokens, at most {most:,} characters"
+            )
+            raise Refusal(400, message, code="context_length_exceeded")
+        lane = self.readers[model.assistant.name][text > LONG_TEXT]
+        try:
+            return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(lane, read), self.limits.timeout)
+        except TimeoutError:
+            raise Refusal(504, "reading the prompt took longer than the server's time limit", "timeout_error") from None
 
     def _take_place(self, model: Model) -> Callable[[], None]:
         """Count one more request of the model; return the function that takes it off the count. Raises Refusal where no place is free.
@@ -178,9 +219,9 @@ async def asset(name: str):
 
 
 def build(
-    models: dict[str, Model], limits: Limits, votes: Votes, api_key: str | None, any_host: bool, log: Callable[[str], None]
+    models: dict[str, Model], limits: Limits, votes: Votes, api_key: str | None, host: str, log: Callable[[str], None]
 ) -> AccessControl:
-    """Return the ASGI application. `any_host` is as for AccessControl, the rest as for Endpoints."""
+    """Return the ASGI application. `host` is as for AccessControl, the rest as for Endpoints."""
     endpoints = Endpoints(models, limits, votes, log)
     app = FastAPI(title="posttrain", lifespan=endpoints.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.exception_handler(RequestValidationError)(_invalid)
@@ -197,7 +238,7 @@ def build(
     app.post("/votes")(endpoints.vote)
     app.get("/")(page)
     app.get("/page/{name}")(asset)
-    return AccessControl(app, api_key, limits.body, any_host)
+    return AccessControl(app, api_key, limits.body, host)
 
 
 def _sampling(request: GenerationRequest, prompt: int, context: int) -> tuple[Sampling, list[str]]:
@@ -206,11 +247,6 @@ def _sampling(request: GenerationRequest, prompt: int, context: int) -> tuple[Sa
         return request.sampling(prompt, context), request.stops()
     except ValueError as error:
         raise Refusal(400, str(error), code="context_length_exceeded" if "tokens" in str(error) else None) from None
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    """Return the ids of a text to continue, after what the tokenizer puts before any text."""
-    return text_prefix(tokenizer) + encode_text(tokenizer, text)
 
 
 def _described(assistant: Assistant, began: int) -> dict:

@@ -7,7 +7,7 @@ the request that asked, or to nobody once it has ended.
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.logits_process import LogitsProcessorList
 
+from posttrain.common.errors import first_line
 from posttrain.model.assistant import Assistant
 from posttrain.serving.sampling import Sampling, choose
 
@@ -60,10 +61,15 @@ class Batcher:
         self.manager = model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=sorted(assistant.stops)), settings)
         self.outputs = self.manager.output_router = _Outputs()
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
-        processors.logits_processor = LogitsProcessorList([_Sampler()])
+        processors.logits_processor = LogitsProcessorList([_Sampler(self._fail)])
         processors.tensors_required, processors.do_processing = 1, True
         processors.supported_keys = {"sampling": Sampling}
         self.manager.logit_processor = processors
+
+    def _fail(self, request: str, why: str) -> None:
+        """End one request with an error, from the thread that generates; whoever asked cancels it."""
+        if (callback := self.outputs.callbacks.get(request)) is not None:
+            callback(_Failed(why))
 
     @property
     def failure(self) -> str | None:
@@ -106,15 +112,21 @@ class Batcher:
                     if loop.time() >= deadline:
                         raise
                     continue
-                finished = output.is_finished() or output.error is not None
                 if output.error is not None:
                     raise EngineFailed(output.error)
+                finished = output.is_finished()
                 yield output.generated_tokens[sent:]
                 sent = len(output.generated_tokens)
         finally:
             del self.outputs.callbacks[request]
             if not finished:
                 self.manager.cancel_request(request)
+
+
+class _Failed(NamedTuple):
+    """An output, as the manager gives them, that says why a request has ended without an answer."""
+
+    error: str
 
 
 class _Outputs(OutputRouter):
@@ -142,6 +154,11 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     supported_kwargs: ClassVar = {"sampling": Sampling}
     ignored_kwargs = ()
 
+    def __init__(self, fail: Callable[[str, str], None]):
+        """`fail` ends a request, by its id, for a reason: an exception here would end the generation of all."""
+        super().__init__()
+        self.fail = fail
+
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
@@ -149,6 +166,7 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         """Note each request's settings; the manager calls this right before the forward pass, in the order of its logits."""
         states = [request.state for request in requests_with_new_token]
         self.asked = [state.logit_processor_kwargs["sampling"] for state in states]
+        self.requests = [state.request_id for state in states]
         # the manager restarts a request that the cache had no room for, with its answer so far as part of the prompt
         before = [len(state.initial_tokens) - (state._true_initial_tokens or len(state.initial_tokens)) for state in states]
         positions = [count + len(state.generated_tokens) for count, state in zip(before, states, strict=True)]
@@ -160,8 +178,24 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(states), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        chosen = choose(scores, self.asked, self.histories, self.uniforms)
+        broken = (~scores.amax(-1).isfinite()).nonzero()[:, 0].tolist()  # a NaN is the largest
+        for row in broken:
+            self.fail(self.requests[row], "the model gives numbers that are not finite: its weights are damaged, or its training diverged")
+        if broken:
+            scores[broken] = 0.0
+        try:
+            chosen = choose(scores.clone(), self.asked, self.histories, self.uniforms)
+        except Exception:  # of any kind, by the settings of one of them
+            chosen = torch.cat([self._alone(scores, row) for row in range(len(scores))])
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+
+    def _alone(self, scores: torch.Tensor, row: int) -> torch.Tensor:
+        """Choose the next id, (1,), of one request, or end it if that cannot be done."""
+        try:
+            return choose(scores[row : row + 1].clone(), *([values[row]] for values in (self.asked, self.histories, self.uniforms)))
+        except Exception as error:
+            self.fail(self.requests[row], f"its settings cannot be sampled with ({first_line(error)})")
+            return scores[row : row + 1].argmax(-1)
 
 
 def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:

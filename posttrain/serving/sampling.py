@@ -54,7 +54,7 @@ def _draw(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]) ->
 def _draw_cut(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]) -> torch.Tensor:
     """Draw ids (B,) from the tokens that top-k and top-p leave, likeliest first."""
     vocabulary = logits.shape[1]
-    top_k = _column(logits, [sampling.top_k or vocabulary for sampling in asked])
+    top_k = _column(logits, [min(sampling.top_k or vocabulary, vocabulary) for sampling in asked])
     top_p = _column(logits, [sampling.top_p for sampling in asked])
     scaled = logits / _column(logits, [sampling.temperature for sampling in asked])
     scaled, ids = scaled.topk(min(int(top_k.max()), vocabulary), dim=-1)

@@ -13,14 +13,16 @@ from posttrain.common import terminal
 from posttrain.model import assistant
 from posttrain.model.assistant import dtype_on
 from posttrain.model.command_line import places_by_name
-from posttrain.serving.access import LOOPBACK
+from posttrain.serving.access import is_loopback
 from posttrain.serving.answers import Model
 from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
+from posttrain.serving.connections import Connection, raise_limit
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
 from posttrain.serving.votes import Votes
 
+BACKLOG = 128  # connections that wait to be accepted; asyncio tries as often at a time, which fails as often where files are short
 Engine = type[Batcher] | type[VLLMBatcher]
 
 
@@ -28,6 +30,7 @@ def serve(options: argparse.Namespace) -> None:
     """Load the checkpoints of a command line and serve them until interrupted; posttrain/serve.py describes the options."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     assistant.quiet_libraries()
+    raise_limit()
     folder = options.preferences.parent
     if not folder.is_dir() or options.preferences.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--preferences {options.preferences} cannot be written; expected a file in a folder that is there")
@@ -42,11 +45,13 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     models = await _start(options, engine, loaded)
     limits = Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
-    built = build(models, limits, Votes(options.preferences), key, options.host not in LOOPBACK, _say)
-    who = "on this machine" if options.host in LOOPBACK else "who reaches it"
+    built = build(models, limits, Votes(options.preferences), key, options.host, _say)
+    who = "on this machine" if is_loopback(options.host) else "who reaches it"
     host = f"[{options.host}]" if ":" in options.host else options.host
+    if not key and not is_loopback(options.host):
+        _say("warning: without POSTTRAIN_API_KEY everybody who reaches this address may use the models and read their system prompts")
     _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
-    config = uvicorn.Config(built, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(built, http=Connection, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
@@ -63,7 +68,7 @@ def listen(host: str, port: int, patience: float) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * patience))
     try:
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}. Name another with --host or --port") from error

@@ -7,6 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read where it is made anew: it holds what people typed."""
+    return os.open(path, flags, 0o600)
+
+
 class Votes:
     """A JSONL file that votes are appended to. A vote's line is whole or absent, and on the disk before the vote is confirmed."""
 
@@ -20,7 +25,7 @@ class Votes:
         """
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_model": chosen_model, "rejected_model": rejected_model}
         line = json.dumps(row | {"when": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
-        with self.lock, self.path.open("a+b", buffering=0) as file:
+        with self.lock, open(self.path, "a+b", buffering=0, opener=_private) as file:
             size = file.seek(0, os.SEEK_END)
             unended = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # the file was edited, or the machine went down
             data = memoryview(b"\n" * unended + line.encode())

@@ -7,16 +7,17 @@ const make = (tag, ...children) => {
 };
 
 // The first match of any of these in a text becomes a node; the text before it stays text, and the text after it is searched in turn.
+// None looks further than 1,000 characters, so that a text full of beginnings that nothing ends is drawn in time, too.
 const INLINE = [
-  [/(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)/, (m) => make("code", m[2].replace(/^ (.*) $/, "$1"))],
+  [/(?<!`)(`{1,16})(?!`)([^`]|[^`][\s\S]{0,1000}?[^`])\1(?!`)/, (m) => make("code", m[2].replace(/^ (.*) $/, "$1"))],
   [/\\([\\`*_{}[\]()#+\-.!|~>])/, (m) => m[1]],
-  [/\[([^\]\n]+)\]\(\s*<?([^\s)>]+)>?(?:\s+"[^"\n]*")?\s*\)/, (m) => link(m[2], inline(m[1]), m[0])],
+  [/\[([^\[\]\n]{1,1000})\]\(\s?<?([^\s)>]{1,2000})>?(?:\s"[^"\n]{0,500}")?\s?\)/, (m) => link(m[2], inline(m[1]), m[0])],
   [/\bhttps?:\/\/[^\s<>()"']*[^\s<>()"'.,;:!?]/, (m) => link(m[0], [m[0]], m[0])],
-  [/\*\*(?=\S)([\s\S]*?\S)\*\*/, (m) => make("strong", ...inline(m[1]))],
-  [/(?<!\w)__(?=\S)([\s\S]*?\S)__(?!\w)/, (m) => make("strong", ...inline(m[1]))],
-  [/\*(?=[^\s*])([^*]*?[^\s*])\*/, (m) => make("em", ...inline(m[1]))],
-  [/(?<!\w)_(?=[^\s_])([^_]*?[^\s_])_(?!\w)/, (m) => make("em", ...inline(m[1]))],
-  [/~~(?=\S)([\s\S]*?\S)~~/, (m) => make("s", ...inline(m[1]))],
+  [/\*\*(?=\S)([\s\S]{0,1000}?\S)\*\*/, (m) => make("strong", ...inline(m[1]))],
+  [/(?<!\w)__(?=\S)([\s\S]{0,1000}?\S)__(?!\w)/, (m) => make("strong", ...inline(m[1]))],
+  [/\*(?=[^\s*])([^*]{0,1000}?[^\s*])\*/, (m) => make("em", ...inline(m[1]))],
+  [/(?<!\w)_(?=[^\s_])([^_]{0,1000}?[^\s_])_(?!\w)/, (m) => make("em", ...inline(m[1]))],
+  [/~~(?=\S)([\s\S]{0,1000}?\S)~~/, (m) => make("s", ...inline(m[1]))],
 ];
 
 function link(address, children, source) {
@@ -34,26 +35,39 @@ function link(address, children, source) {
 
 function inline(text) {
   const nodes = [];
-  while (text) {
-    let first = null;
-    for (const [pattern, build] of INLINE) {
-      const match = pattern.exec(text);
-      if (match && (!first || match.index < first.match.index)) first = { match, build };
-    }
-    if (!first) break;
-    const { match, build } = first;
-    nodes.push(text.slice(0, match.index), build(match));
-    text = text.slice(match.index + match[0].length);
+  let at = 0;
+  const next = INLINE.map(() => undefined); // each pattern's next match, which is searched for again only once it lies behind
+  for (;;) {
+    let first = -1;
+    INLINE.forEach(([pattern], i) => {
+      if (next[i] !== null && (next[i] === undefined || next[i].index < at)) {
+        const search = new RegExp(pattern, "g");
+        search.lastIndex = at;
+        next[i] = search.exec(text);
+      }
+      if (next[i] && (first < 0 || next[i].index < next[first].index)) first = i;
+    });
+    if (first < 0) break;
+    nodes.push(text.slice(at, next[first].index), INLINE[first][1](next[first]));
+    at = next[first].index + next[first][0].length;
   }
-  nodes.push(text);
+  nodes.push(text.slice(at));
   return nodes.filter((node) => node !== "");
+}
+
+// A heading's text without the #s that may close it. By hand: patterns that try every split of a row of spaces take minutes for long ones.
+function unclosed(text) {
+  const shown = text.trimEnd();
+  let end = shown.length;
+  while (end && shown[end - 1] === "#") end--;
+  return shown.slice(0, end).trimEnd();
 }
 
 const lines = (list) => list.flatMap((text, i) => (i ? [document.createElement("br"), ...inline(text)] : inline(text)));
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const FENCE = /^\s*(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
-const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
-const TABLE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const FENCE = /^\s*(```+|~~~+)(?![`~])\s*([\w+#.-]*)(?![\w+#.-])[^`]*$/;
+const isRule = (row) => /^([-*_])\1{2,}$/.test(row.replace(/\s/g, ""));
+const isTable = (row) => /^\|?:?-+:?(\|:?-+:?)*\|?$/.test(row.replace(/\s/g, ""));
 const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim());
 
 function code(text, language) {
@@ -105,7 +119,7 @@ function blocks(rows, depth = 0) {
   while (at < rows.length) {
     const row = rows[at];
     const fence = FENCE.exec(row);
-    const heading = /^\s{0,3}(#{1,6})\s+(.*?)\s*#*\s*$/.exec(row);
+    const heading = /^\s{0,3}(#{1,6})\s+(.*)$/.exec(row);
     if (!row.trim()) {
       at++;
     } else if (fence) {
@@ -116,15 +130,15 @@ function blocks(rows, depth = 0) {
       nodes.push(code(inside.join("\n"), fence[2]));
     } else if (heading) {
       at++;
-      nodes.push(make(`h${Math.min(heading[1].length + 2, 5)}`, ...inline(heading[2])));
-    } else if (RULE.test(row)) {
+      nodes.push(make(`h${Math.min(heading[1].length + 2, 5)}`, ...inline(unclosed(heading[2]))));
+    } else if (isRule(row)) {
       at++;
       nodes.push(make("hr"));
     } else if (/^\s*>/.test(row)) {
       nodes.push(make("blockquote", ...blocks(take((line) => /^\s*>/.test(line)).map((line) => line.replace(/^\s*> ?/, "")), depth + 1)));
     } else if (ITEM.test(row)) {
       nodes.push(list(take((line, i) => ITEM.test(line) || (/^\s+\S/.test(line)) || (!line.trim() && /^(\s+\S|\s*([-*+]|\d+[.)])\s)/.test(rows[i + 1] ?? ""))), depth));
-    } else if (row.includes("|") && TABLE.test(rows[at + 1] ?? "") && (rows[at + 1] ?? "").includes("-")) {
+    } else if (row.includes("|") && isTable(rows[at + 1] ?? "")) {
       const head = cells(row);
       at += 2;
       const body = take((line) => line.includes("|") && line.trim());
