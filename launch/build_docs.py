@@ -32,6 +32,7 @@ ELSEWHERE = {  # files and folders of the repository that are in the site, and w
     "benchmarks/results": "results",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")  # of Markdown, to a file of the repository
 MARKS = "<!-- from posttrain/recipes/keys.py by launch/docs.sh -->", "<!-- end -->"
