@@ -230,6 +230,53 @@ def test_a_setting_that_only_model_args_knows_must_be_there(tmp_path, key):
         load_ckpt_pt(write(tmp_path, checkpoint(**{key: None})))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("n_head", value) for value in (float("inf"), float("nan"), "six", -6, True, torch.ones(2))),
+        *(("block_size", value) for value in (10**18, 0, [4096], float("inf"))),
+        *(("norm_eps", value) for value in (float("nan"), -1e-5, "x")),
+        *(("rope_theta", value) for value in (-1, 0, float("inf"), {})),
+    ],
+)
+def test_a_setting_that_is_no_number_of_its_kind_is_refused_by_name(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"model_args has {key}=.*expected (a number above 0, at most|one)"):
+        load_ckpt_pt(write(tmp_path, checkpoint(**{key: value})))
+
+
+HOSTILE = {  # in the place of blocks.0.ffn.w_gate.weight, and what is said of it
+    "expanded": (torch.ones(1, 1).expand(FF, DIM), "claims 480 elements, of which the file holds fewer"),
+    "meta": (torch.empty(FF, DIM, device="meta"), "is on the device meta, so the file may hold no values"),
+    "sparse": (torch.eye(FF, DIM).to_sparse(), "is sparse, quantized or nested"),
+    "complex": (torch.ones(FF, DIM, dtype=torch.complex64), "is of type torch.complex64; expected floating-point"),
+    "integers": (torch.ones(FF, DIM, dtype=torch.int8), "is of type torch.int8; expected floating-point"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_tensor_without_a_plain_number_for_each_element_is_refused(tmp_path, name):
+    content = checkpoint()
+    content["model"]["blocks.0.ffn.w_gate.weight"], message = HOSTILE[name]
+    with pytest.raises(ValueError, match=f"blocks.0.ffn.w_gate.weight {message}"):
+        load_ckpt_pt(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("number", ["99999999", "2" * 5000, "3"])
+def test_layers_that_are_not_there_are_not_sought(tmp_path, number):
+    content = checkpoint()
+    content["model"][f"blocks.{number}.norm1.weight"] = torch.ones(DIM)
+    with pytest.raises(ValueError, match="its 3 layers are not numbered from 0 on"):
+        load_ckpt_pt(write(tmp_path, content))
+
+
+def test_keys_that_are_no_texts_are_refused(tmp_path):
+    for part in ("model", "model_args"):
+        content = checkpoint()
+        content[part][5] = torch.ones(1)
+        with pytest.raises(ValueError, match="expected only tensors in its state dict|keys that are no texts"):
+            load_ckpt_pt(write(tmp_path, content))
+
+
 def test_wrong_tensors_are_all_named(tmp_path):
     content = checkpoint()
     del content["model"]["blocks.1.norm2.weight"]

@@ -5,16 +5,17 @@ end token of its template.
 """
 
 import contextlib
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.common import hub, terminal
 from posttrain.common.errors import first_line
-from posttrain.common.files import read_whole
+from posttrain.common.files import read_object, read_whole
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.engine import checkpoint_folder
@@ -140,7 +141,11 @@ def _suggestions(path: Path) -> tuple[str, ...]:
 def _stops(description: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None) -> frozenset[int]:
     """Return the ids that end an answer: those of the tokenizer, of the template, and of the model's generation_config.json."""
     stops = {tokenizer.eos_token_id, chat.end_id if chat else None}
-    if (description / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(description).eos_token_id
-        stops.update(own if isinstance(own, list) else [own])
+    path, most = description / "generation_config.json", max(tokenizer.get_vocab().values(), default=0)
+    if path.is_file():
+        own = read_object(path).get("eos_token_id")
+        for token in own if isinstance(own, list) else [own]:
+            if token is not None and (type(token) is not int or not 0 <= token <= most):
+                raise ValueError(f"{path} has the stop token {reprlib.repr(token)}; expected ids from 0 to {most}, or null")
+            stops.add(token)
     return frozenset(stops - {None})

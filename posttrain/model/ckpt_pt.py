@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from posttrain.common import files
-from posttrain.model.ckpt_pt_settings import check_tensors, needed, refuse_inexpressible, sizes_of, tie_head, warn_of_differences
+from posttrain.model.ckpt_pt_settings import check_tensors, needed_number, refuse_inexpressible, sizes_of, tie_head, warn_of_differences
 from posttrain.model.ckpt_pt_tensors import Sizes, from_llama, rope_buffers, to_llama
 
 BUFFER = re.compile(r"blocks\.\d+\.attn\.(rope\.(cos_cached|sin_cached|inv_freq)|bias)")
@@ -45,6 +45,8 @@ def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCau
     tied = tie_head(path, state, args)
     check_tensors(path, state, sizes)
     warn_of_differences(path, args, sizes)
+    if wrong := [key for key, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{path}: the tensor {wrong[0]} is of type {state[wrong[0]].dtype}; expected floating-point numbers")
     config = LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.n_embd,
@@ -52,9 +54,9 @@ def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCau
         num_hidden_layers=sizes.n_layer,
         num_attention_heads=sizes.n_head,
         num_key_value_heads=sizes.num_key_value_heads,
-        max_position_embeddings=int(needed(path, args, "block_size")),
-        rms_norm_eps=float(needed(path, args, "norm_eps")),
-        rope_parameters={"rope_type": "default", "rope_theta": float(needed(path, args, "rope_theta"))},
+        max_position_embeddings=int(needed_number(path, args, "block_size", 2**31 - 1)),
+        rms_norm_eps=needed_number(path, args, "norm_eps", 1.0),
+        rope_parameters={"rope_type": "default", "rope_theta": needed_number(path, args, "rope_theta", 1e12)},
         tie_word_embeddings=tied,
         bos_token_id=None,  # the file does not know its tokenizer
         eos_token_id=None,
@@ -131,9 +133,27 @@ def read(path) -> dict:
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in required):
         seen = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is not a ckpt.pt: expected a dict whose keys model and model_args are dicts, found {seen}")
-    if wrong := [key for key, value in checkpoint["model"].items() if not isinstance(value, torch.Tensor)]:
+    if wrong := [key for key, value in checkpoint["model"].items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]:
         raise ValueError(f"{path}: expected only tensors in its state dict, found other values at {', '.join(map(str, wrong[:8]))}")
+    if not all(isinstance(key, str) for key in checkpoint["model_args"]):
+        raise ValueError(f"{path}: model_args has keys that are no texts: {', '.join(map(repr, list(checkpoint['model_args'])[:8]))}")
+    if wrong := [key for key, value in checkpoint["model_args"].items() if isinstance(value, torch.Tensor) and value.numel() != 1]:
+        raise ValueError(f"{path}: model_args has {wrong[0]}=tensor of {checkpoint['model_args'][wrong[0]].numel()} numbers; expected one")
+    for key, tensor in checkpoint["model"].items():
+        if why_not := _without_values(tensor):
+            raise ValueError(f"{path}: the tensor {key} {why_not}; save the model again, whole and on the CPU")
     return checkpoint
+
+
+def _without_values(tensor: torch.Tensor) -> str | None:
+    """Return why a file's tensor has not a value for each of its elements there; None for a plain one."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "is sparse, quantized or nested, not plain"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device}, so the file may hold no values of it"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims {tensor.numel():,} elements, of which the file holds fewer"
+    return None
 
 
 def _refuse_unwritable(model: PreTrainedModel) -> None:

@@ -4,7 +4,9 @@ Where they disagree the tensors are right, and a warning says so. Warnings point
 """
 
 import re
+import reprlib
 import warnings
+from numbers import Real
 
 import torch
 
@@ -45,6 +47,14 @@ def needed(path, args: dict, key: str):
     return args[key]
 
 
+def needed_number(path, args: dict, key: str, most: float) -> float:
+    """Return a number that only model_args can tell. Raises ValueError unless it is there, above 0 and at most `most`."""
+    value = needed(path, args, key)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
+        raise ValueError(f"{path}: model_args has {key}={reprlib.repr(value)}; expected a number above 0, at most {most:g}")
+    return float(value)
+
+
 def sizes_of(path, state: dict[str, torch.Tensor], args: dict) -> Sizes:
     """Return the model's sizes as its tensors say; n_head alone is taken from model_args, as no tensor shows it.
 
@@ -55,16 +65,19 @@ def sizes_of(path, state: dict[str, torch.Tensor], args: dict) -> Sizes:
     if missing := [key for key in show if key not in state or state[key].dim() != 2]:
         raise ValueError(f"{path}: expected matrices named {', '.join(show)}; missing {', '.join(missing)}, found {_first(state)}")
     vocab_size, n_embd = state[show[0]].shape
-    n_head = int(needed(path, args, "n_head"))
-    if n_head < 1 or n_embd % n_head or (n_embd // n_head) % 2:
+    n_head = int(needed_number(path, args, "n_head", n_embd))
+    if n_embd % n_head or (n_embd // n_head) % 2:
         raise ValueError(f"{path}: n_head={n_head} does not split n_embd={n_embd} into heads of an even size")
     rows, head = state[show[2]].shape[0], n_embd // n_head
     kv_rows = rows // 2
     if not fused and (kv_rows == 0 or kv_rows % head or n_head % (kv_rows // head) or rows % 2):
         raise ValueError(f"{path}: {show[2]} has {rows} rows; expected 2 x a divisor of n_head={n_head} x head size {head}")
+    layers = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    if layers != {str(number) for number in range(len(layers))}:
+        raise ValueError(f"{path}: its {len(layers)} layers are not numbered from 0 on: there is {max(layers, key=len)[:20]}")
     return Sizes(
         vocab_size=vocab_size,
-        n_layer=1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)),
+        n_layer=len(layers),
         n_head=n_head,
         n_embd=n_embd,
         num_key_value_heads=n_head if fused else kv_rows // head,

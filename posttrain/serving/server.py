@@ -107,7 +107,7 @@ async def _start(options: argparse.Namespace, engine: Engine, loaded: list[assis
             batcher = engine(one, options.max_batch, len(loaded), len(started))
             batcher.start()
             started.append(batcher)
-            seconds = await _warm_up(batcher, min(one.stops))
+            seconds = await _warm_up(batcher, min(one.stops, default=0))
             models[one.name] = Model(one._replace(context=batcher.room), batcher)
             _introduce(one, batcher, options.device, seconds)
     except BaseException:  # an interrupt, too: vLLM's processes would outlive this one
