@@ -32,8 +32,10 @@ class _Watch:
                 self.thread.start()
 
     def end(self) -> None:
-        with self.lock:  # once it is held, no exception for this thread is on its way any more but one that is raised already
-            self.ends.pop(threading.get_ident(), None)
+        thread = threading.get_ident()
+        with self.lock:
+            if self.ends.pop(thread, None) is None:  # its time was over: an exception that has not come yet must not come later
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
     def _look(self) -> None:
         while True:

@@ -38,7 +38,7 @@ class AccessControl:
         """`max_body` is in bytes; `host` is where the server listens. Without a key it answers to its own names and addresses only."""
         self.app, self.api_key, self.max_body = app, api_key, max_body
         self.is_open = not is_loopback(host)
-        self.names = {"localhost", "testserver"} | ({host, socket.gethostname(), socket.getfqdn()} if self.is_open else set())
+        self.names = {"localhost", "testserver"} | ({host, socket.gethostname()} if self.is_open else set())
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
