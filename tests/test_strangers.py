@@ -37,7 +37,7 @@ def secret(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [".lock", "logs/rank_0.log", "model/notes.txt", "metrics.jsonl", "checkpoints", "deep/er/link"])
+@pytest.mark.parametrize("name", [".lock", "logs/rank_0.log", "model/notes.txt", "metrics.jsonl", "checkpoints", "deep/er/link", "wandb"])
 def test_a_link_out_of_a_folder_is_refused_by_its_name(tmp_path, secret, name):
     run = tmp_path / "run"
     path = run / name
@@ -49,6 +49,8 @@ def test_a_link_out_of_a_folder_is_refused_by_its_name(tmp_path, secret, name):
     (run / "step_000001").mkdir()
     (run / "latest").symlink_to("step_000001")
     (run / "nowhere").symlink_to("not_there")
+    (run / "wandb" / "logs").mkdir(parents=True)
+    (run / "wandb" / "logs" / "debug.log").symlink_to(secret)  # as wandb makes it
     refuse_links(run)  # what stays within, as a link to the best checkpoint does
 
 

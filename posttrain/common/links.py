@@ -27,11 +27,13 @@ def open_own(path: Path) -> int:
 
 
 def _links(root: str) -> Iterable[str]:
-    """Yield the links in a folder and the folders below, which are not followed."""
+    """Yield the links in a folder and the folders below, which are not followed; those of Weights & Biases in its own folder left out."""
     for place, folders, names in os.walk(root):
         for name in (*folders, *names):
             if os.path.islink(path := os.path.join(place, name)):
                 yield path
+        if place == root and "wandb" in folders:  # wandb (0.31) links its logs in there itself, and nothing here reads or writes them
+            folders.remove("wandb")
 
 
 def _is_blob(target: str) -> bool:
