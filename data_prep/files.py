@@ -13,20 +13,16 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from posttrain.common import hub
+from posttrain.common.files import KeySetTwice, unique_keys
 from posttrain.data.parts import Refused
 
 Row = dict | Refused
 LONGEST_LINE = 2**26  # bytes of a row; a line without an end, as a few packed bytes can hold, would take all memory
-
-
-class _Twice(ValueError):
-    """Raised for an object in which a key is there twice, of which json would keep the last without a word."""
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -81,7 +77,9 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _json_list(path: Path, content: bytes) -> Iterator[Row]:
     try:
-        rows = json.loads(content, object_pairs_hook=_unique)
+        rows = json.loads(content, object_pairs_hook=unique_keys)
+    except KeySetTwice as error:
+        raise ValueError(f"{path}: not valid JSON: the key {error.key!r} is there twice") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -102,23 +100,14 @@ def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
             yield Refused("not UTF-8")
             continue
         try:
-            row = json.loads(text, object_pairs_hook=_unique)
-        except _Twice as error:
-            yield Refused(str(error))
+            row = json.loads(text, object_pairs_hook=unique_keys)
+        except KeySetTwice as error:
+            yield Refused(f"the key {error.key!r} is there twice")
             continue
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(path, f"line {number}", row)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    """Return a JSON object. Raises _Twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(f"the key {next(name for name in found if names.count(name) > 1)!r} is there twice")
-    return found
 
 
 def _object(path: Path, place: str, row) -> dict:

@@ -55,7 +55,7 @@ def read_object(path: Path) -> dict:
     """Reads a JSON object, or of a file named *.yaml a YAML mapping. Raises as `read_whole` does, and ValueError if it is damaged."""
     text = read_whole(path)
     try:
-        return _object(yaml.load(text, UniqueKeys) if path.suffix == ".yaml" else json.loads(text, object_pairs_hook=_unique))
+        return _object(yaml.load(text, UniqueKeys) if path.suffix == ".yaml" else json.loads(text, object_pairs_hook=unique_keys))
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = "it is empty" if not text.strip() else "it holds zero bytes" if "\0" in text else first_line(error)
         raise ValueError(f"{path} is damaged: {why}") from error
@@ -99,12 +99,20 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    """Returns a JSON object's values by key. Raises ValueError for a key that is there twice, of which json would keep the last."""
+class KeySetTwice(ValueError):
+    """Says which key of an object is there twice."""
+
+    def __init__(self, key: str):
+        super().__init__(f"{key} is set twice")
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """Returns a JSON object's values by key, as json's object_pairs_hook. Raises KeySetTwice, where json would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in found if names.count(name) > 1)} is set twice")
+        raise KeySetTwice(next(name for name in found if names.count(name) > 1))
     return found
 
 

@@ -13,13 +13,12 @@ SPARE_FILES = 200  # that the process opens besides connections
 MOST_FILES = 65_536
 
 
-def raise_limit() -> int:
-    """Let this process open as many files as the system allows it; returns how many connections it may have."""
+def raise_limit() -> None:
+    """Let this process open as many files as the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return most_connections()
 
 
 def most_connections() -> int:
