@@ -52,6 +52,14 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def cpu_adam() -> None:
+    """DeepSpeed's Adam for offload, compiled: in a new environment that takes minutes, which no time limit of a launch shall count."""
+    from posttrain.engine.cpu_adam import load_cpu_adam
+
+    load_cpu_adam()
+
+
 def pytest_configure(config):
     """One warm process for the session: the workers of pytest-xdist find the controller's in the environment."""
     if not hasattr(config, "workerinput"):

@@ -25,7 +25,7 @@ BAND = {"float32": 1e-5, "bfloat16": 3e-3}  # of losses and gradient norms, as i
 
 
 @pytest.fixture(scope="module")
-def states(tiny, tmp_path_factory) -> Path:
+def states(tiny, tmp_path_factory, cpu_adam) -> Path:
     """Training states after 2 steps on 2 ranks in every layout, and how each went on."""
     folder = tmp_path_factory.mktemp("states")
     (folder / "tiny").symlink_to(tiny.folder)
