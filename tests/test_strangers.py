@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from test_runs import sft_arguments
 
 from data_prep.files import file_rows
 from posttrain.common import links
+from posttrain.common.limits import TookTooLong, time_limit
 from posttrain.common.links import open_own, refuse_links
-from posttrain.common.time_limit import TookTooLong, time_limit
 from posttrain.common.visible import visible
 from posttrain.data import own_template
 from posttrain.data.chat import ChatFormat, render_prompt
@@ -220,6 +221,38 @@ def test_a_template_that_does_not_end_for_one_conversation_is_refused_for_that(t
     with pytest.raises(Refused, match="it takes too long"):
         render_prompt(chat, [{"role": "user", "content": "BOOM"}])
     assert render_prompt(chat, [{"role": "user", "content": "ta"}])
+
+
+GREEDY = [
+    "{% set x = 'a' * 10**11 %}",
+    "{{ 'a' * (messages | length * 10**10) }}",
+    "{{ '%09999999999d' % 1 }}",
+    "{{ 'a' | center(10**10) }}",
+]
+GREEDY += ["{% set x = namespace(y='aaaaaaaa') %}{% for i in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}", "{{ 'a' * 10**8 }}"]
+
+
+def test_a_template_that_takes_all_memory_is_refused(tiny):
+    """In a process of its own, whose largest memory is read; afterwards the process may take as much as before."""
+    script = f"""import resource, sys
+from posttrain.data.chat import ChatFormat
+from posttrain.data.tokenization import load_tokenizer
+tokenizer = load_tokenizer({str(tiny.base)!r})
+before = resource.getrlimit(resource.RLIMIT_AS)
+for expression in {GREEDY!r}:
+    tokenizer.chat_template = expression + {tiny.chat.jinja!r}
+    try:
+        ChatFormat(tokenizer, "tokenizer")
+    except ValueError as error:
+        print(error)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    *said, most = done.stdout.splitlines()
+    assert len(said) == len(GREEDY), said
+    for line in said:
+        assert re.search("takes too much memory|takes too long|writes 100,0..,... characters|range too big", line), line
+    assert int(most) < 6e6  # kilobytes
 
 
 def test_a_time_limit_ends_its_block_and_nothing_after_it():

@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from posttrain.common.time_limit import time_limit
+from posttrain.common.errors import first_line
+from posttrain.common.limits import memory_limit, time_limit
 from posttrain.data.encoding import special_tokens
 from posttrain.data.parts import Encoded, Part, Refused, Text
 
 # What a template that asks for today is told (Llama-3.1's default), so that ids do not depend on the day
 TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 RENDER_SECONDS = 5.0  # how long a template may take for a conversation; Jinja bounds a loop, but no loop in a loop
+RENDER_BYTES = 4 * 2**30  # how much memory it may take meanwhile, with what other threads take; 'a' * 10**10 is one short expression
+MOST_WRITTEN = 16 * 2**20  # characters that it may write of its own
 STRIPPED = (lambda text: text, str.strip, str.lstrip, str.rstrip)  # what templates do to a message
 
 
@@ -90,14 +93,19 @@ class OwnTemplate:
         return len(prompt)
 
     def _render(self, messages, tools, **options) -> str:
-        """The template's output. Raises Refused where the template raises anything."""
+        """The template's output. Raises Refused where the template raises anything, takes too much, or writes too much."""
         try:
-            with time_limit(RENDER_SECONDS):
-                return self.tokenizer.apply_chat_template(
+            with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+                output = self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, chat_template=TODAY + self.jinja, **options
                 )
+        except MemoryError as error:
+            raise Refused("the template takes too much memory for it") from error
         except Exception as error:  # whatever a template's code raises
-            raise Refused(f"the template refuses it: {error}") from error
+            raise Refused(f"the template refuses it: {first_line(error)}") from error
+        if len(output) > MOST_WRITTEN + 10 * sum(map(len, _strings([messages, tools]))):
+            raise Refused(f"the template writes {len(output):,} characters for it")
+        return output
 
     def _find_end(self) -> int:
         """Find the special token that ends an assistant's turn. Raises ValueError where the template writes none."""

@@ -1,8 +1,9 @@
-"""Ends Python code of somebody else's that runs too long, such as a chat template with a loop in a loop, in whichever thread it runs."""
+"""Ends Python code of somebody else's that runs too long or takes too much memory, such as a chat template with a loop in a loop."""
 
 import contextlib
 import ctypes
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -50,13 +51,55 @@ class _Watch:
 _watch = _Watch()
 
 
+class _Ceiling:
+    """Bounds the process's address space as long as a thread runs limited code: the first one sets the bound, the last one lifts it."""
+
+    def __init__(self):
+        self.lock, self.inside, self.before = threading.Lock(), 0, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+    def begin(self, more: int) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+                with open("/proc/self/statm", encoding="ascii") as file:
+                    most = int(file.read().split()[0]) * resource.getpagesize() + more
+                if soft == resource.RLIM_INFINITY or most < soft:
+                    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+    def end(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+_ceiling = _Ceiling()
+
+
 def _forget_other_threads() -> None:
     """Begin anew in a forked process, in which only the thread that forked goes on."""
-    global _watch
-    _watch = _Watch()
+    global _watch, _ceiling
+    if _ceiling.inside:
+        resource.setrlimit(resource.RLIMIT_AS, _ceiling.before)
+    _watch, _ceiling = _Watch(), _Ceiling()
 
 
 os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+@contextlib.contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Raise MemoryError inside the block where the process would take over `more` bytes of addresses more than it has at its beginning.
+
+    Other threads are bounded, too, as long as the block runs: leave them enough.
+    """
+    ceiling = _ceiling
+    ceiling.begin(more)
+    try:
+        yield
+    finally:
+        ceiling.end()
 
 
 @contextlib.contextmanager
