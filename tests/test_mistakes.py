@@ -228,35 +228,6 @@ def test_preference_data_must_read_as_the_model_was_taught(tiny):
         _check_template(chat, recipe)
 
 
-@pytest.mark.parametrize("damage", ["manifest", "half_manifest", "kind", "format", "arrow", "a_bit", "state", "rows", "template"])
-def test_damaged_data_is_refused(tiny, tmp_path, damage):
-    folder = tmp_path / "data"
-    shutil.copytree(tiny.sft, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if damage == "manifest":
-        (folder / "manifest.json").unlink()
-    elif damage == "half_manifest":
-        (folder / "manifest.json").write_text(json.dumps(manifest)[:40])
-    elif damage == "arrow":
-        file = next((folder / "train").glob("*.arrow"))
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "a_bit":  # of a token's id: of the same size, and a table as before
-        file = next((folder / "train").glob("*.arrow"))
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 2
-        file.write_bytes(content)
-    elif damage == "state":
-        (folder / "train" / "state.json").write_text("{}")
-    else:
-        changes = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}
-        (folder / "manifest.json").write_text(json.dumps(manifest | (changes | {"template": {"template_name": "x"}})[damage]))
-    with pytest.raises(ValueError, match=str(folder)) as error:
-        load_prepared(str(folder), "sft", "THE COMMAND")
-    again = f"--source {tiny.folder}/sft.jsonl --tokenizer {tiny.base} --template chatml --output_dir {folder}_again"
-    assert ("THE COMMAND" if damage in ("manifest", "half_manifest", "kind", "format") else again) in str(error.value)
-    assert damage != "state" or f"{folder}/train/state.json names no files" in str(error.value)
-
-
 def test_data_of_another_tokenizer_is_refused(tiny, arguments, monkeypatch, tmp_path):
     other = tmp_path / "tokenizer"
     tokenizer = type(tiny.tokenizer).from_pretrained(tiny.base)

@@ -16,6 +16,7 @@ from posttrain.common import files, places, terminal
 from posttrain.common.files import read_prompts
 from posttrain.data.chat import render_prompt
 from posttrain.data.prepared import load_prepared
+from posttrain.data.row_checks import check_rows
 from posttrain.data.tokenization import fingerprint
 from posttrain.evaluation.compare import p_value, rate
 from posttrain.evaluation.judge import Judgement, judge
@@ -117,6 +118,7 @@ def reward_accuracy(options: argparse.Namespace) -> None:
     for one in (policy, reference):
         if fingerprint(one.tokenizer) != prepared.manifest["tokenizer"]:
             raise ValueError(f"{options.pairs} was prepared with another tokenizer than {one.name}'s; prepare it again with --tokenizer")
+    check_rows(prepared, str(options.pairs), len(reference.tokenizer))
     table = prepared.validation
     rows = [table[index] for index in range(min(len(table), options.max_samples or len(table)))]
     if not rows:

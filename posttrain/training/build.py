@@ -6,6 +6,7 @@ import torch
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import PreparedData, load_prepared
+from posttrain.data.row_checks import check_rows
 from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.cpu_adam import load_cpu_adam
 from posttrain.engine.ds_config import checkpoint_function, offloads_optimizer, read_ds_config
@@ -38,6 +39,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     shares_prompt = not isinstance(recipe, DPORecipe) or recipe.share_prompt
     data = load_prepared(recipe.data_dir, recipe.kind, prepare_command(recipe), shares_prompt)
     inputs = Inputs(data, load_chat(recipe, data.manifest), ds_config)
+    check_rows(data, recipe.data_dir, len(inputs.chat.tokenizer))
     if offloads_optimizer(ds_config):
         load_cpu_adam()
     return inputs

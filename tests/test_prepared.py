@@ -1,0 +1,70 @@
+"""Prepared data that is damaged, or whose rows contradict themselves, is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from posttrain.data.prepared import fingerprint_file, load_prepared, memory_mapped
+from posttrain.data.row_checks import check_rows
+
+
+@pytest.mark.parametrize("damage", ["manifest", "half_manifest", "kind", "format", "arrow", "a_bit", "state", "rows", "template"])
+def test_damaged_data_is_refused(tiny, tmp_path, damage):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny.sft, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if damage == "manifest":
+        (folder / "manifest.json").unlink()
+    elif damage == "half_manifest":
+        (folder / "manifest.json").write_text(json.dumps(manifest)[:40])
+    elif damage == "arrow":
+        file = next((folder / "train").glob("*.arrow"))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "a_bit":  # of a token's id: of the same size, and a table as before
+        file = next((folder / "train").glob("*.arrow"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 2
+        file.write_bytes(content)
+    elif damage == "state":
+        (folder / "train" / "state.json").write_text("{}")
+    else:
+        changes = {"rows": {"counts": {"train": 99, "validation": 7}}, "kind": {"kind": "dpo"}, "format": {"format": 0}}
+        (folder / "manifest.json").write_text(json.dumps(manifest | (changes | {"template": {"template_name": "x"}})[damage]))
+    with pytest.raises(ValueError, match=str(folder)) as error:
+        load_prepared(str(folder), "sft", "THE COMMAND")
+    again = f"--source {tiny.folder}/sft.jsonl --tokenizer {tiny.base} --template chatml --output_dir {folder}_again"
+    assert ("THE COMMAND" if damage in ("manifest", "half_manifest", "kind", "format") else again) in str(error.value)
+    assert damage != "state" or f"{folder}/train/state.json names no files" in str(error.value)
+
+
+LIES = [
+    ("sft", {"num_trained": lambda row: 10**6}, r"train is damaged: row 3 trains \d+ tokens, and its num_trained says 1000000"),
+    ("sft", {"input_ids": lambda row: [], "labels": lambda row: []}, "row 3 has no tokens in input_ids"),
+    ("sft", {"labels": lambda row: row["labels"][:-1]}, "row 3 has another number of labels than of tokens"),
+    ("sft", {"labels": lambda row: [7] * len(row["labels"])}, "row 3 has labels that are not its tokens"),
+    ("sft", {"input_ids": lambda row: [*row["input_ids"][:-1], 10**6]}, "row 3 has the token id 1000000 in input_ids; the tokenizer has "),
+    ("dpo", {"rejected": lambda row: [*row["rejected"], -5]}, "row 3 has the token id -5 in rejected"),
+    ("dpo", {"prompt": lambda row: []}, "row 3 has no tokens in prompt"),
+]
+
+
+@pytest.mark.parametrize(("kind", "lie", "expected"), LIES)
+def test_rows_that_contradict_themselves_are_refused(tiny, tmp_path, kind, lie, expected):
+    """A stranger's folder, whose checksums are those of what it holds: such rows would train nothing, other words, or for ever."""
+    folder = Path(shutil.copytree(getattr(tiny, kind), tmp_path / "data"))
+    file = next((folder / "train").glob("*.arrow"))
+    table = memory_mapped(folder / "train")
+    rows = table.to_pylist()
+    rows[3] |= {name: change(rows[3]) for name, change in lie.items()}
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, table.schema), max_chunksize=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][f"train/{file.name}"] = fingerprint_file(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    data = load_prepared(str(folder), kind, "")
+    with pytest.raises(ValueError, match=expected):
+        check_rows(data, str(folder), len(tiny.tokenizer))
+    check_rows(load_prepared(getattr(tiny, kind), kind, ""), "", len(tiny.tokenizer))
