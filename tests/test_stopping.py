@@ -109,15 +109,16 @@ def test_nothing_is_left_running(tmp_path):
 def stand_in(tmp_path: Path, seconds: float, code: int = 0) -> list[str]:
     """The command of a rank that takes `seconds` to save once it is asked to stop, and ends with `code`."""
     text = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from posttrain.parallel.stopping import StopRequest, tell_that_all_is_well
+def tell(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece: print's may mingle with another rank's
 stop = StopRequest(0, launcher=None)
-print("ready", flush=True)
+tell("ready")
 while stop.reason is None: time.sleep(0.01)
-print("asked", stop.reason, flush=True)
+tell("asked", stop.reason)
 time.sleep({seconds})
-print("saved", flush=True)
+tell("saved")
 if {code} == 0: tell_that_all_is_well()
 sys.exit({code})
 """
@@ -131,7 +132,7 @@ def test_torchruns_ranks_are_told_from_torchrun_and_from_what_they_start(tmp_pat
     python, script, _ = stand_in(tmp_path, 0.5)
     path = Path(script)
     helper = "import subprocess\nhelper = subprocess.Popen(['sleep', '5'])\n"
-    path.write_text(helper + path.read_text().replace("time.sleep(0.5)", "time.sleep(0.5); print('helper', helper.poll(), flush=True)"))
+    path.write_text(helper + path.read_text().replace("time.sleep(0.5)", "time.sleep(0.5); tell('helper', helper.poll())"))
     command = [*SUPERVISE, python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=rank_environment(), **shown)

@@ -1,6 +1,7 @@
 """Error messages: shorten them, tell a user's mistake from a failure, suggest a correct spelling."""
 
 import difflib
+import errno
 import json
 import re
 import sysconfig
@@ -12,6 +13,12 @@ OURS = tuple(f"{folder}/" for folder in (PACKAGE, PACKAGE.parent / "data_prep", 
 LIBRARIES = tuple({f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 # advice of libraries that no command here can follow, or that points to a report which is not shown
 ADVICE = re.compile(r"trust_remote_code|ignore_mismatched_sizes|above|install|https?:|from_pretrained|argument", re.IGNORECASE)
+
+
+# what to do about a system error, by its number
+REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room, or have the quota raised", errno.EFBIG: "raise the limit of a file's size"}
+REMEDIES |= {errno.EIO: "look at the disk", errno.EROFS: "make it writable, or name another place", errno.ESTALE: "mount it again"}
+REMEDIES |= {errno.EACCES: "have it made accessible to you, or name another place", errno.EMFILE: "raise ulimit -n"}
 
 
 def first_line(error: Exception) -> str:
@@ -39,6 +46,9 @@ def is_mistake(error: Exception) -> bool:
 
 def described(error: Exception) -> str:
     """Returns what to print about a ValueError or OSError; one of a library's ValueErrors with its kind and the place of the call."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}: {REMEDIES[error.errno]}, and the same command goes on"
     if not isinstance(error, ValueError) or is_mistake(error):
         return str(error)
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]

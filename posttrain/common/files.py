@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from posttrain.common.errors import first_line
 
 # endings of files with weights, which no tokenizer needs
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+INCOMPLETE = ".incomplete"  # ends the name of what is not whole yet
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -152,16 +155,38 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file to write in a `with` block, at the end of which it appears at `path`; after an error nothing is left of it."""
-    staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
+    staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{INCOMPLETE}")
+    with naming(path):
+        try:
+            with staging.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a system error of the block, such as that of a full disk, name the file that was to be written."""
     try:
-        with staging.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left half-written in `folder`, unless a process of this host is writing it just now."""
+    here = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+){re.escape(INCOMPLETE)}$")
+    for path in folder.glob(f"*{INCOMPLETE}"):
+        writer = here.search(path.name)
+        if writer and int(writer[1]) != os.getpid() and os.path.exists(f"/proc/{writer[1]}"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def refuse_existing(folder: Path, name: str) -> None:

@@ -71,6 +71,12 @@ class Run:
                     "began with, or start a new run with another --out_dir"
                 )
 
+    def sweep(self) -> None:
+        """Remove what an earlier start that was killed left half-written. Call it once the run is locked."""
+        if self.rank == 0:
+            files.sweep(self.path)
+            files.sweep(self.path / "checkpoints")
+
     def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
         """Create the directory of a new run, run.json last."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -178,7 +184,8 @@ class Run:
         """
         if self.rank:
             return
-        self.metrics_file.write(json.dumps({"step": step, "split": split, **finite(metrics)}) + "\n")
+        with files.naming(self.path / "metrics.jsonl"):
+            self.metrics_file.write(json.dumps({"step": step, "split": split, **finite(metrics)}) + "\n")
         for tracker in self.trackers:
             tracker.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
         self._record_findings(step, self.health.see(step, split, metrics))
@@ -211,7 +218,7 @@ class Run:
 
     def _append(self, name: str, record: dict) -> None:
         """Append a line of JSON to a file of the run."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with files.naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def has_looked(self, step: int) -> bool:
@@ -245,7 +252,8 @@ class Run:
     def sync(self) -> None:
         """Flush the logs to disk, before a checkpoint is saved: it must not outlive the records of the steps before it."""
         if self.rank == 0:
-            os.fsync(self.metrics_file.fileno())
+            with files.naming(self.path / "metrics.jsonl"):
+                os.fsync(self.metrics_file.fileno())
             for tracker in self.trackers:
                 tracker.flush()
 

@@ -188,7 +188,8 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
         else:
             kept += [line] if record["step"] < first_step else []
     if damaged:
-        with path.with_name(f"{name}.damaged").open("ab") as file:
+        aside = path.with_name(f"{name}.damaged")
+        with files.naming(aside), aside.open("ab") as file:
             file.write(b"".join(line + b"\n" for line in damaged.values()))
     files.write_whole(path, b"".join(line + b"\n" for line in kept))
     return list(damaged)

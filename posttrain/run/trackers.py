@@ -3,6 +3,7 @@
 tensorboard --logdir runs     begin with the page #custom_scalars; #hparams compares the runs of a sweep
 """
 
+import contextlib
 import html
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from posttrain.common.errors import first_line
+from posttrain.common.files import naming
 from posttrain.run.wandb_mode import how_to_send
 
 Charts = dict[str, dict[str, list[str]]]  # group -> chart -> tags that the chart shows
@@ -56,6 +58,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # half a second that only the rank which writes needs
         from torch.utils.tensorboard.summary import hparams
 
+        self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else 0)
         charts = {group: {name: ["Multiline", tags] for name, tags in charts.items()} for group, charts in LAYOUT[kind].items()}
         self.writer.add_custom_scalars(charts)
@@ -64,27 +67,38 @@ class TensorBoard:
             self.writer.file_writer.add_summary(summary)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+        with self._naming():
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
 
     def texts(self, texts: dict[str, str], step: int) -> None:
-        for tag, text in texts.items():
-            self.writer.add_text(tag, text, step)
+        with self._naming():
+            for tag, text in texts.items():
+                self.writer.add_text(tag, text, step)
 
     def answers(self, answers: Answers, step: int) -> None:
+        texts = {}
         for number, one in enumerate(answers, start=1):
             head = "| " + " | ".join(one) + " |\n|" + "---|" * len(one)
-            self.writer.add_text(f"samples/{number}", f"{head}\n| " + " | ".join(map(as_cell, one.values())) + " |", step)
+            texts[f"samples/{number}"] = f"{head}\n| " + " | ".join(map(as_cell, one.values())) + " |"
+        self.texts(texts, step)
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None:
-        for tag, array in values.items():
-            self.writer.add_histogram(tag, array, step)
+        with self._naming():
+            for tag, array in values.items():
+                self.writer.add_histogram(tag, array, step)
 
     def flush(self) -> None:
-        self.writer.flush()
+        with self._naming():
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with self._naming():
+            self.writer.close()
+
+    def _naming(self) -> contextlib.AbstractContextManager:
+        """Name the events file in a system error, which its writer's thread hands on to whatever is called next."""
+        return naming(self.folder / "events.out.tfevents...")
 
 
 class WeightsAndBiases:

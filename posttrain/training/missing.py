@@ -18,7 +18,7 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # folders of compiled 
 def refuse_missing(recipe: Recipe) -> None:
     """Raise FileNotFoundError or ValueError, with what to do, where the ds_config, the prepared data or the model is not there.
 
-    Also where a folder of the environment's for compiled code cannot be written.
+    Also where out_dir, or a folder of the environment's for compiled code, cannot be written.
     """
     found = places.find_ds_config(recipe.ds_config)
     ours = places.shipped(recipe.ds_config)
@@ -30,15 +30,26 @@ def refuse_missing(recipe: Recipe) -> None:
         if folder := os.environ.get(name):
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+                _try_to_write(folder)
             except OSError as error:
                 raise ValueError(f"{name}={folder} cannot be written: {error.strerror}. Name another folder, or unset {name}") from None
+    if not recipe.only_looks and is_rank_0():
+        there = next(one for one in (Path(recipe.out_dir), *Path(recipe.out_dir).absolute().parents) if one.exists())
+        try:
+            _try_to_write(there)
+        except OSError as error:
+            raise ValueError(f"out_dir {recipe.out_dir} cannot be written ({there}: {error.strerror}): name another --out_dir") from None
     if recipe.wandb_log and not importlib.util.find_spec("wandb"):
         raise ValueError(
             "wandb_log=True needs the wandb package: export POSTTRAIN_EXTRAS=wandb and source launch/env.sh, or pip install wandb"
         )
     if recipe.wandb_log and not recipe.only_looks and is_rank_0():
         settle_mode(Path(recipe.out_dir))
+
+
+def _try_to_write(folder: Path | str) -> None:
+    """Raise OSError where no file can be made in `folder`."""
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def prepare_command(recipe: Recipe) -> str:
