@@ -17,9 +17,10 @@ from data_prep.examples import DPO, SFT, UNPROVEN, Example
 from data_prep.messages import Chat, Document, Pair
 from data_prep.proof import prove
 from data_prep.sources import Source
-from data_prep.staging import Staging, table_of
+from data_prep.staging import HIDDEN, Staging, table_of
+from posttrain.common.visible import UNSEEN
 from posttrain.data.chat import ChatFormat, encode_parts
-from posttrain.data.parts import Encoded, Refused
+from posttrain.data.parts import Encoded, Refused, Text
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a chunk; the row that exceeds the latter is still in it
 APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
@@ -122,10 +123,16 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes:
             if any(part.apart for parts in encoded[mine] for part in parts):
                 changes[APART] += 1
             yield from ((number, example) for example in examples)
+            changes[HIDDEN] += any(_hides(part.before + part.body) for several in parts for part in several if isinstance(part, Text))
             if number in chunk.given:
                 changes["given --system_prompt"] += 1
         except Refused as cause:
             yield number, Refused(str(cause))
+
+
+def _hides(text: str) -> bool:
+    """Whether a text holds characters that are not seen, or turn others around. Windows' line ends are none."""
+    return not text.isascii() and bool(UNSEEN.search(text.replace("\r", "")))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from data_prep.choose import Chosen
 from data_prep.sources import Source, count_rows
-from data_prep.staging import Chunk, column
+from data_prep.staging import HIDDEN, Chunk, column
 from posttrain.common.places import command
 from posttrain.common.visible import visible
 
@@ -57,6 +57,10 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
             for row, cause in chunk.facts["dropped"]:
                 entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": True})
                 entry["rows"] += 1
+    notes = list(chosen.notes)
+    if hidden := changes.pop(HIDDEN, 0):
+        what = "a row holds" if hidden == 1 else f"{hidden:,} rows hold"
+        notes.append(f"{what} characters that are not seen (of no width, or that turn the text around); preview shows them as escapes")
     flat = [chunk for several in chunks for chunk in several]
     for cause, which in chosen.left_out.items():
         if which.any():
@@ -67,9 +71,9 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
         "counts": {name: int(which.sum()) for name, which in counts.items()},
         "rows": sum(chunk.facts["rows"] for chunk in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
-        "changes": dict(changes.most_common()),
+        "changes": {what: count for what, count in changes.most_common() if count},
         "copies": chosen.copies,
-        "notes": chosen.notes,
+        "notes": notes,
     }
     here = counts["train"]
     histogram, _ = np.histogram(tokens, bins=[*EDGES, np.iinfo(np.int32).max], weights=here)

@@ -23,6 +23,7 @@ from data_prep.examples import Example
 from data_prep.proof import text_hash
 from posttrain.common import files
 
+HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
 SHARD_BYTES = 500_000_000  # of a data file, about
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a chunk that the prepared folder does not have
 

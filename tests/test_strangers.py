@@ -339,6 +339,7 @@ def test_preparation_and_preview_show_what_is_there(tiny, tmp_path):
     done = python("data_prep/prepare_sft.py", *options)
     assert done.returncode == 0, done.stdout
     assert r"[/red]\x1b]0;x\x07" in done.stdout
+    assert "note: 3 rows hold characters that are not seen" in done.stdout
     page = tmp_path / "page.html"
     shown = python("data_prep/preview.py", data)
     python("data_prep/preview.py", data, "--html", page)
