@@ -195,6 +195,34 @@ def test_no_command_runs_code_of_a_folder(tiny, tmp_path):
     assert not marker.exists(), marker.read_text()
 
 
+@pytest.mark.slow
+def test_code_does_not_run_where_somebody_says_yes(tiny, tmp_path):
+    """transformers asks on standard input whether to run a folder's code that it has no class for."""
+    base, marker = Path(shutil.copytree(tiny.base, tmp_path / "base")), tmp_path / "it_ran"
+    (base / "own.py").write_text(TRAP)
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Tokenizer", None]}
+    (base / "config.json").write_text(json.dumps({"model_type": "own", "architectures": ["Own"], "auto_map": own}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": own}))
+    (base / "tokenizer.json").unlink()
+    source = ("--source", f"{tiny.folder}/sft.jsonl", "--tokenizer", base, "--output_dir", tmp_path / "data")
+    commands = [
+        ("data_prep/prepare_sft.py", *source),
+        ("posttrain/convert.py", base, tmp_path / "model.pt"),
+        ("posttrain/serve.py", "--checkpoint", base),
+    ]
+    running = []
+    for script, *arguments in commands:
+        shown = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = rank_environment() | {"MARKER": str(marker)}
+        running.append(subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], env=environment, **shown))
+    for process in running:
+        said, _ = process.communicate("y\n" * 20, timeout=200)
+        assert process.returncode, said
+        assert said.splitlines()[-1].startswith("error: "), said
+        assert "Traceback" not in said
+    assert not marker.exists(), marker.read_text()
+
+
 # ---- templates and tokenizers ----
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
