@@ -7,6 +7,7 @@ import os
 import subprocess
 
 import faults
+import kills
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -27,3 +28,11 @@ def test_every_run_ends_as_the_undisturbed_one(tmp_path):
     chosen = [fault for fault in CHOSEN if fault is not faults.full_disk or can_mount(tmp_path / "mount")]
     results = faults.campaign(len(chosen), seed=7, folder=tmp_path, faults=chosen, forked=True)
     assert [result for result in results if result["wrong"]] == []
+
+
+def test_killed_at_its_file_operations_a_run_ends_as_the_undisturbed_one(tmp_path):
+    """At every sixth of them; python tests/kills.py takes them all."""
+    operations, wrong = kills.campaign(tmp_path, 6)
+    assert not wrong
+    assert len(operations) > 100
+    assert {name.split()[0] for name in operations} == {"0", "1"}  # both ranks write
