@@ -57,7 +57,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
-        normalizers, chunks = torch.empty_like(logps), _chunks(len(targets), weight.shape[0])
+        normalizers, chunks = torch.empty_like(logps), pieces(len(targets), weight.shape[0])
         of_rows = _compiled()[0] if compiled else _logps_of_rows
         all_weights = workable(weight)
         for rows in chunks:
@@ -74,7 +74,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad = grad.contiguous()  # the gradient of a sum is one number expanded, for which torch.compile would compile anew
         states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight)
-        for columns in _chunks(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
+        for columns in pieces(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
             of_columns = workable(weight[columns])
             logits = states @ of_columns.t() if kept is None else kept
             grad_logits = ctx.of_columns(logits, normalizers, grad, targets - columns.start)
@@ -134,7 +134,7 @@ def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width
     return distances(*outcomes).max().item()
 
 
-def _chunks(count: int, other: int) -> list[slice]:
+def pieces(count: int, other: int) -> list[slice]:
     """Cut `count` rows (or columns) of logits, with `other` columns (or rows), into pieces of at most CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // max(1, other))
     if size > WHOLE:

@@ -121,6 +121,17 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+@contextlib.contextmanager
+def _few_pieces():
+    """Let the head work on the first three of its pieces of logits only: the peak is theirs, as all but the last are of one size."""
+    pieces = logprob.pieces
+    logprob.pieces = lambda count, other: pieces(count, other)[:3]
+    try:
+        yield
+    finally:
+        logprob.pieces = pieces
+
+
 def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> int:
     """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peak.
 
@@ -141,7 +152,7 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
         )
         live = LiveBytes()
         live.leave_out([*model.parameters(), *model.buffers()])
-        with live, _rotary_without_memory(model) if fused else contextlib.nullcontext():
+        with live, _few_pieces(), _rotary_without_memory(model) if fused else contextlib.nullcontext():
             policy(batch).sum().backward()
     return live.most
 
@@ -201,6 +212,6 @@ def peak_bytes_of_head(config, rows: int, dtype: torch.dtype) -> int:
         hidden, weight = (torch.empty(n, config.hidden_size, dtype=dtype, requires_grad=True) for n in (rows, config.vocab_size))
         live = LiveBytes()
         live.leave_out([hidden, weight])
-        with live:
+        with live, _few_pieces():
             logprob.token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
     return live.most
