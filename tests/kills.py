@@ -96,8 +96,13 @@ def campaign(folder: Path, every: int) -> tuple[list[str], str]:
         print(f"{time.monotonic() - began:>4.0f} s  killed before {operations[-1]}", flush=True)
     expected, found = faults.outcome(undisturbed.out), faults.outcome(run.out)
     wrong = [name for name in expected if found[name] != expected[name]]
-    wrong += [str(path) for path in run.out.rglob("*.incomplete")]
+    wrong += sorted(files_of(undisturbed.out) ^ files_of(run.out))
     return operations, ", ".join(wrong)
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the paths of a run's files, but TensorBoard's, of which each start makes one."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
 
 
 def alive(pid: int) -> bool:

@@ -23,7 +23,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
-from posttrain.common.files import sync_folder, write_whole
+from posttrain.common.files import sweep, sync_folder, write_whole
 from posttrain.common.links import open_own
 from posttrain.engine import shards
 from posttrain.engine.adam import FLOAT32, STATE_BYTES
@@ -32,6 +32,8 @@ from posttrain.engine.writer import BackgroundWriter
 from posttrain.operators.saved_form import persistent_buffers
 from posttrain.parallel import watchdog
 from posttrain.parallel.ranks import gathered, on_rank_0
+
+TOKEN = ".shared."  # begins the names of files by which hosts see that they share the folder
 
 
 class Found(NamedTuple):
@@ -226,7 +228,10 @@ class Checkpoints:
         on_rank_0(check)
 
     def lock(self) -> None:
-        """Lock the run's directory until this process ends. Raises ValueError if another process has locked it."""
+        """Lock the run's directory until this process ends, and remove what an earlier one that was killed left half-written there.
+
+        Raises ValueError if another process has locked it.
+        """
 
         def take():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +240,10 @@ class Checkpoints:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.folder.parent} is in use by another process of this run; wait for it, or stop it") from None
+            sweep(self.folder.parent)
+            sweep(self.folder)
+            for token in self.folder.parent.glob(f"{TOKEN}*"):
+                token.unlink()
 
         on_rank_0(take)
 
@@ -274,7 +283,7 @@ class Checkpoints:
 
 def _touch_token(place: Path) -> str:
     place.mkdir(parents=True, exist_ok=True)
-    token = f".shared.{uuid.uuid4().hex}"
+    token = f"{TOKEN}{uuid.uuid4().hex}"
     (place / token).touch()
     return token
 

@@ -71,12 +71,6 @@ class Run:
                     "began with, or start a new run with another --out_dir"
                 )
 
-    def sweep(self) -> None:
-        """Remove what an earlier start that was killed left half-written. Call it once the run is locked."""
-        if self.rank == 0:
-            files.sweep(self.path)
-            files.sweep(self.path / "checkpoints")
-
     def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
         """Create the directory of a new run, run.json last."""
         self.path.mkdir(parents=True, exist_ok=True)

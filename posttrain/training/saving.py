@@ -34,7 +34,6 @@ class Saving:
         recipe = self.training.recipe
         if not recipe.only_looks:
             self.checkpoints.lock()
-            self.run.sweep()
         found = self.checkpoints.newest(before=recipe.replay_step or math.inf)
         if found is None and self.training.engine.module.is_from_checkpoint:
             raise ValueError(f"the model at {recipe.model_path} is gone, and there is no checkpoint before step {recipe.replay_step}")
