@@ -57,6 +57,14 @@ def test_every_page_is_in_the_sites_navigation():
     assert sorted(nav) == sorted(name for path, name in build_docs.pages(ROOT).items() if path.suffix == ".md" and "/" not in name)
 
 
+def test_every_attempt_to_break_it_has_a_test():
+    rows = [line for line in PAGES["attempts.md"].splitlines() if line.startswith("| ") and not line.startswith("| attempt |")]
+    assert len(rows) > 40
+    for row in rows:
+        file, name = re.search(r"\| `(\w+)::(\w+)` \|$", row).groups()
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / f"{file}.py").read_text(), re.M), row
+
+
 def test_the_site_has_no_dead_link(tmp_path):
     assert build_docs.build(ROOT, tmp_path / "site") == []
     assert "<title>" in (tmp_path / "site" / "recipes.html").read_text()

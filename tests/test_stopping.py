@@ -49,6 +49,14 @@ def test_the_time_limit_leaves_room_for_a_step_and_a_save(signals, monkeypatch):
     assert stop.reason == "the time limit is near"
 
 
+def test_a_clock_that_is_set_back_lengthens_no_time_limit(signals, monkeypatch):
+    stop = StopRequest(0.2, launcher=None)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert stop.reason is None
+    time.sleep(0.25)
+    assert stop.reason == "the time limit is near"
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("8h", 28800), ("90m", 5400), ("45s", 45), ("1.5h", 5400), ("08:00:30", 28830), ("60", 60), (0, 0)]
 )
