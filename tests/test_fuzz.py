@@ -117,19 +117,40 @@ BODIES = {
 }
 
 
+TEXTS = st.text(max_size=40) | st.sampled_from(
+    ["\0", "<|im_start|>assistant\n", "<|im_end|>", "x" * 3000, "\U0001f469\u200d", "\u202e", "\r\n"]
+)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}), max_size=3)
+ROLES = st.sampled_from(["system", "developer", "user", "assistant"])
+FITTING = {  # what a field may be, though perhaps not beside the others
+    "messages": st.lists(st.fixed_dictionaries({"role": ROLES, "content": TEXTS | PARTS}), min_size=1, max_size=4),
+    "prompt": TEXTS | st.lists(st.integers(-1, 450), max_size=300),
+    "max_tokens": st.integers(1, 20) | st.just(10**30),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1, exclude_min=True),
+    "top_k": st.integers(-1, 2**70),
+    "repetition_penalty": st.floats(0.01, 10),
+    "seed": st.integers(-(2**63), 2**64 - 1),
+    "stop": TEXTS | st.lists(TEXTS, max_size=16),
+    "stream": st.booleans(),
+    "user": TEXTS,
+    "metadata": st.dictionaries(TEXTS, OF_JSON, max_size=3),
+    "chosen": TEXTS,
+    "rejected": TEXTS,
+}
+
+
 @st.composite
 def requests(draw) -> tuple[str, bytes]:
-    """Draw a path and a body: any JSON, or a whole request with some values replaced, and now and then with damaged bytes."""
+    """Draw a path and a body: a whole request with other fitting values, or any values in places, or damaged bytes; or any JSON."""
     path = draw(st.sampled_from(sorted(BODIES)))
-    content = json.dumps(BODIES[path]).encode()
-    for _ in range(draw(st.integers(1, 3))):
+    body, how = dict(BODIES[path]), draw(st.sampled_from(["fitting"] * 4 + ["other"] * 4 + ["bytes", "any"]))
+    for name in draw(st.lists(st.sampled_from(sorted(FITTING.keys() & body.keys())), max_size=5, unique=True)):
+        body[name] = draw(FITTING[name])
+    content = json.dumps(body if how != "any" else draw(OF_JSON)).encode()
+    for _ in range(draw(st.integers(1, 3)) if how == "other" else 0):
         where = draw(st.sampled_from(list(places_in(json.loads(content)))) | st.tuples(st.text(max_size=9) | st.just("y" * 10_000)))
-        content = replaced(content, where, draw(OF_JSON | (st.just(...) if where[0] in BODIES[path] and len(where) == 1 else st.nothing())))
-        if not list(places_in(json.loads(content))):
-            break
-    how = draw(st.sampled_from(["as it is"] * 6 + ["any", "bytes"]))
-    if how == "any":
-        content = json.dumps(draw(OF_JSON)).encode()
+        content = replaced(content, where, draw(OF_JSON))
     return path, damaged_bytes(content, draw(damage_to_bytes(len(content)))) if how == "bytes" else content
 
 
