@@ -15,6 +15,7 @@ from data_prep.convert import convert
 from data_prep.examples import KINDS, Settings
 from data_prep.options import look, parse
 from data_prep.staging import Staging, write_split
+from posttrain.common.files import checksum
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.data.manifest import FORMAT
@@ -65,7 +66,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     report.draw(chunks, chosen, options.max_length, whole / "lengths.png")
     manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
     tokenizer.save_pretrained(whole / "tokenizer")
-    (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (whole / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=2) + "\n", encoding="utf-8")
     staging.publish(output)
     report.show(output, manifest)
 

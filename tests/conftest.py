@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take minutes, the longest first: launch/test.sh gives whole files to two workers in this order, so that both end together
 LONG = (
-    "benchmarks evaluate two_hosts install plan launch docs faults moved layouts real_data setup checkpoint compile planted fit runs "
-    "stopping contributing export strangers terminal serving_parts kubernetes doctor serve data_prep tracking page"
+    "benchmarks evaluate two_hosts install plan launch docs faults moved layouts real_data setup checkpoint compile fuzz_folders planted "
+    "fit runs fuzz_runs fuzz stopping contributing export strangers terminal serving_parts kubernetes doctor serve data_prep tracking page"
 )
 
 

@@ -179,6 +179,15 @@ def test_a_value_of_run_json_that_was_changed_is_seen(run, name, value):
     assert f"{path} is damaged: it is not what was written" in told(of_report, run)
 
 
+def test_a_value_of_recipe_yaml_that_was_changed_is_seen(run):
+    """The comment with the checksum may go: then the file is one of an older version."""
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("global_batch_size: 1", "global_batch_size: 3"))
+    assert f"{path} is damaged: it is not what was written" in told(of_report, run)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("#")))
+    assert stored.read_recipe(run)["global_batch_size"] == 3
+
+
 @pytest.mark.parametrize("how", OTHERS)
 def test_what_stands_in_a_logs_place_is_named_before_the_run_goes_on(run, how):
     damaged(run / "metrics.jsonl", how)

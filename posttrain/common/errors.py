@@ -4,6 +4,7 @@ import difflib
 import errno
 import json
 import re
+import reprlib
 import sysconfig
 import traceback
 from pathlib import Path
@@ -13,6 +14,21 @@ OURS = tuple(f"{folder}/" for folder in (PACKAGE, PACKAGE.parent / "data_prep", 
 LIBRARIES = tuple({f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 # advice of libraries that no command here can follow, or that points to a report which is not shown
 ADVICE = re.compile(r"trust_remote_code|ignore_mismatched_sizes|above|install|https?:|from_pretrained|argument", re.IGNORECASE)
+
+MOST_SHOWN = 300  # characters of a value in a message
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, MOST_SHOWN, MOST_SHOWN, MOST_SHOWN
+
+
+def shown(value) -> str:
+    """Returns a value's repr for a message, shortened where it is long: of a stranger's file it may be of any size."""
+    text = _short.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def shown_name(name) -> str:
+    """Returns a name for a message as `shown` does, without quotes where it is a text."""
+    return shown(name).strip("'")
 
 
 # what to do about a system error, by its number

@@ -7,18 +7,19 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 import yaml
 
-from posttrain.common.errors import first_line
+from posttrain.common.errors import first_line, shown, shown_name
 
 # endings of files with weights, which no tokenizer needs
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 INCOMPLETE = ".incomplete"  # ends the name of what is not whole yet
+LONGEST_NUMBER = 10_000  # bits of a whole number in YAML; Python prints 4,300 digits, which have 14,000
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -93,12 +94,41 @@ def parse_line(line: str | bytes, check: Callable[[dict], None] | None = None) -
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Raises an error for a key that is set twice, of which PyYAML would silently keep the last."""
+    """Reads YAML of somebody else's: every mistake in it is a yaml.YAMLError.
+
+    A key that is set twice is refused, of which PyYAML would silently keep the last. So are aliases, of which ten lines make as many
+    values as memory holds, and whole numbers that Python cannot print.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.keys: dict[int, str] = {}  # of a mapping's value, by the id of its node
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1} has an alias (*name); write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+                raise ValueError("it has too many digits")
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # by what stands where a number should be
+            key = f"{self.keys[id(node)]}: " if id(node) in self.keys else ""
+            kind = node.tag.rpartition(":")[2]
+            where = f"{shown(node.value)} in line {node.start_mark.line + 1}" if isinstance(node, yaml.ScalarNode) else "a value"
+            raise yaml.YAMLError(f"{key}{where} is no {kind}, as which YAML reads it ({first_line(error)})") from error
+        return value
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} is set twice")
+        seen = set()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable) and name in seen:
+                raise yaml.YAMLError(f"{shown_name(name)} is set twice")
+            seen |= {name} if isinstance(name, Hashable) else set()
+            self.keys[id(value)] = shown_name(name)
         return super().construct_mapping(node, deep)
 
 
@@ -106,7 +136,7 @@ class KeySetTwice(ValueError):
     """Says which key of an object is there twice."""
 
     def __init__(self, key: str):
-        super().__init__(f"{key} is set twice")
+        super().__init__(f"{shown_name(key)} is set twice")
         self.key = key
 
 
@@ -144,6 +174,11 @@ def file_facts(path: Path) -> dict:
     """Returns a file's size in bytes and its XXH3 checksum, as manifests record them."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
+
+
+def checksum(values: dict) -> str:
+    """Returns the XXH3 checksum of a JSON object, the same however it is written; files keep it under "checksum", beside what it is of."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode())
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -92,11 +92,13 @@ def in_this_form(text: str) -> str:
 def expanded(path: str) -> str:
     """Return a path with `~` and `~user` at its beginning replaced by the home directory, which a shell does not do after `=`, nor YAML.
 
-    Raises ValueError for a user who has none, and for a path whose bytes are not UTF-8, which libraries cannot open.
+    Raises ValueError for a user who has none, for a zero byte, and for a path whose bytes are not UTF-8, which libraries cannot open.
     """
     home = os.path.expanduser(path)
     if home.startswith("~"):
         raise ValueError(f"the home directory of {home.partition('/')[0]} is not known; write the whole path, or ./~ for a folder named ~")
+    if "\0" in home:
+        raise ValueError("it holds a zero byte, which no path has")
     try:
         home.encode()
     except UnicodeEncodeError:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from posttrain.common.errors import nearest_path
-from posttrain.common.files import read_object
+from posttrain.common.files import checksum, read_object
 from posttrain.common.places import command
 from posttrain.common.records import Record, check_record
 
@@ -82,6 +82,8 @@ def read_manifest(directory: str, make: str, kind: str | None = None) -> dict:
         raise ValueError(f"{path} holds {seen[1]} data; this command needs {kind} data. Make it with\n    {make}")
     try:
         check_record(manifest, _Manifest)
+        if manifest.pop("checksum", None) not in (None, checksum(manifest)):  # versions before 0.2 wrote none
+            raise ValueError("it is not what was written (its checksum differs)")
     except ValueError as error:
         raise ValueError(f"{path / 'manifest.json'} is damaged: {error}. Make the data again with\n    {make_again}") from error
     return manifest

@@ -152,7 +152,7 @@ def _from_folder(path: str) -> PreTrainedTokenizerBase:
     for name in sorted(seen & {"tokenizer.json", "tokenizer_config.json"}):
         read_object(Path(path) / name)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return _used_once(AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # of any kind: files of somebody else's may fail anywhere in transformers
         raise _unreadable(path, error) from error
 
@@ -163,12 +163,27 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"{name} does not exist; expected {EXPECTED}")
     reachable = hub.is_reachable()
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False)
+        return _used_once(AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False))
     except OSError as error:
         where = "nor on the hub" if reachable else "nor in the hub's local cache, and the hub cannot be reached"
         raise ValueError(f"{name} is not a folder here {where}; expected {EXPECTED}") from error
     except Exception as error:  # as in a folder
         raise _unreadable(name, error) from error
+
+
+def _used_once(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Encode and decode a text: some of what is wrong in a tokenizer's files fails only then, with any error. Returns the tokenizer.
+
+    Raises ValueError for ids that are far beyond the number of tokens: libraries and models take memory for each id up to the highest.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if (most := max(vocabulary.values(), default=0)) > 10 * len(vocabulary) + MORE_ROWS:
+        raise ValueError(f"it has ids up to {most:,}, but only {len(vocabulary):,} tokens")
+    text = " ".join(PROBES)
+    tokenizer.convert_tokens_to_ids("\0 is no token")  # recurses without end where the token for unknown ones is none itself
+    for ids in (tokenizer(text)["input_ids"], encode_text(tokenizer, text)):
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer
 
 
 def _unreadable(place: str, error: Exception) -> ValueError:

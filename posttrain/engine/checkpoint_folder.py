@@ -1,10 +1,7 @@
 """Reads a checkpoint's folder: tells whether it is one and whether it is damaged, and reads its manifest."""
 
-import json
 import re
 from pathlib import Path
-
-import xxhash
 
 from posttrain.common import files
 
@@ -73,4 +70,4 @@ def step_of(path: Path) -> int:
 
 def manifest_checksum(manifest: dict) -> str:
     """Returns the XXH3 checksum of a manifest without its own "checksum"."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    return files.checksum(manifest)

@@ -18,7 +18,7 @@ from posttrain.model.export import write_description, write_model
 from posttrain.model.forms import is_ckpt_pt
 from posttrain.model.loading import load_model
 from posttrain.model.plain_llama import ckpt_pt_logits
-from posttrain.run.stored import model_files, read_facts, read_log
+from posttrain.run.stored import files_in, read_facts, read_log
 
 LIMIT = 1e-4  # largest difference of logits, relative to the largest logit; another order of operations rounds differently
 
@@ -99,7 +99,7 @@ def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: 
     """Write what belongs into the new folder besides weights."""
     if is_checkpoint(src) and not tokenizer:
         description = model_description(src)
-        for name in read_facts(description.parent).get("model_files") or model_files(description.parent):
+        for name in read_facts(description.parent).get("model_files") or files_in(description):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(description / name, folder / name)
         return

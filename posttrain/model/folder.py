@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.common import hub
+from posttrain.common.errors import shown, shown_name
 from posttrain.common.files import read_object, require_file
 
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # in the order in which transformers looks for them
@@ -131,7 +132,9 @@ def _weight_files(folder: Path, config: dict) -> list[Path]:
             add = ', or add "metadata": {} to it' if key == "metadata" else ""
             raise ValueError(f'{folder / chosen} has no "{key}", which transformers reads: copy the file again{add}')
     files = sorted({str(file) for file in index["weight_map"].values()})
-    if missing := [file for file in files if not (folder / file).exists()]:
+    if other := [file for file in files if file != Path(file).name or file in ("", "..")]:
+        raise ValueError(f"{folder / chosen} names {shown(other[0])}, which is no file of its folder: copy the index again")
+    if missing := [shown_name(file) for file in files if file not in names]:
         raise FileNotFoundError(
             f"{folder} is not whole: {chosen} names {len(files)} files, of which {len(missing)} are missing ({', '.join(missing[:3])}); "
             "copy them, too"

@@ -35,7 +35,7 @@ from posttrain.model.forms import find_model, is_ckpt_pt
 from posttrain.model.left_out import WRAPPERS, sort_out, unwrapped
 from posttrain.operators import positions
 from posttrain.operators.saved_form import as_saved
-from posttrain.run.stored import is_run, model_problem
+from posttrain.run.stored import final_problem, is_run, model_problem
 
 
 def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Callable[[str], None] = print) -> PreTrainedModel:
@@ -50,6 +50,12 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Call
     if checkpoint_folder.is_checkpoint(Path(path)):
         return _from_checkpoint(Path(path), dtype)
     place = hub.snapshot_in(path)
+    run = Path(place).resolve().parent
+    if Path(place).resolve().name == "final" and is_run(run) and (problem := final_problem(run)):
+        raise ValueError(
+            f"{problem}. Restore the file from a copy, or remove {run}/final, and the run's command writes it again. A model that is "
+            "changed on purpose belongs into another folder"
+        )
     if place != path:
         say(f"{path} is a folder of the hub's cache: its snapshot {Path(place).name} is taken")
     config = read_config(place)

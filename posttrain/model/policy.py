@@ -31,6 +31,8 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # a decoder l
 KNOWN = f"known to work: {', '.join(layers.ARCHITECTURES)}"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats per token by which packed and unpacked log-probs may differ, for rounding
 
+ABSURD = 1e5  # nats per token that no model is surprised by, unless some of its weights are
+
 
 class Policy(nn.Module):
     """A causal language model that returns log-probs of a micro-batch's targets. Its `model` stays an ordinary transformers model."""
@@ -106,7 +108,10 @@ def load_policy(
     name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
     choices.append(("kernel", f"attention: {name} ({reason})"))
     choices.append(("kernel", f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}"))
-    policy = build_policy(model, name, recipe.checks == "on")
+    try:
+        policy = build_policy(model, name, recipe.checks == "on")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     choices.append(("kernel", f"head: {policy.head.choose(recipe.kernels)}"))
     policy.weights, policy.scale = weights, scale_of_weights(model)
     policy.fingerprint = read_facts(Path(recipe.out_dir), "inputs")["inputs"].get("model", "") if is_gone else digest(weights)
@@ -182,8 +187,9 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
         # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
         own = str(error) if isinstance(error, ValueError) else f"transformers' code of it does not take packed rows ({reason(error)})"
         raise ValueError(f"{kind} cannot be trained packed: {own}; {KNOWN}") from error
-    if not plain.isfinite().all():
-        raise ValueError(f"the {kind} gives log-probs that are not finite: its weights are damaged, or its training diverged")
+    if not plain.abs().max() < ABSURD:
+        seen = f"of {plain.abs().max():.1g} nats" if plain.isfinite().all() else "that are not finite"
+        raise ValueError(f"the {kind} gives log-probs {seen}: its weights are damaged, or its training diverged")
     difference = (plain - packed).abs().max().item()
     if not difference <= TOLERANCE[model.dtype]:
         raise ValueError(

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.common.errors import nearest
+from posttrain.common.errors import nearest, shown
 from posttrain.common.files import UniqueKeys, read_whole
 from posttrain.common.hub import is_hub_name
 from posttrain.common.places import command, expanded, in_this_form
@@ -20,6 +20,7 @@ from posttrain.recipes.keys import DPORecipe, Recipe, SFTRecipe, nature
 from posttrain.recipes.other_names import OTHER_NAMES
 
 RECIPES = Path(__file__).parent
+MOST_NAMED = 5  # keys that are wrong, in one message
 KINDS = {"sft": (SFTRecipe, "sft_qwen3_1.8b"), "dpo": (DPORecipe, "dpo_qwen3_1.8b")}
 # Two ways to say the same. Both in one place (file or command line) are an error; the command line's way replaces the file's.
 EXCLUSIVE = (
@@ -43,7 +44,7 @@ def load_recipe(kind: type[Recipe], default: str, argv: list[str]) -> Recipe:
     file = _read_yaml(path)
     _refuse_other_kind(kind, file, path)
     _refuse_unknown(kind, file, f"{path}: ")
-    recipe, idle = _build(kind, file, overrides)
+    recipe, idle = _build(kind, file, overrides, f"{path}: ")
     for one in idle if is_rank_0() else ():
         print(f"note: {one.name} of {path} is not read with {one.off}", flush=True)
     return recipe
@@ -81,8 +82,11 @@ def build_recipe(kind: type[Recipe], file: dict, overrides: dict) -> Recipe:
     return _build(kind, file, overrides)[0]
 
 
-def _build(kind: type[Recipe], file: dict, overrides: dict) -> tuple[Recipe, list[Idle]]:
-    """Return the checked recipe, and which keys of the file have their default in it, since the command line made them idle."""
+def _build(kind: type[Recipe], file: dict, overrides: dict, where: str = "") -> tuple[Recipe, list[Idle]]:
+    """Return the checked recipe, and which keys of the file have their default in it, since the command line made them idle.
+
+    `where` begins what is said of a value of the file's.
+    """
     for left, right in EXCLUSIVE:
         for place, values in (("the recipe", file), ("the command line", overrides)):
             if left & _given(values) and right & _given(values):
@@ -101,7 +105,7 @@ def _build(kind: type[Recipe], file: dict, overrides: dict) -> tuple[Recipe, lis
     try:
         recipe = kind(**values)
     except ValidationError as error:
-        raise ValueError(_explain(kind, error.errors())) from None
+        raise ValueError(_explain(kind, error.errors(), {name: where for name in file if name not in overrides})) from None
     idle = [one for one in _idle(recipe) if one.name not in overrides and one.causes & overrides.keys()]
     if idle:
         recipe = kind(**{name: value for name, value in values.items() if name not in {one.name for one in idle}})
@@ -238,8 +242,8 @@ def _read_yaml(path: Path) -> dict:
     text = read_whole(path)
     try:
         values = yaml.load(text, Loader=UniqueKeys)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # by what stands where a key or a number should be
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error)[:1000]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold `key: value` lines, saw {type(values).__name__}")
     return values
@@ -266,20 +270,30 @@ def _refuse_unknown(kind: type[Recipe], values: dict, where: str = "") -> None:
         elif name in OTHER_NAMES:
             told = OTHER_NAMES[name]
             hint = f" That is {told}." if told.startswith(("missing", "not ")) else f" Here it is {told}."
-        unknown.append(f"unknown key {name!r}.{hint}")
+        unknown.append(f"unknown key {shown(name)}.{hint}")
     if unknown:
-        raise ValueError(where + "\n".join(unknown) + "\n--help lists every key")
+        raise ValueError(where + _first(unknown) + "\n--help lists every key")
 
 
-def _explain(kind: type[Recipe], problems: list[ErrorDetails]) -> str:
-    """Turn pydantic's errors into a line for each key; one that may have several types has an error for each."""
+def _explain(kind: type[Recipe], problems: list[ErrorDetails], where: dict[str, str]) -> str:
+    """Turn pydantic's errors into a line for each key, of which one that may have several types has an error for each.
+
+    `where`: how the line of a key begins.
+    """
     lines = []
     for name in dict.fromkeys(str(problem["loc"][0]) for problem in problems):
         mine, meaning = [problem for problem in problems if problem["loc"][0] == name], kind.model_fields[name].description
         messages = ", or: ".join(problem["msg"].removeprefix("Value error, ") for problem in mine)
         is_missing = mine[0]["type"] == "missing"
-        lines.append(f"{name} is missing: {meaning}" if is_missing else f"{name}={mine[0]['input']!r}: {messages} ({meaning})")
-    return "\n".join(lines)
+        said = f"{name} is missing: {meaning}" if is_missing else f"{name}={shown(mine[0]['input'])}: {messages} ({meaning})"
+        lines.append(where.get(name, "") + said)
+    return _first(lines)
+
+
+def _first(lines: list[str]) -> str:
+    """Return the first lines of a message, and how many others there are."""
+    others = len(lines) - MOST_NAMED
+    return "\n".join(lines[:MOST_NAMED] + ([f"and {others} others"] if others > 0 else []))
 
 
 def _given(values: dict) -> set[str]:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import distributed as dist
 
 from posttrain.common import files, terminal
@@ -77,11 +76,11 @@ class Run:
         (self.path / CREATING).touch()
         (self.path / "model").mkdir(exist_ok=True)
         describe_model(self.path / "model")
-        files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
+        stored.write_recipe(self.path, self.as_resolved)
         files.write_whole(self.path / "data.json", json.dumps(manifest, indent=2) + "\n")
         form = {name: getattr(self.recipe, name) for name in ("batch_size", "gradient_accumulation_steps")}
         own = {"batch_form": form, "total_steps": total_steps, "warmup_iters": self.recipe.warmup_iters, "wandb_id": uuid.uuid4().hex[:8]}
-        own["model_files"] = stored.model_files(self.path)
+        own["model_files"] = stored.files_in(self.path / "model")
         files.sync_files(self.path / "model")
         stored.write_facts(self.path, self.facts | own)  # last: its presence makes the folder a run
         (self.path / CREATING).unlink()
@@ -94,7 +93,7 @@ class Run:
             (self.path / "model").mkdir()
             describe_model(self.path / "model")
             files.sync_files(self.path / "model")
-            self._update(model_files=stored.model_files(self.path))
+            self._update(model_files=stored.files_in(self.path / "model"))
         if problem:
             self.say(f"warning  {problem}: {self.path / 'model'} was written anew")
         moved = {
@@ -104,7 +103,7 @@ class Run:
         }
         if moved:
             now_there = {name: now for name, (_, now) in moved.items()}
-            files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(read_recipe(self.path) | now_there, sort_keys=False))
+            stored.write_recipe(self.path, read_recipe(self.path) | now_there)
         for name, (then, now) in moved.items():
             if not (then and now and os.path.realpath(then) == os.path.realpath(now)):
                 self.say(f"moved      {name}: {then} -> {now}, the same content")
@@ -132,7 +131,7 @@ class Run:
         else:
             self._mend(describe_model)
             if change := extension_of(self.recipe):
-                files.write_whole(self.path / "recipe.yaml", yaml.safe_dump(self.as_resolved, sort_keys=False))
+                stored.write_recipe(self.path, self.as_resolved)
                 self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.fitted:
             self._update(fitted=self.fitted)
@@ -252,9 +251,10 @@ class Run:
                 tracker.flush()
 
     def finished(self) -> None:
-        """Record in run.json that final/ is complete, and the run's length."""
+        """Record in run.json that final/ is complete, with what is in it, and the run's length."""
         if self.rank == 0:
-            self._update(finished=length_of(self.recipe), ended=_now())
+            written = {name: facts for name, facts in stored.files_in(self.final).items() if name != "README.md"}  # which people write on
+            self._update(finished=length_of(self.recipe), ended=_now(), final_files=written)
 
     def close(self) -> None:
         """Close the logs and the trackers."""

@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-import xxhash
+import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from posttrain.common import files
@@ -47,6 +48,7 @@ class _Facts(Record):
     finished: dict[str, float | None] = Field({})
     extended: list[dict] = Field([])
     model_files: dict[str, dict] = Field({})
+    final_files: dict[str, dict] = Field({})
     fitted: _Fitted | None = None
 
 
@@ -139,24 +141,30 @@ def read_facts(run: Path, *needed: str) -> dict:
     """Return what run.json holds; the keys `needed` are there. Raises ValueError, with what to do, if it is missing or damaged."""
     facts = _read(run / "run.json", _Facts, needed)
     written = facts.pop("checksum", None)  # versions before 0.2 wrote none
-    if written not in (None, _checksum(facts)):
+    if written not in (None, files.checksum(facts)):
         raise ValueError(f"{run / 'run.json'} is damaged: it is not what was written (its checksum differs). {ADVICE}")
     return facts
 
 
 def write_facts(run: Path, facts: dict) -> None:
     """Write run.json, with a checksum of `facts`."""
-    files.write_whole(run / "run.json", json.dumps(facts | {"checksum": _checksum(facts)}, indent=2) + "\n")
-
-
-def _checksum(facts: dict) -> str:
-    """Return the XXH3 checksum of what run.json holds besides it."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    files.write_whole(run / "run.json", json.dumps(facts | {"checksum": files.checksum(facts)}, indent=2) + "\n")
 
 
 def read_recipe(run: Path, *needed: str) -> dict:
     """Return recipe.yaml, the value of every key; the keys `needed` are there. Raises as `read_facts` does."""
-    return _read(run / "recipe.yaml", _Recipe, needed)
+    recipe, path = _read(run / "recipe.yaml", _Recipe, needed), run / "recipe.yaml"
+    written = re.search(r"^# .*checksum: (\w+)$", files.read_whole(path), re.M)  # versions before 0.2 wrote none
+    if written and written[1] != files.checksum(recipe):
+        raise ValueError(f"{path} is damaged: it is not what was written (its checksum differs). {ADVICE}")
+    return recipe
+
+
+def write_recipe(run: Path, recipe: dict) -> None:
+    """Write recipe.yaml, with a checksum of the values in a comment."""
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    note = f"# The run goes on with these values only; copy the file to change them for another. checksum: {files.checksum(recipe)}\n"
+    files.write_whole(run / "recipe.yaml", text + note)
 
 
 def read_data(run: Path) -> dict | None:
@@ -195,9 +203,8 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
     return list(damaged)
 
 
-def model_files(run: Path) -> dict[str, dict]:
-    """Return size and checksum of every file in model/, by its path there."""
-    folder = run / "model"
+def files_in(folder: Path) -> dict[str, dict]:
+    """Return size and checksum of every file in a folder of the run, model/ or final/, by its path there."""
     return {str(path.relative_to(folder)): files.file_facts(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -205,8 +212,17 @@ def model_problem(run: Path) -> str | None:
     """Return what is wrong with the run's model/, None if it is what the run wrote. Runs of older versions did not note what that was."""
     if not (run / "model" / "config.json").is_file():
         return f"{run / 'model' / 'config.json'} is missing"
-    for name, facts in read_facts(run).get("model_files", {}).items():
-        path = run / "model" / name
+    return _problem(run / "model", read_facts(run).get("model_files", {}))
+
+
+def final_problem(run: Path) -> str | None:
+    """Return what is wrong with the run's final/, as `model_problem` does of model/."""
+    return _problem(run / "final", read_facts(run).get("final_files", {}))
+
+
+def _problem(folder: Path, written: dict[str, dict]) -> str | None:
+    """Return which file of a folder is missing, or is not what was `written`; None if all are."""
+    for path, facts in ((folder / name, facts) for name, facts in written.items()):
         if not path.is_file():
             return f"{path} is missing"
         if files.file_facts(path) != facts:

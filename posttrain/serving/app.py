@@ -27,6 +27,7 @@ from posttrain.serving.votes import Votes
 PAGE = Path(__file__).parent / "page"
 LONG_TEXT = 20_000  # characters of a prompt from which on it is read beside the others
 LAST_WORDS = 10.0  # seconds beyond the time limit in which a client may read that it was exceeded
+LONGEST_NAME = 200  # characters that a refusal repeats of a field's name
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     # nothing that a model says can become script, and nothing is fetched from anywhere else
@@ -259,7 +260,7 @@ def _described(assistant: Assistant, began: int) -> dict:
 def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """Answer a request of the wrong form with what is wrong with it, without repeating what it said."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int))
+    where = ".".join(str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int))[:LONGEST_NAME]
     message = {"extra_forbidden": "is not an option of this server, so it would be ignored"}.get(first["type"], first["msg"])
     message = message.removeprefix("Value error, ")
     if first["type"] == "json_invalid":
