@@ -115,7 +115,7 @@ def test_a_conversation(tab):
 @pytest.mark.parametrize("by", ["button", "Escape"])
 def test_stopping(tab, server, by):
     """What has come so far is shown while more comes, and stays when it is stopped."""
-    set_up(tab, max_tokens=100_000, temperature=0)  # warmer, it does end by itself now and then
+    set_up(tab, max_tokens=8_000, temperature=0)  # warmer, it does end by itself now and then
     ask(tab, "say 1 pa")
     tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
     if by == "button":
@@ -173,7 +173,7 @@ def test_what_the_server_refuses_is_said(tab):
 @pytest.mark.slow
 @pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
 def test_leaving_the_page_keeps_what_has_come(tab):
-    set_up(tab, max_tokens=100_000, temperature=0)
+    set_up(tab, max_tokens=8_000, temperature=0)
     ask(tab, "say 1 pa")
     tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
     tab.reload()
