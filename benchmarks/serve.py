@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--soak", action="store_true", help="measure bad clients beside good ones, and memory")
     parser.add_argument("--kinds", nargs="+", choices=soak.KINDS, metavar="KIND", help="kinds of bad clients (all); writes no file")
     parser.add_argument("--seconds", type=float, default=soak.PHASE, help="of each phase")
-    parser.add_argument("--requests", type=int, default=20_000, help="while memory is watched")
+    parser.add_argument("--requests", type=int, default=10_000, help="while memory is watched")
     options = parser.parse_args()
     if options.soak:
         return soak.main(options)

@@ -3,12 +3,15 @@
 posttrain/serve.py serves the quickstart's base model, and beside it a stranger's whose chat template loops; it may open 1,024 files. Good
 clients ask for 8 tokens of the base model, chats and texts in turn, RATE times a second whether or not the ones before are done. They do
 so for PHASE seconds alone, then beside each kind of bad client, and alone again. Bad clients (bad_clients.py) are a process of their own
-at the lowest priority (nice 19), so that not their work is measured, but the server's. The 99th percentile beside one kind is compared
-with that of the phases alone before and after it.
+at the lowest priority (nice 19), so that not their work is measured, but the server's. Server and good clients have a high one (nice -10)
+where the system allows it, so that what else the machine does is measured less. The 99th percentile beside one kind is compared with that
+of the phases alone before and after it.
 """
 
 import asyncio
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from bad_clients import CHAT, KINDS, TEXT, head
 from server_process import CLIENTS, MODEL, PROMPTS, ROOT, ask, running
 from side_by_side import RESULTS, as_text, machine, versions
 
-RATE, PHASE, TOKENS, MOST_FILES = 8, 25.0, 8, 1024
+RATE, PHASE, TOKENS, MOST_FILES, PRIORITY = 8, 20.0, 8, 1024, -10
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
 
 
@@ -139,7 +142,7 @@ def soak(port: int, kinds: list[str], seconds: float, requests: int) -> dict:
         command = [sys.executable, str(ROOT / "posttrain" / "serve.py"), *models, "--port", str(port), "--timeout", "60"]
         with running(command, port, MOST_FILES) as process:
             results = {"machine": machine(), "versions": versions(), "how": " ".join(__doc__.split("\n\n")[1].split())}
-            results |= {"rate": RATE, "seconds": seconds, "neighbours": neighbours(port, process, kinds, seconds)}
+            results |= {"priority": os.nice(0), "rate": RATE, "seconds": seconds, "neighbours": neighbours(port, process, kinds, seconds)}
             results["memory"] = asyncio.run(memory(port, requests, process))
             results["log_bytes"] = Path(f"/tmp/serve_{port}.log").stat().st_size
     return results
@@ -147,6 +150,8 @@ def soak(port: int, kinds: list[str], seconds: float, requests: int) -> dict:
 
 def main(options) -> None:
     """Run the soak and write its figures to results/soak.json, unless only some kinds are asked for."""
+    with contextlib.suppress(PermissionError):
+        os.nice(PRIORITY)
     results = soak(options.port, options.kinds or list(KINDS), options.seconds, options.requests)
     if not options.kinds:
         (RESULTS / "soak.json").write_text(as_text(results), encoding="utf-8")

@@ -274,6 +274,29 @@ def test_markdown(tab):
     assert dict(zip(MARKDOWN, shown, strict=True)) == MARKDOWN
 
 
+ENDLESS = {"spaces in a heading": ("# a", " ", "x"), "beginnings that nothing ends": ("", "```*_~~`[", ""), "#s": ("# a ", "# ", "x")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_of_four_times_the_length_is_drawn_in_about_four_times_the_time(tab, name):
+    """The page draws an answer anew at every token. With a pattern that tries every split of a row, 2,000 spaces took over 20 seconds."""
+    before, part, after = ENDLESS[name]
+    texts = [before + part * (length // len(part)) + after for length in (8_000, 32_000)]
+    tab.evaluate(
+        """(texts) => setTimeout(async () => {
+            const { render } = await import('/page/markdown.js');
+            const seconds = (text) => { const began = performance.now(); render(text); return performance.now() - began; };
+            window.drawn = texts.map((text) => Math.min(...[1, 2, 3, 4, 5].map(() => seconds(text))));
+        })""",
+        texts,
+    )
+    tab.wait_for_function("window.drawn")  # a page that hangs ends the test by Playwright's time limit
+    once, four_times = tab.evaluate("window.drawn")
+    assert four_times < 10 * once + 5, (once, four_times)  # ms; twice the power of the length would be 16
+
+
 @pytest.mark.slow
 def test_talk_vote_train_again(tab, server, tiny, tmp_path):
     """A user compares two checkpoints with hidden names; the votes become DPO's data, and DPO trains on it."""

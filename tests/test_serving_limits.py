@@ -124,6 +124,25 @@ def test_beyond_the_most_connections_the_one_that_kept_waiting_longest_is_cut(mo
                     pass
 
 
+def test_a_head_that_is_too_long_is_refused():
+    """Whether it comes at once or in pieces, and whether of many bytes or many lines; the body that comes with a head does not count."""
+    head, most = HEAD + b"Content-Length: 60000\r\nx: ", connections.MOST_HEAD
+    lines = b"\r\ny: z" * connections.MOST_LINES
+    with listening() as port:
+        for value, body, status in (
+            (b"x" * (most // 2), b"\n" * 60_000, b"200"),
+            (b"x" * most, b"", b"431"),
+            (lines, b"", b"431"),
+            (b"x" * 10**6, b"", b"431"),
+        ):
+            for step in (100_000, 1000):
+                sent = head + value + b"\r\n\r\n" + body
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as client, contextlib.suppress(ConnectionError):
+                    for at in range(0, len(sent), step):
+                        client.sendall(sent[at : at + step])
+                    assert client.recv(12) == b"HTTP/1.1 " + status
+
+
 # ---- reading ----
 
 

@@ -15,9 +15,11 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEAD_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of the head
+MOST_HEAD, MOST_LINES = 16_384, 100  # bytes and lines of a head; reading one of ten thousand lines would take as long as several tokens
 SPARE_FILES = 200  # that the process opens besides connections, and for those just accepted, see ACCEPTED
 ACCEPTED = 50  # connections that asyncio accepts before it looks at the first of them; those of three rounds may be open at once
 BACKLOG = 1024  # connections that wait in the system's queue to be accepted
+TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 LEAVE_SECONDS = 9.0  # from a signal to the end of the process, whatever hangs
 MOST_FILES = 65_536
 
@@ -41,6 +43,7 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
 
     waiting: ClassVar[dict["Connection", None]] = {}  # connections without a whole request, the longest-waiting first
     head: asyncio.TimerHandle | None = None  # set while a request's head is awaited
+    head_bytes, head_lines, tail = 0, 0, b""  # of that head so far: how many, and the last three bytes
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -61,6 +64,10 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
         before = self.cycle
         if self.head is None and (before is None or before.response_complete):
             self._await_head()
+        if self.head is not None and self._is_too_long(data):
+            self.transport.write(TOO_LONG)
+            self.transport.close()
+            return
         super().data_received(data)
         if self.cycle is not before:
             self._head_is_there()
@@ -77,7 +84,16 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
         elif not self.transport.is_closing():
             self.waiting.setdefault(self)
 
+    def _is_too_long(self, data: bytes) -> bool:
+        """Count what has come of the head, and return whether that is too much; what follows its end does not count."""
+        end = (self.tail + data).find(b"\r\n\r\n")
+        new = data if end < 0 else data[:end]
+        self.head_bytes, self.head_lines = self.head_bytes + len(new), self.head_lines + new.count(b"\n")
+        self.tail = (self.tail + data)[-3:]
+        return self.head_bytes > MOST_HEAD or self.head_lines > MOST_LINES
+
     def _await_head(self) -> None:
+        self.head_bytes, self.head_lines, self.tail = 0, 0, b""
         self.head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _head_is_there(self) -> None:
