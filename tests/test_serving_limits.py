@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -43,6 +44,14 @@ def stranger(tiny, tmp_path_factory):
     tokenizer.chat_template = "{% if 'BOOM' in messages[0]['content'] %}" + LOOP + "{% endif %}" + tiny.chat.jinja
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(stranger, tiny, tmp_path_factory):
+    """A server of the stranger and of a good model."""
+    log = tmp_path_factory.mktemp("limits") / "log"
+    with served(log, "--checkpoint", stranger, "--checkpoint", f"good={tiny.base}") as running:
+        yield running
 
 
 def send(server, text: str, **more) -> socket.socket:
@@ -143,23 +152,42 @@ def test_a_head_that_is_too_long_is_refused():
                     assert client.recv(12) == b"HTTP/1.1 " + status
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux only")
+def test_half_requests_from_a_thousand_connections_leave_room_for_others(server):
+    """Those that it cannot hold are cut without a word: asyncio's own way is to accept more, and to log a traceback for each."""
+    before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (400, before[1]))
+    try:
+        with contextlib.ExitStack() as clients:
+            for number in range(1000):
+                half = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                with contextlib.suppress(ConnectionError):
+                    half.sendall(HEAD)
+                if number % 200 == 199:
+                    body = json.dumps({"model": "good", "prompt": "pa", "max_tokens": 3})
+                    assert request(server, "POST", "/v1/completions", body)[0] == 200
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+    assert "Traceback" not in server.log.read_text()
+
+
 # ---- reading ----
 
 
 @pytest.mark.slow
-def test_a_template_that_loops_delays_its_own_model_only(stranger, tiny, tmp_path):
-    with served(tmp_path / "log", "--checkpoint", stranger, "--checkpoint", f"good={tiny.base}") as server:
-        looping = [send(server, "BOOM") for _ in range(8)]
-        wait_for(lambda: active(server) == 8, 20)
-        for body in ({"prompt": "pa"}, {"messages": [{"role": "user", "content": "pa"}]}):
-            path = "/v1/completions" if "prompt" in body else CHAT
-            assert request(server, "POST", path, json.dumps({"model": "good", "max_tokens": 3, **body}))[0] == 200
-        assert active(server) >= 7  # the good ones did not wait for them
-        assert server.health()[0] == 200  # each ends by itself; a start anew would only give strangers the power to cause it
-        for one in looping[1:]:
-            one.close()
-        assert looping[0].recv(12) == b"HTTP/1.1 400"
-        wait_until_idle(server)
+def test_a_template_that_loops_delays_its_own_model_only(server):
+    looping = [send(server, "BOOM") for _ in range(8)]
+    wait_for(lambda: active(server) == 8, 20)
+    for body in ({"prompt": "pa"}, {"messages": [{"role": "user", "content": "pa"}]}):
+        path = "/v1/completions" if "prompt" in body else CHAT
+        assert request(server, "POST", path, json.dumps({"model": "good", "max_tokens": 3, **body}))[0] == 200
+    assert active(server) >= 6  # the good ones did not wait for them
+    assert server.health()[0] == 200  # each ends by itself; a start anew would only give strangers the power to cause it
+    for one in looping[1:]:
+        one.close()
+    assert looping[0].recv(12) == b"HTTP/1.1 400"
+    wait_until_idle(server)
 
 
 def test_work_that_does_not_end_is_ended_and_the_next_is_done(monkeypatch):
