@@ -252,7 +252,7 @@ def answer(batcher: Batcher) -> list[int]:
     """Return the ids of a short answer."""
 
     async def ask() -> list[int]:
-        return [token async for tokens in batcher.generate([5, 6, 7], Sampling(3, 0.0), 60) for token in tokens]
+        return [token async for tokens in batcher.generate([5, 6, 7], Sampling(3, 0.0), 20) for token in tokens]
 
     return asyncio.run(ask())
 
@@ -263,12 +263,14 @@ def test_health_is_bad_while_generation_hangs_and_good_afterwards(endpoints, mon
     assert health(endpoints) == (200, {})
     monkeypatch.setattr(batching, "HANG_SECONDS", 1.0)
     monkeypatch.setattr(batching, "choose", lambda *given: goes_on.wait() and choose(*given))
-    with pytest.raises(EngineFailed, match="hangs"):
-        answer(batcher)
-    status, problems = health(endpoints)
+    try:
+        with pytest.raises(EngineFailed, match="hangs"):
+            answer(batcher)
+        status, problems = health(endpoints)
+    finally:
+        goes_on.set()
     assert status == 503
     assert "generation hangs: its last step began" in problems["base"]
-    goes_on.set()
     wait_for(lambda: health(endpoints) == (200, {}), 20)
     assert answer(batcher) == said
 
