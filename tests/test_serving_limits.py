@@ -220,9 +220,10 @@ def test_a_signal_ends_the_server_and_all_its_processes_whatever_hangs(stranger,
         for _ in range(50):
             half = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             half.sendall(b"POST / HTTP/1.1\r\n")
+        clients.enter_context(send(server, "pa", max_tokens=90_000, temperature=0))
+        stream = clients.enter_context(send(server, "pa", stream=True, max_tokens=90_000, temperature=0))
+        assert stream.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"  # both are being generated
         clients.enter_context(send(server, "BOOM"))
-        clients.enter_context(send(server, "pa", stream=True, max_tokens=90_000))
-        clients.enter_context(send(server, "pa", max_tokens=90_000))
         wait_for(lambda: active(server) == 3, 20)
         readers = psutil.Process(server.pid).children(recursive=True)
         assert len(readers) == 3
