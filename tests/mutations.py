@@ -361,6 +361,18 @@ MUTATIONS = {
     "a_burst_overtakes_the_count": Mutation(
         "posttrain/serving/app.py", "self.active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
     ),
+    "who_comes_late_is_cut": Mutation(
+        "posttrain/serving/connections.py",
+        "longest = next(iter(self.waiting))",
+        "longest = self",
+        "tests/test_serving_limits.py::test_beyond_the_most_connections_the_one_that_kept_waiting_longest_is_cut",
+    ),
+    "generation_that_hangs_is_healthy": Mutation(
+        "posttrain/serving/batching.py",
+        "> HANG_SECONDS",
+        "> 10**9",
+        "tests/test_serving_limits.py::test_health_is_bad_while_generation_hangs_and_good_afterwards",
+    ),
     "a_stalled_reader_keeps_its_place": Mutation(
         "posttrain/serving/answers.py",
         "asyncio.timeout(self.seconds)",

@@ -28,6 +28,7 @@ def served(log: Path, *arguments: str, **environment: str) -> Iterator[SimpleNam
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **how)
         try:
             server = SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}", log=log, process=process, folder=log.parent)
+            server.pid = process.pids[0] if isinstance(process, warm.Started) else process.pid
             server.health = lambda: request(server, "GET", "/health")
             wait_for(lambda: process.poll() is not None or _answers(server), 90)
             assert process.poll() is None, log.read_text()

@@ -115,7 +115,7 @@ def test_a_conversation(tab):
 @pytest.mark.parametrize("by", ["button", "Escape"])
 def test_stopping(tab, server, by):
     """What has come so far is shown while more comes, and stays when it is stopped."""
-    set_up(tab, max_tokens=100_000, temperature=0)  # warmer, it does end by itself now and then
+    set_up(tab, max_tokens=8_000, temperature=0)  # warmer, it does end by itself now and then
     ask(tab, "say 1 pa")
     tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
     if by == "button":
@@ -173,7 +173,7 @@ def test_what_the_server_refuses_is_said(tab):
 @pytest.mark.slow
 @pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
 def test_leaving_the_page_keeps_what_has_come(tab):
-    set_up(tab, max_tokens=100_000, temperature=0)
+    set_up(tab, max_tokens=8_000, temperature=0)
     ask(tab, "say 1 pa")
     tab.locator(".theirs .said", has_text=re.compile("....")).wait_for()
     tab.reload()
@@ -272,6 +272,29 @@ def test_markdown(tab):
         list(MARKDOWN),
     )
     assert dict(zip(MARKDOWN, shown, strict=True)) == MARKDOWN
+
+
+ENDLESS = {"spaces in a heading": ("# a", " ", "x"), "beginnings that nothing ends": ("", "```*_~~`[", ""), "#s": ("# a ", "# ", "x")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", [(1280, "light")], indirect=True)
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_of_four_times_the_length_is_drawn_in_about_four_times_the_time(tab, name):
+    """The page draws an answer anew at every token. With a pattern that tries every split of a row, 2,000 spaces took over 20 seconds."""
+    before, part, after = ENDLESS[name]
+    texts = [before + part * (length // len(part)) + after for length in (8_000, 32_000)]
+    tab.evaluate(
+        """(texts) => setTimeout(async () => {
+            const { render } = await import('/page/markdown.js');
+            const seconds = (text) => { const began = performance.now(); render(text); return performance.now() - began; };
+            window.drawn = texts.map((text) => Math.min(...[1, 2, 3, 4, 5].map(() => seconds(text))));
+        })""",
+        texts,
+    )
+    tab.wait_for_function("window.drawn")  # a page that hangs ends the test by Playwright's time limit
+    once, four_times = tab.evaluate("window.drawn")
+    assert four_times < 10 * once + 5, (once, four_times)  # ms; twice the power of the length would be 16
 
 
 @pytest.mark.slow

@@ -203,6 +203,9 @@ def test_what_is_no_prompt(server, prompt):
         ({"top_p": 0}, "top_p: Input should be greater than 0"),
         ({"top_k": -5}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1000}, "this model reads 256 tokens in all: ask for at most 2"),
+        ({"max_completion_tokens": 257}, "max_tokens is 257, and the prompt has "),
+        ({"messages": ASK * 3000}, "messages: List should have at most 2048 items"),
         ({"n": 2}, "n: Input should be 1"),
         ({"presence_penalty": 0.5}, "presence_penalty: Input should be 0"),
         ({"logit_bias": {"5": 100}}, "logit_bias"),
@@ -364,7 +367,7 @@ def test_a_thousand_connections(server, client):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_requests(server):
-    process = psutil.Process(*server.process.pids)
+    process = psutil.Process(server.pid)
     bodies = [
         json.dumps({"model": "first", "messages": [{"role": "user", "content": f"say {i} pa"}], "max_tokens": 3, "stream": bool(i % 2)})
         for i in range(1200)

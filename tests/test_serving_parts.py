@@ -1,18 +1,14 @@
 """The parts of the server: choosing tokens, text in pieces, votes, and which checkpoint is loaded how."""
 
 import asyncio
-import contextlib
 import json
 import resource
 import shutil
 import signal
 import socket
-import threading
-import time
 
 import pytest
 import torch
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
@@ -25,12 +21,11 @@ from transformers.generation.logits_process import (
 )
 
 from posttrain.model import assistant
-from posttrain.serving import batching, connections, server
+from posttrain.serving import batching, server
 from posttrain.serving.access import AccessControl
 from posttrain.serving.answers import EventStream
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling, choose
-from posttrain.serving.server import listen
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
 
@@ -124,64 +119,6 @@ def test_a_model_whose_numbers_are_not_finite_answers_nothing(batcher):
     assert isinstance(bad, EngineFailed)
     assert "not finite" in str(bad)
     assert batcher.failure is None
-
-
-@contextlib.contextmanager
-def listening():
-    """A server of one page, on a port of its own, in a thread."""
-
-    async def app(scope, receive, send):
-        assert scope["type"] == "http"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    with listen("127.0.0.1", 0, 60) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, http=connections.Connection, lifespan="off", log_level="error"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        yield listener.getsockname()[1]
-        server.should_exit = True
-        thread.join()
-
-
-HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
-
-
-def answered(client: socket.socket) -> bool:
-    """Send a request, and read its answer to the end."""
-    client.sendall(HEAD + b"\r\n")
-    answer = b""
-    while not answer.endswith(b"ok"):
-        answer += client.recv(4096)
-    return b"200 OK" in answer
-
-
-def test_a_head_that_does_not_end_is_cut_off(monkeypatch):
-    """At once or after requests that were answered; a client that only waits between its requests is not."""
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
-    with listening() as port:
-        silent, half, patient = (socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(3))
-        half.sendall(HEAD)
-        for _ in range(3):
-            assert answered(patient)
-            time.sleep(0.7)
-        patient.sendall(HEAD)
-        for one in (silent, half, patient):
-            with contextlib.suppress(ConnectionResetError):
-                assert one.recv(4096) == b""
-            one.close()
-
-
-def test_connections_beyond_the_most_are_cut_at_once(monkeypatch):
-    monkeypatch.setattr(connections, "most_connections", lambda: 2)
-    with listening() as port:
-        first = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(2)]
-        time.sleep(0.2)
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as third, contextlib.suppress(ConnectionResetError):
-            assert third.recv(4096) == b""
-        assert answered(first[0])
-        for one in first:
-            one.close()
 
 
 @pytest.mark.parametrize(

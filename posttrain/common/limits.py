@@ -51,6 +51,16 @@ class _Watch:
 _watch = _Watch()
 
 
+def bound_memory(more: int) -> tuple[int, int]:
+    """Let this process take at most `more` bytes of addresses beyond what it has; returns the limits, soft and hard, from before."""
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        most = int(file.read().split()[0]) * resource.getpagesize() + more
+    if soft == resource.RLIM_INFINITY or most < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    return before
+
+
 class _Ceiling:
     """Bounds the process's address space as long as a thread runs limited code: the first one sets the bound, the last one lifts it."""
 
@@ -61,11 +71,7 @@ class _Ceiling:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
-                self.before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-                with open("/proc/self/statm", encoding="ascii") as file:
-                    most = int(file.read().split()[0]) * resource.getpagesize() + more
-                if soft == resource.RLIM_INFINITY or most < soft:
-                    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+                self.before = bound_memory(more)
 
     def end(self) -> None:
         with self.lock:

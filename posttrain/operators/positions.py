@@ -23,9 +23,11 @@ def longest_position(config) -> int | None:
     """Return how many positions a model was made for; None where its config names no limit, as with ALiBi.
 
     Where the rotary embedding is scaled that is `factor` times the positions of pretraining, if config.json's own limit, which many leave
-    as it was, is not more.
+    as it was, is not more. Raises ValueError for a number of positions below 1.
     """
-    stated = next((most for name in MOST_POSITIONS if (most := getattr(config, name, None))), None)
+    name, stated = next(((name, most) for name in MOST_POSITIONS if (most := getattr(config, name, None)) is not None), (None, None))
+    if stated is not None and stated < 1:
+        raise ValueError(f"the model's config.json has {name} {stated}; expected how many tokens it reads, at least 1")
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope  # where each kind of layer has its own, the others see a window only
     # with `linear`, which needs no other key, `stated` may be the scaled limit already; `dynamic` scales beyond it

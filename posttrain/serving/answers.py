@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -17,6 +17,8 @@ from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.text import TextStream
 from posttrain.serving.vllm_batching import VLLMBatcher
+
+Result = TypeVar("Result")
 
 
 class Model(NamedTuple):
@@ -181,8 +183,12 @@ class EventStream(StreamingResponse):
             self.leave()
 
 
-async def unless_disconnected(http: Request, work: Coroutine[None, None, JSONResponse]) -> JSONResponse:
-    """Return the response that `work` makes; where the client leaves before, cancel it and return status 499."""
+class Gone(Exception):
+    """Raised where the client has left before its answer was complete."""
+
+
+async def while_connected(http: Request, work: Coroutine[None, None, Result]) -> Result:
+    """Return what `work` does; where the client leaves before, cancel it and raise Gone."""
     task = asyncio.ensure_future(work)
 
     async def wait_until_gone() -> None:
@@ -190,10 +196,13 @@ async def unless_disconnected(http: Request, work: Coroutine[None, None, JSONRes
             pass
 
     gone = asyncio.ensure_future(wait_until_gone())
-    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not task.done():
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return JSONResponse({}, 499)
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    if task.cancelled():
+        raise Gone
     return task.result()

@@ -2,32 +2,27 @@
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from posttrain.data.chat import render_prompt
-from posttrain.data.encoding import encode_text, text_prefix
-from posttrain.data.parts import Refused
 from posttrain.model.assistant import Assistant
 from posttrain.serving.access import AccessControl, error_object
-from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Model, Payload, generate, logged, unless_disconnected
+from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Gone, Model, Payload, generate, logged, while_connected
+from posttrain.serving.reading import SMALL_BODY, PromptReaders, Reader, Unreadable, read_body
 from posttrain.serving.sampling import Sampling
-from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Vote
+from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Strict, Vote
 from posttrain.serving.votes import Votes
 
+Kind = TypeVar("Kind", bound=Strict)
 PAGE = Path(__file__).parent / "page"
-LONG_TEXT = 20_000  # characters of a prompt from which on it is read beside the others
 LAST_WORDS = 10.0  # seconds beyond the time limit in which a client may read that it was exceeded
-LONGEST_NAME = 200  # characters that a refusal repeats of a field's name
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     # nothing that a model says can become script, and nothing is fetched from anywhere else
@@ -64,10 +59,8 @@ class Endpoints:
         self.models, self.limits, self.votes, self.log = models, limits, votes, log
         self.began = int(time.time())
         self.active = dict.fromkeys(models, 0)  # requests of each model that are read or generated, or wait
-        # prompts of each model are read by threads of its own, long ones by another than short ones, which would wait for them
-        self.readers = {name: tuple(ThreadPoolExecutor(1, f"{kind} prompts") for kind in ("short", "long")) for name in models}
-        self.prefixes = {name: text_prefix(model.assistant.tokenizer) for name, model in models.items()}  # what begins a text to continue
-        self.longest = {name: max(map(len, model.assistant.tokenizer.get_vocab())) for name, model in models.items()}
+        self.prompts = {name: PromptReaders(model.assistant) for name, model in models.items()}
+        self.bodies = Reader(read_body)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -75,13 +68,13 @@ class Endpoints:
         try:
             yield
         finally:
-            for pool in itertools.chain.from_iterable(self.readers.values()):
-                pool.shutdown(wait=False, cancel_futures=True)
-            for model in self.models.values():
-                await asyncio.to_thread(model.batcher.stop)
+            for reader in (self.bodies, *self.prompts.values()):
+                reader.stop()
+            await asyncio.gather(*(asyncio.to_thread(model.batcher.stop) for model in self.models.values()))
 
-    async def chat(self, http: Request, request: ChatRequest):
+    async def chat(self, http: Request):
         """Answer a conversation, written in the checkpoint's own chat template and with its own system prompt."""
+        request = await self._body(http, ChatRequest)
         model = self._find(request.model)
         assistant = model.assistant
         if assistant.chat is None:
@@ -89,29 +82,13 @@ class Endpoints:
         messages = [message.plain() for message in request.messages]
         if assistant.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": assistant.system_prompt})
+        return await self._answer(http, request, model, messages, ChatPayload(assistant.name))
 
-        def render() -> list[int]:
-            try:
-                return render_prompt(assistant.chat, messages)
-            except (Refused, ValueError) as error:
-                raise Refusal(400, f"the checkpoint's chat template cannot write these messages: {error}", param="messages") from None
-
-        texts = sum(len(message["content"]) for message in messages)
-        return await self._answer(http, request, model, texts, render, ChatPayload(assistant.name))
-
-    async def complete(self, http: Request, request: CompletionRequest):
+    async def complete(self, http: Request):
         """Continue a text, or token ids, as they are."""
+        request = await self._body(http, CompletionRequest)
         model = self._find(request.model)
-        prompt, vocabulary = request.prompt, model.assistant.model.config.vocab_size
-
-        def encode() -> list[int]:
-            ids = self.prefixes[request.model] + encode_text(model.assistant.tokenizer, prompt) if isinstance(prompt, str) else prompt
-            if not ids or any(not 0 <= token < vocabulary for token in ids):
-                raise Refusal(400, f"prompt: expected a text, or token ids from 0 to {vocabulary - 1}", param="prompt")
-            return ids
-
-        text = len(prompt) if isinstance(prompt, str) else 0
-        return await self._answer(http, request, model, text, encode, CompletionPayload(model.assistant.name))
+        return await self._answer(http, request, model, request.prompt, CompletionPayload(model.assistant.name))
 
     async def list_models(self):
         """Describe every model."""
@@ -127,8 +104,9 @@ class Endpoints:
         state = {"status": "failing" if problems else "ok", "models": self.active, "uptime_seconds": int(time.time()) - self.began}
         return JSONResponse(state | ({"problems": problems} if problems else {}), 503 if problems else 200)
 
-    async def vote(self, cast: Vote):
+    async def vote(self, http: Request):
         """Save which of two answers was preferred."""
+        cast = await self._body(http, Vote)
         chosen, rejected = self._find(cast.chosen_model).assistant, self._find(cast.rejected_model).assistant
         prompt = [message.plain() for message in cast.messages]
         if cast.chosen == cast.rejected:
@@ -149,16 +127,25 @@ class Endpoints:
             raise Refusal(404, f"there is no such model; there are: {there}", param="model", code="model_not_found")
         return self.models[name]
 
-    async def _answer(
-        self, http: Request, request: GenerationRequest, model: Model, text: int, read: Callable[[], list[int]], payload: Payload
-    ) -> Response:
-        """Answer the prompt whose ids `read` returns, whole or as a stream, as the request asks; `text`: its characters.
+    async def _body(self, http: Request, kind: type[Kind]) -> Kind:
+        """Return the request that a body holds. Raises Refusal."""
+        try:
+            body = await http.body()
+            return read_body(kind, body) if len(body) < SMALL_BODY else await while_connected(http, self.bodies.read(kind, body))
+        except Unreadable as error:
+            message, param = error.args
+            raise Refusal(400, message, param=param) from None
+        except (ClientDisconnect, Gone):
+            raise Refusal(499, "the client has left") from None
+
+    async def _answer(self, http: Request, request: GenerationRequest, model: Model, prompt: str | list, payload: Payload) -> Response:
+        """Answer a prompt, a text, messages or ids, whole or as a stream, as the request asks.
 
         The time limit counts from here on: reading a prompt takes a place, and time, as generating does.
         """
         leave, began = self._take_place(model), time.monotonic()
         try:
-            ids = await self._read(model, text, read)
+            ids = await self._read(http, model, prompt)
             sampling, stops = _sampling(request, len(ids), model.assistant.context)
         except BaseException:
             leave()
@@ -169,21 +156,22 @@ class Endpoints:
             usage = request.stream_options is not None and request.stream_options.include_usage
             return EventStream(payload.stream(pieces, len(ids), usage), timeout + LAST_WORDS, leave)
         try:
-            return await unless_disconnected(http, payload.whole(pieces, len(ids)))
+            return await while_connected(http, payload.whole(pieces, len(ids)))
+        except Gone:
+            return Response(status_code=499)
         finally:
             leave()
 
-    async def _read(self, model: Model, text: int, read: Callable[[], list[int]]) -> list[int]:
-        """Return what `read` does, in the model's own threads. Raises Refusal for a prompt that is too long, or takes too long."""
-        most = model.assistant.context * self.longest[model.assistant.name]
-        if text > most:
-            message = (
-                f"the prompt has {text:,} characters; this model reads {model.assistant.context:,} tokens, at most {most:,} characters"
-            )
-            raise Refusal(400, message, code="context_length_exceeded")
-        lane = self.readers[model.assistant.name][text > LONG_TEXT]
+    async def _read(self, http: Request, model: Model, prompt: str | list) -> list[int]:
+        """Return the ids of a prompt, as PromptReaders does. Raises Refusal."""
         try:
-            return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(lane, read), self.limits.timeout)
+            reading = while_connected(http, self.prompts[model.assistant.name].read(prompt))
+            return await asyncio.wait_for(reading, self.limits.timeout)
+        except Unreadable as error:
+            message, param = error.args
+            raise Refusal(400, message, param=param, code="context_length_exceeded" if "this model reads" in message else None) from None
+        except Gone:
+            raise Refusal(499, "the client has left") from None
         except TimeoutError:
             raise Refusal(504, "reading the prompt took longer than the server's time limit", "timeout_error") from None
 
@@ -225,7 +213,6 @@ def build(
     """Return the ASGI application. `host` is as for AccessControl, the rest as for Endpoints."""
     endpoints = Endpoints(models, limits, votes, log)
     app = FastAPI(title="posttrain", lifespan=endpoints.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(lambda _, error: JSONResponse(error_object(str(error.detail)), error.status_code))
     app.exception_handler(Refusal)(lambda _, error: JSONResponse(error.content, error.status, error.headers))
     app.exception_handler(Exception)(
@@ -255,14 +242,3 @@ def _described(assistant: Assistant, began: int) -> dict:
     about = {"max_model_len": assistant.context, "chat": assistant.chat is not None, "system_prompt": assistant.system_prompt}
     about |= {"suggestions": assistant.suggestions}
     return {"id": assistant.name, "object": "model", "created": began, "owned_by": "posttrain", **about}
-
-
-def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """Answer a request of the wrong form with what is wrong with it, without repeating what it said."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int))[:LONGEST_NAME]
-    message = {"extra_forbidden": "is not an option of this server, so it would be ignored"}.get(first["type"], first["msg"])
-    message = message.removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        where, message = "", "the body is not valid JSON"
-    return JSONResponse(error_object(f"{where}: {message}" if where else message, param=where or None), 400)

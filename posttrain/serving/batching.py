@@ -6,9 +6,11 @@ the request that asked, or to nobody once it has ended.
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import ClassVar, NamedTuple
 
+import psutil
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -24,7 +26,10 @@ from posttrain.serving.sampling import Sampling, choose
 
 PAGE = 64  # tokens of a page of the KV cache; requests with the same beginning share whole pages
 CPU_BATCH_TOKENS = 512  # tokens of a forward pass; transformers' attention mask has as many rows, and a column for every cached token
-CPU_CACHE = 2 * 2**30  # bytes of all models' KV caches on a CPU
+CPU_CACHE = 2 * 2**30  # bytes of all models' KV caches and attention masks on a CPU, at most
+SMALL_CACHE = 2**29  # bytes that those of a model may take on a CPU, even if its weights take less
+USUAL_REQUEST = 4096  # tokens of a request; a CPU's cache holds as many times so many as requests are generated at once, if it may
+HANG_SECONDS = 120.0  # without a step, after which generation is taken to hang
 
 
 class EngineFailed(RuntimeError):
@@ -65,6 +70,13 @@ class Batcher:
         processors.tensors_required, processors.do_processing = 1, True
         processors.supported_keys = {"sampling": Sampling}
         self.manager.logit_processor = processors
+        self.last_step, step = time.monotonic(), self.manager._generation_loop_body
+
+        def noted_step(*arguments, **named) -> bool:
+            self.last_step = time.monotonic()
+            return step(*arguments, **named)
+
+        self.manager._generation_loop_body = noted_step  # runs ten times a second at least, requests or not
 
     def _fail(self, request: str, why: str) -> None:
         """End one request with an error, from the thread that generates; whoever asked cancels it."""
@@ -73,8 +85,12 @@ class Batcher:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing can be generated any more; None while it can."""
-        return None if self.manager.is_running() else f"generation has ended: {self.manager.background_thread_status.fatal_error}"
+        """Why nothing can be generated, any more or for now; None while it can."""
+        if not self.manager.is_running():
+            return f"generation has ended: {self.manager.background_thread_status.fatal_error}"
+        if (seconds := time.monotonic() - self.last_step) > HANG_SECONDS:
+            return f"generation hangs: its last step began {seconds:.0f} seconds ago"
+        return None
 
     @property
     def room(self) -> int:
@@ -83,11 +99,12 @@ class Batcher:
 
     def start(self) -> None:
         """Start the thread."""
+        self.last_step = time.monotonic()
         self.manager.start()
 
     def stop(self) -> None:
         """End all generation."""
-        self.manager.stop(block=True, timeout=10, hard_stop=True)
+        self.manager.stop(block=True, timeout=3, hard_stop=True)
 
     async def generate(self, prompt: list[int], sampling: Sampling, timeout: float) -> AsyncIterator[list[int]]:
         """Yield the new ids of the answer to a prompt's ids as they come, up to the end token included. Closing it ends the request.
@@ -199,15 +216,14 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
 
 
 def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
-    """Return how many pages the KV cache gets: for `most` requests of full length, as far as `size` bytes go, but for one in any case."""
+    """Return how many pages the KV cache gets: for `most` usual requests or one of full length, as far as `size` bytes go.
+
+    A model that is small gets less than `size`, however many positions its config.json claims, and none gets half of the free memory.
+    """
     config, pages = assistant.model.config, -(-assistant.context_in_batches // PAGE)
     heads, head = config.num_attention_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = (
-        2
-        * config.num_hidden_layers
-        * (getattr(config, "num_key_value_heads", None) or heads)
-        * head
-        * assistant.model.dtype.itemsize
-        * PAGE
-    )
-    return max(pages + 1, min(most * pages, size // page))
+    of_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head + CPU_BATCH_TOKENS
+    weights = sum(weight.nbytes for weight in assistant.model.parameters())
+    size = min(size, max(SMALL_CACHE, weights), psutil.virtual_memory().available // 2)
+    wanted = max(pages, most * min(pages, USUAL_REQUEST // PAGE)) + 1
+    return max(2, min(wanted, size // (of_token * assistant.model.dtype.itemsize * PAGE)))

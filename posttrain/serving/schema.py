@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from posttrain.serving.sampling import Sampling
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_MESSAGES = 2048  # of a conversation, as OpenAI's
 DEFAULT_ANSWER = 1024  # tokens of a chat answer whose request names no limit
 DEFAULT_COMPLETION = 16  # tokens of a completion whose request names no limit; OpenAI's default
 
@@ -111,19 +112,25 @@ class GenerationRequest(Strict):
             raise ValueError(f"stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
         return stops
 
-    def limit(self) -> int:
-        """Return the most tokens that the answer may have."""
-        return self.max_tokens or DEFAULT_COMPLETION
+    def limit(self) -> tuple[int | None, int]:
+        """Return the most tokens that the answer may have, where the request names them, and else."""
+        return self.max_tokens, DEFAULT_COMPLETION
 
     def sampling(self, prompt: int, context: int) -> Sampling:
         """Return how to sample the answer to a prompt of `prompt` tokens, by a model that reads `context` tokens in all.
 
-        Raises ValueError where no answer has room.
+        Raises ValueError where no answer has room, or not the one that is asked for, as vLLM does: it would end early, unasked.
         """
         if prompt >= context:
             raise ValueError(f"the prompt has {prompt:,} tokens; this model reads {context:,}, and the answer needs some of them")
+        asked, otherwise = self.limit()
+        if asked and asked > context - prompt:
+            raise ValueError(
+                f"max_tokens is {asked:,}, and the prompt has {prompt:,} tokens; this model reads {context:,} tokens in all: ask for at "
+                f"most {context - prompt:,}, or leave it out"
+            )
         return Sampling(
-            max_tokens=min(self.limit(), context - prompt),
+            max_tokens=asked or min(otherwise, context - prompt),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -135,15 +142,15 @@ class GenerationRequest(Strict):
 class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name of max_tokens
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] = False
     tools: Annotated[list, Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] = "none"  # without tools both mean the same
 
-    def limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_ANSWER
+    def limit(self) -> tuple[int | None, int]:
+        return self.max_completion_tokens or self.max_tokens, DEFAULT_ANSWER
 
 
 class CompletionRequest(GenerationRequest):
@@ -157,7 +164,7 @@ class CompletionRequest(GenerationRequest):
 class Vote(Strict):
     """The body of /votes: which of two answers to the same messages was preferred."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     chosen: Text = Field(min_length=1)
     rejected: Text = Field(min_length=1)
     chosen_model: str

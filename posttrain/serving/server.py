@@ -7,7 +7,6 @@ import socket
 import time
 
 import torch
-import uvicorn
 
 from posttrain.common import terminal
 from posttrain.model import assistant
@@ -17,12 +16,11 @@ from posttrain.serving.access import is_loopback
 from posttrain.serving.answers import Model
 from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
-from posttrain.serving.connections import Connection, raise_limit
+from posttrain.serving.connections import BACKLOG, Server, configured, raise_limit
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
 from posttrain.serving.votes import Votes
 
-BACKLOG = 128  # connections that wait to be accepted; asyncio tries as often at a time, which fails as often where files are short
 Engine = type[Batcher] | type[VLLMBatcher]
 
 
@@ -51,8 +49,7 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     if not key and not is_loopback(options.host):
         _say("warning: without POSTTRAIN_API_KEY everybody who reaches this address may use the models and read their system prompts")
     _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
-    config = uvicorn.Config(built, http=Connection, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await Server(configured(built, access_log=False, log_level="warning")).serve(sockets=[listener])
 
 
 def listen(host: str, port: int, patience: float) -> socket.socket:

@@ -4,7 +4,7 @@ import { render } from "/page/markdown.js";
 import { shuffled } from "/page/shuffled.js";
 
 const $ = (id) => document.getElementById(id);
-const DEFAULTS = { temperature: 0.7, top_p: 1, top_k: 0, repetition_penalty: 1, max_tokens: 512, seed: "", system: "", theme: "" };
+const DEFAULTS = { temperature: 0.7, top_p: 1, top_k: 0, repetition_penalty: 1, max_tokens: "", seed: "", system: "", theme: "" };
 const SUGGESTIONS = ["Who are you?", "Explain what a prime number is.", "Write a short poem about rain.", "Give me three ideas for dinner."];
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 const STORE = "posttrain-chat";
@@ -67,7 +67,8 @@ async function ask(path, options = {}) {
 /** Streams one answer into `answer` = {text, done, note, error}, calling `changed` as it grows. */
 async function stream(model, messages, answer, changed, signal) {
   const { temperature, top_p, top_k, repetition_penalty, max_tokens, seed } = state.settings;
-  const body = { model, messages, temperature, top_p, top_k, repetition_penalty, max_tokens, stream: true };
+  const body = { model, messages, temperature, top_p, top_k, repetition_penalty, stream: true };
+  if (max_tokens !== "") body.max_tokens = max_tokens;
   if (seed !== "") body.seed = seed;
   const began = performance.now();
   try {
@@ -86,7 +87,7 @@ async function stream(model, messages, answer, changed, signal) {
         const content = JSON.parse(data);
         if (content.error) throw new Error(content.error.message);
         answer.text += content.choices[0]?.delta?.content ?? "";
-        if (content.choices[0]?.finish_reason === "length") answer.note = "cut off at the longest answer that the settings allow";
+        if (content.choices[0]?.finish_reason === "length") answer.note = "cut off: the answer may be no longer, by the settings or by what the model reads";
         answer.tokens = (answer.tokens ?? 0) + 1;
         answer.first ??= performance.now() - began;
         changed();
@@ -386,7 +387,7 @@ $("settings").addEventListener("close", () => {
   $("settings").returnValue = "";
   for (const [name, value] of Object.entries(DEFAULTS)) {
     const field = $(name);
-    const isNumber = typeof value === "number" || name === "seed";
+    const isNumber = typeof value === "number" || name === "seed" || name === "max_tokens";
     state.settings[name] = isNumber && field.value !== "" ? Number(field.value) : field.value;
   }
   if ($("key").value) sessionStorage.setItem("posttrain-key", $("key").value);

@@ -1,0 +1,313 @@
+"""Nobody ends the server, or slows it for others; benchmarks/serve.py --soak measures by how much."""
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from functools import partial
+
+import psutil
+import pytest
+import torch
+from served import request, served, wait_for, wait_until_idle
+from test_strangers import LOOP
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.data.tokenization import load_tokenizer
+from posttrain.model import assistant
+from posttrain.operators.positions import context_of
+from posttrain.serving import batching, connections, reading
+from posttrain.serving.answers import Model
+from posttrain.serving.app import Endpoints, Limits
+from posttrain.serving.batching import Batcher, EngineFailed
+from posttrain.serving.reading import Reader, Unreadable
+from posttrain.serving.sampling import Sampling, choose
+from posttrain.serving.server import listen
+from posttrain.serving.votes import Votes
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def stranger(tiny, tmp_path_factory):
+    """A model whose template loops where the first message says BOOM, and that reads many tokens."""
+    folder = tmp_path_factory.mktemp("strange") / "stranger"
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tiny.tokenizer), max_position_embeddings=100_000, eos_token_id=None, **size)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = load_tokenizer(tiny.base)
+    tokenizer.chat_template = "{% if 'BOOM' in messages[0]['content'] %}" + LOOP + "{% endif %}" + tiny.chat.jinja
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(stranger, tiny, tmp_path_factory):
+    """A server of the stranger and of a good model."""
+    log = tmp_path_factory.mktemp("limits") / "log"
+    with served(log, "--checkpoint", stranger, "--checkpoint", f"good={tiny.base}") as running:
+        yield running
+
+
+def send(server, text: str, **more) -> socket.socket:
+    """Send a chat request to the stranger and read nothing of its answer."""
+    body = json.dumps({"model": "stranger", "messages": [{"role": "user", "content": text}], **more}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    client.sendall(head.encode() + body)
+    return client
+
+
+def active(server) -> int:
+    """Return how many requests the stranger has."""
+    return json.loads(server.health()[1])["models"]["stranger"]
+
+
+# ---- connections ----
+
+
+@contextlib.contextmanager
+def listening():
+    """A server of one page, on a port of its own, in a thread."""
+
+    async def app(scope, receive, send):
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with listen("127.0.0.1", 0, 60) as listener:
+        server = connections.Server(connections.configured(app, lifespan="off", log_level="error"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def answered(client: socket.socket) -> bool:
+    """Send a request, and read its answer to the end."""
+    client.sendall(HEAD + b"\r\n")
+    answer = b""
+    while not answer.endswith(b"ok"):
+        answer += client.recv(4096)
+    return b"200 OK" in answer
+
+
+def test_a_head_that_does_not_end_is_cut_off(monkeypatch):
+    """At once or after requests that were answered; a client that only waits between its requests is not."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    with listening() as port:
+        silent, half, patient = (socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(3))
+        half.sendall(HEAD)
+        for _ in range(3):
+            assert answered(patient)
+            time.sleep(0.7)
+        patient.sendall(HEAD)
+        for one in (silent, half, patient):
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(4096) == b""
+            one.close()
+
+
+def test_beyond_the_most_connections_the_one_that_kept_waiting_longest_is_cut(monkeypatch):
+    """Also where that has sent the head of its request, or part of its body; whoever sends a request is answered."""
+    monkeypatch.setattr(connections, "most_connections", lambda: 4)
+    with listening() as port, contextlib.ExitStack() as clients:
+        connect = partial(socket.create_connection, ("127.0.0.1", port), timeout=5)
+        bad = [clients.enter_context(connect()) for _ in range(4)]
+        for one, sent in zip(bad, (b"", HEAD, HEAD + b"Content-Length: 9\r\n\r\nhalf", HEAD), strict=True):
+            one.sendall(sent)
+        time.sleep(0.2)
+        for one in bad:
+            assert answered(clients.enter_context(connect()))
+            with contextlib.suppress(ConnectionResetError):
+                while one.recv(4096):
+                    pass
+
+
+def test_a_head_that_is_too_long_is_refused():
+    """Whether it comes at once or in pieces, and whether of many bytes or many lines; the body that comes with a head does not count."""
+    head, most = HEAD + b"Content-Length: 60000\r\nx: ", connections.MOST_HEAD
+    lines = b"\r\ny: z" * connections.MOST_LINES
+    with listening() as port:
+        for value, body, status in (
+            (b"x" * (most // 2), b"\n" * 60_000, b"200"),
+            (b"x" * most, b"", b"431"),
+            (lines, b"", b"431"),
+            (b"x" * 10**6, b"", b"431"),
+        ):
+            for step in (100_000, 1000):
+                sent = head + value + b"\r\n\r\n" + body
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as client, contextlib.suppress(ConnectionError):
+                    for at in range(0, len(sent), step):
+                        client.sendall(sent[at : at + step])
+                    assert client.recv(12) == b"HTTP/1.1 " + status
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux only")
+def test_half_requests_from_a_thousand_connections_leave_room_for_others(server):
+    """Those that it cannot hold are cut without a word: asyncio's own way is to accept more, and to log a traceback for each."""
+    before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (400, before[1]))
+    try:
+        with contextlib.ExitStack() as clients:
+            for number in range(1000):
+                half = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                with contextlib.suppress(ConnectionError):
+                    half.sendall(HEAD)
+                if number % 200 == 199:
+                    body = json.dumps({"model": "good", "prompt": "pa", "max_tokens": 3})
+                    assert request(server, "POST", "/v1/completions", body)[0] == 200
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+    assert "Traceback" not in server.log.read_text()
+
+
+# ---- reading ----
+
+
+@pytest.mark.slow
+def test_a_template_that_loops_delays_its_own_model_only(server):
+    looping = [send(server, "BOOM") for _ in range(8)]
+    wait_for(lambda: active(server) == 8, 20)
+    for body in ({"prompt": "pa"}, {"messages": [{"role": "user", "content": "pa"}]}):
+        path = "/v1/completions" if "prompt" in body else CHAT
+        assert request(server, "POST", path, json.dumps({"model": "good", "max_tokens": 3, **body}))[0] == 200
+    assert active(server) >= 6  # the good ones did not wait for them
+    assert server.health()[0] == 200  # each ends by itself; a start anew would only give strangers the power to cause it
+    for one in looping[1:]:
+        one.close()
+    assert looping[0].recv(12) == b"HTTP/1.1 400"
+    wait_until_idle(server)
+
+
+def test_work_that_does_not_end_is_ended_and_the_next_is_done(monkeypatch):
+    monkeypatch.setattr(reading, "READ_SECONDS", 1.0)
+
+    def work(what: str) -> str:
+        while what == "loop":
+            pass
+        if what == "die":
+            os._exit(1)
+        return what if what == "ok" else str(bytes(2**40))
+
+    reader = Reader(work)
+    try:
+        for what, says in (("loop", "took longer than 1 s"), ("die", "ended the process"), ("memory", "cannot be read .*MemoryError")):
+            with pytest.raises(Unreadable, match=says):
+                asyncio.run(reader.read(what))
+            assert asyncio.run(reader.read("ok")) == "ok"
+    finally:
+        reader.stop()
+
+
+# ---- the end, and health ----
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_server_and_all_its_processes_whatever_hangs(stranger, tmp_path):
+    """A template loops, a client reads nothing, two answers are long, half requests are open."""
+    with served(tmp_path / "log", "--checkpoint", stranger) as server, contextlib.ExitStack() as clients:
+        for _ in range(50):
+            half = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            half.sendall(b"POST / HTTP/1.1\r\n")
+        clients.enter_context(send(server, "pa", max_tokens=90_000, temperature=0))
+        stream = clients.enter_context(send(server, "pa", stream=True, max_tokens=90_000, temperature=0))
+        assert stream.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"  # both are being generated
+        clients.enter_context(send(server, "BOOM"))
+        wait_for(lambda: active(server) == 3, 20)
+        readers = psutil.Process(server.pid).children(recursive=True)
+        assert len(readers) == 3
+        server.process.terminate()
+        server.process.wait(timeout=10)
+        wait_for(lambda: not any(reader.is_running() for reader in readers), 5)
+
+
+@pytest.fixture
+def endpoints(tiny, tmp_path):
+    batcher = Batcher(assistant.load(str(tiny.base), dtype=torch.float32), 4)
+    batcher.start()
+    made = Endpoints({"base": Model(batcher.assistant, batcher)}, Limits(4, 4, 60, 10**6), Votes(tmp_path / "votes"), print)
+    yield made
+    for reader in (made.bodies, *made.prompts.values()):
+        reader.stop()
+    batcher.stop()
+
+
+def health(endpoints: Endpoints) -> tuple[int, dict]:
+    """Return status and problems."""
+    response = asyncio.run(endpoints.health())
+    return response.status_code, json.loads(response.body).get("problems", {})
+
+
+def answer(batcher: Batcher) -> list[int]:
+    """Return the ids of a short answer."""
+
+    async def ask() -> list[int]:
+        return [token async for tokens in batcher.generate([5, 6, 7], Sampling(3, 0.0), 20) for token in tokens]
+
+    return asyncio.run(ask())
+
+
+def test_health_is_bad_while_generation_hangs_and_good_afterwards(endpoints, monkeypatch):
+    batcher, goes_on = endpoints.models["base"].batcher, threading.Event()
+    said = answer(batcher)
+    assert health(endpoints) == (200, {})
+    monkeypatch.setattr(batching, "HANG_SECONDS", 1.0)
+    monkeypatch.setattr(batching, "choose", lambda *given: goes_on.wait() and choose(*given))
+    try:
+        with pytest.raises(EngineFailed, match="hangs"):
+            answer(batcher)
+        status, problems = health(endpoints)
+    finally:
+        goes_on.set()
+    assert status == 503
+    assert "generation hangs: its last step began" in problems["base"]
+    wait_for(lambda: health(endpoints) == (200, {}), 20)
+    assert answer(batcher) == said
+
+
+def test_health_is_bad_once_generation_has_ended(endpoints):
+    batcher = endpoints.models["base"].batcher
+
+    def broken(*_) -> None:
+        raise RuntimeError("the device is lost")
+
+    batcher.manager._generation_step = broken
+    with pytest.raises(EngineFailed):
+        answer(batcher)
+    wait_for(lambda: batcher.failure is not None, 20)
+    status, problems = health(endpoints)
+    assert status == 503
+    assert "generation has ended: the device is lost" in problems["base"]
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(("positions", "reads"), [(256, 256), (8192, 8192), (131_072, 131_072), (10**9, 240_000)])
+def test_the_cache_of_a_small_model_is_small_however_many_tokens_it_claims_to_read(tiny, positions, reads):
+    loaded = assistant.load(str(tiny.base), dtype=torch.float32)
+    loaded.model.config.max_position_embeddings = positions
+    batcher = Batcher(loaded._replace(context=positions), 32)
+    blocks = batcher.manager.continuous_batching_config.num_blocks
+    assert 0.9 * reads <= min(positions, (blocks - 1) * batching.PAGE) <= reads
+    of_token = 4 * (2 * 2 * 2 * 8 + batching.CPU_BATCH_TOKENS)  # keys and values, and a column of the attention mask
+    assert blocks * batching.PAGE * of_token <= batching.SMALL_CACHE
+
+
+@pytest.mark.parametrize("positions", [0, -5])
+def test_a_model_that_reads_nothing_is_refused(tiny, positions):
+    config = assistant.load(str(tiny.base)).model.config
+    config.max_position_embeddings = positions
+    with pytest.raises(ValueError, match=f"max_position_embeddings {positions}; expected"):
+        context_of(config)
