@@ -72,11 +72,12 @@ def active(server) -> int:
 
 
 @contextlib.contextmanager
-def listening():
-    """A server of one page, on a port of its own, in a thread."""
+def listening(seen=lambda path: None):
+    """A server of one page, on a port of its own, in a thread; `seen` is called with the path of each request."""
 
     async def app(scope, receive, send):
         assert scope["type"] == "http"
+        seen(scope["path"])
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -131,6 +132,26 @@ def test_beyond_the_most_connections_the_one_that_kept_waiting_longest_is_cut(mo
             with contextlib.suppress(ConnectionResetError):
                 while one.recv(4096):
                     pass
+
+
+def test_of_requests_at_once_the_last_is_taken_first():
+    """While the loop is at the first one the others come; one after another is then taken, all are answered."""
+    order = []
+
+    def seen(path: str) -> None:
+        order.append(path)
+        time.sleep(0.5 if path == "/0" else 0.0)
+
+    with listening(seen) as port, contextlib.ExitStack() as clients:
+        there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
+        for number, one in enumerate(there):
+            one.sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(0.2 if number == 0 else 0.01)
+        for one in there:
+            answer = b""
+            while not answer.endswith(b"ok"):
+                answer += one.recv(4096)
+    assert order == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
 
 
 def test_a_head_that_is_too_long_is_refused():

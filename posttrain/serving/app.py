@@ -22,6 +22,7 @@ from posttrain.serving.votes import Votes
 
 Kind = TypeVar("Kind", bound=Strict)
 PAGE = Path(__file__).parent / "page"
+ESCAPED, ROOM = 12, 100_000  # bytes of JSON that a character takes at most, and those of what is no prompt
 LAST_WORDS = 10.0  # seconds beyond the time limit in which a client may read that it was exceeded
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -131,12 +132,20 @@ class Endpoints:
         """Return the request that a body holds. Raises Refusal."""
         try:
             body = await http.body()
+            self._refuse_endless(body, kind)
             return read_body(kind, body) if len(body) < SMALL_BODY else await while_connected(http, self.bodies.read(kind, body))
         except Unreadable as error:
             message, param = error.args
             raise Refusal(400, message, param=param) from None
         except (ClientDisconnect, Gone):
             raise Refusal(499, "the client has left") from None
+
+    def _refuse_endless(self, body: bytes, kind: type[Strict]) -> None:
+        """Raise Refusal for a prompt that is far longer than any model here reads, without reading its JSON."""
+        most = max(one.context * one.longest for one in self.prompts.values())
+        if issubclass(kind, GenerationRequest) and len(body) > ESCAPED * most + ROOM:
+            message = f"the request has {len(body):,} bytes; the models here read at most {most:,} characters"
+            raise Refusal(400, message, code="context_length_exceeded")
 
     async def _answer(self, http: Request, request: GenerationRequest, model: Model, prompt: str | list, payload: Payload) -> Response:
         """Answer a prompt, a text, messages or ids, whole or as a stream, as the request asks.

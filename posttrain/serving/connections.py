@@ -18,6 +18,8 @@ HEAD_SECONDS = 10.0  # from a connection, or the first byte of a further request
 MOST_HEAD, MOST_LINES = 16_384, 100  # bytes and lines of a head; reading one of ten thousand lines would take as long as several tokens
 SPARE_FILES = 200  # that the process opens besides connections, and for those just accepted, see ACCEPTED
 ACCEPTED = 50  # connections that asyncio accepts before it looks at the first of them; those of three rounds may be open at once
+PIECE = 32_768  # bytes that are read of a connection at once
+REST, LONGEST_REST = 2.0, 0.02  # between two pieces, times what the one before took, and in seconds
 BACKLOG = 1024  # connections that wait in the system's queue to be accepted
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 LEAVE_SECONDS = 9.0  # from a signal to the end of the process, whatever hangs
@@ -39,14 +41,22 @@ def most_connections() -> int:
 
 
 class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
-    """A client's connection, which is cut where a head takes too long to arrive, and where too many are waiting for their requests."""
+    """A client's connection, which is cut where a head takes too long to arrive, and where too many are waiting for their requests.
 
+    Of all that connections have sent one piece at a time is taken, of the connection that sent last: in a burst of hundreds of requests
+    those that come later are not kept waiting by all before them.
+    """
+
+    turns: ClassVar[list["Connection"]] = []  # connections with a piece that was not taken yet, the newest last
+    is_taking: ClassVar[bool] = False  # _take_turn will be called in the loop's next round
+    piece = b""  # what was read and not taken yet
     waiting: ClassVar[dict["Connection", None]] = {}  # connections without a whole request, the longest-waiting first
     head: asyncio.TimerHandle | None = None  # set while a request's head is awaited
     head_bytes, head_lines, tail = 0, 0, b""  # of that head so far: how many, and the last three bytes
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        transport.max_size = PIECE  # asyncio reads eight times as much
         self.waiting[self] = None
         self._await_head()
         if len(self.connections) > most_connections():
@@ -58,9 +68,44 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
     def connection_lost(self, exc) -> None:
         self._head_is_there()
         self.waiting.pop(self, None)
+        self.piece = b""
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if Connection.is_taking:
+            if not self.piece:
+                self.turns.append(self)
+                self.transport.pause_reading()
+            self.piece += data
+            return
+        Connection.is_taking = True
+        self.loop.call_soon(self._take_turn, self.loop, self.loop.time())
+        self._take(data)
+
+    @classmethod
+    def _take_turn(cls, loop: asyncio.AbstractEventLoop, before: float, rested: bool = False) -> None:
+        """Take the piece of the connection that sent last, and come again in a later round while there are others.
+
+        `before` is when the last piece was taken. The event loop rests between two, as it holds Python's lock, which generation wants, too.
+        """
+        if cls.turns and not rested:
+            rest = min(REST * (loop.time() - before), LONGEST_REST)
+            loop.call_later(rest, cls._take_turn, loop, before, True)
+            return
+        cls.is_taking = False
+        while cls.turns:
+            newest = cls.turns.pop()
+            if not newest.piece or newest.transport.is_closing():
+                continue
+            cls.is_taking = True
+            loop.call_soon(cls._take_turn, loop, loop.time())
+            piece, newest.piece = newest.piece, b""
+            newest._take(piece)
+            if not newest.flow.read_paused:
+                newest.transport.resume_reading()
+            return
+
+    def _take(self, data: bytes) -> None:
         before = self.cycle
         if self.head is None and (before is None or before.response_complete):
             self._await_head()

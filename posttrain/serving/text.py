@@ -8,7 +8,10 @@ class TextStream:
     """The text of one answer, as its tokens come."""
 
     def __init__(self, tokenizer, prompt: list[int], stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.stops = [stop for stop in stops if stop]
+        # transformers' own decode calls this, with as much work around it as the decoding is
+        self.backend = tokenizer.backend_tokenizer.decode if tokenizer.is_fast else None
+        self.tokenizer = tokenizer
         # Decoding looks back at tokens whose text has been given: some decoders treat the first token of a text in another way, and none
         # reads the rest of a character whose first bytes it does not see.
         self.window = next(
@@ -55,4 +58,6 @@ class TextStream:
         return text
 
     def _decode(self, ids: list[int]) -> str:
+        if self.backend:
+            return self.backend(ids, skip_special_tokens=True)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
