@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,16 @@ CLIENTS = 32
 PROMPTS = [f"Tell about {name} {i}" for i in range(16) for name in ("Tanilo", "Bemimi", "Kato", "Ruvi")]
 
 
+def log_of(port: int) -> Path:
+    """Return where what the server on a port prints is kept."""
+    return Path(tempfile.gettempdir()) / f"serve_{port}.log"
+
+
 @contextlib.contextmanager
 def running(command: list[str], port: int, files: int | None = None) -> Iterator[psutil.Process]:
     """Run a server, which may open so many files, for the duration of the context; yields its process once it answers."""
     limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))} if files else {}
-    log = Path("/tmp") / f"serve_{port}.log"
+    log = log_of(port)
     with (
         log.open("w", encoding="utf-8") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **limits) as one,

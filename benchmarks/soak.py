@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 import psutil
 from bad_clients import CHAT, KINDS, TEXT, head
-from server_process import CLIENTS, MODEL, PROMPTS, ROOT, ask, running
+from server_process import CLIENTS, MODEL, PROMPTS, ROOT, ask, log_of, running
 from side_by_side import RESULTS, as_text, machine, versions
 
 RATE, PHASE, TOKENS, MOST_FILES, PRIORITY = 8, 20.0, 8, 1024, -10
@@ -144,7 +144,7 @@ def soak(port: int, kinds: list[str], seconds: float, requests: int) -> dict:
             results = {"machine": machine(), "versions": versions(), "how": " ".join(__doc__.split("\n\n")[1].split())}
             results |= {"priority": os.nice(0), "rate": RATE, "seconds": seconds, "neighbours": neighbours(port, process, kinds, seconds)}
             results["memory"] = asyncio.run(memory(port, requests, process))
-            results["log_bytes"] = Path(f"/tmp/serve_{port}.log").stat().st_size
+            results["log_bytes"] = log_of(port).stat().st_size
     return results
 
 

@@ -89,7 +89,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(states, tmp_path,
     def resealed(**changes) -> None:
         facts = {**json.loads(text), **changes}
         facts.pop("checksum")
-        manifest.write_text(json.dumps(facts | {"checksum": checkpoint_folder.manifest_checksum(facts)}))
+        manifest.write_text(json.dumps(facts | {"checksum": files.checksum(facts)}))
 
     flipped = content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]
     (tmp_path / "outside").write_bytes(content)
@@ -208,7 +208,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         (tmp_path / f"step_{step:06d}").mkdir()
         facts = {"validation": loss, "format": checkpoint_folder.FORMAT, "files": {}, "state": {"files": []}}
-        text = json.dumps(facts | {"checksum": checkpoint_folder.manifest_checksum(facts)})
+        text = json.dumps(facts | {"checksum": files.checksum(facts)})
         (tmp_path / f"step_{step:06d}" / "manifest.json").write_text(text)
         checkpoints._delete_old()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000004", "step_000005"]

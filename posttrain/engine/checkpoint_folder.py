@@ -28,7 +28,7 @@ def read_manifest(path: Path) -> dict:
         raise ValueError("it has no manifest.json") from None
     except (ValueError, KeyError, OSError):
         raise ValueError("manifest.json is not readable") from None
-    if checksum != manifest_checksum(manifest):
+    if checksum != files.checksum(manifest):
         raise ValueError("manifest.json is not what was written")
     if manifest["format"] != FORMAT:
         raise ValueError(f"it has format {manifest['format']}, this code reads {FORMAT}")
@@ -66,8 +66,3 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """Returns the step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
-
-
-def manifest_checksum(manifest: dict) -> str:
-    """Returns the XXH3 checksum of a manifest without its own "checksum"."""
-    return files.checksum(manifest)

@@ -23,11 +23,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
-from posttrain.common.files import sweep, sync_folder, write_whole
+from posttrain.common.files import checksum, sweep, sync_folder, write_whole
 from posttrain.common.links import open_own
 from posttrain.engine import shards
 from posttrain.engine.adam import FLOAT32, STATE_BYTES
-from posttrain.engine.checkpoint_folder import FORMAT, file_problem, manifest_checksum, read_manifest, saved_checkpoints, step_of
+from posttrain.engine.checkpoint_folder import FORMAT, file_problem, read_manifest, saved_checkpoints, step_of
 from posttrain.engine.writer import BackgroundWriter
 from posttrain.operators.saved_form import persistent_buffers
 from posttrain.parallel import watchdog
@@ -133,7 +133,7 @@ class Checkpoints:
             "has_buffers": shards.BUFFERS in files,
         }
         manifest = {"format": FORMAT, **facts, "world_size": len(everyones), **self.facts, "state": state, "files": files}
-        write_whole(staging / "manifest.json", json.dumps(manifest | {"checksum": manifest_checksum(manifest)}) + "\n")
+        write_whole(staging / "manifest.json", json.dumps(manifest | {"checksum": checksum(manifest)}) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
         sync_folder(self.folder)
