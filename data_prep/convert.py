@@ -123,7 +123,8 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes:
             if any(part.apart for parts in encoded[mine] for part in parts):
                 changes[APART] += 1
             yield from ((number, example) for example in examples)
-            changes[HIDDEN] += any(_hides(part.before + part.body) for several in parts for part in several if isinstance(part, Text))
+            if any(_hides(part.before + part.body) for several in parts for part in several if isinstance(part, Text)):
+                changes[HIDDEN] += 1
             if number in chunk.given:
                 changes["given --system_prompt"] += 1
         except Refused as cause:

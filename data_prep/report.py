@@ -71,7 +71,7 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
         "counts": {name: int(which.sum()) for name, which in counts.items()},
         "rows": sum(chunk.facts["rows"] for chunk in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
-        "changes": {what: count for what, count in changes.most_common() if count},
+        "changes": dict(changes.most_common()),
         "copies": chosen.copies,
         "notes": notes,
     }

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from posttrain.data.manifest import again
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import TOKENS, PreparedData, Split
 
@@ -17,7 +18,9 @@ def check_rows(data: PreparedData, directory: str, vocabulary: int) -> None:
             if len(split):
                 _check_split(split, vocabulary)
         except ValueError as error:
-            raise ValueError(f"{directory}/{name} is damaged: {error}. Make the data again from its rows") from error
+            make = again(data.manifest, f"{directory}_again")
+            how = f" with\n    {make}" if make else " from its rows"
+            raise ValueError(f"{directory}/{name} is damaged: {error}. Make it again{how}") from error
 
 
 def _check_split(split: Split, vocabulary: int) -> None:
