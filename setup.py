@@ -47,7 +47,7 @@ setup(
         "matplotlib",  # pictures: lengths of prepared rows, curves of runs, the quickstart's results
         "jinja2",  # the report's page: what a model says is escaped in it; torch brings it anyway
         "rich",  # the live progress line and the tables in the terminal
-        "fastapi",  # the server: requests checked by type, answers streamed
+        "starlette",  # the server: routes, and answers that are streamed
         "uvicorn",
         "lm_eval[ifeval]>=0.4.13",  # benchmarks: the prompts and the scoring that the field compares with
         "accelerate",  # lm_eval loads models with it, and does not ask for it

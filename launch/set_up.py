@@ -32,7 +32,7 @@ SHOWN = 15  # last lines of the log that are shown after a failure
 # What runs import: it fails here rather than in the first run, and is kept as bytecode, which saves every process 7 s
 IMPORTS = """torch.utils.tensorboard torch._dynamo deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 deepspeed.ops.adam
 deepspeed.launcher.runner transformers.models.qwen3.modeling_qwen3 transformers.models.llama.modeling_llama datasets datasketch lm_eval
-matplotlib.pyplot pydantic rich.live fastapi uvicorn scipy.stats sentencepiece posttrain"""
+matplotlib.pyplot pydantic rich.live starlette uvicorn scipy.stats sentencepiece posttrain"""
 # pip's settings as uv's options, each given once for every word of the value, and as its environment variables
 OPTIONS = {
     "index-url": "--index-url",

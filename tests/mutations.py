@@ -353,13 +353,13 @@ MUTATIONS = {
         SERVE + "test_the_key_is_needed_where_there_is_one",
     ),
     "the_queue_has_no_end": Mutation(
-        "posttrain/serving/app.py",
-        "if self.active[name] >= self.limits.batch + self.limits.queue:",
+        "posttrain/serving/places.py",
+        "if self.taken >= self.most:",
         "if False:",
         SERVE + "test_beyond_the_queue_and_beyond_the_time",
     ),
     "a_burst_overtakes_the_count": Mutation(
-        "posttrain/serving/app.py", "self.active[name] += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
+        "posttrain/serving/places.py", "self.taken += 1", "pass", SERVE + "test_a_burst_gets_no_more_places_than_there_are"
     ),
     "who_comes_late_is_cut": Mutation(
         "posttrain/serving/connections.py",
@@ -466,7 +466,17 @@ def mutate(folder: Path, mutation: Mutation) -> None:
 
 def import_libraries() -> None:
     """Import what the tests need, but nothing of this repository: the copies have code of their own."""
-    for name in ("pytest", "torch", "deepspeed", "transformers", "datasets", "trl", "lm_eval.evaluator", "fastapi", "psutil"):
+    for name in (
+        "pytest",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "trl",
+        "lm_eval.evaluator",
+        "starlette.applications",
+        "psutil",
+    ):
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
 

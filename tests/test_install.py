@@ -27,7 +27,7 @@ from posttrain.cli.console import split_launcher
 from posttrain.common.places import COMMANDS
 
 SCRIPTS = [*dict(COMMANDS.values()), "posttrain/cli/console.py"]
-HEAVY = {"torch", "transformers", "deepspeed", "datasets", "pyarrow", "pandas", "numpy", "lm_eval", "fastapi", "matplotlib"}
+HEAVY = {"torch", "transformers", "deepspeed", "datasets", "pyarrow", "pandas", "numpy", "lm_eval", "starlette", "matplotlib"}
 ROWS = [{"instruction": f"repeat {number}", "output": f"pa ta {number} ka"} for number in range(40)]
 PAIRS = [{"prompt": f"say {number}", "chosen": f"pa {number}", "rejected": f"ta ta {number}"} for number in range(24)]
 

@@ -63,7 +63,7 @@ def test_a_sweep_makes_a_run_for_each_value_and_goes_on_where_one_fails(place):
 
 def test_a_rank_waits_for_no_import_that_it_does_not_use():
     """Each of these costs every rank of every start between half a second and several."""
-    heavy = {"datasets", "pandas", "tensorboard", "matplotlib", "lm_eval", "wandb", "fastapi", "vllm", "trl"}
+    heavy = {"datasets", "pandas", "tensorboard", "matplotlib", "lm_eval", "wandb", "starlette", "vllm", "trl"}
     code = f"import sys, posttrain.training.run_recipe; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=rank_environment(), cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from served import request, served, wait_for, wait_until_idle
+from starlette.requests import Request
 from test_strangers import LOOP
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -266,7 +267,7 @@ def endpoints(tiny, tmp_path):
 
 def health(endpoints: Endpoints) -> tuple[int, dict]:
     """Return status and problems."""
-    response = asyncio.run(endpoints.health())
+    response = asyncio.run(endpoints.health(Request({"type": "http"})))
     return response.status_code, json.loads(response.body).get("problems", {})
 
 

@@ -25,9 +25,47 @@ from posttrain.serving import batching, server
 from posttrain.serving.access import AccessControl
 from posttrain.serving.answers import EventStream
 from posttrain.serving.batching import Batcher, EngineFailed
+from posttrain.serving.places import LONGEST_REST, SHARED, Places
 from posttrain.serving.sampling import Sampling, choose
 from posttrain.serving.text import TextStream
 from posttrain.serving.votes import Votes
+
+# ---- places and turns ----
+
+
+def test_a_burst_for_one_model_has_few_turns_at_once_while_another_has_requests():
+    """Whoever comes alone to the other model has a turn at once; who leaves while waiting, or is not answered, keeps nobody waiting."""
+
+    async def burst() -> None:
+        models: dict[str, Places] = {}
+        models |= {name: Places(8, 12, models) for name in "ab"}
+        came = [models["a"].take() for _ in range(21)]
+        assert came.pop() is None
+        turns = [asyncio.ensure_future(place.wait()) for place in came]
+        await asyncio.sleep(0)
+        assert [turn.done() for turn in turns] == [True] * 8 + [False] * 12
+        other = models["b"].take()
+        await asyncio.wait_for(other.wait(), 1)
+        turns[8].cancel()
+        for place in came[:9]:
+            place.leave()
+        await asyncio.sleep(3 * LONGEST_REST)
+        assert [turn.done() for turn in turns[9:]] == [True] * SHARED + [False] * (11 - SHARED)
+        came[9].answered()
+        came[9].leave()
+        await asyncio.sleep(LONGEST_REST / 4)
+        assert sum(turn.done() for turn in turns[9:]) == SHARED  # it rests
+        other.leave()
+        await asyncio.sleep(3 * LONGEST_REST)
+        assert [turn.done() for turn in turns[9:]] == [True] * 9 + [False] * 2
+        for place in came[10:]:
+            place.leave()
+        await asyncio.sleep(3 * LONGEST_REST)
+        assert [(places.taken, places.in_turn) for places in models.values()] == [(0, 0), (0, 0)]
+        await asyncio.gather(*turns, return_exceptions=True)
+
+    asyncio.run(burst())
+
 
 # ---- choosing tokens ----
 

@@ -8,8 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import NamedTuple, TypeVar
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
 
 from posttrain.model.assistant import Assistant
 from posttrain.serving.access import error_object
@@ -56,13 +56,20 @@ async def generate(model: Model, prompt: list[int], sampling: Sampling, stops: l
     yield Piece(said + text.end(), len(new), end)
 
 
-async def logged(pieces: AsyncIterator[Piece], name: str, prompt: int, log: Callable[[str], None]) -> AsyncIterator[Piece]:
-    """Pass on the pieces of model `name`'s answer to a prompt of `prompt` tokens; then log a line on how it ended, without its text."""
+async def logged(
+    pieces: AsyncIterator[Piece], name: str, prompt: int, log: Callable[[str], None], begun: Callable[[], None]
+) -> AsyncIterator[Piece]:
+    """Pass on the pieces of model `name`'s answer to a prompt of `prompt` tokens; then log a line on how it ended, without its text.
+
+    `begun` is called with the first piece.
+    """
     began, first, tokens, how = time.perf_counter(), None, 0, "gone"
     try:
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
-                first = first or time.perf_counter() - began
+                if first is None:
+                    first = time.perf_counter() - began
+                    begun()
                 tokens += piece.tokens
                 how = piece.end or how
                 yield piece

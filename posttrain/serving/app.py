@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from posttrain.model.assistant import Assistant
 from posttrain.serving.access import AccessControl, error_object
 from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Gone, Model, Payload, generate, logged, while_connected
+from posttrain.serving.places import Place, Places
 from posttrain.serving.reading import SMALL_BODY, PromptReaders, Reader, Unreadable, read_body
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Strict, Vote
@@ -53,18 +55,19 @@ class Refusal(Exception):
 
 
 class Endpoints:
-    """The endpoints of a server, one method each. They raise Refusal for a request that cannot be answered."""
+    """The endpoints of a server, one method each: from a request to its response. They raise Refusal where there is none to give."""
 
     def __init__(self, models: dict[str, Model], limits: Limits, votes: Votes, log: Callable[[str], None]):
         """`models` are by the name that requests give; `log` gets a line for each answer, without its text."""
         self.models, self.limits, self.votes, self.log = models, limits, votes, log
         self.began = int(time.time())
-        self.active = dict.fromkeys(models, 0)  # requests of each model that are read or generated, or wait
+        self.places: dict[str, Places] = {}
+        self.places |= {name: Places(limits.batch, limits.queue, self.places) for name in models}
         self.prompts = {name: PromptReaders(model.assistant) for name, model in models.items()}
         self.bodies = Reader(read_body)
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Stop all generation when the server ends."""
         try:
             yield
@@ -73,7 +76,7 @@ class Endpoints:
                 reader.stop()
             await asyncio.gather(*(asyncio.to_thread(model.batcher.stop) for model in self.models.values()))
 
-    async def chat(self, http: Request):
+    async def chat(self, http: Request) -> Response:
         """Answer a conversation, written in the checkpoint's own chat template and with its own system prompt."""
         request = await self._body(http, ChatRequest)
         model = self._find(request.model)
@@ -85,27 +88,28 @@ class Endpoints:
             messages.insert(0, {"role": "system", "content": assistant.system_prompt})
         return await self._answer(http, request, model, messages, ChatPayload(assistant.name))
 
-    async def complete(self, http: Request):
+    async def complete(self, http: Request) -> Response:
         """Continue a text, or token ids, as they are."""
         request = await self._body(http, CompletionRequest)
         model = self._find(request.model)
         return await self._answer(http, request, model, request.prompt, CompletionPayload(model.assistant.name))
 
-    async def list_models(self):
+    async def list_models(self, _: Request) -> Response:
         """Describe every model."""
-        return {"object": "list", "data": [_described(model.assistant, self.began) for model in self.models.values()]}
+        return JSONResponse({"object": "list", "data": [_described(model.assistant, self.began) for model in self.models.values()]})
 
-    async def one_model(self, name: str):
+    async def one_model(self, http: Request) -> Response:
         """Describe one model."""
-        return _described(self._find(name).assistant, self.began)
+        return JSONResponse(_described(self._find(http.path_params["name"]).assistant, self.began))
 
-    async def health(self):
+    async def health(self, _: Request) -> Response:
         """Return how many requests each model has; status 503 and the reasons if a model's generation has ended."""
         problems = {name: model.batcher.failure for name, model in self.models.items() if model.batcher.failure}
-        state = {"status": "failing" if problems else "ok", "models": self.active, "uptime_seconds": int(time.time()) - self.began}
+        active = {name: places.taken for name, places in self.places.items()}
+        state = {"status": "failing" if problems else "ok", "models": active, "uptime_seconds": int(time.time()) - self.began}
         return JSONResponse(state | ({"problems": problems} if problems else {}), 503 if problems else 200)
 
-    async def vote(self, http: Request):
+    async def vote(self, http: Request) -> Response:
         """Save which of two answers was preferred."""
         cast = await self._body(http, Vote)
         chosen, rejected = self._find(cast.chosen_model).assistant, self._find(cast.rejected_model).assistant
@@ -120,7 +124,7 @@ class Endpoints:
             await asyncio.to_thread(self.votes.add, prompt, cast.chosen, cast.rejected, cast.chosen_model, cast.rejected_model)
         except OSError as error:
             raise Refusal(507, f"the vote could not be written: {error.strerror}", "server_error") from None
-        return {"saved": True}
+        return JSONResponse({"saved": True})
 
     def _find(self, name: str) -> Model:
         if name not in self.models:
@@ -152,29 +156,29 @@ class Endpoints:
 
         The time limit counts from here on: reading a prompt takes a place, and time, as generating does.
         """
-        leave, began = self._take_place(model), time.monotonic()
+        place, began = self._take_place(model), time.monotonic()
         try:
-            ids = await self._read(http, model, prompt)
+            ids = await self._read(http, model, prompt, place)
             sampling, stops = _sampling(request, len(ids), model.assistant.context)
         except BaseException:
-            leave()
+            place.leave()
             raise
         name, timeout = model.assistant.name, self.limits.timeout - (time.monotonic() - began)
-        pieces = logged(generate(model, ids, sampling, stops, timeout), name, len(ids), self.log)
+        pieces = logged(generate(model, ids, sampling, stops, timeout), name, len(ids), self.log, place.answered)
         if request.stream:
             usage = request.stream_options is not None and request.stream_options.include_usage
-            return EventStream(payload.stream(pieces, len(ids), usage), timeout + LAST_WORDS, leave)
+            return EventStream(payload.stream(pieces, len(ids), usage), timeout + LAST_WORDS, place.leave)
         try:
             return await while_connected(http, payload.whole(pieces, len(ids)))
         except Gone:
             return Response(status_code=499)
         finally:
-            leave()
+            place.leave()
 
-    async def _read(self, http: Request, model: Model, prompt: str | list) -> list[int]:
+    async def _read(self, http: Request, model: Model, prompt: str | list, place: Place) -> list[int]:
         """Return the ids of a prompt, as PromptReaders does. Raises Refusal."""
         try:
-            reading = while_connected(http, self.prompts[model.assistant.name].read(prompt))
+            reading = while_connected(http, self.prompts[model.assistant.name].read(prompt, place.wait))
             return await asyncio.wait_for(reading, self.limits.timeout)
         except Unreadable as error:
             message, param = error.args
@@ -184,33 +188,25 @@ class Endpoints:
         except TimeoutError:
             raise Refusal(504, "reading the prompt took longer than the server's time limit", "timeout_error") from None
 
-    def _take_place(self, model: Model) -> Callable[[], None]:
-        """Count one more request of the model; return the function that takes it off the count. Raises Refusal where no place is free.
-
-        Nothing is awaited here, so that no other request takes the same place.
-        """
-        name = model.assistant.name
+    def _take_place(self, model: Model) -> Place:
+        """Take a place of the model's. Raises Refusal where none is free."""
         if model.batcher.failure:
             raise Refusal(503, model.batcher.failure, "server_error")
-        if self.active[name] >= self.limits.batch + self.limits.queue:
-            message = f"{self.active[name]} requests are running or waiting, which is the limit; try again later"
+        places = self.places[model.assistant.name]
+        if (place := places.take()) is None:
+            message = f"{places.taken} requests are running or waiting, which is the limit; try again later"
             raise Refusal(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
-        self.active[name] += 1
-
-        def leave() -> None:
-            self.active[name] -= 1
-
-        return leave
+        return place
 
 
-async def page():
+async def page(_: Request) -> Response:
     """Send the chat page."""
     return FileResponse(PAGE / "index.html", headers=HEADERS)
 
 
-async def asset(name: str):
+async def asset(http: Request) -> Response:
     """Send a file that the chat page loads; status 404 for any other."""
-    path = PAGE / name
+    path = PAGE / http.path_params["name"]
     if path.suffix not in KINDS or path not in set(PAGE.iterdir()):
         raise HTTPException(404, "there is no such page")
     return FileResponse(path, headers=HEADERS, media_type=KINDS[path.suffix])
@@ -221,20 +217,23 @@ def build(
 ) -> AccessControl:
     """Return the ASGI application. `host` is as for AccessControl, the rest as for Endpoints."""
     endpoints = Endpoints(models, limits, votes, log)
-    app = FastAPI(title="posttrain", lifespan=endpoints.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.exception_handler(HTTPException)(lambda _, error: JSONResponse(error_object(str(error.detail)), error.status_code))
-    app.exception_handler(Refusal)(lambda _, error: JSONResponse(error.content, error.status, error.headers))
-    app.exception_handler(Exception)(
-        lambda _, error: JSONResponse(error_object("the server failed; its log says more", "server_error"), 500)
-    )
-    app.post("/v1/chat/completions")(endpoints.chat)
-    app.post("/v1/completions")(endpoints.complete)
-    app.get("/v1/models")(endpoints.list_models)
-    app.get("/v1/models/{name:path}")(endpoints.one_model)
-    app.get("/health")(endpoints.health)
-    app.post("/votes")(endpoints.vote)
-    app.get("/")(page)
-    app.get("/page/{name}")(asset)
+    routes = [
+        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/v1/completions", endpoints.complete, methods=["POST"]),
+        Route("/v1/models", endpoints.list_models),
+        Route("/v1/models/{name:path}", endpoints.one_model),
+        Route("/health", endpoints.health),
+        Route("/votes", endpoints.vote, methods=["POST"]),
+        Route("/", page),
+        Route("/page/{name}", asset),
+    ]
+    failed = error_object("the server failed; its log says more", "server_error")
+    handlers = {
+        HTTPException: lambda _, error: JSONResponse(error_object(str(error.detail)), error.status_code, error.headers),
+        Refusal: lambda _, error: JSONResponse(error.content, error.status, error.headers),
+        Exception: lambda _, error: JSONResponse(failed, 500),
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=endpoints.lifespan)
     return AccessControl(app, api_key, limits.body, host)
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import threading
+import time
 from typing import ClassVar
 
 import uvicorn
@@ -19,7 +20,7 @@ MOST_HEAD, MOST_LINES = 16_384, 100  # bytes and lines of a head; reading one of
 SPARE_FILES = 200  # that the process opens besides connections, and for those just accepted, see ACCEPTED
 ACCEPTED = 50  # connections that asyncio accepts before it looks at the first of them; those of three rounds may be open at once
 PIECE = 32_768  # bytes that are read of a connection at once
-REST, LONGEST_REST = 2.0, 0.02  # between two pieces, times what the one before took, and in seconds
+REST, LONGEST_REST = 2.0, 0.01  # between two pieces, times what the event loop worked meanwhile, and in seconds
 BACKLOG = 1024  # connections that wait in the system's queue to be accepted
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 LEAVE_SECONDS = 9.0  # from a signal to the end of the process, whatever hangs
@@ -79,26 +80,28 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
             self.piece += data
             return
         Connection.is_taking = True
-        self.loop.call_soon(self._take_turn, self.loop, self.loop.time())
+        self.loop.call_soon(self._take_turn, self.loop, self.loop.time(), time.thread_time())
         self._take(data)
 
     @classmethod
-    def _take_turn(cls, loop: asyncio.AbstractEventLoop, before: float, rested: bool = False) -> None:
+    def _take_turn(cls, loop: asyncio.AbstractEventLoop, before: float, worked: float) -> None:
         """Take the piece of the connection that sent last, and come again in a later round while there are others.
 
-        `before` is when the last piece was taken. The event loop rests between two, as it holds Python's lock, which generation wants, too.
+        `before` is when the last piece was taken, and `worked` the event loop's processor time until then. It rests between two, as it
+        holds Python's lock, which generation wants, too.
         """
-        if cls.turns and not rested:
-            rest = min(REST * (loop.time() - before), LONGEST_REST)
-            loop.call_later(rest, cls._take_turn, loop, before, True)
-            return
+        if cls.turns:
+            rest = min(before + REST * (time.thread_time() - worked), before + LONGEST_REST) - loop.time()
+            if rest > 0:
+                loop.call_later(rest, cls._take_turn, loop, before, worked)
+                return
         cls.is_taking = False
         while cls.turns:
             newest = cls.turns.pop()
             if not newest.piece or newest.transport.is_closing():
                 continue
             cls.is_taking = True
-            loop.call_soon(cls._take_turn, loop, loop.time())
+            loop.call_soon(cls._take_turn, loop, loop.time(), time.thread_time())
             piece, newest.piece = newest.piece, b""
             newest._take(piece)
             if not newest.flow.read_paused:

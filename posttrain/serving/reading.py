@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
@@ -127,21 +127,30 @@ class PromptReaders:
         self.short.stop()
         self.long.stop()
 
-    async def read(self, prompt: str | list) -> list[int]:
-        """Return the ids of a text, of messages, or of ids. Raises Unreadable for what makes no prompt, or is too long for the model."""
+    async def read(self, prompt: str | list, turn: Callable[[], Awaitable[None]]) -> list[int]:
+        """Return the ids of a text, of messages, or of ids, once it is this request's `turn`; long ones are read before it.
+
+        Raises Unreadable for what makes no prompt, or is too long for the model.
+        """
         if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
             if len(prompt) >= self.context:
                 message = f"the prompt has {len(prompt):,} tokens; this model reads {self.context:,}, and the answer needs some of them"
                 raise Unreadable(message, "prompt")
             if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
                 raise Unreadable(f"prompt: expected a text, or token ids from 0 to {self.vocabulary - 1}", "prompt")
+            await turn()
             return prompt
         text = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
         if text > (most := self.context * self.longest):
             raise Unreadable(
                 f"the prompt has {text:,} characters; this model reads {self.context:,} tokens, at most {most:,} characters", None
             )
-        return await (self.long if text > LONG_TEXT else self.short).read(prompt)
+        if text <= LONG_TEXT:
+            await turn()
+            return await self.short.read(prompt)
+        ids = await self.long.read(prompt)
+        await turn()
+        return ids
 
 
 def read_prompt(assistant: Assistant, prefix: list[int], prompt: str | list[dict]) -> list[int]:

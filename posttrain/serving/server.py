@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 import time
@@ -49,6 +50,8 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     if not key and not is_loopback(options.host):
         _say("warning: without POSTTRAIN_API_KEY everybody who reaches this address may use the models and read their system prompts")
     _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
+    gc.collect()
+    gc.freeze()  # else a collection in between would walk over all that was loaded, and hold Python's lock for half a second
     await Server(configured(built, access_log=False, log_level="warning")).serve(sockets=[listener])
 
 
