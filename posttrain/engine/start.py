@@ -13,9 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import distributed as dist
 
+from posttrain.common import gpus
 from posttrain.common.terminal import say
 from posttrain.parallel import ranks
-from posttrain.parallel.launched import SHARED_MEMORY, read_launch
+from posttrain.parallel.launched import SHARED_MEMORY, VISIBLE, read_launch
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
@@ -34,9 +35,11 @@ def check_versions() -> None:
 def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
-    Raises ValueError if there are too few GPUs, or if ranks are missing or cannot connect to each other.
+    Raises ValueError if there are too few GPUs, or none that can be used, or if ranks are missing or cannot connect to each other.
     """
     accelerator, here = get_accelerator(), read_launch()
+    if accelerator.device_name() == "cpu" and (reason := gpus.why_unusable()):
+        raise ValueError(f"{reason}. To train on the CPU all the same: export DS_ACCELERATOR=cpu")
     if accelerator.device_name() != "cpu":
         check_devices(here.local_size, torch.cuda.device_count(), here.launcher)
         if here.local_size > 1 and here.local_rank == 0:
@@ -103,4 +106,7 @@ def check_devices(wanted: int, visible: int, launcher: str | None) -> None:
     """Raises ValueError if more GPUs are wanted on this machine than are visible."""
     if wanted > visible:
         option = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
-        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible; use {option} {visible} or fewer")
+        given = os.environ.get(VISIBLE)
+        why = f" ({VISIBLE}={given}; of a list, what follows a GPU that is not there does not count)" if given else ""
+        fix = f"use {option} {visible} or fewer" if visible else "see what nvidia-smi says"
+        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible{why}; {fix}")
