@@ -1,5 +1,6 @@
 """What a GPU would run or choose, as far as that can be told without one."""
 
+import os
 import re
 import subprocess
 
@@ -13,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.common import gpus, terminal
 from posttrain.data.packing import RowBuilder
-from posttrain.engine.start import start_distributed
+from posttrain.engine.start import share_cores, start_distributed
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
 from posttrain.operators import attention_segments, layers
 from posttrain.operators.attention_segments import _attend_anywhere
+from posttrain.parallel.launched import take_gpu
 from posttrain.planning.activations import LiveBytes
 
 
@@ -136,3 +138,32 @@ def test_gpus_that_cannot_be_used_are_not_passed_over_in_silence(tmp_path, monke
 
 def too_old() -> None:
     raise RuntimeError("too old a driver")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [("", "cuda:1", ("cuda", "1")), ("6,GPU-1a", "cuda:1", ("cuda", "GPU-1a")), ("6", "cuda", ("cuda", "6")), ("6", "cpu", ("cpu", "6"))],
+)
+def test_a_server_sees_only_the_gpu_that_it_is_given(monkeypatch, visible, device, expected):
+    """Its cache was sized by the free memory of GPU 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (take_gpu(device), os.environ["CUDA_VISIBLE_DEVICES"]) == expected
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:-1", "cuda:x"])
+def test_a_gpu_that_is_not_among_the_visible_ones_is_refused(monkeypatch, device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    with pytest.raises(ValueError, match=f"--device {device} names no GPU; expected cuda or cuda:N, with N from 0 to 1, of"):
+        take_gpu(device)
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch):
+    """With GPUs, too: eight ranks whose optimizer is offloaded took every core each."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    try:
+        share_cores(8)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -46,8 +46,10 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
             warn_of_little_shared_memory("/dev/shm")
     os.environ |= here.as_environment()  # DeepSpeed and others read it, too
     accelerator.set_device(here.local_rank)
+    share_cores(here.local_size)
     if accelerator.device_name() == "cpu":
-        _share_cores(here.local_size, here.rank)
+        if here.rank == 0 and here.local_size > (cores := len(os.sched_getaffinity(0))):
+            say(f"warning    {here.local_size} ranks share {cores} cores: results are right, but training is slow")
         _limit_kernel_caches()
     _quiet_libraries()
     device = current_device()
@@ -60,13 +62,10 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     return device
 
 
-def _share_cores(local_size: int, rank: int) -> None:
-    """Divide the cores among this machine's ranks: otherwise each would start a thread on every core."""
-    cores = len(os.sched_getaffinity(0))
+def share_cores(local_size: int) -> None:
+    """Divide the cores among this machine's ranks: otherwise each would start a thread on every core, as for Adam on offloaded states."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores // local_size))
-    if local_size > cores and rank == 0:
-        say(f"warning    {local_size} ranks share {cores} cores: results are right, but training is slow")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
 def warn_of_little_shared_memory(folder: str) -> None:

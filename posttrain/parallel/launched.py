@@ -91,6 +91,23 @@ def keep_visible_gpus() -> str | None:
     return None
 
 
+def take_gpu(device: str) -> str:
+    """Let this process see only the GPU that `device` names, as cuda:1, and return "cuda"; another device is returned as it is.
+
+    Libraries ask for the free memory of the current GPU, which in a thread of theirs is the first one. Call it before torch is imported.
+    Raises ValueError for a number that is none of the GPUs of CUDA_VISIBLE_DEVICES.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number:
+        return device
+    seen = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+    if not number.isdigit() or (seen and int(number) >= len(seen)):
+        expected = f"from 0 to {len(seen) - 1}, of {VISIBLE}={os.environ[VISIBLE]}" if seen else "from 0 on"
+        raise ValueError(f"--device {device} names no GPU; expected cuda or cuda:N, with N {expected}")
+    os.environ[VISIBLE] = seen[int(number)] if seen else number
+    return "cuda"
+
+
 def launch_or_alone() -> Launch:
     """Return what `read_launch` does, or a process alone where the environment is wrong, for which the commands that train raise."""
     try:
