@@ -36,7 +36,11 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--help"]:  # it needs no packag
 from supervise import MISTAKE, Supervisor, split_restarts
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "DS_ACC", "POSTTRAIN_", "HF_", "TRITON_", "WANDB_", "CUDA_HOME")
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "FI_", "UCX_", "LD_LIBRARY_PATH"),  # networks; clusters' own plug-ins, such as AWS's, lie on the library path
+    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDA_HOME", "CUDA_DEVICE_", "OMP_", "DS_ACC"),
+    *("POSTTRAIN_", "HF_", "WANDB_"),
+)
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")  # in the names of variables that no other user may read
 KEEP_ALIVE = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 STARTING = 120  # seconds within which ranks have started

@@ -16,6 +16,7 @@ def main() -> None:
     """Read the command line and serve."""
     from posttrain.common.options import Parser, path
     from posttrain.model.command_line import add_checkpoint_options, parse, refuse_missing
+    from posttrain.parallel.launched import take_gpu
 
     parser = Parser("serve", __doc__)
     add_checkpoint_options(parser, "give it several times to compare")
@@ -34,6 +35,7 @@ def main() -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
     refuse_missing(options)
+    options.device = options.device and take_gpu(options.device)
     from posttrain.serving.server import serve  # only now: it imports torch and transformers, which takes seconds
 
     serve(options)

@@ -180,7 +180,7 @@ MUTATIONS = {
     "dpo_mean_instead_of_sum": Mutation(
         "posttrain/objectives/answers.py",
         "logps.double()).view(-1, 2)",
-        "logps.double()).view(-1, 2) / answer_lengths(batch).clamp(min=1)[:, None]",
+        "logps.double()).view(-1, 2) / batch.answer_lengths.clamp(min=1)[:, None]",
         DPO_PARITY,
     ),
     "dpo_mean_of_micro_batches": Mutation(

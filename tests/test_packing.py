@@ -60,7 +60,12 @@ def token_by_token(examples: list[tuple], share_prompt: bool) -> dict[str, torch
                 trained.append((predicted_by, token, answers, int(place >= min(map(len, both)))))
             answers += 1
     sizes = [(end - start, end - start + prefix_end - prefix_start) for start, end, prefix_start, prefix_end in segments]
-    found = {"input_ids": [input_ids], "position_ids": [positions], "num_answers": answers, "segments": segments}
+    found = {
+        "input_ids": [input_ids],
+        "position_ids": [positions],
+        "answer_lengths": [sum(one[2] == number for one in trained) for number in range(answers)],
+        "segments": segments,
+    }
     found |= {name: [entry[i] for entry in trained] for i, name in enumerate(("rows", "targets", "answers", "beyond"))}
     found |= {"key_rows": key_rows if len(key_rows) > len(input_ids) else None, "lengths": [size[1] for size in sizes]}
     for i, which in enumerate("qk"):

@@ -381,11 +381,15 @@ def test_preparation_and_preview_show_what_is_there(tiny, tmp_path):
 
 # ---- secrets ----
 
+# without the library path, a cluster's plug-in of NCCL's is not found on the other hosts, which then fall back to TCP
+SETTINGS = {"NCCL_DEBUG": "INFO", "LD_LIBRARY_PATH": "/opt/ofi/lib", "FI_PROVIDER": "efa", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+SETTINGS |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
 
 def test_secrets_go_to_other_hosts_in_a_file_and_on_no_command_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
     multinode = importlib.import_module("multinode")
-    for name, value in {"HF_TOKEN": "hf_1", "WANDB_API_KEY": "wb 2", "POSTTRAIN_API_KEY": "own_3", "NCCL_DEBUG": "INFO"}.items():
+    for name, value in {"HF_TOKEN": "hf_1", "WANDB_API_KEY": "wb 2", "POSTTRAIN_API_KEY": "own_3", **SETTINGS}.items():
         monkeypatch.setenv(name, value)
     for name in ("POSTTRAIN_OVER_SSH", "POSTTRAIN_STARTED", "POSTTRAIN_SECRETS", "DS_ENV_FILE", "PDSH_SSH_ARGS_APPEND"):
         monkeypatch.setenv(name, "")  # put back afterwards
@@ -395,7 +399,8 @@ def test_secrets_go_to_other_hosts_in_a_file_and_on_no_command_line(tmp_path, mo
     monkeypatch.setattr(multinode.shutil, "which", str)
     words = multinode.over_ssh({"here": 1}, Path("sft.py"), [], tmp_path / "environment")
     shown = (tmp_path / "environment").read_text() + " ".join(words)
-    assert "NCCL_DEBUG=INFO" in shown
+    assert all(f"{name}={value}" in shown for name, value in SETTINGS.items())
+    assert "CUDA_VISIBLE_DEVICES" not in shown  # which of a host's GPUs are taken is what the hostfile says
     assert not any(secret in shown for secret in ("hf_1", "wb 2", "own_3"))
     (path,) = (Path(line.partition("=")[2]) for line in shown.splitlines() if line.startswith("POSTTRAIN_SECRETS="))
     try:

@@ -78,8 +78,13 @@ class MicroBatch(NamedTuple):
     targets: torch.Tensor | None  # (N,); None asks for the likeliest tokens in their place
     answers: torch.Tensor  # (N,) index of the answer that the target belongs to
     beyond: torch.Tensor  # (N,) 1 where the target lies beyond the length of the pair's other answer, else 0
-    num_answers: int
+    answer_lengths: torch.Tensor  # (A,) how many targets each answer has
     reference_sums: torch.Tensor | None = None  # (A, 2) the reference's objectives.answer_sums, where they were computed before
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers the micro-batch has."""
+        return len(self.answer_lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The micro-batch on the device; to a GPU it is copied from pinned memory without waiting."""
@@ -94,8 +99,9 @@ class RowBuilder:
     """
 
     def __init__(self):
-        self.length, self.num_answers = 0, 0
+        self.length = 0
         self.segments: list[Segment] = []
+        self.answer_lengths: list[int] = []
         # arrays that build joins to the tensors of a MicroBatch
         self.input_ids, self.positions, self.rows, self.targets, self.answers, self.beyond = ([] for _ in range(6))
 
@@ -134,9 +140,9 @@ class RowBuilder:
         """Note the next answer's targets and the rows that predict them; targets from number `shorter` on lie beyond the other answer."""
         self.rows.append(rows)
         self.targets.append(targets)
-        self.answers.append(np.full(len(targets), self.num_answers))
+        self.answers.append(np.full(len(targets), len(self.answer_lengths)))
         self.beyond.append((np.arange(len(targets)) >= shorter).astype(np.int64))
-        self.num_answers += 1
+        self.answer_lengths.append(len(targets))
 
     def build(self) -> MicroBatch:
         """The micro-batch of what was added so far, which is at least one example."""
@@ -152,5 +158,5 @@ class RowBuilder:
             joined(self.targets),
             joined(self.answers),
             joined(self.beyond),
-            self.num_answers,
+            torch.tensor(self.answer_lengths, dtype=torch.int64),
         )

@@ -67,7 +67,7 @@ class Split:
                 builder.add_pair(*row, self.share_prompt)
         if not builder.segments:
             builder.add_sequence([0], [IGNORE])
-            builder.num_answers = 0
+            builder.answer_lengths.clear()
         batch = builder.build()
         if self.reference_sums is not None:
             sums = self.reference_sums[np.asarray(indices, dtype=np.int64)]

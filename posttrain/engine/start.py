@@ -13,9 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import distributed as dist
 
+from posttrain.common import gpus
 from posttrain.common.terminal import say
 from posttrain.parallel import ranks
-from posttrain.parallel.launched import SHARED_MEMORY, read_launch
+from posttrain.parallel.launched import SHARED_MEMORY, VISIBLE, read_launch
 
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
@@ -34,17 +35,21 @@ def check_versions() -> None:
 def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
-    Raises ValueError if there are too few GPUs, or if ranks are missing or cannot connect to each other.
+    Raises ValueError if there are too few GPUs, or none that can be used, or if ranks are missing or cannot connect to each other.
     """
     accelerator, here = get_accelerator(), read_launch()
+    if accelerator.device_name() == "cpu" and (reason := gpus.why_unusable()):
+        raise ValueError(f"{reason}. To train on the CPU all the same: export DS_ACCELERATOR=cpu")
     if accelerator.device_name() != "cpu":
         check_devices(here.local_size, torch.cuda.device_count(), here.launcher)
         if here.local_size > 1 and here.local_rank == 0:
             warn_of_little_shared_memory("/dev/shm")
     os.environ |= here.as_environment()  # DeepSpeed and others read it, too
     accelerator.set_device(here.local_rank)
+    share_cores(here.local_size)
     if accelerator.device_name() == "cpu":
-        _share_cores(here.local_size, here.rank)
+        if here.rank == 0 and here.local_size > (cores := len(os.sched_getaffinity(0))):
+            say(f"warning    {here.local_size} ranks share {cores} cores: results are right, but training is slow")
         _limit_kernel_caches()
     _quiet_libraries()
     device = current_device()
@@ -57,13 +62,10 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     return device
 
 
-def _share_cores(local_size: int, rank: int) -> None:
-    """Divide the cores among this machine's ranks: otherwise each would start a thread on every core."""
-    cores = len(os.sched_getaffinity(0))
+def share_cores(local_size: int) -> None:
+    """Divide the cores among this machine's ranks: otherwise each would start a thread on every core, as for Adam on offloaded states."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores // local_size))
-    if local_size > cores and rank == 0:
-        say(f"warning    {local_size} ranks share {cores} cores: results are right, but training is slow")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
 def warn_of_little_shared_memory(folder: str) -> None:
@@ -103,4 +105,7 @@ def check_devices(wanted: int, visible: int, launcher: str | None) -> None:
     """Raises ValueError if more GPUs are wanted on this machine than are visible."""
     if wanted > visible:
         option = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
-        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible; use {option} {visible} or fewer")
+        given = os.environ.get(VISIBLE)
+        why = f" ({VISIBLE}={given}; of a list, what follows a GPU that is not there does not count)" if given else ""
+        fix = f"use {option} {visible} or fewer" if visible else "see what nvidia-smi says"
+        raise ValueError(f"{option} asks for {wanted} GPUs on this machine, {visible} are visible{why}; {fix}")

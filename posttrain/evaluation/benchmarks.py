@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from posttrain.common import files, terminal
+from posttrain.common import files, gpus, terminal
 from posttrain.data.own_template import TODAY
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
@@ -56,7 +56,7 @@ def _connect() -> torch.device:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device(gpus.usual_device() if here.rank == 0 else "cpu")  # which says why
     device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device

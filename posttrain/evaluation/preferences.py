@@ -10,9 +10,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from posttrain.common import files, places, terminal
+from posttrain.common import files, gpus, places, terminal
 from posttrain.common.files import read_prompts
 from posttrain.data.chat import render_prompt
 from posttrain.data.prepared import load_prepared
@@ -32,7 +30,7 @@ LONGEST = 512  # tokens of an answer, where --max_tokens is not given
 
 def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
     """Load checkpoints given as [NAME=]DIR, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpus.usual_device()
     assistant.quiet_libraries()
     found = places_by_name(given, options.tokenizer)
     dtype = dtype_on(device, options.dtype)

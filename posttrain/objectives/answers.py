@@ -12,11 +12,6 @@ Sums = dict[str, torch.Tensor]  # detached scalars by name, of one micro-batch o
 Examples = dict[str, list[np.ndarray]]  # by name: an array a micro-batch, with one number an example
 
 
-def answer_lengths(batch: MicroBatch) -> torch.Tensor:
-    """Return how many trained tokens each answer has, (A,)."""
-    return torch.bincount(batch.answers, minlength=batch.num_answers)
-
-
 def answer_sums(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Add up token log-probs (N,) by answer -> (A, 2): the tokens up to the length of the pair's shorter answer, and those beyond it.
 

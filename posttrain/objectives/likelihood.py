@@ -9,7 +9,7 @@ import torch
 
 from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
-from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_sums
 
 
 class SFT:
@@ -29,7 +29,7 @@ class SFT:
         """
         logps = self.policy(batch)
         if examples is not None:
-            lengths = answer_lengths(batch)
+            lengths = batch.answer_lengths
             add_examples(examples, {"nll": -answer_sums(logps, batch).sum(1) / lengths.clamp(min=1), "answer_tokens": lengths})
         nll = -logps.sum()
         return nll / totals["tokens"], {"nll": nll.detach()}
@@ -40,5 +40,5 @@ class SFT:
 
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
         """Return the mean token loss of each example of the micro-batch, (examples,)."""
-        lengths = answer_lengths(batch).clamp(min=1)
+        lengths = batch.answer_lengths.clamp(min=1)
         return -answer_sums(self.policy(batch), batch).sum(1) / lengths

@@ -4,7 +4,7 @@ import torch
 
 from posttrain.data.packing import MicroBatch
 from posttrain.data.prepared import Split
-from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_lengths, answer_sums
+from posttrain.objectives.answers import Examples, LogProbs, Sums, add_examples, answer_sums
 from posttrain.objectives.losses import LOSSES, PairLogps, rewards
 
 
@@ -48,7 +48,7 @@ class DPO:
 
         With a reference engine all ranks must call this equally often, since its ZeRO-3 gathers are collective.
         """
-        sums, lengths = answer_sums(self.policy(batch), batch), answer_lengths(batch)
+        sums, lengths = answer_sums(self.policy(batch), batch), batch.answer_lengths
         policy, reference = self.pairs(sums), self.reference_logps(batch)
         losses = self.preference_losses(policy, reference, lengths)
         nll = -sums[0::2].sum()
@@ -98,8 +98,8 @@ class DPO:
     def example_losses(self, batch: MicroBatch) -> torch.Tensor:
         """Return the preference loss of each pair of the micro-batch, (P,). With a reference engine all ranks must call it, as `loss`."""
         policy = self.pairs(answer_sums(self.policy(batch), batch))
-        return self.preference_losses(policy, self.reference_logps(batch), answer_lengths(batch))
+        return self.preference_losses(policy, self.reference_logps(batch), batch.answer_lengths)
 
     def preference_losses(self, policy: PairLogps, reference: PairLogps | None, lengths: torch.Tensor) -> torch.Tensor:
-        """Return the preference loss of each pair, (P,); `lengths` (2 P,) are answer_lengths."""
+        """Return the preference loss of each pair, (P,); `lengths` (2 P,) are MicroBatch.answer_lengths."""
         return self.preference_loss(policy, reference, PairLogps(lengths[0::2], lengths[1::2]), self.options)

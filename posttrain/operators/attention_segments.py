@@ -89,15 +89,22 @@ def attend_segments(module, query, key, value, attention_mask, scaling, packing,
 def _attend_anywhere(query, key, value, segments, scaling: float, dropout: float) -> torch.Tensor:
     """Compute attend_segments on any device, by torch's public function."""
     groups, order = groups_of(segments, query.dtype, query.device)
+    shared = query.shape[1] // key.shape[1]  # queries' heads to one of the keys'
     outputs = []
     for group in groups:
+        rectangles = _rectangles(group, query, key, value)
+        # only flash attention takes grouped heads, and it takes neither float32 nor masks: for all else torch (2.13) would compute every
+        # score of every head at once, O(L^2) bytes, where its memory-efficient kernel takes heads that are expanded
+        is_expanded = shared > 1 and (query.dtype == torch.float32 or group.mask is not None)
+        if is_expanded:
+            rectangles[1:] = (x.repeat_interleave(shared, 1) for x in rectangles[1:])
         output = F.scaled_dot_product_attention(
-            *_rectangles(group, query, key, value),
+            *rectangles,
             attn_mask=group.mask,
             dropout_p=dropout,
             is_causal=group.mask is None,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=shared > 1 and not is_expanded,
         )
         outputs.append(_rows(output))
     return torch.cat(outputs).index_select(0, order).unsqueeze(0)

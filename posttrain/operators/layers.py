@@ -18,10 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from posttrain.data.packing import Segment, pack, to_device
+from posttrain.operators.attention_segments import SEGMENTS
 from posttrain.operators.proof import tried
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WHOLE = 128  # kernels work in tiles of this width
+TRIAL_ROWS = 128  # positions of a segment in a layer's trial; attention takes float32 memory by their square where no kernel is fast
 FARTHER = 1.5  # a changed layer's error against float32 may be this many times that of transformers' own layer
 ROUNDING = 0.005  # relative error that is allowed besides
 PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary embedding, which liger-kernel replaces for all models
@@ -174,16 +177,26 @@ def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> 
 
 
 def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torch.Tensor]:
-    """Run a decoder layer on `rows` random hidden states in its dtype; return by name its output and the gradients of input and weights."""
+    """Run a decoder layer on `rows` random hidden states in its dtype; return by name its output and the gradients of input and weights.
+
+    They are one row of segments, whose attention is attend_segments, as exact in every dtype: without segments a GPU without a fast kernel
+    for the dtype would hold every score of every head, 54 GB for 1.7B parameters in float32.
+    """
     weights = dict(layer.named_parameters())
     dtype, draw = next(iter(weights.values())).dtype, torch.Generator().manual_seed(0)
     hidden, grad = (
         torch.randn(1, rows, model.config.hidden_size, generator=draw).to(model.device, model.dtype).to(dtype) for _ in range(2)
     )
     hidden.requires_grad_()
-    positions = torch.arange(rows, device=model.device)[None]
+    segments = [Segment(start, min(start + TRIAL_ROWS, rows)) for start in range(0, rows, TRIAL_ROWS)]
+    packing, positions = to_device(pack(segments), model.device), torch.arange(rows, device=model.device)[None]
     embeddings = model.base_model.rotary_emb(hidden, positions)
-    output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
+    config = layer.self_attn.config
+    own, config._attn_implementation = config._attn_implementation, SEGMENTS
+    try:
+        output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings, packing=packing)
+    finally:
+        config._attn_implementation = own
     wanted = {"input": hidden, **weights}
     return {"output": output.detach(), **dict(zip(wanted, torch.autograd.grad(output, wanted.values(), grad), strict=True))}
 

@@ -5,9 +5,11 @@ It imports the standard library only: a wrong environment is said before torch i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import NamedTuple
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARED_MEMORY = 512 * 2**20  # bytes of /dev/shm that suffice for NCCL's buffers; containers start with 64 MiB
 LEFT_OVER = "If they are left over, unset them: one process needs none of them"
 
@@ -67,6 +69,43 @@ def read_launch() -> Launch:
         return here
     meets_at_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return here._replace(meets_at_agent=meets_at_agent, attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+
+
+def keep_visible_gpus() -> str | None:
+    """Set CUDA_VISIBLE_DEVICES to what it was when DeepSpeed's launcher was started, and return it; None where there is nothing to do.
+
+    With --num_gpus the launcher (0.19.8) puts the first GPUs of the machine in its place: of somebody who gave this run GPUs 4 and 5
+    because 0 and 1 are another's. Call it before torch looks for GPUs.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc, or one in which other processes are hidden
+        with open(f"/proc/{os.getppid()}/stat", encoding="utf-8", errors="replace") as file:
+            launcher = int(file.read().rpartition(")")[2].split()[1])  # the parent's parent, which has started it for this machine
+        with open(f"/proc/{launcher}/cmdline", encoding="utf-8", errors="replace") as file:
+            words = file.read().split("\0")
+        with open(f"/proc/{launcher}/environ", encoding="utf-8", errors="replace") as file:
+            given = dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line).get(VISIBLE)
+        is_deepspeed = any(word.endswith(("/deepspeed", "deepspeed.launcher.runner", "launcher/runner.py")) for word in words[:4])
+        if given and given != os.environ.get(VISIBLE) and is_deepspeed and any(word.startswith("--num_gpus") for word in words):
+            os.environ[VISIBLE] = given
+            return given
+    return None
+
+
+def take_gpu(device: str) -> str:
+    """Let this process see only the GPU that `device` names, as cuda:1, and return "cuda"; another device is returned as it is.
+
+    Libraries ask for the free memory of the current GPU, which in a thread of theirs is the first one. Call it before torch is imported.
+    Raises ValueError for a number that is none of the GPUs of CUDA_VISIBLE_DEVICES.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number:
+        return device
+    seen = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+    if not number.isdigit() or (seen and int(number) >= len(seen)):
+        expected = f"from 0 to {len(seen) - 1}, of {VISIBLE}={os.environ[VISIBLE]}" if seen else "from 0 on"
+        raise ValueError(f"--device {device} names no GPU; expected cuda or cuda:N, with N {expected}")
+    os.environ[VISIBLE] = seen[int(number)] if seen else number
+    return "cuda"
 
 
 def launch_or_alone() -> Launch:

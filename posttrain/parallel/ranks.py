@@ -26,6 +26,8 @@ def connect(backend: str, device: torch.device, seconds: float, launch: Launch) 
     try:
         # a long timeout, since ranks wait while rank 0 writes the result; the watchdog notices a rank that hangs
         how = {"store": store, "rank": launch.rank, "world_size": launch.world_size, "timeout": timedelta(hours=2)}
+        if device.type == "cuda":
+            how["device_id"] = device  # else torch guesses each rank's GPU where a call has no tensor
         dist.init_process_group(backend, **how)
         dist.all_reduce(torch.zeros(1, device=device))
     except RuntimeError as error:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from posttrain.common import places
 from posttrain.common.visible import visible
-from posttrain.parallel.launched import launch_or_alone
+from posttrain.parallel.launched import VISIBLE, keep_visible_gpus, launch_or_alone
 
 MISTAKE = 2  # exit code: the user's mistake, so the same command would fail again
 OLDEST_PYTHON = (3, 11)
@@ -42,6 +42,8 @@ def run_script(script: Callable[[], None]) -> None:
     if sys.flags.optimize > 1:
         without = "Python runs with -OO or PYTHONOPTIMIZE=2, that is, without the docstrings that transformers reads"
         _fail(rank, f"error: {without}: leave it out, or use -O", "", MISTAKE)
+    if (gpus := keep_visible_gpus()) and rank == 0:
+        print(f"note: {VISIBLE}={gpus} is kept, which deepspeed --num_gpus would ignore", flush=True)
     if not any(map(os.path.exists, GPU_FILES)):  # else DeepSpeed 0.19.8 warns on every rank that it takes the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from posttrain.common import terminal
+from posttrain.common import gpus, terminal
 from posttrain.model import assistant
 from posttrain.model.assistant import dtype_on
 from posttrain.model.command_line import places_by_name
@@ -27,7 +27,7 @@ Engine = type[Batcher] | type[VLLMBatcher]
 
 def serve(options: argparse.Namespace) -> None:
     """Load the checkpoints of a command line and serve them until interrupted; posttrain/serve.py describes the options."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or gpus.usual_device()
     assistant.quiet_libraries()
     raise_limit()
     folder = options.preferences.parent

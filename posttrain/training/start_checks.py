@@ -7,7 +7,7 @@ from torch import distributed as dist
 
 from posttrain.data.packing import MicroBatch
 from posttrain.engine.build import forget_activations
-from posttrain.objectives.answers import answer_lengths, answer_sums
+from posttrain.objectives.answers import answer_sums
 from posttrain.objectives.preference import DPO
 from posttrain.training.state import Training
 
@@ -58,7 +58,7 @@ def policy_equals_reference(objective: DPO, batch: MicroBatch, dtype: torch.dtyp
     if objective.reference is not None:
         _same_weights(objective.policy.module, objective.reference.module)
     policy, reference = objective.pairs(_sums(objective.policy, batch)), objective.reference_logps(batch)
-    lengths = answer_lengths(batch)
+    lengths = batch.answer_lengths
     differences = torch.stack([(mine - other).abs() for mine, other in zip(policy, reference, strict=True)], dim=1).flatten()
     if objective.reference is not None:
         difference, limit = _largest(differences / torch.stack(reference, dim=1).flatten().abs().clamp(min=1)), SAME_LOGPS[dtype]

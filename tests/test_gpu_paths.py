@@ -1,0 +1,169 @@
+"""What a GPU would run or choose, as far as that can be told without one."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, free_port, rank_environment
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.common import gpus, terminal
+from posttrain.data.packing import RowBuilder
+from posttrain.engine.start import share_cores, start_distributed
+from posttrain.objectives.likelihood import SFT
+from posttrain.objectives.preference import DPO
+from posttrain.operators import attention_segments, layers
+from posttrain.operators.attention_segments import _attend_anywhere
+from posttrain.parallel.launched import take_gpu
+from posttrain.planning.activations import LiveBytes
+
+
+def pairs(share_prompt: bool):
+    builder = RowBuilder()
+    for prompt, chosen, rejected in (([1, 2, 3], [4, 5], [6, 7, 8, 9]), ([1], [2], [3]), ([1, 2], [3, 4, 5], [6])):
+        builder.add_pair(prompt, chosen, rejected, share_prompt)
+    return builder.build()
+
+
+def test_the_trial_of_a_layer_takes_memory_in_proportion_to_its_rows(monkeypatch):
+    """By the square of its rows, it failed on every GPU for want of memory, and liger-kernel's layers were passed over for that."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99))
+    anywhere = lambda query, key, value, segments, scaling: (_attend_anywhere(query, key, value, segments, scaling, 0.0),)  # noqa: E731
+    monkeypatch.setattr(attention_segments, "attend_on_cpu", anywhere)
+    most = []
+    for rows in (1000, 4000):
+        live = LiveBytes()
+        with live, sdpa_kernel(SDPBackend.MATH):  # as for float32 and grouped heads on a GPU
+            layers.trial(model, model.base_model.layers[0], rows)
+        most.append(live.most)
+    assert most[1] < 5 * most[0]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_float32_and_masks_get_expanded_heads(monkeypatch):
+    """torch has no fast kernel for grouped heads but flash attention's, which takes neither."""
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def noted(query, key, value, **settings):
+        fast = query.dtype == torch.bfloat16 and settings["attn_mask"] is None
+        seen.append((fast, settings["enable_gqa"], query.shape[1] == key.shape[1]))
+        return attend(query, key, value, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for share_prompt in (False, True):
+            packing, draw = pairs(share_prompt).packing, torch.Generator().manual_seed(0)
+            rows = int(packing.segments[-1, 1])
+            query, key, value = (torch.randn(1, heads, rows, 8, generator=draw).to(dtype) for heads in (6, 2, 2))
+            grouped = _attend_anywhere(query, key, value, packing.segments, 0.3, 0.0)
+            expanded = [x.repeat_interleave(3, 1) for x in (key, value)]
+            outputs[dtype, share_prompt] = grouped, _attend_anywhere(query, *expanded, packing.segments, 0.3, 0.0)
+    assert {(fast, gqa, same) for fast, gqa, same in seen} == {(True, True, False), (True, False, True), (False, False, True)}
+    for grouped, expanded in outputs.values():
+        torch.testing.assert_close(grouped, expanded)
+
+
+def test_a_loss_asks_for_no_values():
+    """Each value that is asked for lets a GPU stand idle until all that was queued is done."""
+    asked = {"loss": "sigmoid", "beta": 0.1, "chosen_nll_weight": 0.5}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        batch = pairs(share_prompt=True)
+        batch = batch._replace(
+            **{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)},
+            reference_sums=torch.zeros(6, 2, dtype=torch.float64),
+        )
+        for objective, totals in ((SFT(logps), {"tokens": 9}), (DPO(logps, logps, **asked), {"tokens": 9, "pairs": 3})):
+            share, sums = objective.loss(batch, totals)
+            share.backward()
+            assert not sums["nll"].requires_grad
+
+
+def logps(batch) -> torch.Tensor:
+    return torch.zeros(len(batch.targets), requires_grad=True)
+
+
+@pytest.mark.slow
+def test_the_gpus_that_were_given_to_a_run_are_those_that_it_takes(tmp_path):
+    """DeepSpeed's launcher takes the first ones of the machine instead, which may be another's."""
+    script = tmp_path / "see.py"
+    script.write_text(
+        "import os\nfrom posttrain.parallel.script import run_script\n"
+        "run_script(lambda: print('rank', os.environ['RANK'], 'of', os.environ['CUDA_VISIBLE_DEVICES'], flush=True))\n"
+    )
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(script)]
+    environment = rank_environment() | {"CUDA_VISIBLE_DEVICES": "5,4", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout
+    assert "rank 0 of 5,4" in done.stdout and "rank 1 of 5,4" in done.stdout, done.stdout
+    assert done.stdout.count("note: CUDA_VISIBLE_DEVICES=5,4 is kept, which deepspeed --num_gpus would ignore") == 1
+
+
+DRIVERS = {
+    "a container without GPUs": ("version", None, "13.0", "sees no GPU: start the container with --gpus all"),
+    "a build without CUDA": ("version", "control", None, "is a build without CUDA: rm -r .venv"),
+    "an old driver": ("version", "control", "13.0", "cannot use its GPUs (too old a driver). Take a newer driver"),
+    "no version": (None, "control", "13.0", "an NVIDIA driver, but torch"),
+}
+
+
+@pytest.mark.parametrize("machine", DRIVERS)
+def test_gpus_that_cannot_be_used_are_not_passed_over_in_silence(tmp_path, monkeypatch, machine):
+    version, control, cuda, expected = DRIVERS[machine]
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(gpus, "CONTROL", tmp_path / "control")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert gpus.why_unusable() is None
+    for name in filter(None, (version, control)):
+        (tmp_path / name).write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+        start_distributed()
+    assert ("driver (535.104.05), but" in str(error.value)) == bool(version)
+    assert str(error.value).endswith("To train on the CPU all the same: export DS_ACCELERATOR=cpu")
+    said = []
+    monkeypatch.setattr(terminal, "say", said.append)
+    assert gpus.usual_device() == "cpu"
+    assert said[0].startswith("warning: the CPU computes, since this machine has an NVIDIA driver")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus.why_unusable() is None
+
+
+def too_old() -> None:
+    raise RuntimeError("too old a driver")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [("", "cuda:1", ("cuda", "1")), ("6,GPU-1a", "cuda:1", ("cuda", "GPU-1a")), ("6", "cuda", ("cuda", "6")), ("6", "cpu", ("cpu", "6"))],
+)
+def test_a_server_sees_only_the_gpu_that_it_is_given(monkeypatch, visible, device, expected):
+    """Its cache was sized by the free memory of GPU 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (take_gpu(device), os.environ["CUDA_VISIBLE_DEVICES"]) == expected
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:-1", "cuda:x"])
+def test_a_gpu_that_is_not_among_the_visible_ones_is_refused(monkeypatch, device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    with pytest.raises(ValueError, match=f"--device {device} names no GPU; expected cuda or cuda:N, with N from 0 to 1, of"):
+        take_gpu(device)
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch):
+    """With GPUs, too: eight ranks whose optimizer is offloaded took every core each."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    try:
+        share_cores(8)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
