@@ -1,6 +1,6 @@
 """How far do the log-probs of the same weights differ between two ways to pack the same pairs?
 
-    python benchmarks/reference_band.py        about a minute; writes benchmarks/results/reference_band.json
+    python benchmarks/reference_band.py        minutes; writes benchmarks/results/reference_band.json
 
 SAME_PRECOMPUTED of posttrain/training/start_checks.py follows from it. A precomputed reference was computed in other micro-batches than
 the policy's, so in bfloat16 its sums are rounded elsewhere. Rounding of single tokens is independent, so an answer's difference grows
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM  # 
 
 from posttrain.data.packing import RowBuilder  # noqa: E402
 from posttrain.model.policy import Policy  # noqa: E402
-from posttrain.objectives.answers import answer_lengths, answer_sums  # noqa: E402
+from posttrain.objectives.answers import answer_sums  # noqa: E402
 from posttrain.operators.attention_segments import SEGMENTS  # noqa: E402
 from posttrain.training.start_checks import SAME_PRECOMPUTED  # noqa: E402
 
@@ -61,7 +61,7 @@ def sums(policy: Policy, rows: list[tuple], together: bool) -> tuple[torch.Tenso
         for row in group:
             builder.add_pair(*row, share_prompt=together)
         batch = builder.build()
-        found.append((answer_sums(policy(batch), batch).sum(1), answer_lengths(batch)))
+        found.append((answer_sums(policy(batch), batch).sum(1), batch.answer_lengths))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

@@ -151,10 +151,12 @@ def full_disk(run: Round) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(run.out)], check=True)
     run.start()
     run.reach_a_step(least=20)
-    free = shutil.disk_usage(run.out).free
     left = run.draw.choice([100_000, 520_000])  # a checkpoint is expected to need 465,000 bytes, and needs 540,000
-    with contextlib.suppress(OSError), (run.out / "checkpoints" / "filler").open("wb", buffering=0) as filler:
-        filler.write(bytes(max(0, free - left)))  # a save may take the room first: then the disk is full already
+    with (run.out / "checkpoints" / "filler").open("wb", buffering=0) as filler:
+        while run.process.poll() is None:  # again and again: a save that ends just now deletes an older checkpoint, which makes room
+            with contextlib.suppress(OSError):  # a save that takes the room first: then the disk is full already
+                filler.write(bytes(max(0, shutil.disk_usage(run.out).free - left)))
+            time.sleep(0.005)
     assert run.end() != 0
     assert "make room" in run.text() or "No space left" in run.text(), run.tail()
     (run.out / "checkpoints" / "filler").unlink()
