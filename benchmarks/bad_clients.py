@@ -221,8 +221,41 @@ async def big_heads(port: int) -> None:
     await keep_on(lambda: ask(port, question(), CHAT, next(lines)), 4, 0.2)
 
 
+async def endless(port: int, begin: bytes, more: bytes) -> None:
+    """Send `begin` and then `more` without end, as fast as it is taken; and anew where the server hangs up."""
+
+    async def one() -> None:
+        with contextlib.suppress(RuntimeError):
+            async with connected(port) as (_, writer):
+                writer.write(begin)
+                while True:
+                    writer.write(more)
+                    await writer.drain()
+
+    await keep_on(one, 1, 0.1)
+
+
+CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+async def small_chunks(port: int) -> None:
+    """A body in chunks of one byte, as fast as they are taken."""
+    await endless(port, CHUNKED, b"1\r\na\r\n" * 5000)
+
+
+async def refused_bodies(port: int) -> None:
+    """A body without end, as fast as it is taken, for a request that its head's content type refuses."""
+    await endless(port, CHUNKED.replace(b"application/json", b"text/plain"), b"8000\r\n" + b"a" * 0x8000 + b"\r\n")
+
+
+async def pipelined(port: int) -> None:
+    """Requests in one stream, each sent before the one before it is answered, as fast as they are taken."""
+    await endless(port, b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)
+
+
 KINDS = (half_heads, slow_bodies, one_long_word, many_words, long_prompts_at_once, longest_read, hostile_json, unread_streams, leaving)
-KINDS = {kind.__name__: kind for kind in (*KINDS, bursts, looping_template, limits, strangers_at_the_door, big_heads)}
+KINDS = (*KINDS, bursts, looping_template, limits, strangers_at_the_door, big_heads, small_chunks, refused_bodies, pipelined)
+KINDS = {kind.__name__: kind for kind in KINDS}
 
 
 async def misbehave(kind: str, port: int, seconds: float) -> None:

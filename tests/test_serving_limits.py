@@ -2,10 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import logging
 import os
 import resource
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -13,15 +19,17 @@ from functools import partial
 import psutil
 import pytest
 import torch
+from conftest import ROOT, rank_environment
 from served import request, served, wait_for, wait_until_idle
 from starlette.requests import Request
 from test_strangers import LOOP
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from posttrain.common import terminal
 from posttrain.data.tokenization import load_tokenizer
 from posttrain.model import assistant
 from posttrain.operators.positions import context_of
-from posttrain.serving import batching, connections, reading
+from posttrain.serving import batching, connections, lines, reading
 from posttrain.serving.answers import Model
 from posttrain.serving.app import Endpoints, Limits
 from posttrain.serving.batching import Batcher, EngineFailed
@@ -73,12 +81,14 @@ def active(server) -> int:
 
 
 @contextlib.contextmanager
-def listening(seen=lambda path: None):
-    """A server of one page, on a port of its own, in a thread; `seen` is called with the path of each request."""
+def listening(seen=lambda path: None, body: bool = False):
+    """A server of one page, on a port of its own, in a thread; `seen` is called with the path of each request, whose `body` may be read."""
 
     async def app(scope, receive, send):
         assert scope["type"] == "http"
         seen(scope["path"])
+        while body and (await receive()).get("more_body", False):
+            pass
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -155,6 +165,59 @@ def test_of_requests_at_once_the_last_is_taken_first():
     assert order == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
 
 
+def test_those_that_had_a_turn_lately_come_after_those_that_had_none():
+    """Of two clients at once the one that goes on sending would else be the last again and again, and the other would have no turn."""
+    order = []
+
+    def seen(path: str) -> None:
+        order.append(path)
+        time.sleep(0.5 if path == "/2" else 0.0)
+
+    with listening(seen) as port, contextlib.ExitStack() as clients:
+        there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
+        for number, sender in enumerate((0, 0, 1, 2, 3, 4, 5, 6, 0)):  # the loop is at /2 when the others come
+            there[sender].sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(0.2 if number < 3 else 0.02)
+        wait_for(lambda: len(order) == 9, 20)
+    assert order == [f"/{number}" for number in (0, 1, 2, 3, 7, 6, 5, 8, 4)]
+
+
+def test_no_turn_takes_more_than_a_few_lines(monkeypatch):
+    """A line of a head, or a chunk of a body, takes a thousand times as long as a byte: heads and chunks one after another, and both."""
+    plain, taken = connections.Connection._take, []
+    monkeypatch.setattr(connections.Connection, "_take", lambda self, data: (taken.append(data), plain(self, data))[1])
+    chunks = b"1\r\na\r\n" * 3000
+    whole = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    with listening(body=True) as port:
+        for sent, answers in ((whole, 1), (HEAD + b"\r\n", 300), (whole, 2)):
+            taken.clear()
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(sent * answers)
+                answer = b""
+                while answer.count(b"200 OK") < answers or not answer.endswith(b"ok"):
+                    answer += client.recv(4096)
+            assert b"".join(taken) == sent * answers
+            assert max(data.count(b"\n") for data in taken) == min(connections.PIECE_LINES, (sent * answers).count(b"\n") // answers)
+
+
+def test_what_follows_a_whole_request_waits_for_its_answer_and_is_bounded_as_any_head():
+    """The head that comes with another request, or while that is answered, was not counted."""
+    second = HEAD + b"a: b\r\n" * 3900 + b"\r\n"
+    with listening(lambda path: time.sleep(0.2)) as port:
+        for wait in (0.0, 0.1):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+                client.sendall(HEAD + b"\r\n" + (second if not wait else b""))
+                time.sleep(wait)
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(second if wait else b"")
+                answer = b""
+                with contextlib.suppress(ConnectionError):
+                    while more := client.recv(4096):
+                        answer += more
+            assert answer.startswith(b"HTTP/1.1 200 OK") and answer.count(b"HTTP/1.1") == 2
+            assert b"HTTP/1.1 431" in answer
+
+
 def test_a_head_that_is_too_long_is_refused():
     """Whether it comes at once or in pieces, and whether of many bytes or many lines; the body that comes with a head does not count."""
     head, most = HEAD + b"Content-Length: 60000\r\nx: ", connections.MOST_HEAD
@@ -194,7 +257,103 @@ def test_half_requests_from_a_thousand_connections_leave_room_for_others(server)
     assert "Traceback" not in server.log.read_text()
 
 
+UNREAD = {  # requests whose answer does not depend on their body, with the status
+    "an unknown path": (b"POST /v1/nope", b"Content-Length: 1000000", 404),
+    "another method": (b"PUT /v1/models", b"Content-Length: 1000000", 405),
+    "a path that is another": (b"POST /v1/completions/", b"Content-Length: 1000000", 307),
+    "a request that has none": (b"GET /health", b"Content-Length: 1000000", 200),
+    "a body in chunks": (b"POST /v1/nope", b"Transfer-Encoding: chunked", 404),
+    "a client that asks first": (b"POST /v1/nope", b"Content-Length: 1000000\r\nExpect: 100-continue", 404),
+}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_is_not_read_of_a_request_is_no_request(server, what):
+    """What came of it after the answer was counted as the head of another, which got an answer, too: the next request's."""
+    line, length, status = UNREAD[what]
+    body = b"x\n" * 500_000
+    if b"chunked" in length:
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(line + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + length + b"\r\n\r\n")
+        time.sleep(0.1)
+        client.sendall(body)
+        answer = b""
+        while more := client.recv(4096):
+            answer += more
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:100]
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer.lower()
+
+
 # ---- reading ----
+
+
+def kill(reader: Reader) -> None:
+    """End the process of a reader, as the system does where memory is short."""
+    os.kill(reader.process, signal.SIGKILL)
+    wait_for(lambda: psutil.Process(reader.process).status() == psutil.STATUS_ZOMBIE, 20)
+
+
+def test_a_reader_that_was_ended_from_outside_fails_no_request():
+    reader = Reader(len)
+    try:
+        kill(reader)
+        assert asyncio.run(reader.read("four")) == 4
+    finally:
+        reader.stop()
+
+
+def test_a_reader_that_cannot_be_started_is_started_later_and_no_other_process_is_ended(monkeypatch):
+    """Without memory, say, or beyond a limit of processes."""
+    ended, plain, fork = [], os.kill, os.fork
+
+    def full() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    reader = Reader(len)
+    try:
+        first = reader.process
+        kill(reader)
+        monkeypatch.setattr(os, "kill", lambda *given: (ended.append(given), plain(*given)))
+        monkeypatch.setattr(os, "fork", full)
+        for _ in range(3):
+            with pytest.raises(reading.NoReader, match="Resource temporarily unavailable"):
+                asyncio.run(reader.read("four"))
+        monkeypatch.setattr(os, "fork", fork)
+        assert asyncio.run(reader.read("four")) == 4
+        assert not ended and reader.process != first
+    finally:
+        reader.stop()
+
+
+def test_a_reader_that_stands_still_is_ended_in_time_whatever_it_is_given(monkeypatch):
+    """A short text fits into the pipe; of a long one a part waits to be taken."""
+    monkeypatch.setattr(reading, "READ_SECONDS", 1.0)
+    reader = Reader(len)
+    try:
+        for text in ("four", "x" * 10**6):
+            os.kill(reader.process, signal.SIGSTOP)
+            with pytest.raises(Unreadable, match="took longer than 1 s"):
+                asyncio.run(reader.read(text))
+            assert asyncio.run(reader.read(text)) == len(text)
+    finally:
+        reader.stop()
+
+
+def test_a_result_that_cannot_be_sent_back_ends_no_reader():
+    def nested(depth: int) -> list:
+        return [] if not depth else [nested(depth - 1)]
+
+    reader = Reader(nested)
+    try:
+        before = reader.process
+        with pytest.raises(Unreadable, match="it cannot be read"):
+            asyncio.run(reader.read(900))
+        assert asyncio.run(reader.read(2)) == [[[]]]
+        assert reader.process == before
+    finally:
+        reader.stop()
 
 
 @pytest.mark.slow
@@ -233,6 +392,39 @@ def test_work_that_does_not_end_is_ended_and_the_next_is_done(monkeypatch):
 
 
 # ---- the end, and health ----
+
+
+def test_lines_that_nobody_reads_stop_nothing_and_are_counted(monkeypatch):
+    """A terminal that Ctrl+S stopped, or a pipe to a pager."""
+    shown, goes_on = [], threading.Event()
+    monkeypatch.setattr(terminal, "say", lambda line: goes_on.wait() and shown.append(line))
+    monkeypatch.setattr(lines, "MOST", 10)
+    made = lines.Lines()
+    for number in range(50):
+        made.say(str(number))
+    goes_on.set()
+    wait_for(lambda: len(shown) >= 10, 20)
+    made.handle(logging.LogRecord("uvicorn.error", logging.ERROR, "x.py", 1, "it %s", ("fails",), None))
+    made.end()
+    first = shown.index(next(line for line in shown if "could" in line))
+    assert shown[:first] == [str(number) for number in range(first)]
+    assert shown[first:] == [f"{50 - first} lines could not be printed: nobody read them", "it fails"]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.getuid() != 0, reason="needs root, and unshare")
+def test_the_first_process_of_a_container_heeds_a_signal(tmp_path):
+    """The kernel gives it none that it has no handler for, so `docker stop` waited ten seconds."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, time\nfrom posttrain.parallel.script import run_script\n"
+        "run_script(lambda: (print('number', os.getpid(), flush=True), time.sleep(60)))\n"
+    )
+    command = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=rank_environment() | {"PYTHONPATH": str(ROOT)}) as process:
+        assert process.stdout.readline() == "number 1\n"
+        inside = psutil.Process(process.pid).children()[0]
+        inside.terminate()
+        assert process.wait(timeout=20) == 143
 
 
 @pytest.mark.slow

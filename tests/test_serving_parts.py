@@ -105,6 +105,8 @@ def test_nothing_impossible_is_drawn():
     assert choose(torch.tensor([[5.0, 5.0, -1e9, -1e9]]), [Sampling(1)], [[]], [almost_one]).item() == 1
     assert choose(torch.tensor([[5.0, 5.0, 4.0, 3.0]]), [Sampling(1, top_k=2)], [[]], [almost_one]).item() in (0, 1)
     assert choose(logits, [Sampling(1, 1e-38)], [[]], [0.5]).item() == 1
+    for top_p in (1e-38, 1e-46, 5e-324):  # 0 in float32
+        assert choose(torch.tensor([[4.0, 5.0, 3.0]]), [Sampling(1, top_p=top_p)], [[]], [almost_one]).item() == 1
 
 
 def test_a_top_k_beyond_the_vocabulary_takes_all():

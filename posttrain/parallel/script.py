@@ -37,6 +37,8 @@ def run_script(script: Callable[[], None]) -> None:
     _open_closed_streams()
     _use_utf8()
     _read_secrets()
+    if os.getpid() == 1:  # of a container: without a handler of its own such a process gets no signal
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     here = launch_or_alone()
     rank = here.rank
     if sys.flags.optimize > 1:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 BODY_SECONDS = 30  # how long a body may take to arrive
-LINGER_SECONDS = 5  # how long the rest of a refused body is read
+LINGER_SECONDS, LINGER_BYTES = 5, 2**26  # how long, and how far, the rest of a refused body is read
 PROTECTED = ("/v1/", "/votes")  # paths that need the API key; the page itself and /health reveal nothing
 
 
@@ -41,16 +41,30 @@ class AccessControl:
         self.names = {"localhost", "testserver"} | ({host, socket.gethostname()} if self.is_open else set())
 
     async def __call__(self, scope, receive, send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # which comes where the server ends
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         if refused := self._refused(scope, headers):
             return await _send_refusal(receive, send, *refused)
-        body = _Body(receive, self.max_body)
+        body, closes = _Body(receive, self.max_body, headers), False
 
         async def unless_refused(message) -> None:
-            if body.refused is None:
-                await send(message)
+            """Pass on a message of the answer, unless there will be another; what is not read of the body ends the connection."""
+            nonlocal closes
+            if body.refused:
+                return
+            if message["type"] == "http.response.start" and not body.complete:
+                closes = True
+                message = message | {"headers": [*message.get("headers", []), (b"connection", b"close")]}
+            elif closes and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send(message | {"more_body": True})
+                await _linger(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
 
         await self.app(scope, body.receive, unless_refused)
         if body.refused:
@@ -79,12 +93,12 @@ class AccessControl:
             return 403, error_object("pages of other sites may not use this server")
         if self.api_key and scope["path"].startswith(PROTECTED):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.api_key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self.api_key.encode()):  # as sent, in UTF-8
                 return 401, error_object("the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key")
         if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return 415, error_object("the body must be JSON, sent as Content-Type: application/json")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.max_body:
+        if not length.isdecimal() or len(length) > 20 or int(length) > self.max_body:
             return 413, error_object(f"the request has {length[:20]} bytes; at most {self.max_body:,} are read")
         return None
 
@@ -92,8 +106,9 @@ class AccessControl:
 class _Body:
     """A request's body, counted and timed as it arrives. To the application, one too long or too slow looks like a client that left."""
 
-    def __init__(self, receive, most: int):
-        self.inner, self.most, self.received, self.complete = receive, most, 0, False
+    def __init__(self, receive, most: int, headers: Headers):
+        self.inner, self.most, self.received = receive, most, 0
+        self.complete = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         self.deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         self.refused: tuple[int, dict] | None = None  # status and error
 
@@ -123,8 +138,14 @@ async def _send_refusal(receive, send, status: int, content: dict) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
+    await _linger(receive)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _linger(receive) -> None:
+    """Read on what comes of a request's body, for a while."""
+    read = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
-                pass
-    await send({"type": "http.response.body", "body": b""})
+            while read < LINGER_BYTES and (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                read += len(message.get("body", b""))

@@ -17,7 +17,7 @@ from posttrain.model.assistant import Assistant
 from posttrain.serving.access import AccessControl, error_object
 from posttrain.serving.answers import ChatPayload, CompletionPayload, EventStream, Gone, Model, Payload, generate, logged, while_connected
 from posttrain.serving.places import Place, Places
-from posttrain.serving.reading import SMALL_BODY, PromptReaders, Reader, Unreadable, read_body
+from posttrain.serving.reading import SMALL_BODY, NoReader, PromptReaders, Reader, Unreadable, read_body
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Strict, Vote
 from posttrain.serving.votes import Votes
@@ -141,6 +141,8 @@ class Endpoints:
         except Unreadable as error:
             message, param = error.args
             raise Refusal(400, message, param=param) from None
+        except NoReader as error:
+            raise Refusal(503, str(error), "server_error") from None
         except (ClientDisconnect, Gone):
             raise Refusal(499, "the client has left") from None
 
@@ -183,10 +185,12 @@ class Endpoints:
         except Unreadable as error:
             message, param = error.args
             raise Refusal(400, message, param=param, code="context_length_exceeded" if "this model reads" in message else None) from None
+        except NoReader as error:
+            raise Refusal(503, str(error), "server_error") from None
         except Gone:
             raise Refusal(499, "the client has left") from None
         except TimeoutError:
-            raise Refusal(504, "reading the prompt took longer than the server's time limit", "timeout_error") from None
+            raise Refusal(504, "the prompt was not read within the server's time limit", "timeout_error") from None
 
     def _take_place(self, model: Model) -> Place:
         """Take a place of the model's. Raises Refusal where none is free."""

@@ -5,7 +5,11 @@ a new client gets the place of the one that has kept the server waiting for its 
 """
 
 import asyncio
+import collections
+import itertools
+import math
 import os
+import re
 import resource
 import socket
 import threading
@@ -13,15 +17,18 @@ import time
 from typing import ClassVar
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of the head
 MOST_HEAD, MOST_LINES = 16_384, 100  # bytes and lines of a head; reading one of ten thousand lines would take as long as several tokens
 SPARE_FILES = 200  # that the process opens besides connections, and for those just accepted, see ACCEPTED
 ACCEPTED = 50  # connections that asyncio accepts before it looks at the first of them; those of three rounds may be open at once
 PIECE = 32_768  # bytes that are read of a connection at once
+PIECE_LINES = 200  # of heads and chunks that are taken at once
 REST, LONGEST_REST = 2.0, 0.01  # between two pieces, times what the event loop worked meanwhile, and in seconds
+LATELY = 1.0  # seconds in which a turn counts as had lately
 BACKLOG = 1024  # connections that wait in the system's queue to be accepted
+HEAD_END = b"\r\n\r\n"
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 LEAVE_SECONDS = 9.0  # from a signal to the end of the process, whatever hangs
 MOST_FILES = 65_536
@@ -41,16 +48,60 @@ def most_connections() -> int:
     return max((MOST_FILES if soft == resource.RLIM_INFINITY else soft) - SPARE_FILES, 16)
 
 
-class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
-    """A client's connection, which is cut where a head takes too long to arrive, and where too many are waiting for their requests.
+class Turns:
+    """Decides whose piece of data is taken next, of the connections of one server.
 
-    Of all that connections have sent one piece at a time is taken, of the connection that sent last: in a burst of hundreds of requests
-    those that come later are not kept waiting by all before them.
+    It is that of the connection that sent last: in a burst of hundreds of requests those that come later are not kept waiting by all before
+    them. Connections that had a turn within the last second come after those that had none, the longest-waiting first, and every fourth
+    time before them. Between two turns the event loop rests, as it holds Python's lock, which generation wants, too.
     """
 
-    turns: ClassVar[list["Connection"]] = []  # connections with a piece that was not taken yet, the newest last
-    is_taking: ClassVar[bool] = False  # _take_turn will be called in the loop's next round
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.count, self.is_busy = loop, 0, False
+        self.new: list[Connection] = []  # the newest last
+        self.known: collections.deque[Connection] = collections.deque()  # those that had a turn lately, the longest-waiting first
+
+    def add(self, connection: "Connection") -> None:
+        """Give a connection a turn, now or later."""
+        (self.known if self.loop.time() - connection.had_turn < LATELY else self.new).append(connection)
+        if not self.is_busy:
+            self.is_busy = True
+            self._take()
+
+    def _take(self) -> None:
+        """Take a piece of the next connection, and come again in the loop's next round."""
+        while self.new or self.known:
+            self.count += 1
+            known = self.known and (not self.new or self.count % 4 == 0)
+            connection = self.known.popleft() if known else self.new.pop()
+            if not connection.transport.is_closing():
+                before, worked = self.loop.time(), time.thread_time()
+                connection.had_turn = before
+                connection.take_piece()
+                self.loop.call_soon(self._rest, before, worked)
+                return
+        self.is_busy = False
+
+    def _rest(self, before: float, worked: float) -> None:
+        """Rest REST times as long as the loop has worked since the last piece was taken, at the time `before`; then take the next."""
+        rest = min(REST * (time.thread_time() - worked), LONGEST_REST) - (self.loop.time() - before)
+        if rest > 0:
+            self.loop.call_later(rest, self._take)
+        else:
+            self._take()
+
+
+class Connection(H11Protocol):
+    """A client's connection, which is cut where a head takes too long to arrive, and where too many are waiting for their requests.
+
+    What it sends is taken in pieces, when it has a turn, with few lines: a head's line, or a chunk of a body, takes far longer to parse
+    than its bytes. What follows a whole request waits for the answer.
+    """
+
+    turns: Turns
     piece = b""  # what was read and not taken yet
+    has_turn = False  # a turn is coming
+    had_turn = -math.inf  # when the last one was, in the loop's time
     waiting: ClassVar[dict["Connection", None]] = {}  # connections without a whole request, the longest-waiting first
     head: asyncio.TimerHandle | None = None  # set while a request's head is awaited
     head_bytes, head_lines, tail = 0, 0, b""  # of that head so far: how many, and the last three bytes
@@ -58,6 +109,7 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         transport.max_size = PIECE  # asyncio reads eight times as much
+        self.turns = vars(self.server_state).setdefault("turns", Turns(self.loop))
         self.waiting[self] = None
         self._await_head()
         if len(self.connections) > most_connections():
@@ -73,45 +125,44 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if Connection.is_taking:
-            if not self.piece:
-                self.turns.append(self)
-                self.transport.pause_reading()
-            self.piece += data
+        self.piece += data
+        self._ask_for_turn()
+
+    def _ask_for_turn(self) -> None:
+        """Read on if there is nothing to take; else read nothing more, and ask for a turn, unless a request is being answered."""
+        if self.has_turn:
             return
-        Connection.is_taking = True
-        self.loop.call_soon(self._take_turn, self.loop, self.loop.time(), time.thread_time())
+        if not self.piece:
+            if not self.flow.read_paused:
+                self.transport.resume_reading()
+            return
+        self.transport.pause_reading()
+        if not self._is_answering():
+            self.has_turn = True
+            self.turns.add(self)
+
+    def _is_answering(self) -> bool:
+        """Whether there is a whole request that is not answered yet."""
+        return self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
+
+    def take_piece(self) -> None:
+        """Take what comes next of what was read: to the end of a head, and of heads and chunks no more than PIECE_LINES lines."""
+        self.has_turn = False
+        if self.head is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        end = len(self.piece)
+        if self.head is not None or any(name == b"transfer-encoding" for name, _ in self.headers):
+            lines = [match.end() for match in itertools.islice(re.finditer(b"\n", self.piece), PIECE_LINES)]
+            end = lines[-1] if len(lines) == PIECE_LINES else end
+        if self.head is not None and (found := (self.tail + self.piece).find(HEAD_END)) >= 0:
+            end = min(end, found + len(HEAD_END) - len(self.tail))
+        data, self.piece = self.piece[:end], self.piece[end:]
         self._take(data)
-
-    @classmethod
-    def _take_turn(cls, loop: asyncio.AbstractEventLoop, before: float, worked: float) -> None:
-        """Take the piece of the connection that sent last, and come again in a later round while there are others.
-
-        `before` is when the last piece was taken, and `worked` the event loop's processor time until then. It rests between two, as it
-        holds Python's lock, which generation wants, too.
-        """
-        if cls.turns:
-            rest = min(before + REST * (time.thread_time() - worked), before + LONGEST_REST) - loop.time()
-            if rest > 0:
-                loop.call_later(rest, cls._take_turn, loop, before, worked)
-                return
-        cls.is_taking = False
-        while cls.turns:
-            newest = cls.turns.pop()
-            if not newest.piece or newest.transport.is_closing():
-                continue
-            cls.is_taking = True
-            loop.call_soon(cls._take_turn, loop, loop.time(), time.thread_time())
-            piece, newest.piece = newest.piece, b""
-            newest._take(piece)
-            if not newest.flow.read_paused:
-                newest.transport.resume_reading()
-            return
+        if not self.transport.is_closing():
+            self._ask_for_turn()
 
     def _take(self, data: bytes) -> None:
         before = self.cycle
-        if self.head is None and (before is None or before.response_complete):
-            self._await_head()
         if self.head is not None and self._is_too_long(data):
             self.transport.write(TOO_LONG)
             self.transport.close()
@@ -124,19 +175,19 @@ class Connection(AutoHTTPProtocol):  # ty: ignore[unsupported-base]
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._note()
+        if not self.transport.is_closing():
+            self._ask_for_turn()
 
     def _note(self) -> None:
         """Note whether this connection has a whole request, which is then being answered."""
-        if self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body):
+        if self._is_answering():
             self.waiting.pop(self, None)
         elif not self.transport.is_closing():
             self.waiting.setdefault(self)
 
     def _is_too_long(self, data: bytes) -> bool:
-        """Count what has come of the head, and return whether that is too much; what follows its end does not count."""
-        end = (self.tail + data).find(b"\r\n\r\n")
-        new = data if end < 0 else data[:end]
-        self.head_bytes, self.head_lines = self.head_bytes + len(new), self.head_lines + new.count(b"\n")
+        """Count what has come of the head, and return whether that is too much."""
+        self.head_bytes, self.head_lines = self.head_bytes + len(data), self.head_lines + data.count(b"\n")
         self.tail = (self.tail + data)[-3:]
         return self.head_bytes > MOST_HEAD or self.head_lines > MOST_LINES
 
@@ -169,4 +220,5 @@ class Server(uvicorn.Server):
 
 def configured(app, **more) -> uvicorn.Config:
     """Return uvicorn's settings for this application, with these connections."""
-    return uvicorn.Config(app, http=Connection, backlog=ACCEPTED, server_header=False, timeout_graceful_shutdown=3, **more)
+    how = {"http": Connection, "ws": "none", "backlog": ACCEPTED, "server_header": False, "timeout_graceful_shutdown": 3}
+    return uvicorn.Config(app, **how, **more)

@@ -5,12 +5,14 @@ hundred times a token; in a process with a lower priority it delays those who wa
 """
 
 import asyncio
-import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import struct
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,54 +42,91 @@ class Unreadable(ValueError):
     """A request that cannot be read; `args` are the message and OpenAI's `param`."""
 
 
+class NoReader(OSError):
+    """Says that the system allows no further process."""
+
+
 class Reader:
-    """A process that does one kind of work. It is started anew where the work does not end, or ends the process."""
+    """A process that does one kind of work. It is started anew where the work does not end, or the process has ended."""
 
     def __init__(self, work: Callable):
         """`work` gets what is given to `read`; what it raises has to be one of Python's own errors, or Unreadable."""
-        self.work, self.thread, self.stopped = work, ThreadPoolExecutor(1, "reader"), False
+        self.work, self.thread, self.lock = work, ThreadPoolExecutor(1, "reader"), threading.Lock()
+        self.process: int | None = None  # the number of the process, while it is not waited for, so that the number is still its own
+        self.stopped = False
         self._start()
 
     def _start(self) -> None:
-        self.pipe, there = multiprocessing.Pipe()
-        self.process = os.fork()
-        if not self.process:
+        with self.lock:
+            if self.stopped:
+                raise NoReader("the server ends")
+            self.pipe, there = multiprocessing.Pipe()
+            try:
+                self.process = os.fork()
+            except OSError as error:
+                self.pipe.close()
+                raise NoReader(f"the system allows no process to read the request with: {error.strerror}") from error
+            finally:
+                if self.process != 0:
+                    there.close()
+        if self.process == 0:
             _work_in_process(there, self.work)
-        there.close()
+        with socket.socket(fileno=os.dup(self.pipe.fileno())) as both_ways:  # a process that stands still takes nothing from a full pipe
+            seconds = int(READ_SECONDS), int(READ_SECONDS % 1 * 1e6)
+            both_ways.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", *seconds))
 
     def stop(self) -> None:
         """End the process, and with it what it does."""
-        self.stopped = True
         self.thread.shutdown(wait=False, cancel_futures=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
+        with self.lock:
+            self.stopped = True
+            if self.process is not None:
+                os.kill(self.process, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """End the process and wait for it, if there is one."""
+        with self.lock:
+            if self.process is not None:
+                os.kill(self.process, signal.SIGKILL)
+                os.waitpid(self.process, 0)
+                self.pipe.close()
+            self.process = None
 
     async def read(self, *given):
-        """Return what the work makes of this, after what was asked for before. Raises what it raises, and Unreadable where it fails."""
+        """Return what the work makes of this, after what was asked for before.
+
+        Raises what the work raises, Unreadable where it fails, and NoReader where no process can be started.
+        """
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._read, given)
 
     def _read(self, given: tuple):
+        if not self._is_there():  # it was ended from outside, or could not be started anew
+            self._end()
+            self._start()
+        result = Unreadable(f"reading the request took longer than {READ_SECONDS:.0f} seconds", None)
         try:
             self.pipe.send(given)
             if self.pipe.poll(READ_SECONDS):
                 result = self.pipe.recv()
             else:
-                result = Unreadable(f"reading the request took longer than {READ_SECONDS:.0f} seconds", None)
-                self._restart()
+                self._end()
+        except BlockingIOError:
+            self._end()
         except (OSError, EOFError):
             result = Unreadable("reading the request ended the process that read it; it may take too much memory", None)
-            self._restart()
+            self._end()
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _restart(self) -> None:
-        if self.stopped:
-            return
-        os.kill(self.process, signal.SIGKILL)  # it is not waited for yet, so the number is still its own
-        os.waitpid(self.process, 0)
-        self.pipe.close()
-        self._start()
+    def _is_there(self) -> bool:
+        """Whether the process is there, and reads."""
+        with self.lock:
+            if self.process is None or os.waitpid(self.process, os.WNOHANG) == (0, 0):
+                return self.process is not None
+            self.process = None
+            self.pipe.close()
+            return False
 
 
 def _work_in_process(pipe: Connection, work: Callable) -> NoReturn:
@@ -105,10 +144,9 @@ def _work_in_process(pipe: Connection, work: Callable) -> NoReturn:
         while True:
             given = pipe.recv()
             try:
-                result = work(*given)
-            except Exception as error:  # of any kind, by what a client sent
-                result = error if isinstance(error, Unreadable) else Unreadable(f"it cannot be read ({first_line(error)})", None)
-            pipe.send(result)
+                pipe.send(work(*given))
+            except Exception as error:  # of any kind, by what a client sent; also where it cannot be sent back
+                pipe.send(error if isinstance(error, Unreadable) else Unreadable(f"it cannot be read ({first_line(error)})", None))
     finally:
         os._exit(0)
 

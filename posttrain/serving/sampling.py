@@ -61,7 +61,9 @@ def _draw_cut(logits: torch.Tensor, asked: list[Sampling], uniforms: list[float]
     scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=logits.device) >= top_k, float("-inf"))
     probabilities = scaled.double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= top_p) & (top_p < 1), 0)  # the first one always stays
+    left_out = (before >= top_p) & (top_p < 1)
+    left_out[:, 0] = False  # where top_p is 0 in float32, too
+    probabilities = probabilities.masked_fill(left_out, 0)
     return ids.gather(1, _at(probabilities, uniforms)[:, None])[:, 0]
 
 

@@ -101,7 +101,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     # about the caller, not about the answer
     user: str | None = None
-    metadata: dict | None = None
+    metadata: dict[str, str] | None = None
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import gc
+import logging
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from posttrain.serving.answers import Model
 from posttrain.serving.app import LAST_WORDS, Limits, build
 from posttrain.serving.batching import Batcher, EngineFailed
 from posttrain.serving.connections import BACKLOG, Server, configured, raise_limit
+from posttrain.serving.lines import Lines
 from posttrain.serving.sampling import Sampling
 from posttrain.serving.vllm_batching import VLLMBatcher, is_installed, why_not
 from posttrain.serving.votes import Votes
@@ -44,7 +46,9 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     models = await _start(options, engine, loaded)
     limits = Limits(options.max_batch, options.max_queue, options.timeout, options.max_body)
     key = os.environ.get("POSTTRAIN_API_KEY")
-    built = build(models, limits, Votes(options.preferences), key, options.host, _say)
+    lines = Lines()
+    logging.getLogger("uvicorn").addHandler(lines)
+    built = build(models, limits, Votes(options.preferences), key, options.host, lambda line: lines.say(_stamped(line)))
     who = "on this machine" if is_loopback(options.host) else "who reaches it"
     host = f"[{options.host}]" if ":" in options.host else options.host
     if not key and not is_loopback(options.host):
@@ -52,7 +56,9 @@ async def _serve(options: argparse.Namespace, listener: socket.socket, engine: E
     _say(f"chat at http://{host}:{listener.getsockname()[1]}" + ("" if key else f"; anyone {who} may use it"))
     gc.collect()
     gc.freeze()  # else a collection in between would walk over all that was loaded, and hold Python's lock for half a second
-    await Server(configured(built, access_log=False, log_level="warning")).serve(sockets=[listener])
+    # of a request that is none uvicorn would say so, as often as it gets one
+    await Server(configured(built, access_log=False, log_level="error", log_config=None)).serve(sockets=[listener])
+    lines.end()
 
 
 def listen(host: str, port: int, patience: float) -> socket.socket:
@@ -145,4 +151,8 @@ async def _warm_up(batcher: Batcher | VLLMBatcher, token: int) -> float:
 
 
 def _say(line: str) -> None:
-    terminal.say(f"{time.strftime('%H:%M:%S')}  {line}")
+    terminal.say(_stamped(line))
+
+
+def _stamped(line: str) -> str:
+    return f"{time.strftime('%H:%M:%S')}  {line}"
