@@ -245,7 +245,7 @@ def _layer(limit: float, dtype: torch.dtype) -> dict:
 
     plain, chosen = model.model.layers[0], []
     ways = {"transformers": of(plain), "transformers, compiled": of(torch.compile(plain, dynamic=True)), "chosen": of(plain)}
-    before = {"chosen": lambda: chosen.append(layers.choose(model, "auto", compiled=False))}
+    before = {"chosen": lambda: chosen.append(layers.choose(model, "auto", False, model.device)[0])}
     results = compare(ways, inputs, 6 * rows * weights, limit, before)
     results["chosen"] = {"what": chosen[0], **results["chosen"]}
     return {f"decoder layer, {rows} x {hidden}, {str(dtype).removeprefix('torch.')}": results}

@@ -326,7 +326,7 @@ MUTATIONS = {
         "posttrain/parallel/ranks.py",
         "enumerate(seen) if value != seen[0]]",
         "enumerate(seen) if False]",
-        STOPPED + "[one_rank_with_a_changed_weight]",
+        STOPPED + "[one_rank_with_another_token]",
     ),
     "template_not_compared": Mutation(
         "posttrain/training/inputs.py",

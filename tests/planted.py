@@ -49,17 +49,6 @@ def reference_of_another_checkpoint():
     build.load_policy = load
 
 
-def one_rank_with_a_changed_weight():
-    def load(*arguments):
-        model = load_model(*arguments)
-        if RANK == 1:
-            with torch.no_grad():
-                model.model.layers[1].mlp.up_proj.weight[5, 7] += 1e-6
-        return model
-
-    policy.load_model = load
-
-
 def one_rank_with_another_token():
     def load(*arguments):
         prepared = load_data(*arguments)

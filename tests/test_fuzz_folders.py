@@ -67,7 +67,7 @@ def begin_training(folder: Path) -> None:
     tokenization.fingerprint(tokenizer)
     ChatFormat(tokenizer, "chatml")
     values = {"checkpoint_path": str(folder), "sft_data_dir": "x", "out_dir": "x", "global_batch_size": 1, "dtype": "float32"}
-    load_policy(build_recipe(SFTRecipe, values, {}), tokenizer, torch.device("cpu"))
+    load_policy(build_recipe(SFTRecipe, values, {}), tokenizer, torch.device("cpu"), sharded=False)
 
 
 def serve(folder: Path) -> None:

@@ -85,11 +85,11 @@ def test_the_chosen_kernels_are_those_made_for_gpus(tiny):
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.bfloat16).to(device)
     assert attention.choose("auto", device, torch.bfloat16, 0.0, model.config)[0] == VARLEN
-    assert "liger-kernel" in layers.choose(model, "auto", compiled=False)
-    assert "not" not in layers.choose(model, "auto", compiled=False)
+    assert "liger-kernel" in layers.choose(model, "auto", False, device)[0]
+    assert "not" not in layers.choose(model, "auto", False, device)[0]
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert ", compiled" in head.choose("auto")
+    assert ", compiled" in head.choose("auto", device)
 
 
 def test_the_largest_gradients_of_a_large_head_are_right():

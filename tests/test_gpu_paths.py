@@ -40,7 +40,7 @@ def test_the_trial_of_a_layer_takes_memory_in_proportion_to_its_rows(monkeypatch
     for rows in (1000, 4000):
         live = LiveBytes()
         with live, sdpa_kernel(SDPBackend.MATH):  # as for float32 and grouped heads on a GPU
-            layers.trial(model, model.base_model.layers[0], rows)
+            layers.trial(model, model.base_model.layers[0], rows, model.device)
         most.append(live.most)
     assert most[1] < 5 * most[0]
     assert model.config._attn_implementation == "sdpa"

@@ -74,7 +74,7 @@ def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
     """The path of CPUs without instructions for bfloat16, whatever this one has: every linear layer, attention and the head."""
     cpu_has_bfloat16(False)
     model = load(tiny)
-    assert re.match(r"products in float32, .* \(relative error \S+, transformers' own \S+\)$", layers.choose(model, "auto", False))
+    assert re.match(r"products in float32, .* \(relative error \S+, transformers' own \S+\)$", layers.choose(model, "auto", False, CPU)[0])
     assert all(type(m) is layers.Float32Linear for m in model.base_model.modules() if isinstance(m, nn.Linear))
     exact = attention.trial(attend_segments, model.config, CPU, torch.float32)
     assert layers.distances(exact, attention.trial(attend_segments, model.config, CPU, torch.bfloat16)).max() < 0.01
@@ -89,11 +89,11 @@ def test_products_in_float32_throughout(tiny, cpu_has_bfloat16):
 
 def test_kernels_torch_changes_nothing(tiny):
     model = load(tiny)
-    assert layers.choose(model, "torch", compiled=False) == "transformers' own (kernels=torch)"
+    assert layers.choose(model, "torch", False, CPU)[0] == "transformers' own (kernels=torch)"
     assert not any(type(m) is layers.Float32Linear for m in model.modules())
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert head.choose("torch") == "in pieces, never all logits at once (kernels=torch)"
+    assert head.choose("torch", CPU) == "in pieces, never all logits at once (kernels=torch)"
     assert not head.compiled
 
 
@@ -122,11 +122,11 @@ def test_wrong_kernels_in_a_layer_leave_it_as_it_was(tiny, monkeypatch, cpu_has_
     cpu_has_bfloat16(False)
     monkeypatch.setattr(layers, "_multiply_in_float32", change)
     model = load(tiny)
-    before = layers.trial(model, model.base_model.layers[0], 5)
-    chosen = layers.choose(model, "auto", compiled=False)
+    before = layers.trial(model, model.base_model.layers[0], 5, CPU)
+    chosen, _ = layers.choose(model, "auto", False, CPU)
     seen = "no compiler" if change is breaks_half_way else r"a layer's \S+ has relative error \S+, transformers' own \S+"
     assert re.fullmatch(rf"transformers' own \(not products in float32, .*: {seen}\)", chosen)
-    after = layers.trial(model, model.base_model.layers[0], 5)
+    after = layers.trial(model, model.base_model.layers[0], 5, CPU)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "forward" not in vars(model.base_model.layers[0].input_layernorm)
 

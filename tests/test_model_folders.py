@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import last_of_each, python
+from fuzzed import process_group
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from test_runs import sft_arguments
 
@@ -319,6 +320,13 @@ SAME = {
 }
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    with process_group(tmp_path):
+        yield
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_what_is_whole_in_another_form_is_the_same_model_and_said(tiny, folder, name):
     change, expected = SAME[name]
@@ -332,12 +340,11 @@ def test_what_is_whole_in_another_form_is_the_same_model_and_said(tiny, folder, 
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_what_was_left_out_is_told_on_the_first_screen(tiny, folder, monkeypatch):
-    monkeypatch.setattr(policy, "same_on_all_ranks", lambda *_: None)  # there are no others
+def test_what_was_left_out_is_told_on_the_first_screen(tiny, folder, alone):
     mtp_layer(folder)
     paths = {"checkpoint_path": str(folder), "sft_data_dir": tiny.sft, "out_dir": "run"}
     recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
-    choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"))[1]
+    choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"), sharded=False)[1]
     assert [re.sub(r".*\) ", "", text) for label, text in choices if label == "model"] == [
         "of multi-token prediction, which is not trained"
     ]
@@ -439,26 +446,24 @@ def test_a_config_that_asks_for_tuples_or_all_hidden_states_trains_alike(folder)
     assert plain_logps(model, sample_rows(model.config)[0]).isfinite().all()
 
 
-def test_noise_of_routers_is_off_and_said(tiny, tmp_path, monkeypatch):
+def test_noise_of_routers_is_off_and_said(tiny, tmp_path, alone):
     """Mixtral's and PhiMoE's jitter: drawn anew by each rank, it would make another curve in every layout."""
-    monkeypatch.setattr(policy, "same_on_all_ranks", lambda *_: None)  # there are no others
     base = bases.make(tiny, tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1)
     paths = {"checkpoint_path": str(base), "sft_data_dir": tiny.sft, "out_dir": "run"}
     recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
-    model, choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"))
+    model, choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"), sharded=False)
     assert "jitter_noise is set to 0" in dict(choices)["noise"]
     rows = packed_rows(sample_rows(model.model.config))
     assert torch.equal(model.train()(rows), model(rows))
 
 
-def test_no_embedding_of_a_model_has_a_row_that_is_not_trained(tiny, tmp_path, monkeypatch):
+def test_no_embedding_of_a_model_has_a_row_that_is_not_trained(tiny, tmp_path, alone):
     """Gemma 3n and 4 have a second table, for each layer, with a padding row of its own."""
-    monkeypatch.setattr(policy, "same_on_all_ranks", lambda *_: None)
     sizes = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tiny.tokenizer)}
     base = bases.make(tiny, tmp_path / "base", "gemma4_text", **sizes, num_kv_shared_layers=0, sliding_window=512, pad_token_id=0)
     paths = {"checkpoint_path": str(base), "sft_data_dir": tiny.sft, "out_dir": "run"}
     recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
-    model, _ = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"))
+    model, _ = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"), sharded=False)
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     assert len(tables) > 1
     assert all(table.padding_idx is None for table in tables)

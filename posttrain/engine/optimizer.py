@@ -21,7 +21,8 @@ def make_optimizer(groups: list[dict], recipe: Recipe, json_config: dict) -> tor
 def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Returns the policy's trained parameters in two groups: weight decay for matrices only, as is usual for transformers."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    dimensions = [len(getattr(p, "ds_shape", p.shape)) for p in parameters]  # ds_shape: of a parameter that ZeRO-3 has sharded
+    matrices, others = ([p for p, n in zip(parameters, dimensions, strict=True) if (n >= 2) == is_matrix] for is_matrix in (True, False))
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -3,11 +3,14 @@
 `Policy.forward(micro_batch)` is the only forward pass of training, validation and the reference.
 """
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
@@ -23,7 +26,8 @@ from posttrain.operators import attention, layers, positions
 from posttrain.operators.logprob import LogProbHead
 from posttrain.operators.positions import RowFrequencies
 from posttrain.operators.saved_form import widen_feed_forward
-from posttrain.parallel.ranks import same_on_all_ranks
+from posttrain.parallel import distribute
+from posttrain.parallel.ranks import on_rank_0
 from posttrain.recipes.keys import Recipe
 from posttrain.run.stored import read_facts
 
@@ -71,14 +75,55 @@ class Policy(nn.Module):
         return self.head(asked).argmax(-1) if batch.targets is None else self.head(asked, batch.targets)
 
 
-def load_policy(
-    recipe: Recipe, tokenizer, device: torch.device, checkpoint_function=None, frozen: bool = False
-) -> tuple[Policy, list[tuple[str, str]]]:
-    """Load the recipe's model as a Policy with the fastest kernels. All ranks.
+class Facts(NamedTuple):
+    """What rank 0 saw of a model's weights when it read them: their hashes, scale and fingerprint, as Policy has them."""
 
-    Also returns what was chosen, as (label, text), for the first screen. `checkpoint_function` is DeepSpeed's activation checkpointing,
-    None for torch's; a `frozen` policy, a reference, has none.
+    weights: dict[str, str]
+    scale: float
+    fingerprint: str
+    is_from_checkpoint: bool
+
+
+def load_policy(
+    recipe: Recipe, tokenizer, device: torch.device, *, sharded: bool, checkpoint_function=None, frozen: bool = False
+) -> tuple[Policy, list[tuple[str, str]]]:
+    """Load the recipe's model as a Policy with the fastest kernels. All ranks; rank 0 alone reads the model's files.
+
+    Every rank gets all weights, on `device`; but if the model is to be `sharded` next, which a single rank may have no room for, rank 0 has
+    them on the CPU, and the others have their shapes. Also returns what was chosen, as (label, text), for the first screen.
+    `checkpoint_function` is DeepSpeed's activation checkpointing, None for torch's; a `frozen` policy, a reference, has none.
     """
+    own: list[PreTrainedModel] = []
+
+    def read() -> tuple[PreTrainedModel, list[tuple[str, str]], Facts]:
+        """Read the model; returns what the other ranks get."""
+        model, *others = _read(recipe, tokenizer, device, frozen)
+        own.append(model)
+        return distribute.without_weights(model), *others
+
+    model, choices, facts = on_rank_0(read)
+    if own:
+        model = own[0]
+    if sharded:
+        distribute.move_buffers(model, device)
+    else:
+        distribute.send_weights(model, device)
+    policy, kernels = _with_kernels(recipe, model, device, sharded)
+    choices += [("kernel", text) for text in kernels]
+    policy.weights, policy.scale, policy.fingerprint, policy.is_from_checkpoint = facts
+    if not frozen:
+        checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
+    if recipe.compile:
+        for layer in layers.decoder_layers(model):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    if device.type == "cuda":  # what trials took would count as the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return policy, choices
+
+
+def _read(recipe: Recipe, tokenizer, device: torch.device, frozen: bool) -> tuple[PreTrainedModel, list[tuple[str, str]], Facts]:
+    """Load the recipe's model on the CPU, and change it as training needs it; returns also what was done, as (label, text). Rank 0."""
     dtype = getattr(torch, recipe.dtype)
     source = source_of(recipe.model_path, recipe.out_dir)
     is_gone = source != recipe.model_path
@@ -101,27 +146,37 @@ def load_policy(
     if recipe.dropout:
         choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))
     weights = hash_weights(model)
-    same_on_all_ranks("model", weights)
     if widened := widen_feed_forward(model):
         choices.append(("kernel", widened))
-    model.to(device)
-    name, reason = attention.choose(recipe.kernels, device, dtype, recipe.dropout, model.config)
-    choices.append(("kernel", f"attention: {name} ({reason})"))
-    choices.append(("kernel", f"layers: {layers.choose(model, recipe.kernels, recipe.compile)}"))
-    try:
-        policy = build_policy(model, name, recipe.checks == "on")
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    choices.append(("kernel", f"head: {policy.head.choose(recipe.kernels)}"))
-    policy.weights, policy.scale = weights, scale_of_weights(model)
-    policy.fingerprint = read_facts(Path(recipe.out_dir), "inputs")["inputs"].get("model", "") if is_gone else digest(weights)
-    policy.is_from_checkpoint = is_gone
-    if not frozen:
-        checkpoint_activations(model, recipe.activation_checkpointing, checkpoint_function)
-    if recipe.compile:
-        for layer in layers.decoder_layers(model):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-    return policy, choices
+    fingerprint = read_facts(Path(recipe.out_dir), "inputs")["inputs"].get("model", "") if is_gone else digest(weights)
+    return model, choices, Facts(weights, scale_of_weights(model, device), fingerprint, is_gone)
+
+
+def _with_kernels(recipe: Recipe, model: PreTrainedModel, device: torch.device, sharded: bool) -> tuple[Policy, list[str]]:
+    """Wrap a model as a Policy with the fastest kernels that are right on `device`; returns also which, and why. All ranks.
+
+    Where the model is to be `sharded`, rank 0, which has its weights, looks what is right, for all.
+    """
+    name, reason = attention.choose(recipe.kernels, device, getattr(torch, recipe.dtype), recipe.dropout, model.config)
+    built: list[Policy] = []
+
+    def build() -> None:
+        with distribute.computing_on(model, device) if sharded else contextlib.nullcontext():
+            try:
+                built.append(build_policy(model, name, recipe.checks == "on", device))
+            except ValueError as error:
+                raise ValueError(f"{source_of(recipe.model_path, recipe.out_dir)}: {error}") from error
+
+    if sharded:
+        chosen, change = on_rank_0(lambda: layers.choose(model, recipe.kernels, recipe.compile, device))
+        if change and dist.get_rank() > 0:
+            change(model)
+        on_rank_0(build)
+    else:
+        chosen, _ = layers.choose(model, recipe.kernels, recipe.compile, device)
+        build()
+    policy = built[0] if built else Policy(model, name)
+    return policy, [f"attention: {name} ({reason})", f"layers: {chosen}", f"head: {policy.head.choose(recipe.kernels, device)}"]
 
 
 def set_dropout(model: PreTrainedModel, dropout: float) -> None:
@@ -168,8 +223,8 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} cannot be trained packed: {why_not}; {KNOWN}")
 
 
-def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> Policy:
-    """Wrap a model as a Policy.
+def build_policy(model: PreTrainedModel, attention_name: str, checks: bool, device: torch.device | None = None) -> Policy:
+    """Wrap a model as a Policy. `device`: where it computes, if not where its weights are.
 
     With `checks`, or if its architecture is not in ARCHITECTURES, its packed log-probs are compared with transformers' own. Raises
     ValueError where they differ or are not finite, where packing fails, and for attention that no row would see whole.
@@ -180,7 +235,7 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
     if known and not checks:
         return Policy(model, attention_name)
     try:
-        plain, packed, policy = _both_ways(model, attention_name)
+        plain, packed, policy = _both_ways(model, attention_name, device or model.device)
     except Exception as error:
         if known:
             raise
@@ -201,12 +256,12 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool) -> P
 
 
 @torch.no_grad()
-def _both_ways(model: PreTrainedModel, attention_name: str) -> tuple[torch.Tensor, torch.Tensor, Policy]:
+def _both_ways(model: PreTrainedModel, attention_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Policy]:
     """Return log-probs of sample rows by transformers' own forward pass, those by the packed one, twice in two orders, and the Policy."""
     rows = sample_rows(model.config)
-    plain = [plain_logps(model, row) for row in rows]
+    plain = [plain_logps(model, row, device) for row in rows]
     policy = Policy(model, attention_name)
-    packed = [policy(packed_rows(order).to(model.device)).cpu() for order in (rows, rows[::-1])]
+    packed = [policy(packed_rows(order).to(device)).cpu() for order in (rows, rows[::-1])]
     return torch.cat([*plain, *plain[::-1]]), torch.cat(packed), policy
 
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.operators.positions import longest_row, same_frequencies_until
 
+CPU = torch.device("cpu")
+
 
 class SampleRow(NamedTuple):
     """A row of a few tokens at the end of a text of `length` tokens: as cheap as a short one, and its positions are those of a long one."""
@@ -34,9 +36,12 @@ def sample_rows(config) -> list[SampleRow]:
     return [SampleRow(torch.arange(count) * 7919 % config.vocab_size, length) for count, length in lengths]
 
 
-def plain_logps(model: PreTrainedModel, row: SampleRow) -> torch.Tensor:
-    """Return the log-probs of row.ids[1:], (tokens - 1,) in float32 on the CPU, by transformers' own forward pass, without packing."""
-    ids, device = row.ids, next(model.parameters()).device
+def plain_logps(model: PreTrainedModel, row: SampleRow, device: torch.device = CPU) -> torch.Tensor:
+    """Return the log-probs of row.ids[1:], (tokens - 1,) in float32 on the CPU, by transformers' own forward pass, without packing.
+
+    `device` is the one on which the model computes.
+    """
+    ids = row.ids
     given = {} if row.length == len(ids) else {"position_ids": row.positions[None].to(device)}
     logits = model(input_ids=ids[None].to(device), **given).logits[0, :-1].float().cpu()
     return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)

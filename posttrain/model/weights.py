@@ -17,10 +17,10 @@ def hash_weights(module: torch.nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def scale_of_weights(module: torch.nn.Module) -> float:
-    """Return the root mean square of the weights of all matrices."""
+def scale_of_weights(module: torch.nn.Module, device: torch.device) -> float:
+    """Return the root mean square of the weights of all matrices, computed on `device`, one after another."""
     matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
-    squares = sum(matrix.float().square().sum().double() for matrix in matrices)
+    squares = sum(matrix.to(device).float().square().sum().double() for matrix in matrices)
     return float((squares / sum(matrix.numel() for matrix in matrices)).sqrt())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from posttrain.operators.proof import tried
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WHOLE = 128  # kernels work in tiles of this width
 TRIAL_ROWS = 128  # positions of a segment in a layer's trial; attention takes float32 memory by their square where no kernel is fast
+Change = Callable[[PreTrainedModel], None]  # puts other kernels into a model's layers
 FARTHER = 1.5  # a changed layer's error against float32 may be this many times that of transformers' own layer
 ROUNDING = 0.005  # relative error that is allowed besides
 PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary embedding, which liger-kernel replaces for all models
@@ -41,27 +43,30 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def choose(model: PreTrainedModel, kernels: str, compiled: bool) -> str:
-    """Put the fastest kernels that are right here into the model's layers; returns which, and why, for the first screen."""
+def choose(model: PreTrainedModel, kernels: str, compiled: bool, device: torch.device) -> tuple[str, Change | None]:
+    """Put the fastest kernels that are right on `device` into the model's layers.
+
+    Returns which, and why, for the first screen; and what puts them into the same model of another rank, None where nothing has to.
+    """
     if kernels == "torch":
-        return "transformers' own (kernels=torch)"
+        return "transformers' own (kernels=torch)", None
     if type(model).__name__ not in ARCHITECTURES:
-        return f"transformers' own ({type(model).__name__} is not among {', '.join(ARCHITECTURES)})"
-    if multiplies_in_float32(model.device, model.dtype):
+        return f"transformers' own ({type(model).__name__} is not among {', '.join(ARCHITECTURES)})", None
+    if multiplies_in_float32(device, model.dtype):
         what, change = "products in float32, since torch has no fast ones in bfloat16 for this CPU", _multiply_in_float32
     elif compiled:
-        return "each decoder layer compiled"
-    elif model.device.type != "cuda":
-        return "transformers' own (liger-kernel's need a GPU)"
+        return "each decoder layer compiled", None
+    elif device.type != "cuda":
+        return "transformers' own (liger-kernel's need a GPU)", None
     elif find_spec("liger_kernel") is None:
-        return "transformers' own (liger-kernel is not installed; pip install liger-kernel)"
+        return "transformers' own (liger-kernel is not installed; pip install liger-kernel)", None
     else:
         what, change = f"liger-kernel {version('liger-kernel')}'s RMSNorm, rotary embedding and SwiGLU", _put_in_liger
-    measured, why_not = tried(lambda: prove(model, change))
+    measured, why_not = tried(lambda: prove(model, change, device))
     if measured is None:
-        return f"transformers' own (not {what}: {why_not})"
+        return f"transformers' own (not {what}: {why_not})", None
     plain, changed = measured
-    return f"{what} (relative error {changed:.1e}, transformers' own {plain:.1e}){'; compiled' if compiled else ''}"
+    return f"{what} (relative error {changed:.1e}, transformers' own {plain:.1e}){'; compiled' if compiled else ''}", change
 
 
 @cache
@@ -117,13 +122,21 @@ def _put_in_liger(model: PreTrainedModel) -> None:
     """
     from liger_kernel.transformers import monkey_patch
 
-    module = sys.modules[type(model).__module__]
+    module = _keep_plain_rotary(model)
     classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
     which = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
     try:
         monkey_patch._apply_liger_kernel_to_instance(model, **which)
     finally:
         vars(module).update(classes)
+
+
+def _keep_plain_rotary(model: PreTrainedModel) -> ModuleType:
+    """Return the model's module of transformers, whose own rotary embedding is kept and put back into it."""
+    module = sys.modules[type(model).__module__]
+    if hasattr(module, "apply_rotary_pos_emb"):
+        module.apply_rotary_pos_emb = PLAIN_ROTARY.setdefault(module.__name__, module.apply_rotary_pos_emb)
+    return module
 
 
 @contextlib.contextmanager
@@ -139,23 +152,23 @@ def plain_rotary() -> Iterator[None]:
             sys.modules[name].apply_rotary_pos_emb = rotary
 
 
-def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> tuple[float, float]:
+def prove(model: PreTrainedModel, change: Change, device: torch.device) -> tuple[float, float]:
     """Apply `change`; return the first layer's largest relative error against float32, of output and gradients, before and after.
 
-    Raises ValueError where it is larger after than rounding explains, and whatever `change` raises; the model is then as it was.
+    That layer computes on `device`, wherever the model's weights are. Raises ValueError where it is larger after than rounding explains,
+    and whatever `change` raises; the model is then as it was.
     """
-    module = sys.modules[type(model).__module__]
-    if hasattr(module, "apply_rotary_pos_emb"):
-        module.apply_rotary_pos_emb = PLAIN_ROTARY.setdefault(module.__name__, module.apply_rotary_pos_emb)
+    module = _keep_plain_rotary(model)
     as_it_was = {part: (part.__class__, dict(vars(part))) for part in model.modules()}
-    layer, width = model.base_model.layers[0], getattr(model.config, "num_key_value_heads", 1)
+    home, layer = model.device, model.base_model.layers[0].to(device)
+    width = getattr(model.config, "num_key_value_heads", 1)
     # for many rows other kernels run than for few (liger-kernel 0.8.5: from 131,072 rows of heads on); no multiples of a tile
-    counts = (37, min(131_072 // width + 37, 20_011)) if model.device.type == "cuda" else (37,)
-    exact = [trial(model, copy.deepcopy(layer).float(), rows) for rows in counts]
-    plain = [trial(model, layer, rows) for rows in counts]
+    counts = (37, min(131_072 // width + 37, 20_011)) if device.type == "cuda" else (37,)
     try:
+        exact = [trial(model, copy.deepcopy(layer).float(), rows, device) for rows in counts]
+        plain = [trial(model, layer, rows, device) for rows in counts]
         change(model)
-        changed = [trial(model, layer, rows) for rows in counts]
+        changed = [trial(model, layer, rows, device) for rows in counts]
         before, after = (
             torch.stack([distances(one.values(), other.values()) for one, other in zip(exact, seen, strict=True)])
             for seen in (plain, changed)
@@ -173,10 +186,12 @@ def prove(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> 
         if module.__name__ in PLAIN_ROTARY:
             module.apply_rotary_pos_emb = PLAIN_ROTARY[module.__name__]
         raise
+    finally:
+        layer.to(home)
     return before.max().item(), after.max().item()
 
 
-def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torch.Tensor]:
+def trial(model: PreTrainedModel, layer: nn.Module, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Run a decoder layer on `rows` random hidden states in its dtype; return by name its output and the gradients of input and weights.
 
     They are one row of segments, whose attention is attend_segments, as exact in every dtype: without segments a GPU without a fast kernel
@@ -184,12 +199,10 @@ def trial(model: PreTrainedModel, layer: nn.Module, rows: int) -> dict[str, torc
     """
     weights = dict(layer.named_parameters())
     dtype, draw = next(iter(weights.values())).dtype, torch.Generator().manual_seed(0)
-    hidden, grad = (
-        torch.randn(1, rows, model.config.hidden_size, generator=draw).to(model.device, model.dtype).to(dtype) for _ in range(2)
-    )
+    hidden, grad = (torch.randn(1, rows, model.config.hidden_size, generator=draw).to(device, model.dtype).to(dtype) for _ in range(2))
     hidden.requires_grad_()
     segments = [Segment(start, min(start + TRIAL_ROWS, rows)) for start in range(0, rows, TRIAL_ROWS)]
-    packing, positions = to_device(pack(segments), model.device), torch.arange(rows, device=model.device)[None]
+    packing, positions = to_device(pack(segments), device), torch.arange(rows, device=device)[None]
     embeddings = model.base_model.rotary_emb(hidden, positions)
     config = layer.self_attn.config
     own, config._attn_implementation = config._attn_implementation, SEGMENTS

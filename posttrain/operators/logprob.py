@@ -33,13 +33,13 @@ class LogProbHead(nn.Linear):
             return super().forward(hidden)
         return token_logps(hidden, self.weight, targets, self.compiled)
 
-    def choose(self, kernels: str) -> str:
-        """Compile what is not a matrix product where it pays; returns what was chosen and why, for the first screen."""
+    def choose(self, kernels: str, device: torch.device) -> str:
+        """Compile what is not a matrix product where it pays on `device`; returns what was chosen and why, for the first screen."""
         if kernels == "torch":
             return "in pieces, never all logits at once (kernels=torch)"
-        if self.weight.device.type != "cuda":
+        if device.type != "cuda":
             return "in pieces, never all logits at once (compiled on GPUs only)"
-        difference, why_not = tried(lambda: disagreement(self.weight.device, self.weight.dtype), SAME)
+        difference, why_not = tried(lambda: disagreement(device, self.weight.dtype), SAME)
         if difference is None:
             return f"in pieces, never all logits at once (not compiled: {why_not})"
         self.compiled = True

@@ -110,9 +110,9 @@ def _random_policy(planner: Planner, depth: int, mode: str, device: torch.device
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype, trust_remote_code=False).train()
     name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
-    layers.choose(model, planner.recipe.kernels, compiled=False)
+    layers.choose(model, planner.recipe.kernels, compiled=False, device=device)
     policy = Policy(model, name)
-    policy.head.choose(planner.recipe.kernels)
+    policy.head.choose(planner.recipe.kernels, device)
     if mode != "reference":
         checkpoint_activations(model, mode)
     return policy

@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import torch
+from torch import distributed as dist
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import PreparedData, load_prepared
 from posttrain.data.row_checks import check_rows
-from posttrain.engine.build import build_engine, build_reference
+from posttrain.engine.build import build_engine, build_reference, is_sharded
 from posttrain.engine.cpu_adam import load_cpu_adam
 from posttrain.engine.ds_config import checkpoint_function, offloads_optimizer, read_ds_config
 from posttrain.model.policy import load_policy
@@ -56,14 +57,15 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
 
     def frozen():
         """Load the reference in its engine."""
-        return build_reference(load_policy(recipe, tokenizer, device, frozen=True)[0], recipe)
+        return build_reference(load_policy(recipe, tokenizer, device, sharded=dist.get_world_size() > 1, frozen=True)[0], recipe)
 
     compares = isinstance(recipe, DPORecipe) and recipe.needs_reference
     precomputes = (
         compares and recipe.reference == "precompute" and not recipe.only_looks
     )  # eval_only and replay_step write nothing, not even beside the data
     beside = frozen() if compares and not precomputes else None
-    policy, choices = load_policy(recipe, tokenizer, device, checkpoint_function(recipe, inputs.ds_config))
+    recompute = checkpoint_function(recipe, inputs.ds_config)
+    policy, choices = load_policy(recipe, tokenizer, device, sharded=is_sharded(inputs.ds_config), checkpoint_function=recompute)
     check_positions(data, policy.model.config)
     if precomputes:
         choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))
