@@ -82,11 +82,14 @@ def active(server) -> int:
 
 @contextlib.contextmanager
 def listening(seen=lambda path: None, body: bool = False):
-    """A server of one page, on a port of its own, in a thread; `seen` is called with the path of each request, whose `body` may be read."""
+    """A server of one page, on a port of its own, in a thread.
+
+    `seen` is called with the path of each request, and returns the seconds that its answer takes; whether its `body` is read.
+    """
 
     async def app(scope, receive, send):
         assert scope["type"] == "http"
-        seen(scope["path"])
+        await asyncio.sleep(seen(scope["path"]) or 0)
         while body and (await receive()).get("more_body", False):
             pass
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -203,7 +206,7 @@ def test_no_turn_takes_more_than_a_few_lines(monkeypatch):
 def test_what_follows_a_whole_request_waits_for_its_answer_and_is_bounded_as_any_head():
     """The head that comes with another request, or while that is answered, was not counted."""
     second = HEAD + b"a: b\r\n" * 3900 + b"\r\n"
-    with listening(lambda path: time.sleep(0.2)) as port:
+    with listening(lambda path: 0.3) as port:
         for wait in (0.0, 0.1):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
                 client.sendall(HEAD + b"\r\n" + (second if not wait else b""))
