@@ -17,6 +17,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from posttrain.engine.build import shard  # noqa: E402
 from posttrain.engine.ds_config import merge_config, read_ds_config  # noqa: E402
+from posttrain.engine.optimizer import parameter_groups  # noqa: E402
 from posttrain.engine.start import start_distributed  # noqa: E402
 from posttrain.model import policy  # noqa: E402
 from posttrain.model.weights import hash_weights  # noqa: E402
@@ -40,7 +41,8 @@ def seen(recipe, tokenizer, device: torch.device, sharded: bool) -> dict:
         if sharded:
             shard(loaded, merge_config(recipe, read_ds_config(ZERO3)))
     parameters = list(loaded.parameters())
-    found = {"most": live.most, "devices": sorted({str(one.device) for one in [*parameters, *loaded.buffers()]})}
+    groups = [len(group["params"]) for group in parameter_groups(loaded, 0.1)]
+    found = {"most": live.most, "groups": groups, "devices": sorted({str(one.device) for one in [*parameters, *loaded.buffers()]})}
     with deepspeed.zero.GatheredParameters(parameters) if sharded else torch.no_grad():
         found |= {"now": hash_weights(loaded.model), "sizes": [one.nbytes for one in parameters]}
     return found | {"read": loaded.weights, "tied": loaded.head.weight is loaded.model.get_input_embeddings().weight}

@@ -41,6 +41,8 @@ def test_every_rank_has_the_weights_that_rank_0_read(loaded, name, sharded):
     assert len(first["read"]) > 10
     assert first["now"] == second["now"] == second["read"] == first["read"]
     assert first["tied"] == second["tied"] == (name == "tied")
+    assert first["groups"] == second["groups"] == loaded[name][0]["False"]["groups"]
+    assert all(first["groups"])  # matrices, which decay, and others
     assert first["devices"] == second["devices"]
     assert len(first["devices"]) == 1 and first["devices"][0].startswith("cpu")
 
