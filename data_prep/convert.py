@@ -28,7 +28,7 @@ APART = "white space at an answer's start kept apart from the template's"  # app
 
 def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, options, benchmarks: overlap.Benchmarks) -> None:
     """Encode the rows of source number `index` into chunks of the staging folder, from where an earlier call stopped."""
-    done = staging.chunks(index)
+    done = staging.sound_chunks(index)
     if done and done[-1].facts["last"]:
         return
     start = done[-1].facts["next_row"] if done else 0

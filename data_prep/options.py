@@ -97,9 +97,15 @@ def _share(text: str) -> float:
 
 def look(kind: str, options: argparse.Namespace) -> Sources:
     """Find the sources of a command line. Raises ValueError or OSError where one is not there, or the output is."""
-    if Path(options.output_dir).exists():
-        raise FileExistsError(f"{options.output_dir} exists; remove it or give another --output_dir")
+    refuse_output(Path(options.output_dir))
     return find_sources(kind, options)
+
+
+def refuse_output(output: Path) -> None:
+    """Raise FileExistsError if something is at the place of an output: it is not overwritten."""
+    if os.path.lexists(output):
+        seen = "exists" if output.exists() else "is a link that leads nowhere"
+        raise FileExistsError(f"{output} {seen}; remove it or give another --output_dir")
 
 
 def run(kind: str) -> None:

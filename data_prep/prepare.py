@@ -14,7 +14,7 @@ from data_prep.choose import choose
 from data_prep.convert import convert
 from data_prep.examples import KINDS, Settings
 from data_prep.options import look, parse
-from data_prep.staging import Staging, write_split
+from data_prep.staging import locked_staging, write_split
 from posttrain.common.files import checksum
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
@@ -41,33 +41,33 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
         "near": options.duplicates == "near", "benchmarks": benchmarks.identity, "sources": [source.identity for source in every],
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Staging(output, request)
-    for index, source in enumerate(every):
-        held_out = index >= len(sources.training)
-        convert(KINDS[kind](chat, settings), index, source, staging, options, overlap.NONE if held_out else benchmarks)
-    chunks = [staging.chunks(index) for index in range(len(every))]
-    chosen = choose(chunks, sources, options)
-    manifest = {
-        "format": FORMAT,
-        "kind": kind,
-        **identity,
-        "max_length": options.max_length,
-        "options": {name: value for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
-        "sources": [source.label for source in every],
-        **report.summary(chunks, every, chosen),
-    }
-    refuse_large_losses(manifest, options.max_dropped)
-    whole = staging.folder / "whole"
-    whole.mkdir()
-    flat = [chunk for several in chunks for chunk in several]
-    for name in ("train", "validation"):
-        write_split(flat, chosen.counts[name], whole / name)
-    report.write_dropped(chunks, every, chosen.left_out, whole / "dropped.jsonl")
-    report.draw(chunks, chosen, options.max_length, whole / "lengths.png")
-    manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
-    tokenizer.save_pretrained(whole / "tokenizer")
-    (whole / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=2) + "\n", encoding="utf-8")
-    staging.publish(output)
+    with locked_staging(output, request) as staging:
+        for index, source in enumerate(every):
+            held_out = index >= len(sources.training)
+            convert(KINDS[kind](chat, settings), index, source, staging, options, overlap.NONE if held_out else benchmarks)
+        chunks = [staging.chunks(index) for index in range(len(every))]
+        chosen = choose(chunks, sources, options)
+        manifest = {
+            "format": FORMAT,
+            "kind": kind,
+            **identity,
+            "max_length": options.max_length,
+            "options": {name: value for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
+            "sources": [source.label for source in every],
+            **report.summary(chunks, every, chosen),
+        }
+        refuse_large_losses(manifest, options.max_dropped)
+        whole = staging.folder / "whole"
+        whole.mkdir()
+        flat = [chunk for several in chunks for chunk in several]
+        for name in ("train", "validation"):
+            write_split(flat, chosen.counts[name], whole / name)
+        report.write_dropped(chunks, every, chosen.left_out, whole / "dropped.jsonl")
+        report.draw(chunks, chosen, options.max_length, whole / "lengths.png")
+        manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
+        tokenizer.save_pretrained(whole / "tokenizer")
+        (whole / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=2) + "\n", encoding="utf-8")
+        staging.publish(output)
     report.show(output, manifest)
 
 

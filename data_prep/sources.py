@@ -137,7 +137,9 @@ def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     candidates = [path] if path.is_file() else sorted(path.rglob("*"))
     found = [file for file in candidates if file.name.removesuffix(".gz").endswith(ENDINGS) and file.is_file()]
     if not found:
-        seen = "does not exist" if not path.exists() else f"holds {', '.join(sorted(p.name for p in candidates)[:8]) or 'nothing'}"
+        seen = f"holds {', '.join(sorted(p.name for p in candidates)[:8]) or 'nothing'}"
+        if not path.is_dir() and not path.is_file():
+            seen = "is a pipe or a device" if path.exists() else "does not exist"
         raise FileNotFoundError(
             f"{place} {seen}; expected a JSON, JSONL, CSV or Parquet file (or one of them gzipped), or a folder of them"
         )

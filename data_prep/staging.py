@@ -1,15 +1,20 @@
 """Writes what preparation makes: chunk after chunk into a staging folder, then the chosen rows into the prepared folder.
 
     DIR.incomplete/request.json             what was asked for; another request starts over, the same one goes on
-    DIR.incomplete/chunks/0.000003.arrow    source 0, fourth chunk: rows, hashes, and its share of the ledger
+    DIR.incomplete/request.lock             locked by the process that prepares
+    DIR.incomplete/chunks/0.000003.arrow    source 0, fourth chunk: rows and hashes
+    DIR.incomplete/chunks/0.000003.json     its share of the ledger, and its checksum; written after it
 
-Each chunk appears by a rename, so whatever is there is whole, and the last chunk of a source says where to go on. Nothing here holds more
+Each file appears by a rename, so whatever is there is whole, and the last chunk of a source says where to go on. Nothing here holds more
 than one chunk in memory, apart from a few bytes for each row.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +25,11 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.examples import Example
+from data_prep.options import refuse_output
 from data_prep.proof import text_hash
 from posttrain.common import files
+from posttrain.common.errors import shown
+from posttrain.common.links import open_own, refuse_links
 
 HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
 SHARD_BYTES = 500_000_000  # of a data file, about
@@ -32,7 +40,7 @@ class Chunk(NamedTuple):
     """A file of encoded examples, and what became of the rows that they are from."""
 
     path: Path
-    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}
+    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}, last, file: its size and checksum
 
     def table(self) -> pa.Table:
         """Its rows, memory-mapped."""
@@ -41,44 +49,106 @@ class Chunk(NamedTuple):
 
 
 class Staging:
-    """The folder beside the output with the chunks of one request; those of another request are removed."""
+    """The folder with the chunks of one request; those of another request are removed. Made by `locked_staging`."""
 
-    def __init__(self, output: Path, request: dict):
-        self.folder = output.with_name(output.name + ".incomplete")
+    def __init__(self, folder: Path, request: dict):
+        self.folder, asked = folder, folder / "request.json"
         request = json.loads(json.dumps(request))
-        asked = self.folder / "request.json"
-        if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != request:
-            discard(self.folder)
-            self.folder.mkdir()
+        if not asked.exists() or files.read_object(asked) != request:
+            _remove_chunks(folder)
             files.write_whole(asked, json.dumps(request, indent=2))
-        (self.folder / "chunks").mkdir(exist_ok=True)
-        shutil.rmtree(self.folder / "whole", ignore_errors=True)
-        for unfinished in (self.folder / "chunks").glob("*.incomplete"):
+        (folder / "chunks").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "whole", ignore_errors=True)
+        for unfinished in (folder / "chunks").glob(f"*{files.INCOMPLETE}"):
             unfinished.unlink()
 
     def chunks(self, source: int) -> list[Chunk]:
         """The chunks of a source that are there, in order."""
-        paths = sorted((self.folder / "chunks").glob(f"{source}.*.arrow"))
-        return [Chunk(path, _facts(path)) for path in paths]
+        paths = sorted((self.folder / "chunks").glob(f"{source}.*.json"))
+        return [Chunk(path.with_suffix(".arrow"), files.read_object(path)) for path in paths]
+
+    def sound_chunks(self, source: int) -> list[Chunk]:
+        """The chunks of a source up to the first that is damaged, which is told; what is there from it on is removed, to be made again."""
+        chunks = []
+        while (path := self._path(source, len(chunks))).with_suffix(".json").exists():
+            try:
+                chunks.append(_undamaged(path))
+            except (ValueError, FileNotFoundError) as error:
+                print(f"{error}: its rows, and those after them, are encoded again", flush=True)
+                break
+        kept = {chunk.path.stem for chunk in chunks}
+        for path in (self.folder / "chunks").glob(f"{source}.*"):
+            if path.stem not in kept:
+                path.unlink()
+        return chunks
 
     def add(self, source: int, number: int, table: pa.Table, facts: dict) -> None:
-        """Write a chunk with its facts."""
-        table = table.replace_schema_metadata({"facts": json.dumps(facts)})
-        path = self.folder / "chunks" / f"{source}.{number:06d}.arrow"
+        """Write a chunk, then its facts with the checksums of both."""
+        path = self._path(source, number)
         with files.written_whole(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
+        facts |= {"file": files.file_facts(path)}
+        files.write_whole(path.with_suffix(".json"), json.dumps(facts | {"checksum": files.checksum(facts)}))
 
     def publish(self, output: Path) -> None:
         """Make the folder `whole` appear as the output, at once, and remove the rest."""
         files.sync_files(self.folder / "whole")  # the rename cannot survive a power cut that the data did not
         (self.folder / "whole").rename(output)
-        discard(self.folder)
+        _remove_chunks(self.folder)
+        for name in ("request.json", "request.lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody has put a file of theirs into it
+            self.folder.rmdir()
+
+    def _path(self, source: int, number: int) -> Path:
+        return self.folder / "chunks" / f"{source}.{number:06d}.arrow"
 
 
-def discard(folder: Path) -> None:
-    """Remove a staging folder. Its request goes first: killed in between, what is left is no longer taken for anybody's work."""
-    (folder / "request.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def locked_staging(output: Path, request: dict) -> Iterator[Staging]:
+    """Open the staging folder beside an output, for this process alone until the block ends.
+
+    Raises FileExistsError if the output is there; ValueError if another process prepares it, or if the folder is not preparation's.
+    """
+    folder = output.with_name(output.name + files.INCOMPLETE)
+    _refuse_foreign(folder)
+    folder.mkdir(exist_ok=True)
+    with open(open_own(folder / "request.lock"), "r+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{output} is in use by another process that prepares it; wait for it, or stop it") from None
+        refuse_output(output)  # the other process may have ended just before
+        yield Staging(folder, request)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ValueError unless a folder is absent, or made by preparation, as its request says: what is in it is removed in the end."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, and preparation keeps its work there: move it away, or give another --output_dir")
+    refuse_links(folder)
+    asked, names = folder / "request.json", sorted(path.name for path in folder.iterdir())
+    try:
+        ours = {"format", "kind", "sources"} <= files.read_object(asked).keys()
+    except FileNotFoundError:
+        ours = all(name.startswith("request.") for name in names)  # killed as it began, or as it removed its work
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder}, and the same command starts over") from error
+    if not ours:
+        raise ValueError(
+            f"{folder} holds {shown(names)}, which are not preparation's: it keeps its work in that folder, and removes it in the end. "
+            "Move the folder away, or give another --output_dir"
+        )
+
+
+def _remove_chunks(folder: Path) -> None:
+    """Remove a staging folder's chunks, which a rename makes nobody's work at once: killed in between, the next one starts over."""
+    shutil.rmtree(folder / "whole", ignore_errors=True)
+    if (folder / "chunks").is_dir():
+        (folder / "chunks").rename(folder / "whole")
+        shutil.rmtree(folder / "whole", ignore_errors=True)
 
 
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:
@@ -160,7 +230,10 @@ def _chosen(chunks: list[Chunk], counts: np.ndarray) -> Iterator[pa.Table]:
             yield table.select(columns).replace_schema_metadata(None).take(pa.array(mine)).combine_chunks()
 
 
-def _facts(path: Path) -> dict:
-    """What a chunk's file says about its rows; see Chunk."""
-    with pa.memory_map(str(path)) as file:
-        return json.loads(pa.ipc.open_file(file).schema.metadata[b"facts"])
+def _undamaged(path: Path) -> Chunk:
+    """The chunk in a file. Raises ValueError or FileNotFoundError if it is not what was written, or its facts are not."""
+    files.require_file(path)
+    facts = files.read_object(path.with_suffix(".json"))
+    if facts.pop("checksum", None) != files.checksum(facts) or files.file_facts(path) != facts.get("file"):
+        raise ValueError(f"{path} is damaged (its checksum differs)")
+    return Chunk(path, facts)

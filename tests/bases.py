@@ -1,9 +1,11 @@
 """Small bases of other kinds than the tiny world's, with folders as people have them: for tests of what goes in and comes out."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,6 +32,13 @@ def make(tiny, folder: Path, kind: str = "llama", drop: tuple[str, ...] = (), **
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny.tokenizer.save_pretrained(folder)
     return folder
+
+
+def parquet(**columns) -> bytes:
+    """Return a Parquet file's content."""
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()
 
 
 def edit(folder: Path, change: dict, name: str = "config.json") -> None:

@@ -3,7 +3,9 @@
 import gc
 import hashlib
 import json
+import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -11,11 +13,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import warm
 
 from data_prep import convert
+from data_prep import prepare as prepare_module
+from data_prep.options import look, parse
 from data_prep.prepare import prepare
 from data_prep.preview import parse as parse_preview
 from data_prep.show import show
@@ -398,9 +403,9 @@ def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypat
     rmtree = shutil.rmtree
 
     def killed(folder: Path, **more) -> None:
-        if not (folder / "chunks").is_dir():
+        if not (folder / "0.000001.arrow").exists():
             return rmtree(folder, **more)
-        (folder / "chunks" / "0.000001.arrow").unlink()
+        (folder / "0.000001.arrow").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -412,9 +417,92 @@ def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypat
     assert len(rows_of(tmp_path)) == 50
 
 
-def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):
-    import pyarrow as pa
+@pytest.fixture
+def half_done(tiny, tmp_path, monkeypatch) -> list[str]:
+    """A command line that is refused once all rows are encoded, in three chunks, and then goes on with them."""
+    monkeypatch.setattr(convert, "CHUNK_ROWS", 10)
+    source = write(tmp_path / "rows.jsonl", [*questions(20), *[{"prompt": "ta", "response": None}] * 10])
+    arguments = ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
+    with pytest.raises(ValueError, match="cannot be used"):
+        prepare("sft", arguments)
+    return [*arguments, "--max_dropped", "1"]
 
+
+@pytest.mark.parametrize("how", ["a bit", "cut", "empty", "absent", "a pipe", "facts"])
+def test_a_chunk_that_was_damaged_is_encoded_again(half_done, tmp_path, capsys, how):
+    """The chunks of a killed preparation have lain on a disk, and what is prepared from them is proven no more."""
+    chunk = tmp_path / "out.incomplete" / "chunks" / "0.000001.arrow"
+    content = bytearray(chunk.read_bytes())
+    if how == "a bit":
+        with pa.memory_map(str(chunk)) as file:
+            row = pa.ipc.open_file(file).read_all().column("input_ids")[3].values.to_numpy()
+        content[content.find(row.tobytes()) + 8] ^= 1  # of a token's id
+    if how in ("absent", "a pipe"):
+        chunk.unlink()
+    if how == "a pipe":
+        os.mkfifo(chunk)
+    elif how == "facts":
+        chunk.with_suffix(".json").write_text("[" * 200_000)
+    elif how != "absent":
+        chunk.write_bytes({"a bit": content, "cut": content[:-100], "empty": b""}[how])
+    capsys.readouterr()
+    prepare("sft", half_done)
+    assert re.search(rf"{chunk.parent}/0.000001.*: its rows, and those after them, are encoded again\n", capsys.readouterr().out)
+    undamaged = rows_of(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    prepare("sft", half_done)
+    assert rows_of(tmp_path) == undamaged
+    assert len(undamaged) == 20
+
+
+def test_a_folder_that_is_not_preparations_is_not_removed(half_done, tmp_path):
+    staging = tmp_path / "out.incomplete"
+    (staging / "request.json").write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match=f"{staging}/request.json:1 is not UTF-8.*remove {staging}, and the same command starts over"):
+        prepare("sft", half_done)
+    (staging / "request.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=f"{staging}/request.json is damaged: .*remove {staging}"):
+        prepare("sft", half_done)
+    shutil.rmtree(staging)
+    staging.write_text("mine")
+    with pytest.raises(ValueError, match=f"{staging} is no folder"):
+        prepare("sft", half_done)
+    staging.unlink()
+    staging.mkdir()
+    (staging / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{staging} holds .'thesis.txt'., which are not preparation's"):
+        prepare("sft", half_done)
+    assert [path.name for path in staging.iterdir()] == ["thesis.txt"]
+    (staging / "thesis.txt").unlink()
+    prepare("sft", half_done)
+    assert not staging.exists()
+
+
+def test_a_link_in_the_outputs_place_is_refused_before_the_rows_are_encoded(half_done, tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="out is a link that leads nowhere; remove it or give another --output_dir"):
+        look("sft", parse("sft", half_done))
+
+
+def test_two_preparations_of_one_folder_do_not_meet(half_done, tmp_path, monkeypatch):
+    """The second one began by removing the first one's work, or published it half done."""
+    first, told = prepare_module.convert, []
+
+    def with_another(*arguments) -> None:
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"{tmp_path}/out is in use by another process") as error:
+            patched.setattr(prepare_module, "convert", first)
+            prepare("sft", [*half_done, "--max_length", "100"])
+        told.append(error.value)
+        first(*arguments)
+
+    monkeypatch.setattr(prepare_module, "convert", with_another)
+    prepare("sft", half_done)
+    assert len(told) == 1
+    assert len(rows_of(tmp_path)) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+def test_a_damaged_row_does_not_pass_the_check(tiny, tmp_path, capsys):
     run("sft", tiny, tmp_path, questions(5))
     (path,) = (tmp_path / "out" / "train").glob("*.arrow")
     with pa.memory_map(str(path)) as file:

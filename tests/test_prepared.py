@@ -1,14 +1,18 @@
 """Prepared data that is damaged, or whose rows contradict themselves, is refused by name."""
 
 import json
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from posttrain.data.prepared import fingerprint_file, load_prepared, memory_mapped
 from posttrain.data.row_checks import check_rows
+from posttrain.training import reference
 
 
 @pytest.mark.parametrize("damage", ["manifest", "half_manifest", "kind", "format", "arrow", "a_bit", "state", "rows", "template"])
@@ -41,6 +45,46 @@ def test_damaged_data_is_refused(tiny, tmp_path, damage):
     assert damage != "state" or f"{folder}/train/state.json names no files" in str(error.value)
 
 
+@pytest.mark.parametrize("what", ["a table elsewhere", "a pipe", "a table less", "nothing"])
+def test_no_table_is_read_but_those_that_the_manifest_records(tiny, tmp_path, what):
+    """state.json has no checksum: it decided which rows were trained."""
+    folder = Path(shutil.copytree(tiny.sft, tmp_path / "data"))
+    recorded = next((folder / "train").glob("*.arrow")).name
+    other = shutil.copytree(tiny.sft, tmp_path / "other") / "train" / recorded
+    os.mkfifo(folder / "train" / "pipe.arrow")
+    named = {"a table elsewhere": [f"../../other/train/{recorded}"], "a pipe": ["pipe.arrow"], "a table less": [], "nothing": [recorded]}
+    (folder / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in named[what]]}))
+    if what == "nothing":
+        assert load_prepared(str(folder), "sft", "").train.table.equals(memory_mapped([other]))
+        return
+    with pytest.raises(ValueError, match=f"{folder}/train/state.json names (no files|.*not the files that manifest.json records)"):
+        load_prepared(str(folder), "sft", "")
+
+
+def test_a_link_out_of_prepared_data_is_refused(tiny, tmp_path):
+    """A run of DPO writes into DATA/reference/. A table on another disk is the one that was prepared, by its checksum."""
+    folder = Path(shutil.copytree(tiny.dpo, tmp_path / "data"))
+    (table,) = (folder / "train").glob("*.arrow")
+    table.symlink_to(table.rename(tmp_path / "elsewhere.arrow"))
+    load_prepared(str(folder), "dpo", "")
+    (tmp_path / "mine").mkdir()
+    (folder / "reference").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=f"{folder}/reference is a link to {tmp_path}/mine, outside of {folder}"):
+        load_prepared(str(folder), "dpo", "")
+
+
+def test_log_probs_that_unpack_to_far_more_are_not_read(tmp_path):
+    path, sums = tmp_path / "train.npz", np.ones((7, 2, 2))
+    reference._write(path, sums)
+    assert (reference._load(path, 7) == sums).all()
+    np.savez_compressed(path, sums=np.zeros((2**20, 2, 2)))
+    assert path.stat().st_size < 2**16
+    tracemalloc.start()
+    assert reference._load(path, 7) is None
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
 LIES = [
     ("sft", {"num_trained": lambda row: 10**6}, r"train is damaged: row 3 trains \d+ tokens, and its num_trained says 1000000"),
     ("sft", {"input_ids": lambda row: [], "labels": lambda row: []}, "row 3 has no tokens in input_ids"),
@@ -57,7 +101,7 @@ def test_rows_that_contradict_themselves_are_refused(tiny, tmp_path, kind, lie, 
     """A stranger's folder, whose checksums are those of what it holds: such rows would train nothing, other words, or for ever."""
     folder = Path(shutil.copytree(getattr(tiny, kind), tmp_path / "data"))
     file = next((folder / "train").glob("*.arrow"))
-    table = memory_mapped(folder / "train")
+    table = memory_mapped([file])
     rows = table.to_pylist()
     rows[3] |= {name: change(rows[3]) for name, change in lie.items()}
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:

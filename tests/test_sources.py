@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from bases import parquet
 
 from data_prep.conversations import best_paths, conversations, sft_reader
 from data_prep.files import file_rows
@@ -278,6 +279,17 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:40], "is it whole"),
         ("text.jsonl.gz", b"hello", "is it whole"),
         ("cut.parquet", b"PAR1", "is it whole"),
+        ("utf32.jsonl", '{"a": 1}\n'.encode("utf-32"), "is UTF-32"),
+        ("packed.jsonl", gzip.compress(b'{"a": 1}\n', mtime=0), "is gzipped; let its name end with .gz"),
+        ("packed.csv", gzip.compress(b"a\n1\n", mtime=0), "is gzipped; let its name end with .gz"),
+        ("list.json", b'[\n{"a": 1}\n{"a": 2}]', "row 1 is not valid JSON: a comma should follow it"),
+        ("inside.json", b'[\n{"a": 1},\n{"a" 2}, {}]', "row 2 is not valid JSON: Expecting ':' delimiter in line 3"),
+        ("after.json", b'[{"a": 1}] {}', "something follows after the list's end"),
+        ("comma.json", b'[{"a": 1}, ]', "row 2 is not valid JSON"),
+        ("unended.json", b'[{"a": 1} ', "the list does not end, so the file may be cut"),
+        ("date.parquet", parquet(a=["x"], d=pyarrow.array([2**30], pyarrow.date32())), "the column d, of the type date32.* cannot be read"),
+        ("zone.parquet", parquet(d=pyarrow.array([5], pyarrow.timestamp("ns", tz="Nowhere/X"))), "the column d, .*Nowhere/X"),
+        ("latin.parquet", parquet(a=pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())), "the column a, .*UnicodeDecode"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, expected):
@@ -285,6 +297,26 @@ def test_a_damaged_file_is_named(tmp_path, name, content, expected):
     with pytest.raises(ValueError, match=expected) as error:
         list(file_rows(tmp_path / name))
     assert name in str(error.value)
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path):
+    columns = [pyarrow.array([text]) for text in "abc"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "response", "response"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: two columns have the same name: \['prompt', 'response', 'response'\]"):
+        list(file_rows(tmp_path / "a.parquet"))
+
+
+def test_a_list_is_read_in_blocks_and_no_cut_is_missed(tmp_path, monkeypatch):
+    rows = [{"é\U0001f642\\": '\u2028\n\t"', "n": [True, None, -1.5e-7, float("-inf")]}, {}, {"a": {"b": ["x" * 99]}}]
+    path, content = tmp_path / "list.json", json.dumps(rows, indent=1, ensure_ascii=False).encode()
+    for size in (1, 3, 50):
+        monkeypatch.setattr("data_prep.files.BLOCK", size)
+        path.write_bytes(content + b"\n ")
+        assert list(file_rows(path)) == rows
+    for end in range(1, len(content)):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"list.json(: row \d is not valid JSON| is not UTF-8 at byte)"):
+            list(file_rows(path))
 
 
 def test_rows_that_cannot_be_decoded_are_counted_not_fatal(tmp_path):
@@ -319,6 +351,10 @@ def test_a_source_that_is_not_there_says_what_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a JSON"):
         find_files(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("hello")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"pipe.jsonl is a pipe or a device; expected a JSON"):
+        find_files(str(tmp_path / "pipe.jsonl"))
+    (tmp_path / "pipe.jsonl").unlink()
     for place, seen in ((tmp_path, "holds notes.txt; expected"), (tmp_path / "notes.txt", "expected a JSON")):
         with pytest.raises(FileNotFoundError, match=seen):
             find_files(str(place))

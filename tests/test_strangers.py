@@ -1,5 +1,6 @@
 """Folders and rows of strangers: no code of theirs runs, no other file of this machine is read or written, and what is there is seen."""
 
+import gzip
 import importlib
 import json
 import os
@@ -8,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from bases import parquet
 from conftest import ROOT, launch, python, rank_environment
 from served import served
 from test_runs import sft_arguments
@@ -314,7 +318,7 @@ def test_a_key_that_is_twice_in_a_row_refuses_the_row(tmp_path):
     first, second, third = file_rows(path)
     assert (str(first), second, str(third)) == ("the key 'output' is there twice", {"a": 2}, "the key 'role' is there twice")
     (tmp_path / "list.json").write_text('[{"a": 1, "a": 2}]')
-    with pytest.raises(ValueError, match=r"list.json: not valid JSON: the key 'a' is there twice"):
+    with pytest.raises(ValueError, match=r"list.json: row 1 is not valid JSON: the key 'a' is there twice"):
         list(file_rows(tmp_path / "list.json"))
 
 
@@ -324,6 +328,37 @@ def test_a_line_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     path.write_text('{"a": 1}\n{"a": "' + "x" * 2**21)
     with pytest.raises(ValueError, match="rows.jsonl: line 2 has more than 1 MB, which no row for training has"):
         list(file_rows(path))
+
+
+MANY = {
+    "list.json.gz": (gzip.compress(b"[" + b" \n" * 2**20), "row 1 has more than 1 MB"),
+    "numbers.json.gz": (gzip.compress(b'[{"a": 1},\n{"b": [' + b"1,\n" * 2**20), "row 2 has more than 1 MB"),
+    "end.json.gz": (gzip.compress(b'[{"a": 1}]' + b"\n" * 2**21), "row 1 has more than 1 MB"),
+    "quote.csv.gz": (gzip.compress(b'a,b\n1,2\n"' + b"x\n" * 2**20), r"the row from line 3 on \(is a quote not closed"),
+    "fields.csv.gz": (gzip.compress(b"a,b\n" + b'"x\n",' * 2**19), "the row from line 2 on"),
+    "zeros.csv": (b"a," + bytes(2**21), "the row from line 1 on"),
+    "value.parquet": (parquet(a=["x", "y" * 2**21]), "row 2 has more than 1 MB"),
+    "values.parquet": (parquet(a=pa.array(["x"] * 9 + ["y" * 2**21] * 99).dictionary_encode()), "row 10 has more than 1 MB"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_row_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("data_prep.files.LONGEST_LINE", 2**20)
+    content, expected = MANY[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {expected}.*, which no row for training has"):
+        list(file_rows(tmp_path / name))
+
+
+def test_a_value_that_a_file_holds_once_for_many_rows_is_in_memory_for_few(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(parquet(a=pa.array(["x" * 2**20] * 512).dictionary_encode()))
+    assert path.stat().st_size < 2**17
+    tracemalloc.start()
+    assert sum(len(row["a"]) for row in file_rows(path)) == 2**29
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

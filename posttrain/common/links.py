@@ -37,6 +37,6 @@ def _links(root: str) -> Iterable[str]:
 
 
 def _is_blob(target: str) -> bool:
-    """Whether a path is a file of the hub's cache: .../models--org--name/blobs/HASH."""
+    """Whether a path is a file of the hub's cache: .../models--org--name/blobs/HASH, or datasets--org--name."""
     parts = Path(target).parts
-    return len(parts) > 3 and parts[-2] == "blobs" and parts[-3].startswith("models--")
+    return len(parts) > 3 and parts[-2] == "blobs" and parts[-3].startswith(("models--", "datasets--"))

@@ -11,7 +11,7 @@ from) and proof (a hash of the texts that its trained tokens must read as; `data
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from posttrain.common.errors import reason
+from posttrain.common.errors import reason, shown
 from posttrain.common.files import read_object
+from posttrain.common.links import refuse_links
 from posttrain.data.manifest import again, read_manifest
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.data.parts import IGNORE
@@ -32,8 +33,8 @@ COLUMNS = {"sft": (*TOKENS["sft"], "num_trained", "source"), "dpo": (*TOKENS["dp
 class Split:
     """A memory-mapped table of examples, with the numbers of tokens that the plan of batches needs."""
 
-    def __init__(self, path: Path, kind: str, share_prompt: bool):
-        self.table = memory_mapped(path)
+    def __init__(self, table: pa.Table, kind: str, share_prompt: bool):
+        self.table = table
         self.kind, self.share_prompt = kind, share_prompt
         self.reference_sums: np.ndarray | None = None  # (pairs, 2, 2), see MicroBatch
         self.reference_folder: Path | None = None  # where they are kept
@@ -115,9 +116,11 @@ def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = Tru
 
     `checksums`: read all files once, and compare them with what was written.
 
-    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind.
+    Raises FileNotFoundError or ValueError, naming the command `make`, where it is missing, half-written or of another kind; ValueError for
+    a link out of it, as DPO writes the reference's log-probs there. Tables may be such links: they are what the manifest records.
     """
     manifest, path = read_manifest(directory, make, kind), Path(directory)
+    refuse_links(path, (".arrow",))
     make = again(manifest, f"{directory}_again") or make
     for name, stored in manifest["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != stored["bytes"]:
@@ -127,21 +130,17 @@ def load_prepared(directory: str, kind: str, make: str, share_prompt: bool = Tru
         if checksums and fingerprint_file(path / name) != stored:
             raise ValueError(f"{path} is damaged: {name} is not what was prepared (its checksum differs). Make it again with\n    {make}")
     try:
-        splits = [_open(path, name, kind, share_prompt, manifest["counts"][name]) for name in ("train", "validation")]
+        splits = [_open(path / name, kind, share_prompt, manifest) for name in ("train", "validation")]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:  # by what is damaged, and how
         raise ValueError(f"{path} is damaged ({reason(error)}). Make it again with\n    {make}") from error
     return PreparedData(*splits, manifest)
 
 
-def memory_mapped(folder: Path) -> pa.Table:
-    """The rows of a Hugging Face datasets folder, which stay on disk until they are read.
+def memory_mapped(files: list[Path]) -> pa.Table:
+    """The rows of a Hugging Face datasets folder's files, which stay on disk until they are read.
 
     datasets.load_from_disk gives the same, but importing datasets takes two seconds, which every rank would wait at every start.
     """
-    state = read_object(folder / "state.json")
-    if not state.get("_data_files"):
-        raise ValueError(f"{folder / 'state.json'} names no files")
-    files = [folder / file["filename"] for file in state["_data_files"]]
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
 
 
@@ -151,14 +150,27 @@ def fingerprint_file(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _open(path: Path, name: str, kind: str, share_prompt: bool, count: int) -> Split:
-    """The split of that name. Raises KeyError unless it has the columns of its kind and as many rows as the manifest says."""
-    if not count:
+def _open(folder: Path, kind: str, share_prompt: bool, manifest: dict) -> Split:
+    """The split in that folder. Raises KeyError unless it has the columns of its kind and as many rows as the manifest says."""
+    if not (count := manifest["counts"][folder.name]):
         return _Empty()
-    split = Split(path / name, kind, share_prompt)
+    split = Split(memory_mapped(_recorded_files(folder, manifest["files"])), kind, share_prompt)
     if len(split) != count or any(column not in split.table.column_names for column in COLUMNS[kind]):
-        raise KeyError(f"{name} has {len(split)} rows of {split.table.column_names}, the manifest says {count} of {COLUMNS[kind]}")
+        columns = split.table.column_names
+        raise KeyError(f"{folder.name} has {len(split)} rows of {columns}, the manifest says {count} of {COLUMNS[kind]}")
     return split
+
+
+def _recorded_files(folder: Path, recorded: dict[str, dict]) -> list[Path]:
+    """The files of a split that the manifest records. Raises ValueError unless state.json, which datasets goes by, names the same."""
+    state = folder / "state.json"
+    named = [file["filename"] for file in read_object(state).get("_data_files") or []]
+    if not named:
+        raise ValueError(f"{state} names no files")
+    expected = sorted(path.name for path in map(PurePosixPath, recorded) if path.parent == PurePosixPath(folder.name))
+    if named != expected:
+        raise ValueError(f"{state} names {shown(named)}, which are not the files that manifest.json records")
+    return [folder / name for name in expected]
 
 
 class _Empty:

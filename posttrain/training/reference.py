@@ -8,6 +8,7 @@ command computes only those that are missing. Where the data's folder cannot be 
 import errno
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from posttrain.run.resume import CREATING
 from posttrain.training.state import my_micro_batches
 
 CHUNK = 4096  # pairs in a file
+PAIR_BYTES, MOST_HEADER_BYTES = 2 * 2 * 8, 4096  # of a file of sums: float64 values, and what zip and NumPy write around them
 # of a folder of another user's, on a read-only mount, or with a file in its place; a full disk is no reason to write elsewhere
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
@@ -93,8 +95,17 @@ def _read(folders: list[Path], pieces: dict[str, tuple[Split, np.ndarray]]) -> d
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:
-    """Return the sums of `count` pairs, (count, 2, 2); None if the file is cut, damaged, or holds other numbers."""
+    """Return the sums of `count` pairs, (count, 2, 2); None if the file is cut, damaged, or holds other numbers.
+
+    A file that is larger, or that unpacks to more, is not read: a small one could take all memory.
+    """
+    most = count * PAIR_BYTES + MOST_HEADER_BYTES
     try:
+        if path.stat().st_size > most:
+            return None
+        with zipfile.ZipFile(path) as entries:
+            if any(entry.file_size > most for entry in entries.infolist()):
+                return None
         sums = np.load(path)["sums"]
     except Exception:  # cut, or not what its own checksum says; by the bit it is one of a dozen errors of zipfile, zlib and NumPy
         return None
