@@ -18,6 +18,16 @@ Step = Annotated[int, Field(ge=0, lt=2**63)]
 Moment = Annotated[str, AfterValidator(datetime.fromisoformat)]
 
 
+def _inside(name: str) -> str:
+    """Refuse the name of a file of a folder that would lead out of it; whoever reads run.json writes and reads under these names."""
+    if os.path.isabs(name) or ".." in Path(name).parts or os.path.normpath(name) != name or name == "." or "\0" in name:
+        raise ValueError("expected the path of a file within the folder, without '..'")
+    return name
+
+
+Written = dict[Annotated[str, AfterValidator(_inside)], dict]  # size and checksum of each file of a folder, by its path there
+
+
 class _Start(Record):
     """A start of the run."""
 
@@ -47,8 +57,8 @@ class _Facts(Record):
     ended: Moment = ""
     finished: dict[str, float | None] = Field({})
     extended: list[dict] = Field([])
-    model_files: dict[str, dict] = Field({})
-    final_files: dict[str, dict] = Field({})
+    model_files: Written = Field({})
+    final_files: Written = Field({})
     fitted: _Fitted | None = None
 
 
