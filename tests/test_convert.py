@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from posttrain.model.ckpt_pt import load_ckpt_pt, save_ckpt_pt
+from posttrain.model.convert import convert
 from posttrain.model.loading import load_model
 from posttrain.run.stored import read_facts, write_facts
 
@@ -114,6 +116,20 @@ def test_what_cannot_be_converted_is_told(tiny, tmp_path):
         assert message in done.stdout, done.stdout
         assert "Traceback" not in done.stdout
     assert not (tmp_path / "x").exists()
+
+
+def test_folders_beside_the_new_one_are_left_alone(tmp_path):
+    """What is half-written has a name of its own, by which the next call knows what a killed one left."""
+    save_ckpt_pt(llama(64), tmp_path / "ckpt.pt")
+    for name in ("model.previous", "model.incomplete"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / f"model.{os.uname().nodename}.{gone.pid}.incomplete").mkdir()
+    convert(tmp_path / "ckpt.pt", tmp_path / "model", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "model", "model.previous", "model.incomplete"}
+    assert all((tmp_path / name / "precious.txt").is_file() for name in ("model.previous", "model.incomplete"))
 
 
 def test_a_run_names_no_file_outside_of_its_model(tmp_path):

@@ -1,6 +1,7 @@
 """Reads and writes small files: JSON lines, prompts, checksums, atomic writes, and flushing to disk."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -190,7 +191,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file to write in a `with` block, at the end of which it appears at `path`; after an error nothing is left of it."""
-    staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{INCOMPLETE}")
+    staging = staging_name(path)
     with naming(path):
         try:
             with staging.open("wb") as file:
@@ -214,14 +215,24 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a process that was killed left half-written in `folder`, unless a process of this host is writing it just now."""
-    here = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+){re.escape(INCOMPLETE)}$")
-    for path in folder.glob(f"*{INCOMPLETE}"):
-        writer = here.search(path.name)
-        if writer and int(writer[1]) != os.getpid() and os.path.exists(f"/proc/{writer[1]}"):
+def staging_name(path: Path) -> Path:
+    """Return where this process writes what is to appear at `path`: a name that nobody gives to something of their own."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{INCOMPLETE}")
+
+
+def sweep(folder: Path, of: str = "") -> None:
+    """Remove what a process that was killed left half-written in `folder`, unless a process of this host is writing it just now.
+
+    Only names of `staging_name`'s form (`of`: for that file or folder), of checkpoints, and of a final/ of versions before 0.2 are taken.
+    """
+    form = rf"{re.escape(of) or '.+'}\.[\w.-]+\.(?P<writer>\d+)" + ("" if of else r"|step_\d{6,}|final")
+    for path in folder.glob(f"{glob.escape(of)}*{INCOMPLETE}"):
+        if not (found := re.fullmatch(f"({form}){re.escape(INCOMPLETE)}", path.name)):
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        is_of_here = path.name.endswith(f".{socket.gethostname()}.{found['writer']}{INCOMPLETE}")
+        if is_of_here and int(found["writer"]) != os.getpid() and os.path.exists(f"/proc/{found['writer']}"):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def refuse_existing(folder: Path, name: str) -> None:

@@ -194,8 +194,7 @@ class Checkpoints:
         def set_aside():
             if not self.folder.is_dir():
                 return
-            for path in self.folder.glob("step_*.incomplete"):
-                shutil.rmtree(path)
+            sweep(self.folder)
             for path in saved_checkpoints(self.folder):
                 if step_of(path) > step:
                     aside = path.with_name(f"{path.name}.damaged")
