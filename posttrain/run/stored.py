@@ -196,20 +196,21 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
     if not os.path.lexists(path):
         return []
     files.require_file(path)
-    *lines, last = path.read_bytes().split(b"\n")
     kept, damaged = [], {}
-    for number, line in enumerate([*lines, last] if first_step > 1 else [], 1):
+    for number, line in enumerate(files.lines_of(path) if first_step > 1 else (), 1):
         try:
             record = files.parse_line(line, lambda record: check_record(record, LOGS[name]))
         except ValueError:
-            damaged |= {number: line} if number <= len(lines) else {}
+            damaged |= {number: line} if line.endswith(b"\n") else {}
         else:
-            kept += [line] if record["step"] < first_step else []
+            kept += [line.removesuffix(b"\n") + b"\n"] if record["step"] < first_step else []
     if damaged:
         aside = path.with_name(f"{name}.damaged")
+        if os.path.lexists(aside):
+            files.require_file(aside)
         with files.naming(aside), aside.open("ab") as file:
-            file.write(b"".join(line + b"\n" for line in damaged.values()))
-    files.write_whole(path, b"".join(line + b"\n" for line in kept))
+            file.write(b"".join(damaged.values()))
+    files.write_whole(path, b"".join(kept))
     return list(damaged)
 
 
