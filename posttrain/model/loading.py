@@ -301,7 +301,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise ValueError(f"{path} is damaged: {problem}")
     facts = checkpoint_folder.read_manifest(path)
     saved = shards.Saved(path, facts["state"])
-    dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
+    dtype = dtype or getattr(torch, facts.get("recipe", {"dtype": "float32"})["dtype"])
     description = checkpoint_folder.model_description(path)
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(description, trust_remote_code=False)
