@@ -79,7 +79,7 @@ MUTATIONS = {
     ),
     "result_not_opened_again": Mutation(
         "posttrain/model/export.py",
-        "unseen = _open_again(staging, model.dtype, expected)",
+        "unseen = _open_again(staging, folder.name, model.dtype, expected)",
         "unseen = None",
         EXPORT + "test_a_folder_that_opens_as_another_model_is_not_written",
     ),

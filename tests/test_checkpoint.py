@@ -203,13 +203,71 @@ def test_a_checksum_sees_one_bit(tmp_path):
     assert "checksum" in (file_problem(tmp_path, "x", facts) or "")
 
 
+STATE = {"zero_stage": 2, "optimizer_step": 0, "shapes": {"w": [2, 3]}, "files": ["rank.pt"], "fragments": [[["w", 0, 6, 0, 0]]]}
+FACTS = {
+    **{"format": checkpoint_folder.FORMAT, "step": 1, "validation": None, "world_size": 1, "files": {"rank.pt": {"size": 1, "xxh3": "0"}}},
+    **{"guard": {"norms": [], "highest": 0.0, "bad_in_a_row": 0, "last_applied": 1}, "state": STATE},
+}
+
+
+def write_manifest(folder: Path, facts: dict) -> None:
+    (folder / "manifest.json").write_text(json.dumps(facts | {"checksum": files.checksum(facts)}))
+
+
+OTHER_MANIFESTS = {
+    **{f"no {name}": ({name: None}, name) for name in ("format", "step", "guard", "state", "files")},
+    **{f"{name}: {said}": ({"state": {**STATE, name: value}}, said) for name, value, said in (
+        ("zero_stage", 7, "state.zero_stage"),
+        ("zero_stage", 3, "rank.pt holds no training state of ZeRO-3"),
+        ("files", [5], "state.files.0"),
+        ("files", ["other.pt"], "no size and checksum of other.pt"),
+        ("shapes", {"w": [-1]}, "state.shapes.w.0"),
+        ("shapes", {"w": [2**40]}, "holds 6 of 1099511627776 elements of w"),
+        ("shapes", {"w": [2**40, 2**40]}, "holds 6 of "),
+        ("shapes", {"v": [2, 3]}, "'w', 0, 6, 0, 0.*no part of a parameter"),
+        ("fragments", [[["w", 0, 6]]], "state.fragments.0.0"),
+        ("fragments", [[["w", "0", 6, 0, 0]]], "state.fragments.0.0"),
+        ("fragments", [[["w", 1, 6, 0, 0]]], "no part of a parameter"),
+        ("fragments", [[["w", 0, 4, 0, 0], ["w", 2, 2, 0, 4]]], "has elements of w twice"),
+        ("fragments", [[["w", 0, 5, 0, 0]]], "holds 5 of 6 elements of w"),
+        ("fragments", [[["w", 0, 6, 9, 0]]], "rank.pt lacks elements of w"),
+        ("fragments", [[["w", 0, 6, 0, 1]]], "rank.pt lacks elements of w"),
+        ("has_buffers", True, "no size and checksum of buffers.pt"),
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OTHER_MANIFESTS, "no validation", "whole"])
+def test_a_manifest_of_other_content_is_refused_in_one_sentence(tmp_path, name):
+    """Its checksum is right, as of one that a stranger has written."""
+    content = {"single_partition_of_fp32_groups": [torch.arange(6.0)], "base_optimizer_state": {"state": {}}}
+    torch.save({"optimizer_state_dict": content}, tmp_path / "rank.pt")
+    changes, said = OTHER_MANIFESTS.get(name, ({}, "validation"))
+    write_manifest(tmp_path, {key: value for key, value in (FACTS | changes).items() if name != f"no {key}"})
+
+    def read() -> torch.Tensor:
+        return shards.Saved(tmp_path, read_manifest(tmp_path)["state"]).parameter("w")
+
+    if name == "whole":
+        assert read().tolist() == [[0, 1, 2], [3, 4, 5]]
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        read()
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+def test_random_states_of_other_content_are_refused(tmp_path):
+    for content in ({"torch": 5}, 5, _random_states() | {"python": (3,)}):
+        torch.save(content, tmp_path / "random.pt")
+        with pytest.raises(ValueError, match=rf"random.pt holds no random states \(.*move {tmp_path} away"):
+            _restore_random_states(tmp_path / "random.pt")
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(SimpleNamespace(), tmp_path, 2, print, {})
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         (tmp_path / f"step_{step:06d}").mkdir()
-        facts = {"validation": loss, "format": checkpoint_folder.FORMAT, "files": {}, "state": {"files": []}}
-        text = json.dumps(facts | {"checksum": files.checksum(facts)})
-        (tmp_path / f"step_{step:06d}" / "manifest.json").write_text(text)
+        write_manifest(tmp_path / f"step_{step:06d}", FACTS | {"validation": loss})
         checkpoints._delete_old()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000004", "step_000005"]
     assert (tmp_path / "best").read_text() == "step_000002"

@@ -261,6 +261,91 @@ def test_a_tensor_without_a_plain_number_for_each_element_is_refused(tmp_path, n
         load_ckpt_pt(write(tmp_path, content))
 
 
+def nested(depth: int) -> list:
+    """Return a list that holds itself twice, which holds itself twice, and so on: as a text it would fill memory."""
+    values = ["a"]
+    for _ in range(depth):
+        values = [values, values]
+    return values
+
+
+@pytest.mark.parametrize("key", ["normalization", "unknown", "\x1b[2J"])
+def test_a_setting_that_is_a_list_of_lists_is_refused_without_writing_it_out(tmp_path, key):
+    with pytest.raises(ValueError, match=r"model_args has .*=\[\[\[.*expected one text or number") as error:
+        load_ckpt_pt(write(tmp_path, checkpoint(**{key: nested(45)})))
+    assert len(str(error.value)) < 600
+
+
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+    """Write a file's zip archive anew, as `change(name, bytes)` gives its records; return its path."""
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(path.with_name("other.pt"), "w", compression) as other:
+        for name in whole.namelist():
+            other.writestr(name, change(name, whole.read(name)))
+    return path.with_name("other.pt")
+
+
+def flipped(path):
+    """Change one bit of a weight, and return the path."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as whole:
+        content[content.index(whole.read(next(name for name in whole.namelist() if name.endswith("/data/0")))) + 40] ^= 64
+    path.write_bytes(content)
+    return path
+
+
+def cut_record(path):
+    return rewritten(path, lambda name, data: data[:8] if name.endswith("/data/0") else data)
+
+
+def compressed(path):
+    return rewritten(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+
+
+DAMAGED = {
+    flipped: r"data/0 in it is not what was written \(its CRC-32 differs\); copy it again",
+    cut_record: "data/0 in it has 8 bytes, its tensor 3,552; copy it again",
+    compressed: "was zipped anew with compression .*copy the file again",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_weights_that_are_not_those_that_were_written_are_refused(tmp_path, damage):
+    """torch.load gives other numbers for each of them, without a word."""
+    path = write(tmp_path, checkpoint())
+    assert load_ckpt_pt(rewritten(path, lambda name, data: data)).config.vocab_size == VOCAB
+    with pytest.raises(ValueError, match=DAMAGED[damage]):
+        load_ckpt_pt(damage(path))
+
+
+def test_a_file_without_checksums_loads(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = write(tmp_path, checkpoint())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_ckpt_pt(path).config.vocab_size == VOCAB
+
+
+def test_a_tensor_with_attributes_that_hide_its_methods_is_refused(tmp_path):
+    for name in ("dim", "numel", "to", "is_floating_point", "element_size", "data_ptr"):
+        content = checkpoint()
+        setattr(content["model"]["token_embeddings.weight"], name, 5)
+        with pytest.raises(ValueError, match=f"token_embeddings.weight carries attributes of its own .'{name}'"):
+            load_ckpt_pt(write(tmp_path, content))
+
+
+def test_float64_becomes_float32_and_float8_is_refused(tmp_path):
+    content = checkpoint()
+    expected = logits(load_ckpt_pt(write(tmp_path, content)))
+    content["model"] = {name: tensor.double() for name, tensor in content["model"].items()}
+    with pytest.warns(UserWarning, match="float64, and are rounded to float32"):
+        model = load_ckpt_pt(write(tmp_path, content), None)
+    assert model.dtype == torch.float32 and torch.equal(logits(model), expected)
+    content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"lm_head.weight is of type torch.float8_e4m3fn; expected floating-point numbers of float32, "):
+        load_ckpt_pt(write(tmp_path, content))
+
+
 @pytest.mark.parametrize("number", ["99999999", "2" * 5000, "3"])
 def test_layers_that_are_not_there_are_not_sought(tmp_path, number):
     content = checkpoint()

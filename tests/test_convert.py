@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from conftest import python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from posttrain.model.ckpt_pt import load_ckpt_pt, save_ckpt_pt
+from posttrain.model.convert import convert
 from posttrain.model.loading import load_model
+from posttrain.run.stored import read_facts, write_facts
 
 NUMBERS = ["--max_iters=2", "--global_batch_size=4", "--max_tokens_per_gpu=400", "--dtype=float32", "--eval_interval=2", "--warmup_iters=0"]
 
@@ -113,6 +116,35 @@ def test_what_cannot_be_converted_is_told(tiny, tmp_path):
         assert message in done.stdout, done.stdout
         assert "Traceback" not in done.stdout
     assert not (tmp_path / "x").exists()
+
+
+def test_folders_beside_the_new_one_are_left_alone(tmp_path):
+    """What is half-written has a name of its own, by which the next call knows what a killed one left."""
+    save_ckpt_pt(llama(64), tmp_path / "ckpt.pt")
+    for name in ("model.previous", "model.incomplete"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / f"model.{os.uname().nodename}.{gone.pid}.incomplete").mkdir()
+    convert(tmp_path / "ckpt.pt", tmp_path / "model", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "model", "model.previous", "model.incomplete"}
+    assert all((tmp_path / name / "precious.txt").is_file() for name in ("model.previous", "model.incomplete"))
+
+
+def test_a_run_names_no_file_outside_of_its_model(tmp_path):
+    """A stranger's run.json, checksum and all, names a file that would be written outside of the new folder."""
+    for name in ("k/../../../../payload.txt", "/etc/hostname", "..", ".", "a//b", "a\0b"):
+        with pytest.raises(ValueError, match=r"run\.json is damaged: model_files\..*expected the path of a file within the folder"):
+            read_facts(run_of(tmp_path / "run", name))
+    assert read_facts(run_of(tmp_path / "run", "deep/er/notes.txt"))["model_files"]
+
+
+def run_of(run: Path, name: str) -> Path:
+    """Write the run.json of a run whose model has a file of this name, and return the run."""
+    run.mkdir(exist_ok=True)
+    write_facts(run, {"model_files": {name: {}}})
+    return run
 
 
 def test_weights_that_carry_code_do_not_run_it(tmp_path):

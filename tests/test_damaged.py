@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,53 @@ def test_what_stands_in_a_logs_place_is_named_before_the_run_goes_on(run, how):
     damaged(run / "metrics.jsonl", how)
     for reader in (of_report, lambda run: stored.cut_log(run, "metrics.jsonl", 4)):
         assert f"{run}/metrics.jsonl is " in told(reader, run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl.damaged", ".lock", "logs/rank_0.log", "logs", "checkpoints", "model", ""])
+def test_what_a_run_cannot_write_to_is_named_before_anything_is_loaded(run, name):
+    path = run / name if name else run
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    for make, what in ((os.mkfifo, "a pipe|not a folder"), (lambda path: path.symlink_to("gone"), "leads nowhere|not a folder")):
+        if what.startswith("leads") and name not in ("", "logs", "checkpoints", "model"):
+            continue
+        make(path)
+        said = told(resolve, recipe_of(run), 1)
+        assert str(path) in said and re.search(what, said), said
+        path.unlink()
+    if name.endswith(".damaged"):
+        os.mkfifo(path)
+        (run / "metrics.jsonl").write_text("no line\n")
+        assert str(path) in told(stored.cut_log, run, "metrics.jsonl", 4)
+
+
+def sparse(path: Path, begin: bytes = b"") -> Path:
+    """Write a file that claims 60 GB, and has next to nothing on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(begin)
+        file.truncate(60 * 10**9)
+    return path
+
+
+def test_files_that_claim_any_size_are_refused_at_once(run, tmp_path):
+    data, prompts, step = tmp_path / "data", sparse(tmp_path / "prompts.txt"), run / "checkpoints" / "step_000002"
+    begun = time.monotonic()
+    for path, reader in (
+        (sparse(tmp_path / "ds.json"), lambda: read_ds_config(str(tmp_path / "ds.json"))),
+        (sparse(tmp_path / "recipe.yaml"), lambda: load_recipe_of("sft", [str(tmp_path / "recipe.yaml")])),
+        (prompts, lambda: files.read_prompts(prompts)),
+        (sparse(data / "manifest.json"), lambda: read_manifest(str(data), "MAKE")),
+        (sparse(run / "run.json"), lambda: stored.read_facts(run)),
+        (sparse(run / "samples.jsonl", (run / "samples.jsonl").read_bytes()), lambda: stored.read_log(run, "samples.jsonl")),
+        (sparse(run / "metrics.jsonl", (run / "metrics.jsonl").read_bytes()), lambda: stored.cut_log(run, "metrics.jsonl", 4)),
+    ):
+        assert path.name in told(reader)
+    sparse(step / "manifest.json")
+    assert "manifest.json is not readable" in told(checkpoint_folder.read_manifest, step)
+    (tmp_path / "recipe.yaml").write_bytes(b"\n" * 10**8)
+    assert "has 100,000,000 bytes, and should have at most" in told(load_recipe_of, "sft", [str(tmp_path / "recipe.yaml")])
+    assert time.monotonic() - begun < 20
 
 
 def test_a_byte_order_mark_is_no_damage(run):

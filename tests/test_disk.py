@@ -86,8 +86,13 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
             path.write_text("half")
         (tmp_path / "final.incomplete" / "deep").mkdir(parents=True)
         (tmp_path / "metrics.jsonl").write_text("whole")
+        theirs = ("mine.incomplete", "step_1.incomplete", "v2.7.incomplete")
+        for name in theirs:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "precious.txt").write_text("mine")
+        (tmp_path / "step_000007.incomplete").mkdir()
         files.sweep(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {going.name, "metrics.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == {going.name, "metrics.jsonl", *theirs}
     finally:
         mine.kill()
         mine.wait()

@@ -71,6 +71,24 @@ def cut(name: str):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:5000])
 
 
+def flipped(name: str):
+    """Return what changes a bit in the middle of a file."""
+
+    def change(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 64
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def endless_header(folder: Path) -> None:
+    """Make a sparse file of 21 GB whose first 8 bytes tell of a header of 20 GB."""
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write((20 * 2**30).to_bytes(8, "little"))
+        file.truncate(21 * 2**30)
+
+
 def both(*changes):
     return lambda folder: [change(folder) for change in changes]
 
@@ -165,6 +183,19 @@ REFUSED = {
     "pickle_cut": (
         both(lambda f: torch.save(state(f), f / "pytorch_model.bin"), without("model.safetensors"), cut("pytorch_model.bin")),
         "pytorch_model.bin is cut or damaged: copy it again",
+    ),
+    "pickle_flipped": (
+        both(lambda f: torch.save(state(f), f / "pytorch_model.bin"), without("model.safetensors"), flipped("pytorch_model.bin")),
+        r"pytorch_model.bin is damaged: pytorch_model/data/\d+ in it is not what was written .*copy it again",
+    ),
+    "pickle_with_a_number_for_a_name": (
+        both(lambda f: torch.save({**state(f), 5: ZERO}, f / "pytorch_model.bin"), without("model.safetensors")),
+        "pytorch_model.bin has 5 where a tensor's name should be",
+    ),
+    "header_of_20_gb": (endless_header, "model.safetensors is damaged, .* claims a header of 21,474,836,480 bytes; copy it again"),
+    "header_nested": (
+        lambda f: (f / "model.safetensors").write_bytes((20000).to_bytes(8, "little") + b"[" * 20000),
+        "model.safetensors .20,008 bytes. is cut or damaged",
     ),
     "pickle_a_page": (
         both(written("pytorch_model.bin", "<html>" * 99), without("model.safetensors")),

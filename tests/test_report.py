@@ -11,6 +11,8 @@ import yaml
 from conftest import python
 
 from posttrain.run import charts
+from posttrain.run.report import read_runs
+from posttrain.run.report import write as write_report
 
 STEPS = 60
 
@@ -122,6 +124,22 @@ def test_mistakes_get_one_message(page, tmp_path):
         assert done.returncode == 2
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_report_replaces_a_report_and_nothing_else(page, tmp_path):
+    run, report, other = page.parents[1] / "slow", tmp_path / "report", tmp_path / "other"
+    runs = read_runs([run])
+    other.mkdir()
+    (other / "report.html").write_text("<!doctype html>mine")
+    (tmp_path / "file").write_text("mine")
+    for output, said in ((other, "holds other things"), (run, "holds other things"), (tmp_path / "file", "is not a folder")):
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=f"{output} {said}.*give another --output"):
+            write_report(runs, {}, output)
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    report.mkdir()
+    for _ in range(2):
+        assert write_report(runs, {}, report).is_file()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

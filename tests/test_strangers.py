@@ -379,6 +379,17 @@ def test_what_a_terminal_would_obey_or_hide_is_seen(text, shown):
 
 
 @pytest.mark.slow
+def test_a_warning_that_quotes_a_file_shows_what_is_there(tmp_path):
+    """As of a ckpt.pt with a setting of that name: Python itself would print the characters, and the line of code below."""
+    (tmp_path / "script.py").write_text(
+        "import warnings\nfrom posttrain.parallel.script import run_script\n"
+        "run_script(lambda: warnings.warn('settings \\x1b]0;OWNED\\x07 \\n[2J', stacklevel=1))\n"
+    )
+    command, places = [sys.executable, tmp_path / "script.py"], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=places)
+    assert done.stderr == f"warning  settings \\x1b]0;OWNED\\x07 [2J (UserWarning at {tmp_path}/script.py:3)\n"
+
+
 def test_preparation_and_preview_show_what_is_there(tiny, tmp_path):
     """A role that is markup to the terminal's library ended preparation with a traceback, after the folder was there."""
     rows = [{"messages": [{"role": "user", "content": "ta\u202e ke\x9b31m"}, {"role": "assistant", "content": "mu\u200b"}]}] * 3

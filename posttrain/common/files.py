@@ -1,6 +1,7 @@
 """Reads and writes small files: JSON lines, prompts, checksums, atomic writes, and flushing to disk."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -20,29 +21,49 @@ from posttrain.common.errors import first_line, shown, shown_name
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 INCOMPLETE = ".incomplete"  # ends the name of what is not whole yet
 LONGEST_NUMBER = 10_000  # bits of a whole number in YAML; Python prints 4,300 digits, which have 14,000
+LARGEST = 64 * 2**20  # bytes of a file that is read whole, and of a line of a log
+LARGEST_YAML = 2**20  # bytes of a recipe; PyYAML reads about as many a second
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def read_whole(path: Path) -> str:
-    """Reads a text file. Raises FileNotFoundError if there is none; ValueError, naming it, if it is no regular file or not UTF-8."""
-    return "".join(read_lines(path))
+def read_whole(path: Path, most: int = LARGEST) -> str:
+    """Reads a text file. Raises FileNotFoundError if there is none; ValueError, naming it, if it is no regular file or not UTF-8.
+
+    Also for one of over `most` bytes: what is read whole is small, and a sparse file may claim any size.
+    """
+    return "".join(read_lines(path, most))
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, most: int = LARGEST) -> list[str]:
     """Reads a text file's lines, with their line ends. str.splitlines would also split at U+2028 and the like, unescaped in JSON texts.
 
-    A byte order mark at the beginning, which some editors write, is left out. Raises FileNotFoundError if there is no such file;
-    ValueError, naming it, if it is no regular file or not UTF-8.
+    A byte order mark at the beginning, which some editors write, is left out. Raises as `read_whole` does.
     """
     require_file(path)
-    lines: list[str] = []
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                lines.append(line.decode("utf-8" if lines else "utf-8-sig").replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{len(lines) + 1} is not UTF-8 text, at byte {error.start} of the line") from error
-    return lines
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes, and should have at most {most:,}: it is damaged, or another file than is expected")
+    return list(_texts(path))
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yields a file's lines, with their line ends. Raises as `read_whole` does, for a line of over LARGEST bytes instead of a file."""
+    require_file(path)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LARGEST + 1):
+            number += 1
+            if len(line) > LARGEST:
+                raise ValueError(f"{path}:{number} is longer than {LARGEST:,} bytes, which no command writes: restore the file from a copy")
+            yield line
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yields the texts of `lines_of`. Raises ValueError if one is not UTF-8."""
+    for number, line in enumerate(lines_of(path), 1):
+        try:
+            yield line.decode("utf-8" if number > 1 else "utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number} is not UTF-8 text, at byte {error.start} of the line") from error
 
 
 def require_file(path: Path) -> None:
@@ -55,9 +76,9 @@ def require_file(path: Path) -> None:
         raise ValueError(f"{path} is not a file that can be read: it is a folder, a pipe or a device")
 
 
-def read_object(path: Path) -> dict:
+def read_object(path: Path, most: int = LARGEST) -> dict:
     """Reads a JSON object, or of a file named *.yaml a YAML mapping. Raises as `read_whole` does, and ValueError if it is damaged."""
-    text = read_whole(path)
+    text = read_whole(path, LARGEST_YAML if path.suffix == ".yaml" else most)
     try:
         return _object(yaml.load(text, UniqueKeys) if path.suffix == ".yaml" else json.loads(text, object_pairs_hook=unique_keys))
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
@@ -73,7 +94,7 @@ def read_json_lines(path: Path, check: Callable[[dict], None] | None = None) -> 
     if not path.exists() and not path.is_symlink():
         return []
     records = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(_texts(path), 1):  # a log may be of any size
         if line.endswith("\n"):
             try:
                 records.append(parse_line(line, check))
@@ -190,7 +211,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file to write in a `with` block, at the end of which it appears at `path`; after an error nothing is left of it."""
-    staging = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{INCOMPLETE}")
+    staging = staging_name(path)
     with naming(path):
         try:
             with staging.open("wb") as file:
@@ -214,14 +235,24 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a process that was killed left half-written in `folder`, unless a process of this host is writing it just now."""
-    here = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+){re.escape(INCOMPLETE)}$")
-    for path in folder.glob(f"*{INCOMPLETE}"):
-        writer = here.search(path.name)
-        if writer and int(writer[1]) != os.getpid() and os.path.exists(f"/proc/{writer[1]}"):
+def staging_name(path: Path) -> Path:
+    """Return where this process writes what is to appear at `path`: a name that nobody gives to something of their own."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{INCOMPLETE}")
+
+
+def sweep(folder: Path, of: str = "") -> None:
+    """Remove what a process that was killed left half-written in `folder`, unless a process of this host is writing it just now.
+
+    Only names of `staging_name`'s form (`of`: for that file or folder), of checkpoints, and of a final/ of versions before 0.2 are taken.
+    """
+    form = rf"{re.escape(of) or '.+'}\.[\w.-]+\.(?P<writer>\d+)" + ("" if of else r"|step_\d{6,}|final")
+    for path in folder.glob(f"{glob.escape(of)}*{INCOMPLETE}"):
+        if not (found := re.fullmatch(f"({form}){re.escape(INCOMPLETE)}", path.name)):
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        is_of_here = path.name.endswith(f".{socket.gethostname()}.{found['writer']}{INCOMPLETE}")
+        if is_of_here and int(found["writer"]) != os.getpid() and os.path.exists(f"/proc/{found['writer']}"):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def refuse_existing(folder: Path, name: str) -> None:

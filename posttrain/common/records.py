@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from posttrain.common.errors import shown_name
+
 
 class Record(BaseModel):
     """The types of known keys, where they are there; others may be there, too."""
@@ -17,4 +19,4 @@ def check_record(record: Mapping, form: type[Record]) -> None:
         form.model_validate(record)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(f"{shown_name('.'.join(map(str, first['loc'])))}: {first['msg']}") from None

@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -23,6 +24,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
+from posttrain.common.errors import first_line
 from posttrain.common.files import checksum, sweep, sync_folder, write_whole
 from posttrain.common.links import open_own
 from posttrain.engine import shards
@@ -194,8 +196,7 @@ class Checkpoints:
         def set_aside():
             if not self.folder.is_dir():
                 return
-            for path in self.folder.glob("step_*.incomplete"):
-                shutil.rmtree(path)
+            sweep(self.folder)
             for path in saved_checkpoints(self.folder):
                 if step_of(path) > step:
                     aside = path.with_name(f"{path.name}.damaged")
@@ -316,11 +317,16 @@ def _random_states() -> dict:
 
 
 def _restore_random_states(path: Path) -> None:
-    """Set this rank's random states from a file of `_random_states`; the device's only if it is of the same kind."""
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if states["kind"] == get_accelerator().device_name():
-        get_accelerator().set_rng_state(states["device"])
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
+    """Set this rank's random states from a file of `_random_states`; the device's only if it is of the same kind. Raises ValueError."""
+    try:
+        states = torch.load(path, weights_only=True)
+        torch.set_rng_state(states["torch"])
+        if states["kind"] == get_accelerator().device_name():
+            get_accelerator().set_rng_state(states["device"])
+        random.setstate(states["python"])
+        kind, keys, *rest = states["numpy"]
+        np.random.set_state((kind, keys.numpy(), *rest))
+    except (pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} holds no random states ({first_line(error)}): move {path.parent} away, and the run goes on from the checkpoint before"
+        ) from error

@@ -5,6 +5,8 @@ holds, float32 weights and both moments, from wherever they were saved. All chec
 included. (DeepSpeed's universal checkpoints do not cross between ZeRO 1 to 2 and 3 on 0.19.8.)
 """
 
+import itertools
+import math
 import pickle
 from collections.abc import Iterator
 from functools import cache
@@ -18,11 +20,12 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
+from posttrain.common.errors import first_line, shown_name
 from posttrain.engine.adam import CLOCK, MOMENTS
+from posttrain.engine.checkpoint_folder import BUFFERS
 from posttrain.operators.saved_form import persistent_buffers
 
 KINDS = ("weights", *MOMENTS)  # all in float32
-BUFFERS = "buffers.pt"  # a checkpoint's file with the model's persistent buffers, where it has any
 # Classes in DeepSpeed's files besides tensors and plain values. Nothing else is unpickled, so a file cannot run code.
 ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -160,63 +163,90 @@ class Saved:
     """The training state in a checkpoint's files; reads any range of elements from memory-mapped files."""
 
     def __init__(self, folder: Path, facts: dict):
-        """`facts`: "state" of the checkpoint's manifest."""
+        """`facts`: "state" of the checkpoint's manifest. Raises ValueError for parts that lie outside of their parameter, or overlap."""
         self.folder, self.stage, self.optimizer_step, self.shapes = folder, facts["zero_stage"], facts["optimizer_step"], facts["shapes"]
         self.files: list[str] = facts["files"]
         self.has_buffers = facts.get("has_buffers", False)
         self.parts: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.shapes}
         for rank, parts in enumerate(facts["fragments"][: len(self.files)]):
-            for part in parts:
-                self.parts[part[0]].append((rank, Fragment(*part)))
+            for part in (Fragment(*values) for values in parts):
+                if part.name not in self.parts or part.start + part.length > math.prod(self.shapes[part.name]):
+                    raise ValueError(f"{folder} is damaged: its manifest.json has {tuple(part)}, which is no part of a parameter there")
+                self.parts[part.name].append((rank, part))
+        for name, parts in self.parts.items():
+            there = sorted((part.start, part.start + part.length) for _, part in parts)
+            if any(before[1] > after[0] for before, after in itertools.pairwise(there)):
+                raise ValueError(f"{folder} is damaged: its manifest.json has elements of {shown_name(name)} twice")
         self._tensors = cache(self._open)
 
     def read(self, name: str, kind: str, start: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields elements [start, start + length) of a parameter (`kind` "weights") or a moment of it, as pairs (first element, values).
 
-        Raises ValueError if some of them are in no file.
+        Raises ValueError before the first if some of them are in no file.
         """
-        found, end = 0, start + length
-        for rank, part in self.parts[name]:
-            first, last = max(start, part.start), min(end, part.start + part.length)
-            if first < last:
-                flat = self._tensors(rank)[kind][part.group]
-                yield first, flat[part.offset + first - part.start : part.offset + last - part.start]
-                found += last - first
-        if found != length:
-            raise ValueError(f"{self.folder} holds {found} of {length} elements of {name}: it is incomplete")
+        end = start + length
+        asked = [(rank, part, max(start, part.start), min(end, part.start + part.length)) for rank, part in self.parts[name]]
+        asked = [one for one in asked if one[2] < one[3]]
+        if (found := sum(last - first for *_, first, last in asked)) != length:
+            raise ValueError(f"{self.folder} holds {found} of {length} elements of {shown_name(name)}: it is incomplete")
+        for rank, part, first, last in asked:
+            groups = self._tensors(rank)[kind]
+            flat = groups[part.group] if part.group < len(groups) else torch.empty(0)
+            values = flat[part.offset + first - part.start : part.offset + last - part.start]
+            if len(values) != last - first:
+                path = self.folder / self.files[rank]
+                raise ValueError(f"{path} lacks elements of {shown_name(name)} that its manifest.json claims ({kind}): it is damaged")
+            yield first, values
 
     def parameter(self, name: str) -> torch.Tensor:
-        """Returns a whole parameter in float32."""
+        """Returns a whole parameter in float32. Raises ValueError if some of its elements are in no file."""
+        read = list(self.read(name, "weights", 0, math.prod(self.shapes[name])))  # before memory is taken for what a manifest claims
         whole = torch.empty(self.shapes[name])
-        for start, values in self.read(name, "weights", 0, whole.numel()):
+        for start, values in read:
             whole.view(-1)[start : start + len(values)] = values
         return whole
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Returns the model's persistent buffers by name, each in its own dtype."""
-        return torch.load(self.folder / BUFFERS, map_location="cpu", weights_only=True) if self.has_buffers else {}
+        found = _load(self.folder / BUFFERS, mmap=False) if self.has_buffers else {}
+        if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
+            raise ValueError(f"{self.folder / BUFFERS} holds something else than tensors by name: it is damaged")
+        return found
 
     def _open(self, rank: int) -> dict[str, list[torch.Tensor]]:
         """Maps a rank's file into memory; returns its flat tensors: kind -> one for each group. Raises ValueError if it could run code."""
         path = self.folder / self.files[rank]
+        content = _load(path, mmap=True)
         try:
-            with torch.serialization.safe_globals(ALLOWED):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than tensors and plain values, which would run as code: {str(error).splitlines()[0]}"
-            ) from None
+            weights, state = self._states_in(content)
+            flat = {"weights": [tensor.detach().view(-1) for tensor in weights]}
+            return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in MOMENTS}
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no training state of ZeRO-{self.stage} ({first_line(error)}): it is damaged") from error
+
+    def _states_in(self, content: dict) -> tuple[list[torch.Tensor], dict]:
+        """Returns the tensors of weights in a file, and the state that the optimizer keeps for each."""
         if self.stage == 3:
             optimizer = content["optimizer_state_dict"]
-            weights, state = optimizer["fp32_flat_groups"], optimizer["optimizer_state_dict"]["state"]
-        elif self.stage > 0:
+            return optimizer["fp32_flat_groups"], optimizer["optimizer_state_dict"]["state"]
+        if self.stage > 0:
             optimizer = content["optimizer_state_dict"]
-            weights, state = optimizer["single_partition_of_fp32_groups"], optimizer["base_optimizer_state"]["state"]
-        elif "fp32_groups" in content["optimizer"]:
+            return optimizer["single_partition_of_fp32_groups"], optimizer["base_optimizer_state"]["state"]
+        if "fp32_groups" in content["optimizer"]:
             optimizer = content["optimizer"]
-            weights, state = [t for group in optimizer["fp32_groups"] for t in group], optimizer["optimizer_state_dict"]["state"]
-        else:
-            names = {parts[0][1].group: name for name, parts in self.parts.items()}
-            weights, state = [content["module"][names[group]] for group in sorted(names)], content["optimizer"]["state"]
-        flat = {"weights": [tensor.detach().view(-1) for tensor in weights]}
-        return flat | {kind: [state[i][kind].view(-1) for i in range(len(weights)) if i in state] for kind in MOMENTS}
+            return [t for group in optimizer["fp32_groups"] for t in group], optimizer["optimizer_state_dict"]["state"]
+        names = {parts[0][1].group: name for name, parts in self.parts.items()}
+        return [content["module"][names[group]] for group in sorted(names)], content["optimizer"]["state"]
+
+
+def _load(path: Path, mmap: bool) -> dict:
+    """Returns what a checkpoint's file holds. Raises ValueError if it could run code, or is no file of torch.save."""
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, which would run as code: {str(error).splitlines()[0]}"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: it is no file of torch.save ({first_line(error)})") from error

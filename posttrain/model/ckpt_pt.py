@@ -7,7 +7,9 @@ tensors and plain values, never as code.
 import os
 import pickle
 import re
+import warnings
 import zipfile
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from posttrain.common import files
+from posttrain.common.errors import shown, shown_name
 from posttrain.model.ckpt_pt_settings import check_tensors, needed_number, refuse_inexpressible, sizes_of, tie_head, warn_of_differences
 from posttrain.model.ckpt_pt_tensors import Sizes, from_llama, rope_buffers, to_llama
+from posttrain.model.torch_file import refuse_damaged, why_not_plain
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of weights that are taken
 
 BUFFER = re.compile(r"blocks\.\d+\.attn\.(rope\.(cos_cached|sin_cached|inv_freq)|bias)")
 # best_val_loss is often a NumPy scalar; its pickle names NumPy's scalar function by the path of the NumPy that wrote it.
@@ -32,21 +38,28 @@ NUMPY_SCALARS = [
 def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCausalLM:
     """Return the model in a ckpt.pt, on the CPU, in `dtype` (None: as stored) and in eval mode (as from_pretrained gives it).
 
-    Warns where model_args differs from the tensors. Raises FileNotFoundError, or ValueError for a file that is broken, holds
-    code, lacks a needed setting or tensor, has tensors of unexpected names or shapes, or is of a kind that Llama cannot express.
+    Float64 becomes float32. Warns of that, and where model_args differs from the tensors. Raises FileNotFoundError, or ValueError for a
+    file that is broken, holds code, lacks a needed setting or tensor, has tensors of unexpected names or shapes, or is of a kind that Llama
+    cannot express.
     """
     checkpoint = read(path)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in checkpoint["model"].items()}
     state = {key: tensor for key, tensor in state.items() if not BUFFER.fullmatch(key)}
     args = checkpoint["model_args"]
     refuse_inexpressible(path, args)
+    if wrong := [key for key, tensor in state.items() if tensor.dtype not in FLOATS]:
+        raise ValueError(
+            f"{path}: the tensor {wrong[0]} is of type {state[wrong[0]].dtype}; expected floating-point numbers of "
+            f"{', '.join(str(one).removeprefix('torch.') for one in FLOATS)}: convert the model to one of them where it was made"
+        )
     sizes = sizes_of(path, state, args)
     dtype = dtype or state["token_embeddings.weight"].dtype
+    if dtype == torch.float64:  # in which nothing here computes
+        warnings.warn(f"{path}: its tensors are of type float64, and are rounded to float32", stacklevel=2)
+        dtype = torch.float32
     tied = tie_head(path, state, args)
     check_tensors(path, state, sizes)
     warn_of_differences(path, args, sizes)
-    if wrong := [key for key, tensor in state.items() if not tensor.is_floating_point()]:
-        raise ValueError(f"{path}: the tensor {wrong[0]} is of type {state[wrong[0]].dtype}; expected floating-point numbers")
     config = LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.n_embd,
@@ -135,20 +148,25 @@ def read(path) -> dict:
         raise ValueError(f"{path} is not a ckpt.pt: expected a dict whose keys model and model_args are dicts, found {seen}")
     if wrong := [key for key, value in checkpoint["model"].items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]:
         raise ValueError(f"{path}: expected only tensors in its state dict, found other values at {', '.join(map(str, wrong[:8]))}")
-    if not all(isinstance(key, str) for key in checkpoint["model_args"]):
-        raise ValueError(f"{path}: model_args has keys that are no texts: {', '.join(map(repr, list(checkpoint['model_args'])[:8]))}")
-    if wrong := [key for key, value in checkpoint["model_args"].items() if isinstance(value, torch.Tensor) and value.numel() != 1]:
-        raise ValueError(f"{path}: model_args has {wrong[0]}=tensor of {checkpoint['model_args'][wrong[0]].numel()} numbers; expected one")
+    args = checkpoint["model_args"]
+    if not all(isinstance(key, str) for key in args):
+        raise ValueError(f"{path}: model_args has keys that are no texts: {', '.join(map(shown, list(args)[:8]))}")
+    if wrong := [key for key, value in args.items() if not (value is None or isinstance(value, str | Number | np.bool_ | torch.Tensor))]:
+        raise ValueError(f"{path}: model_args has {shown_name(wrong[0])}={shown(args[wrong[0]])}; expected one text or number, or None")
+    if wrong := [key for key, value in args.items() if isinstance(value, torch.Tensor) and (_without_values(value) or value.numel() != 1)]:
+        raise ValueError(f"{path}: model_args has {shown_name(wrong[0])}=a tensor of {args[wrong[0]].numel()} numbers; expected one")
     for key, tensor in checkpoint["model"].items():
         if why_not := _without_values(tensor):
-            raise ValueError(f"{path}: the tensor {key} {why_not}; save the model again, whole and on the CPU")
+            raise ValueError(f"{path}: the tensor {shown_name(key)} {why_not}; save the model again, whole and on the CPU")
+    with torch.serialization.safe_globals(NUMPY_SCALARS):
+        refuse_damaged(Path(path), required)
     return checkpoint
 
 
 def _without_values(tensor: torch.Tensor) -> str | None:
     """Return why a file's tensor has not a value for each of its elements there; None for a plain one."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "is sparse, quantized or nested, not plain"
+    if why_not := why_not_plain(tensor):
+        return why_not
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device}, so the file may hold no values of it"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

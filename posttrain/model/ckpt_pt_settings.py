@@ -4,12 +4,12 @@ Where they disagree the tensors are right, and a warning says so. Warnings point
 """
 
 import re
-import reprlib
 import warnings
 from numbers import Real
 
 import torch
 
+from posttrain.common.errors import shown, shown_name
 from posttrain.model.ckpt_pt_tensors import Sizes, expected_shapes
 
 # What Llama can express, by the spellings met for it. A key that is absent or None says nothing, and the tensor names decide.
@@ -30,20 +30,20 @@ OTHER_ARGS = {
 
 def refuse_inexpressible(path, args: dict) -> None:
     """Raise ValueError for model_args that Llama cannot express; warn of settings that are unknown here."""
-    said = {key: str(args[key]).lower().replace("-", "_") for key in EXPRESSIBLE if args.get(key) is not None}
-    if wrong := [f"{key}={args[key]!r}" for key, value in said.items() if value not in EXPRESSIBLE[key]]:
+    said = {key: shown_name(args[key]).lower().replace("-", "_") for key in EXPRESSIBLE if args.get(key) is not None}
+    if wrong := [f"{key}={shown(args[key])}" for key, value in said.items() if value not in EXPRESSIBLE[key]]:
         raise ValueError(
             f"{path} has {', '.join(wrong)}, which a Llama model cannot express; expected normalization=rmsnorm, activation=silu, "
             "ffn_type=swiglu, position_encoding=rope, norm_position=pre, bias=False"
         )
-    if unknown := [f"{key}={value!r}" for key, value in args.items() if value and key not in {*EXPRESSIBLE, *OTHER_ARGS}]:
+    if unknown := [f"{shown_name(key)}={shown(value)}" for key, value in args.items() if value and key not in {*EXPRESSIBLE, *OTHER_ARGS}]:
         warnings.warn(f"{path}: model_args has settings that are unknown here and have no effect: {_first(unknown)}", stacklevel=3)
 
 
 def needed(path, args: dict, key: str):
     """Return a setting that only model_args can tell. Raises ValueError where it does not."""
     if args.get(key) is None:
-        raise ValueError(f"{path}: model_args lacks {key}, which the tensors cannot tell; it has {', '.join(map(str, args))}")
+        raise ValueError(f"{path}: model_args lacks {key}, which the tensors cannot tell; it has {', '.join(map(shown_name, args))}")
     return args[key]
 
 
@@ -51,7 +51,7 @@ def needed_number(path, args: dict, key: str, most: float) -> float:
     """Return a number that only model_args can tell. Raises ValueError unless it is there, above 0 and at most `most`."""
     value = needed(path, args, key)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
-        raise ValueError(f"{path}: model_args has {key}={reprlib.repr(value)}; expected a number above 0, at most {most:g}")
+        raise ValueError(f"{path}: model_args has {key}={shown(value)}; expected a number above 0, at most {most:g}")
     return float(value)
 
 
@@ -95,12 +95,12 @@ def tie_head(path, state: dict[str, torch.Tensor], args: dict) -> bool:
     claimed, embedding = args.get("weight_tying"), state["token_embeddings.weight"]
     head = state.setdefault("lm_head.weight", embedding) if claimed else state.get("lm_head.weight")
     if head is None:
-        raise ValueError(f"{path}: lm_head.weight is missing, and model_args has weight_tying={claimed!r}")
+        raise ValueError(f"{path}: lm_head.weight is missing, and model_args has weight_tying={shown(claimed)}")
     equal = head.shape == embedding.shape and torch.equal(head, embedding)
     tied = equal and (claimed is not False or head.data_ptr() == embedding.data_ptr())
     if claimed is not None and tied != bool(claimed):
         found = "one tensor" if tied else "two different tensors"
-        warnings.warn(f"{path}: model_args has weight_tying={claimed}, but head and embedding are {found}", stacklevel=3)
+        warnings.warn(f"{path}: model_args has weight_tying={shown(claimed)}, but head and embedding are {found}", stacklevel=3)
     return tied
 
 
@@ -120,7 +120,7 @@ def check_tensors(path, state: dict[str, torch.Tensor], sizes: Sizes) -> None:
 def warn_of_differences(path, args: dict, sizes: Sizes) -> None:
     """Warn of every size that model_args claims otherwise than the tensors show."""
     lies = [
-        f"{key}={args[key]} but the tensors have {size}"
+        f"{key}={shown(args[key])} but the tensors have {size}"
         for key, size in sizes._asdict().items()
         if args.get(key) is not None and args[key] != size
     ]

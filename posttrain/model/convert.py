@@ -99,7 +99,8 @@ def _describe(src: Path, model: PreTrainedModel, tokenizer: str | None, folder: 
     """Write what belongs into the new folder besides weights."""
     if is_checkpoint(src) and not tokenizer:
         description = model_description(src)
-        for name in read_facts(description.parent).get("model_files") or files_in(description):
+        there, written = files_in(description), read_facts(description.parent).get("model_files")
+        for name in there if written is None else there.keys() & written.keys():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(description / name, folder / name)
         return

@@ -51,8 +51,10 @@ def write_model(
     plain transformers opens it, must give the same. Returns why that was not looked at, None if it was. Raises OSError where the folder
     cannot be written or reads back otherwise than it was written, and AnotherModel where it opens as another model.
     """
-    staging, previous = (folder.with_name(folder.name + suffix) for suffix in (".incomplete", ".previous"))
-    shutil.rmtree(staging, ignore_errors=True)
+    if folder.parent.is_dir():
+        files.sweep(folder.parent, folder.name)
+    staging = files.staging_name(folder)
+    previous = files.staging_name(folder.with_name(f"{folder.name}.previous"))
     try:
         staging.mkdir(parents=True)
         describe(staging)
@@ -63,7 +65,7 @@ def write_model(
         _compare(staging, state)
         state.clear()  # opening the folder takes as much memory
         with plain_rotary():
-            unseen = _open_again(staging, model.dtype, expected)
+            unseen = _open_again(staging, folder.name, model.dtype, expected)
         _allow_reading(staging)
         files.sync_files(staging)
     except AnotherModel:
@@ -74,7 +76,6 @@ def write_model(
         raise OSError(
             f"{folder} could not be written: {error}. The run's checkpoints are whole: make room, and the same command writes it"
         ) from error
-    shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
         folder.rename(previous)
     staging.rename(folder)
@@ -133,32 +134,28 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _open_again(folder: Path, dtype: torch.dtype, expected: torch.Tensor | None) -> str | None:
+def _open_again(folder: Path, name: str, dtype: torch.dtype, expected: torch.Tensor | None) -> str | None:
     """Open the folder by plain transformers, on the CPU; returns why not where this machine has too little memory for that.
 
-    Raises AnotherModel for tensors that lack or are too many, and for other log-probs.
+    `name` is the one that the folder will have. Raises AnotherModel for tensors that lack or are too many, and for other log-probs.
     """
     size, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory().available
     if MEMORY * size > free:
-        return (
-            f"{folder.stem} was not opened to compare it: that takes {MEMORY * size / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free"
-        )
+        return f"{name} was not opened to compare it: that takes {MEMORY * size / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free"
     is_slow = multiplies_in_float32(torch.device("cpu"), dtype)  # then in float32, if that fits
     computed_in = torch.float32 if is_slow and MEMORY * size * torch.float32.itemsize / dtype.itemsize < free else dtype
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
         seen = torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) if expected is not None else None
     except Exception as error:  # of any kind: an architecture's code may fail anywhere
-        raise AnotherModel(f"{folder.stem} was not written: transformers cannot open it ({reason(error)}); {ADVICE}") from error
+        raise AnotherModel(f"{name} was not written: transformers cannot open it ({reason(error)}); {ADVICE}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
-            raise AnotherModel(
-                f"{folder.stem} was not written: opened by transformers it has {len(names)} {what}, first {names[0]}; {ADVICE}"
-            )
+            raise AnotherModel(f"{name} was not written: opened by transformers it has {len(names)} {what}, first {names[0]}; {ADVICE}")
     difference = (seen - expected).abs().mean().item() if seen is not None else 0.0
     if not difference <= FARTHEST[dtype]:
         raise AnotherModel(
-            f"{folder.stem} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those "
+            f"{name} was not written: opened by transformers it gives log-probs that are {difference:.3g} nats a token from those "
             f"of the trained model (limit {FARTHEST[dtype]}); {ADVICE}"
         )
     return None

@@ -26,6 +26,7 @@ QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|(gate_up|down)_proj_(blocks|scales))$"
 )
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # safetensors' names and torch's
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors bounds them
 OTHER_TASKS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)|RewardModel|ForReward")
 
 
@@ -189,12 +190,14 @@ def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
     hub.refuse_pointers(file.parent, [file.name])
     with file.open("rb") as opened:
         begin = 8 + int.from_bytes(opened.read(8), "little")
+        if begin > LONGEST_HEADER and begin <= size:
+            raise ValueError(f"{file} is damaged, or no safetensors file: it claims a header of {begin - 8:,} bytes; copy it again")
         header = opened.read(begin - 8) if begin <= size else b""
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         tensors = {name: Tensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} ({size:,} bytes) is cut or damaged, or no safetensors file: copy it again") from error
     if end != size:
         raise ValueError(f"{file} is cut or damaged: its header tells of {end:,} bytes, the file has {size:,}; copy it again")

@@ -27,12 +27,13 @@ from transformers import (
 from transformers.utils import logging
 
 from posttrain.common import hub
-from posttrain.common.errors import reason
+from posttrain.common.errors import reason, shown, shown_name
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt, folder
 from posttrain.model.forms import find_model, is_ckpt_pt
 from posttrain.model.left_out import WRAPPERS, sort_out, unwrapped
+from posttrain.model.torch_file import refuse_damaged, why_not_plain
 from posttrain.operators import positions
 from posttrain.operators.saved_form import as_saved
 from posttrain.run.stored import final_problem, is_run, model_problem
@@ -240,6 +241,12 @@ def _tensors_of(file: Path) -> dict[str, folder.Tensor]:
             f"{file} holds something else than a model's tensors by name (its keys: {seen}), such as a training's whole state: save "
             "model.state_dict() alone, or use save_pretrained()"
         )
+    if wrong := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"{file} has {shown(wrong[0])} where a tensor's name should be: save the model again with save_pretrained()")
+    for name, value in state.items():
+        if why_not := why_not_plain(value):
+            raise ValueError(f"{file}: the tensor {shown_name(name)} {why_not}; save the model again with save_pretrained()")
+    refuse_damaged(file)
     return {name: folder.Tensor(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in state.items()}
 
 
@@ -294,7 +301,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise ValueError(f"{path} is damaged: {problem}")
     facts = checkpoint_folder.read_manifest(path)
     saved = shards.Saved(path, facts["state"])
-    dtype = dtype or getattr(torch, facts["recipe"]["dtype"])
+    dtype = dtype or getattr(torch, facts.get("recipe", {"dtype": "float32"})["dtype"])
     description = checkpoint_folder.model_description(path)
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(description, trust_remote_code=False)

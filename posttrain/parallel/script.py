@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from posttrain.common import places
 from posttrain.common.visible import visible
@@ -36,6 +37,7 @@ def run_script(script: Callable[[], None]) -> None:
         sys.exit(_too_old())
     _open_closed_streams()
     _use_utf8()
+    warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
     _read_secrets()
     if os.getpid() == 1:  # of a container: without a handler of its own such a process gets no signal
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -115,6 +117,14 @@ def _use_utf8() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):  # of a stream under which the file was exchanged for one that cannot seek
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8  # ty: ignore[missing-attribute]
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """Print a warning in one line, as `warnings.showwarning`; it may quote a file of somebody else's."""
+    with contextlib.suppress(OSError, ValueError):
+        print(visible(f"warning  {' '.join(str(message).split())} ({category.__name__} at {filename}:{lineno})"), file=file or sys.stderr)
 
 
 def _part() -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from posttrain.common.errors import nearest, shown
-from posttrain.common.files import UniqueKeys, read_whole
+from posttrain.common.files import LARGEST_YAML, UniqueKeys, read_whole
 from posttrain.common.hub import is_hub_name
 from posttrain.common.places import command, expanded, in_this_form
 from posttrain.objectives.losses import LOSSES
@@ -239,7 +239,7 @@ def _read_yaml(path: Path) -> dict:
         raise FileNotFoundError(f"no recipe at {path}. Shipped in {RECIPES}: {names}")
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
         raise ValueError(f"{path} holds rows, and no recipe: prepare them, and name the folder as --sft_data_dir (DPO: --dpo_data_dir)")
-    text = read_whole(path)
+    text = read_whole(path, LARGEST_YAML)
     try:
         values = yaml.load(text, Loader=UniqueKeys)
     except (yaml.YAMLError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """Writes one page about runs, from their files alone; posttrain/report.py is the command."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from posttrain.common.files import read_object
+from posttrain.common.files import read_object, write_whole
 from posttrain.common.links import refuse_links
 from posttrain.common.terminal import duration
 from posttrain.run import charts, stored
 
-TEMPLATE = Path(__file__).with_name("report.html")
+PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name(PAGE)
 # of each chart: title, metrics of training steps, metrics of validations, whether on a logarithmic scale
 CHARTS = (
     ("Loss", ["loss"], ["loss"], False),
@@ -226,7 +228,11 @@ def read_results(path: Path | None) -> dict[str, dict[str, dict]]:
 
 
 def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
-    """Write the page and its pictures into the folder `output`; return the page's path."""
+    """Write the page and its pictures into the folder `output`; return the page's path.
+
+    Raises ValueError for a folder that holds something else than a report, which a later one replaces.
+    """
+    _refuse_other_things(output)
     output.mkdir(parents=True, exist_ok=True)
     drawn = {}
     every = list(figures(runs))
@@ -251,5 +257,19 @@ def write(runs: list[RunFiles], results: dict, output: Path) -> Path:
         differences=differences(runs),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
-    (output / "report.html").write_text(page, encoding="utf-8")
-    return output / "report.html"
+    write_whole(output / PAGE, page)
+    return output / PAGE
+
+
+def _refuse_other_things(output: Path) -> None:
+    """Raise ValueError unless `output` is no path yet, or the folder of a report, which may be one that was killed among its pictures."""
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"{output} is not a folder, and a report is written into one: give another --output")
+    if not output.is_dir() or all(path.suffix == ".png" for path in output.iterdir()):
+        return
+    begin = TEMPLATE.read_bytes().partition(b"{{")[0]
+    if (output / PAGE).is_file():
+        with (output / PAGE).open("rb") as file:
+            if file.read(len(begin)) == begin:
+                return
+    raise ValueError(f"{output} holds other things than a report, which would be mixed with one or overwritten: give another --output")

@@ -1,14 +1,18 @@
 """Decides whether a run that is already there may continue with a recipe, and whether it is finished."""
 
+import os
 from pathlib import Path
 
 from posttrain.common import terminal
 from posttrain.common.links import refuse_links
 from posttrain.data.batches import PLAN_VERSION
 from posttrain.recipes.keys import ANY_TIME, BY_EXTEND, SAME_CONTENT, Recipe
+from posttrain.run.stored import LOGS as RECORDS
 from posttrain.run.stored import is_run, read_facts, read_recipe
 
 LOGS = "logs"
+FOLDERS = (LOGS, "checkpoints", "model", "final", "benchmarks")  # that a run makes in its directory
+FILES = (".lock", *RECORDS)  # that it appends to
 CREATING = ".creating"  # this file exists while a run is created: after a crash there is no run yet, and the same command starts it again
 LENGTH_KEYS = Recipe.keys_that_change(BY_EXTEND)
 
@@ -21,8 +25,7 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     form = {"batch_size": recipe.batch_size, "gradient_accumulation_steps": recipe.gradient_accumulation_steps}
     batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * world_size
     out_dir = Path(recipe.out_dir)
-    if out_dir.is_dir():
-        refuse_links(out_dir)
+    _refuse_other_things(out_dir)
     if is_run(out_dir):
         stored = read_facts(out_dir, "kind", "plan_version", "batch_form", "total_steps")
         if stored["kind"] != recipe.kind:
@@ -53,6 +56,24 @@ def resolve(recipe: Recipe, world_size: int) -> Recipe:
     elif out_dir.exists() and not (out_dir / CREATING).exists() and not all(map(_is_ignorable, out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists, is not empty and is not a run; give another --out_dir")
     return recipe.model_copy(update={"global_batch_size": batch})
+
+
+def _refuse_other_things(out_dir: Path) -> None:
+    """Raise ValueError where out_dir, or what lies in it, is of a kind that a run cannot write to, before anything is loaded."""
+    if os.path.lexists(out_dir) and not out_dir.is_dir():
+        what = "a link that leads nowhere" if not out_dir.exists() else "not a folder"
+        raise ValueError(f"out_dir {out_dir} is {what}: give another --out_dir, or remove it")
+    if not out_dir.is_dir():
+        return
+    refuse_links(out_dir)
+    for name in FOLDERS:
+        if os.path.lexists(out_dir / name) and not (out_dir / name).is_dir():
+            raise ValueError(f"{out_dir / name} is not a folder, which a run keeps there: move it away, or give another --out_dir")
+    logs = out_dir / LOGS
+    files = [out_dir / f"{name}{ending}" for name in FILES for ending in ("", ".damaged")]
+    for path in (*files, *(logs.iterdir() if logs.is_dir() else ())):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file that can be written: it is a folder, a pipe or a device. Move it away")
 
 
 def _is_ignorable(path: Path) -> bool:

@@ -18,6 +18,16 @@ Step = Annotated[int, Field(ge=0, lt=2**63)]
 Moment = Annotated[str, AfterValidator(datetime.fromisoformat)]
 
 
+def _inside(name: str) -> str:
+    """Refuse the name of a file of a folder that would lead out of it; whoever reads run.json writes and reads under these names."""
+    if os.path.isabs(name) or ".." in Path(name).parts or os.path.normpath(name) != name or name == "." or "\0" in name:
+        raise ValueError("expected the path of a file within the folder, without '..'")
+    return name
+
+
+Written = dict[Annotated[str, AfterValidator(_inside)], dict]  # size and checksum of each file of a folder, by its path there
+
+
 class _Start(Record):
     """A start of the run."""
 
@@ -47,8 +57,8 @@ class _Facts(Record):
     ended: Moment = ""
     finished: dict[str, float | None] = Field({})
     extended: list[dict] = Field([])
-    model_files: dict[str, dict] = Field({})
-    final_files: dict[str, dict] = Field({})
+    model_files: Written = Field({})
+    final_files: Written = Field({})
     fitted: _Fitted | None = None
 
 
@@ -186,20 +196,21 @@ def cut_log(run: Path, name: str, first_step: int) -> list[int]:
     if not os.path.lexists(path):
         return []
     files.require_file(path)
-    *lines, last = path.read_bytes().split(b"\n")
     kept, damaged = [], {}
-    for number, line in enumerate([*lines, last] if first_step > 1 else [], 1):
+    for number, line in enumerate(files.lines_of(path) if first_step > 1 else (), 1):
         try:
             record = files.parse_line(line, lambda record: check_record(record, LOGS[name]))
         except ValueError:
-            damaged |= {number: line} if number <= len(lines) else {}
+            damaged |= {number: line} if line.endswith(b"\n") else {}
         else:
-            kept += [line] if record["step"] < first_step else []
+            kept += [line.removesuffix(b"\n") + b"\n"] if record["step"] < first_step else []
     if damaged:
         aside = path.with_name(f"{name}.damaged")
+        if os.path.lexists(aside):
+            files.require_file(aside)
         with files.naming(aside), aside.open("ab") as file:
-            file.write(b"".join(line + b"\n" for line in damaged.values()))
-    files.write_whole(path, b"".join(line + b"\n" for line in kept))
+            file.write(b"".join(damaged.values()))
+    files.write_whole(path, b"".join(kept))
     return list(damaged)
 
 
