@@ -336,8 +336,8 @@ MUTATIONS = {
     ),
     "refused_before_the_body_is_read": Mutation(
         "posttrain/serving/access.py",
-        "LINGER_SECONDS = 5",
-        "LINGER_SECONDS = 0",
+        "LINGER_SECONDS, LINGER_BYTES = 5,",
+        "LINGER_SECONDS, LINGER_BYTES = 0,",
         SERVE + "test_a_refusal_reaches_a_client_that_sends_first",
     ),
     "any_host_may_ask": Mutation(
