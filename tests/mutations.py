@@ -387,8 +387,8 @@ MUTATIONS = {
     ),
     "a_line_ends_inside_a_text": Mutation(
         "posttrain/common/files.py",
-        "for line in file:",
-        "for line in map(str.encode, file.read().decode().splitlines(keepends=True)):",
+        "            yield line\n\n\ndef _texts",
+        "            yield from map(str.encode, line.decode().splitlines(keepends=True))\n\n\ndef _texts",
         SAMPLES,
     ),
     "an_answer_goes_on_without_its_reader": Mutation(
