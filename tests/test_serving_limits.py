@@ -154,7 +154,7 @@ def test_of_requests_at_once_the_last_is_taken_first():
 
     def seen(path: str) -> None:
         order.append(path)
-        time.sleep(0.5 if path == "/0" else 0.0)
+        time.sleep(1.5 if path == "/0" else 0.0)
 
     with listening(seen) as port, contextlib.ExitStack() as clients:
         there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
@@ -168,13 +168,14 @@ def test_of_requests_at_once_the_last_is_taken_first():
     assert order == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
 
 
-def test_those_that_had_a_turn_lately_come_after_those_that_had_none():
+def test_those_that_had_a_turn_lately_come_after_those_that_had_none(monkeypatch):
     """Of two clients at once the one that goes on sending would else be the last again and again, and the other would have no turn."""
+    monkeypatch.setattr(connections, "LATELY", 60.0)
     order = []
 
     def seen(path: str) -> None:
         order.append(path)
-        time.sleep(0.5 if path == "/2" else 0.0)
+        time.sleep(1.5 if path == "/2" else 0.0)
 
     with listening(seen) as port, contextlib.ExitStack() as clients:
         there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
