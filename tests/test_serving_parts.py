@@ -182,6 +182,14 @@ def test_names_that_a_server_answers_to(host, key, name, passes):
     assert (refused is None) == passes
 
 
+def test_a_key_may_have_any_letters():
+    """Clients send it in UTF-8; what a header holds is read byte by byte."""
+    control, asked = AccessControl(None, "schlüssel", 100, "127.0.0.1"), {"path": "/v1/models", "method": "GET"}
+    for key, passes in (("schlüssel", True), ("schl\u00fcsse", False)):
+        sent = [(b"host", b"localhost"), (b"authorization", f"Bearer {key}".encode())]
+        assert (control._refused(asked, Headers(raw=sent)) is None) == passes
+
+
 def test_votes_are_their_owners_alone(tmp_path):
     votes = Votes(tmp_path / "votes.jsonl")
     votes.add([{"role": "user", "content": "q"}], "a", "b", "m", "m")
