@@ -148,42 +148,38 @@ def test_beyond_the_most_connections_the_one_that_kept_waiting_longest_is_cut(mo
                     pass
 
 
-def test_of_requests_at_once_the_last_is_taken_first():
-    """While the loop is at the first one the others come; one after another is then taken, all are answered."""
+def order_of(senders: list[int], slow: int) -> list[str]:
+    """Return the paths /0, /1, ... in the order in which they are taken, all being answered.
+
+    Request number N comes from connection senders[N]; those after `slow` come at once, while the loop is at that one.
+    """
     order = []
 
     def seen(path: str) -> None:
         order.append(path)
-        time.sleep(1.5 if path == "/0" else 0.0)
+        time.sleep(1.5 if path == f"/{slow}" else 0.0)
 
     with listening(seen) as port, contextlib.ExitStack() as clients:
-        there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
+        there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(max(senders) + 1)]
+        for number, sender in enumerate(senders):
+            there[sender].sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(0.2 if number <= slow else 0.01)
         for number, one in enumerate(there):
-            one.sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            time.sleep(0.2 if number == 0 else 0.01)
-        for one in there:
             answer = b""
-            while not answer.endswith(b"ok"):
+            while answer.count(b"\r\n\r\nok") < senders.count(number):
                 answer += one.recv(4096)
-    assert order == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
+    return order
+
+
+def test_of_requests_at_once_the_last_is_taken_first():
+    """While the loop is at the first one the others come; one after another is then taken, all are answered."""
+    assert order_of(list(range(7)), slow=0) == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
 
 
 def test_those_that_had_a_turn_lately_come_after_those_that_had_none(monkeypatch):
     """Of two clients at once the one that goes on sending would else be the last again and again, and the other would have no turn."""
     monkeypatch.setattr(connections, "LATELY", 60.0)
-    order = []
-
-    def seen(path: str) -> None:
-        order.append(path)
-        time.sleep(1.5 if path == "/2" else 0.0)
-
-    with listening(seen) as port, contextlib.ExitStack() as clients:
-        there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(7)]
-        for number, sender in enumerate((0, 0, 1, 2, 3, 4, 5, 6, 0)):  # the loop is at /2 when the others come
-            there[sender].sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            time.sleep(0.2 if number < 3 else 0.02)
-        wait_for(lambda: len(order) == 9, 20)
-    assert order == [f"/{number}" for number in (0, 1, 2, 3, 7, 6, 5, 8, 4)]
+    assert order_of([0, 0, 1, 2, 3, 4, 5, 6, 0], slow=2) == [f"/{number}" for number in (0, 1, 2, 3, 7, 6, 5, 8, 4)]
 
 
 def test_no_turn_takes_more_than_a_few_lines(monkeypatch):

@@ -10,7 +10,7 @@ from deepspeed.utils import groups
 from torch import distributed as dist
 
 from posttrain.common.terminal import say
-from posttrain.engine.ds_config import accumulates_in_fp32, merge_config, read_ds_config
+from posttrain.engine.ds_config import REFERENCE, accumulates_in_fp32, merge_config, read_ds_config
 from posttrain.engine.optimizer import make_optimizer, parameter_groups, undo_first_step
 from posttrain.engine.update import TrainingEngine, UpdateGate
 from posttrain.operators import layers
@@ -35,7 +35,7 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict) -> 
 
 def build_reference(policy: torch.nn.Module, recipe: Recipe):
     """Build an engine for the frozen reference: plain DeepSpeed at ZeRO-3, without an optimizer. All ranks."""
-    config = merge_config(recipe.model_copy(update={"activation_checkpointing": "none"}), read_ds_config("ds_configs/zero3_inference.json"))
+    config = merge_config(recipe.model_copy(update={"activation_checkpointing": "none"}), read_ds_config(REFERENCE))
     config |= {"gradient_clipping": 0.0, "data_types": {}}
     policy.eval().requires_grad_(False)
     if is_sharded(config):

@@ -26,6 +26,7 @@ JSON_KEYS = {
     "memory_breakdown": bool,
     "flops_profiler": dict,
 }
+REFERENCE = "ds_configs/zero3_inference.json"  # of DPO's frozen reference, whatever the policy's is
 RECIPE_OWNS = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "max_tokens_per_gpu",

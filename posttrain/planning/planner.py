@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from posttrain.data import batches
-from posttrain.engine.ds_config import read_ds_config
+from posttrain.engine.ds_config import REFERENCE, read_ds_config
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
@@ -175,7 +175,7 @@ class Planner:
             sums = 2 * size * (micro_batches if zero.stage == 2 else 1)
             sent = (sums + (size if zero.stage else 0)) * others
         if self.reference:
-            again = self._head_is_gathered_again(Zero.of(read_ds_config("ds_configs/zero3_inference.json")).reuse_distance)
+            again = self._head_is_gathered_again(Zero.of(read_ds_config(REFERENCE)).reuse_distance)
             sent += micro_batches * (size + self.dtype.itemsize * self.embedding * again) * others
         return sent
 

@@ -100,8 +100,7 @@ class Reader:
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._read, given)
 
     def _read(self, given: tuple):
-        if not self._is_there():  # it was ended from outside, or could not be started anew
-            self._end()
+        if not self._is_there():  # it was ended, here or from outside, or could not be started anew
             self._start()
         result = Unreadable(f"reading the request took longer than {READ_SECONDS:.0f} seconds", None)
         try:

@@ -3,14 +3,13 @@
 from typing import NamedTuple
 
 import torch
-from torch import distributed as dist
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prepared import PreparedData, load_prepared
 from posttrain.data.row_checks import check_rows
 from posttrain.engine.build import build_engine, build_reference, is_sharded
 from posttrain.engine.cpu_adam import load_cpu_adam
-from posttrain.engine.ds_config import checkpoint_function, offloads_optimizer, read_ds_config
+from posttrain.engine.ds_config import REFERENCE, checkpoint_function, offloads_optimizer, read_ds_config
 from posttrain.model.policy import load_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
@@ -57,7 +56,8 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
 
     def frozen():
         """Load the reference in its engine."""
-        return build_reference(load_policy(recipe, tokenizer, device, sharded=dist.get_world_size() > 1, frozen=True)[0], recipe)
+        policy, _ = load_policy(recipe, tokenizer, device, sharded=is_sharded(read_ds_config(REFERENCE)), frozen=True)
+        return build_reference(policy, recipe)
 
     compares = isinstance(recipe, DPORecipe) and recipe.needs_reference
     precomputes = (
