@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -176,10 +177,30 @@ def test_of_requests_at_once_the_last_is_taken_first():
     assert order_of(list(range(7)), slow=0) == ["/0", "/1", *(f"/{number}" for number in range(6, 1, -1))]
 
 
-def test_those_that_had_a_turn_lately_come_after_those_that_had_none(monkeypatch):
+def test_those_that_had_many_turns_lately_come_after_the_others(monkeypatch):
     """Of two clients at once the one that goes on sending would else be the last again and again, and the other would have no turn."""
     monkeypatch.setattr(connections, "LATELY", 60.0)
-    assert order_of([0, 0, 1, 2, 3, 4, 5, 6, 0], slow=2) == [f"/{number}" for number in (0, 1, 2, 3, 7, 6, 5, 8, 4)]
+    assert order_of([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 0], slow=4) == [f"/{number}" for number in (0, 1, 2, 3, 4, 5, 9, 10, 8, 7, 6)]
+    assert order_of([0, 0, 0, 1, 2, 3, 4, 5, 6, 0], slow=3) == [
+        f"/{number}" for number in (0, 1, 2, 3, 4, 9, 8, 7, 6, 5)
+    ]  # as many as usual
+
+
+def test_before_a_turn_of_one_that_had_many_the_loop_rests_for_long_and_another_ends_the_rest(monkeypatch):
+    monkeypatch.setattr(connections, "LONGEST_REST", 1.0)
+    monkeypatch.setattr(connections, "LONG_REST", 1e6)
+    monkeypatch.setattr(connections, "LATELY", 60.0)
+    taken = []
+    with listening(lambda path: taken.append(time.perf_counter())) as port, contextlib.ExitStack() as clients:
+        frequent = clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        frequent.sendall((HEAD + b"\r\n") * (connections.FEW + 3))
+        while len(taken) <= connections.FEW:
+            time.sleep(0.01)
+        assert answered(clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)))
+        while len(taken) < connections.FEW + 4:
+            time.sleep(0.01)
+    until_other, *rests = (later - earlier for earlier, later in itertools.pairwise(taken[connections.FEW :]))
+    assert until_other < 0.5 and rests[0] > 0.9 - until_other and rests[1] > 0.9, (until_other, rests)
 
 
 def test_no_turn_takes_more_than_a_few_lines(monkeypatch):

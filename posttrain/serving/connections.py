@@ -25,8 +25,9 @@ SPARE_FILES = 200  # that the process opens besides connections, and for those j
 ACCEPTED = 50  # connections that asyncio accepts before it looks at the first of them; those of three rounds may be open at once
 PIECE = 32_768  # bytes that are read of a connection at once
 PIECE_LINES = 200  # of heads and chunks that are taken at once
-REST, SHORTEST_REST, LONGEST_REST = 2.0, 0.002, 0.01  # between pieces, times what the event loop worked meanwhile, and in seconds
-LATELY = 1.0  # seconds in which a turn counts as had lately
+REST, LONG_REST = 2.0, 6.0  # from one piece to the next, times the loop's work; the second one before a turn of a frequent sender
+SHORTEST_REST, LONGEST_REST = 0.002, 0.03  # seconds
+FEW, LATELY = 4, 1.0  # turns, and seconds: a connection that had so many in that time is a frequent sender; a request takes two
 BACKLOG = 1024  # connections that wait in the system's queue to be accepted
 HEAD_END = b"\r\n\r\n"
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -52,49 +53,64 @@ class Turns:
     """Decides whose piece of data is taken next, of the connections of one server.
 
     It is that of the connection that sent last: in a burst of hundreds of requests those that come later are not kept waiting by all before
-    them. Connections that had a turn within the last second come after those that had none, the longest-waiting first, and every fourth
-    time before them. Between two turns the event loop rests, as it holds Python's lock, which generation wants, too.
+    them. Frequent senders, which had more turns lately than a request takes, come after all others, the longest-waiting first, and every
+    fourth time before them. Between two turns the event loop rests, as it holds Python's lock, which generation wants, too: longer before a
+    turn of a frequent sender, and any other ends that rest.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop, self.count, self.is_busy = loop, 0, False
-        self.owed = 0.0  # seconds of rest
-        self.new: list[Connection] = []  # the newest last
-        self.known: collections.deque[Connection] = collections.deque()  # those that had a turn lately, the longest-waiting first
+        self.began, self.worked = 0.0, 0.0  # the time of the first piece since the last rest, and the seconds of work since then
+        self.rest: asyncio.TimerHandle | None = None  # set during one
+        self.others: list[Connection] = []  # the newest last
+        self.frequent: collections.deque[Connection] = collections.deque()  # the longest-waiting first
 
     def add(self, connection: "Connection") -> None:
         """Give a connection a turn, now or later."""
-        (self.known if self.loop.time() - connection.had_turn < LATELY else self.new).append(connection)
+        (self.frequent if self.loop.time() - connection.had_turns[0] < LATELY else self.others).append(connection)
         if not self.is_busy:
             self.is_busy = True
-            self._take()
+            self._rest()
+        elif self.rest and self.others:
+            self.rest.cancel()
+            self._rest()
 
     def _take(self) -> None:
         """Take a piece of the next connection, and come again in the loop's next round."""
-        while self.new or self.known:
+        self.rest = None
+        if self._left(LONG_REST) <= 0:
+            self.began, self.worked = self.loop.time(), 0.0
+        while self.others or self.frequent:
             self.count += 1
-            known = self.known and (not self.new or self.count % 4 == 0)
-            connection = self.known.popleft() if known else self.new.pop()
+            frequent = self.frequent and (not self.others or self.count % 4 == 0)
+            connection = self.frequent.popleft() if frequent else self.others.pop()
             if not connection.transport.is_closing():
-                before, worked = self.loop.time(), time.thread_time()
-                connection.had_turn = before
+                worked = time.thread_time()
+                connection.had_turns.append(self.loop.time())
                 connection.take_piece()
-                self.loop.call_soon(self._rest, before, worked)
+                self.loop.call_soon(self._taken, worked)
                 return
         self.is_busy = False
 
-    def _rest(self, before: float, worked: float) -> None:
-        """Rest REST times as long as the loop has worked since the last piece was taken, at the time `before`; then take the next.
+    def _taken(self, before: float) -> None:
+        """Note the work since a piece was taken, when the thread had worked `before` seconds, and go on."""
+        self.worked += time.thread_time() - before
+        self._rest()
+
+    def _rest(self) -> None:
+        """Wait until REST times, or LONG_REST times, the work has passed since `began`; then take the next piece.
 
         Short rests are put together, since a timer takes a millisecond more.
         """
-        self.owed += min(REST * (time.thread_time() - worked), LONGEST_REST) - (self.loop.time() - before)
-        if self.owed < SHORTEST_REST:
-            self.owed = max(self.owed, 0.0)
+        left = self._left(REST if self.others else LONG_REST)
+        if left < SHORTEST_REST:
             self._take()
         else:
-            self.loop.call_later(self.owed, self._take)
-            self.owed = 0.0
+            self.rest = self.loop.call_later(left, self._take)
+
+    def _left(self, times: float) -> float:
+        """Return how many seconds are left until so many times the work has passed since `began`."""
+        return self.began + min(times * self.worked, LONGEST_REST) - self.loop.time()
 
 
 class Connection(H11Protocol):
@@ -107,7 +123,6 @@ class Connection(H11Protocol):
     turns: Turns
     piece = b""  # what was read and not taken yet
     has_turn = False  # a turn is coming
-    had_turn = -math.inf  # when the last one was, in the loop's time
     waiting: ClassVar[dict["Connection", None]] = {}  # connections without a whole request, the longest-waiting first
     head: asyncio.TimerHandle | None = None  # set while a request's head is awaited
     head_bytes, head_lines, tail = 0, 0, b""  # of that head so far: how many, and the last three bytes
@@ -115,6 +130,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         transport.max_size = PIECE  # asyncio reads eight times as much
+        self.had_turns = collections.deque([-math.inf] * FEW, maxlen=FEW)  # when the last ones were, in the loop's time
         self.turns = vars(self.server_state).setdefault("turns", Turns(self.loop))
         self.waiting[self] = None
         self._await_head()
