@@ -191,7 +191,10 @@ class Checkpoints:
         return found.facts["step"]
 
     def forget_after(self, step: int) -> None:
-        """Delete unfinished checkpoints; rename those after `step`, where the run continues, to *.damaged: unusable or outdated."""
+        """Delete unfinished checkpoints; rename those after `step`, where the run continues, to *.damaged: unusable or outdated.
+
+        What follows a save, and an earlier start may have been killed before it, is done as well: `latest`, `best`, deleting old ones.
+        """
 
         def set_aside():
             if not self.folder.is_dir():
@@ -207,6 +210,7 @@ class Checkpoints:
             best = self.folder / "best"
             if best.is_file() and not (self.folder / best.read_text(encoding="utf-8", errors="replace")).is_dir():
                 best.unlink()
+            self._delete_old()
 
         on_rank_0(set_aside)
 

@@ -87,6 +87,7 @@ class Run:
 
     def _mend(self, describe_model: Callable[[Path], None]) -> None:
         """Write model/ anew if it is not what it was, and recipe.yaml where model, data or tokenizer lie elsewhere now; say both."""
+        (self.path / CREATING).unlink(missing_ok=True)  # of a start that was killed before it did so
         problem = stored.model_problem(self.path)
         if problem or "model_files" not in read_facts(self.path):  # older versions did not note them, and wrote less
             shutil.rmtree(self.path / "model", ignore_errors=True)
