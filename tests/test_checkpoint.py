@@ -129,6 +129,19 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(states, tmp_path,
 
 
 @pytest.mark.slow
+def test_what_follows_a_save_is_done_at_the_next_start_where_a_kill_came_before_it(states, tmp_path, alone):
+    folder = tmp_path / "checkpoints"
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+        manifest = Path(shutil.copytree(states / "float32_zero2" / "step_000002", folder / f"step_{step:06d}")) / "manifest.json"
+        facts = {**read_manifest(manifest.parent), "validation": loss}
+        facts.pop("checksum", None)
+        manifest.write_text(json.dumps(facts | {"checksum": files.checksum(facts)}))
+    Checkpoints(SimpleNamespace(), folder, 1, lambda text: None, {}).forget_after(3)
+    assert {path.name for path in folder.iterdir()} == {"step_000002", "step_000003", "latest", "best"}
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step_000003", "step_000002"]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_carries_code_does_not_run_it(states, tmp_path):
     """Also where its manifest was made to fit."""
     folder = tmp_path / "step_000002"

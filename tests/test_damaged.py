@@ -286,12 +286,14 @@ def test_the_runs_recipe_follows_what_moved_and_keeps_what_is_nowhere(run, tmp_p
     was = files.read_object(run / "recipe.yaml")
     files.write_whole(run / "recipe.yaml", yaml.safe_dump(was | {"tokenizer": "old"}))
     (tmp_path / "data").mkdir()
+    (run / ".creating").touch()  # as a start that was killed at the end of its creation leaves it
     now = {"checkpoint_path": str(tmp_path / "nowhere"), "sft_data_dir": str(tmp_path / "data"), "tokenizer": None}
     here = Run(recipe_of(run).model_copy(update=now), 0, {"data": "1", "model": "2"})
     start_run(here, 5, 9)
     here.close()
     found = files.read_object(run / "recipe.yaml")
     assert {name: found[name] for name in now} == now | {"checkpoint_path": was["checkpoint_path"]}
+    assert not (run / ".creating").exists()
 
 
 @pytest.mark.parametrize(
