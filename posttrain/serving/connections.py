@@ -173,9 +173,10 @@ class Connection(H11Protocol):
         if self.head is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         end = len(self.piece)
-        if self.head is not None or any(name == b"transfer-encoding" for name, _ in self.headers):
-            lines = [match.end() for match in itertools.islice(re.finditer(b"\n", self.piece), PIECE_LINES)]
-            end = lines[-1] if len(lines) == PIECE_LINES else end
+        if self.head is not None:
+            end = _end_of_lines(self.piece, b"\n", PIECE_LINES)
+        elif any(name == b"transfer-encoding" for name, _ in self.headers):  # a chunk's data may have lines of its own, trailers are few
+            end = min(_end_of_lines(self.piece, b"\r\n", PIECE_LINES), _end_of_lines(self.piece, b"\n", 8 * PIECE_LINES))
         if self.head is not None and (found := (self.tail + self.piece).find(HEAD_END)) >= 0:
             end = min(end, found + len(HEAD_END) - len(self.tail))
         data, self.piece = self.piece[:end], self.piece[end:]
@@ -221,6 +222,12 @@ class Connection(H11Protocol):
         if self.head is not None:
             self.head.cancel()
             self.head = None
+
+
+def _end_of_lines(data: bytes, line_end: bytes, count: int) -> int:
+    """Return where the first `count` lines of some data end, or all of it."""
+    last = next(itertools.islice(re.finditer(line_end, data), count - 1, None), None)
+    return last.end() if last else len(data)
 
 
 class Server(uvicorn.Server):
