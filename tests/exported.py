@@ -1,5 +1,7 @@
 """Worker of test_export.py, on two ranks: trains bases of several kinds, and writes each result as a run does.
 
+New memory is filled with NaN, so that what is read without having been written is seen.
+
 exported.py FOLDER      FOLDER/NAME/base -> FOLDER/NAME/final, FOLDER/NAME/model (made of a checkpoint), FOLDER/NAME/trained.pt
 """
 
@@ -54,6 +56,8 @@ def result_of(folder: Path, name: str) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[-1])  # after what the launcher adds
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
     for name in CASES:
         result_of(folder, name)
 

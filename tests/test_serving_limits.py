@@ -154,17 +154,19 @@ def order_of(senders: list[int], slow: int) -> list[str]:
 
     Request number N comes from connection senders[N]; those after `slow` come at once, while the loop is at that one.
     """
-    order = []
+    order, all_are_sent = [], threading.Event()
 
     def seen(path: str) -> None:
         order.append(path)
-        time.sleep(1.5 if path == f"/{slow}" else 0.0)
+        assert path != f"/{slow}" or all_are_sent.wait(60)
 
     with listening(seen) as port, contextlib.ExitStack() as clients:
         there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(max(senders) + 1)]
         for number, sender in enumerate(senders):
             there[sender].sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            time.sleep(0.2 if number <= slow else 0.01)
+            while number <= slow and len(order) <= number:
+                time.sleep(0.01)
+        all_are_sent.set()
         for number, one in enumerate(there):
             answer = b""
             while answer.count(b"\r\n\r\nok") < senders.count(number):

@@ -90,6 +90,22 @@ def are_finite(engine) -> bool:
     return all(bool(end.isfinite()) for end in ends)
 
 
+@torch.no_grad()
+def clear_padding(engine) -> None:
+    """Set to zero what pads this rank's parts of parameters that the ranks do not divide evenly, at ZeRO-3.
+
+    DeepSpeed 0.19.8 leaves it as it finds the memory. A NaN there stays, does not change the model, and would be taken for a weight.
+    """
+    if engine.zero_stage != 3:
+        return
+    masters, optimizer = master_weights(engine)[0], engine.optimizer
+    for parameter in engine.module.parameters():
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        held = min(max(parameter.ds_numel - dist.get_rank() * length, 0), length)
+        masters[group][offset + held : offset + length].zero_()
+        parameter.ds_tensor[held:].zero_()
+
+
 def optimizer_step(engine) -> int:
     """Returns how many steps the optimizer has made, by Adam's own count."""
     masters, optimizer = master_weights(engine)
