@@ -162,6 +162,9 @@ def order_of(senders: list[int], slow: int) -> list[str]:
 
     with listening(seen) as port, contextlib.ExitStack() as clients:
         there = [clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(max(senders) + 1)]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as last:  # once it is answered, the loop has all of them
+            assert all(answered(last) for _ in range(4))  # every fourth turn is another's
+        order.clear()
         for number, sender in enumerate(senders):
             there[sender].sendall(f"GET /{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             while number <= slow and len(order) <= number:
