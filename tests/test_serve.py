@@ -8,7 +8,6 @@ pytest tests/test_serve.py
 import json
 import shutil
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -423,23 +422,21 @@ def test_the_key_is_needed_where_there_is_one(narrow):
 def test_beyond_the_queue_and_beyond_the_time(narrow):
     key = {"authorization": "Bearer open sesame"}
     endless = {"model": "old", "messages": ASK, "max_tokens": 90_000, "temperature": 0}
-    results = []
 
-    def ask(**more) -> None:
-        results.append(request(narrow, "POST", CHAT, json.dumps(endless | more), **key))
+    def ask(**more):
+        return request(narrow, "POST", CHAT, json.dumps(endless | more), **key)
 
-    first = threading.Thread(target=ask)
-    second = threading.Thread(target=ask, kwargs={"stream": True})
-    first.start()
-    wait_for(lambda: json.loads(narrow.health()[1])["models"] == {"old": 1}, 5)
-    second.start()
-    wait_for(lambda: json.loads(narrow.health()[1])["models"] == {"old": 2}, 5)
-    status, body = request(narrow, "POST", CHAT, json.dumps(endless), **key)
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(ask)
+        wait_for(lambda: json.loads(narrow.health()[1])["models"] == {"old": 1}, 5)
+        streamed = pool.submit(ask, stream=True)
+        wait_for(lambda: json.loads(narrow.health()[1])["models"] == {"old": 2}, 5)
+        status, body = ask()
     assert status == 429 and json.loads(body)["error"]["code"] == "queue_full"
-    first.join()
-    second.join()
-    assert [status for status, _ in results] == [504, 200]
-    assert b"timeout_error" in results[0][1] and b"timeout_error" in results[1][1] and b"[DONE]" not in results[1][1]
+    status, body = whole.result()
+    assert status == 504 and b"timeout_error" in body
+    status, body = streamed.result()
+    assert status == 200 and b"timeout_error" in body and b"[DONE]" not in body
     wait_until_idle(narrow)
     assert request(narrow, "POST", CHAT, json.dumps(endless | {"max_tokens": 1}), **key)[0] == 200
     assert request(narrow, "POST", CHAT, b" " * 5001, **key)[0] == 413
