@@ -20,7 +20,7 @@ from benchmarks.dpo import ULTRAFEEDBACK
 from benchmarks.sft import LONG, ON_CPU, ON_GPU, QWEN3_1_7B
 from benchmarks.side_by_side import RESULTS, WARM, Contestant, Race, as_text, machine, make_world, run_once, suffix, versions
 from posttrain.planning.machines import this_machine
-from posttrain.planning.planner import Planner
+from posttrain.planning.planner import Planner, Way
 from posttrain.planning.timing import time_here
 from posttrain.recipes.keys import DPORecipe, SFTRecipe
 from posttrain.recipes.reading import build_recipe
@@ -70,9 +70,9 @@ def predict(race: Race, world: Path, options: dict) -> tuple[dict, float]:
     kind = SFTRecipe if race.kind == "sft" else DPORecipe
     recipe = build_recipe(kind, {}, {key: str(value) for key, value in recipe.items()})
     planner = Planner(recipe, this_machine(race.ranks), race.ranks, 1)
-    ds_config, checkpointing = Path(recipe.ds_config).stem, recipe.activation_checkpointing
-    time_here(planner, [checkpointing], [ds_config])
-    one = planner.estimate(ds_config, checkpointing)
+    way = Way(recipe.ds_config, recipe.activation_checkpointing)
+    time_here(planner, [way.checkpointing], [way.ds_config])
+    one = planner.estimate(way)
     return {"peak_mb": round(one.parts.total / 2**20, 1), "step_seconds": round(float(one.step_seconds), 3)}, planner.work.lengths.mean()
 
 

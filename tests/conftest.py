@@ -53,6 +53,26 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def wide(tiny, tmp_path_factory) -> list[str]:
+    """Arguments for a model whose activations, some 260 KB a token, are most of what it takes; and rows that are long."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from data_prep.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("wide")
+    draw = random.Random(0)
+    rows = [{"instruction": f"repeat {n}", "output": " ".join(draw.choices(tiny.words, k=draw.randint(20, 35)))} for n in range(130)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare("sft", ["--source", f"{folder}/rows.jsonl", "--output_dir", f"{folder}/sft", "--tokenizer", tiny.base, "--val_size", "2"])
+    shutil.copytree(tiny.base, folder / "base")
+    config = AutoConfig.from_pretrained(tiny.base)
+    config.intermediate_size = 8192
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    numbers = ["--max_iters=3", "--global_batch_size=64", "--warmup_iters=0", "--eval_interval=0", "--dtype=float32", "--save_interval=0"]
+    return [f"--checkpoint_path={folder}/base", f"--sft_data_dir={folder}/sft", *numbers]
+
+
+@pytest.fixture(scope="session")
 def cpu_adam() -> None:
     """DeepSpeed's Adam for offload, compiled: in a new environment that takes minutes, which no time limit of a launch shall count."""
     from posttrain.engine.cpu_adam import load_cpu_adam

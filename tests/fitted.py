@@ -1,4 +1,7 @@
-"""Worker of test_fit.py: SFT where rank 1 may count only on the memory that it has at its start, and $MORE bytes."""
+"""Worker of test_fit.py and test_auto_layout.py: SFT where rank 1 may count only on the memory that it has at its start, and $MORE bytes.
+
+With $UNCOUNTED the model is one whose activations the planner cannot count.
+"""
 
 import os
 import sys
@@ -10,10 +13,11 @@ import psutil
 
 from posttrain.engine import shards
 from posttrain.parallel.script import run_script
+from posttrain.planning import planner
 from posttrain.training import auto_batch
 from posttrain.training.command import sft
 
-usable, adapt = auto_batch._usable, auto_batch.adapt
+usable, adapt = auto_batch.usable_bytes, auto_batch.adapt
 
 
 def adapt_with_moments(training, run):
@@ -25,5 +29,11 @@ def adapt_with_moments(training, run):
 auto_batch.adapt = adapt_with_moments
 if os.environ["RANK"] == "1":
     limit = max(1e6, psutil.Process().memory_info().rss + float(os.environ["MORE"]))
-    auto_batch._usable = lambda device: min(usable(device), limit)
+    auto_batch.usable_bytes = lambda device: min(usable(device), limit)
+if os.environ.get("UNCOUNTED"):
+
+    def count_working(*_):
+        raise ValueError("it looks at values")
+
+    planner.count_working = count_working
 run_script(sft)

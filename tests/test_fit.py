@@ -1,40 +1,21 @@
 """max_tokens_per_gpu: auto, on two ranks of which one has less memory."""
 
 import json
-import random
 import re
-import shutil
 
 import pytest
 from conftest import launch, rank_environment
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.prepare import prepare
 from posttrain.training import auto_batch
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def wide(tiny, tmp_path_factory) -> list[str]:
-    """Arguments for a model whose activations, some 260 KB a token, are most of what it takes; and rows that are long."""
-    folder = tmp_path_factory.mktemp("wide")
-    draw = random.Random(0)
-    rows = [{"instruction": f"repeat {n}", "output": " ".join(draw.choices(tiny.words, k=draw.randint(20, 35)))} for n in range(130)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepare("sft", ["--source", f"{folder}/rows.jsonl", "--output_dir", f"{folder}/sft", "--tokenizer", tiny.base, "--val_size", "2"])
-    shutil.copytree(tiny.base, folder / "base")
-    config = AutoConfig.from_pretrained(tiny.base)
-    config.intermediate_size = 8192
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
-    numbers = ["--max_iters=3", "--global_batch_size=64", "--warmup_iters=0", "--eval_interval=0", "--dtype=float32", "--save_interval=0"]
-    return [f"--checkpoint_path={folder}/base", f"--sft_data_dir={folder}/sft", *numbers, "--ds_config=ds_configs/zero3.json"]
+ZERO3 = ("--ds_config=ds_configs/zero3.json", "--activation_checkpointing=none")
 
 
 def fitted(wide: list[str], out, memory: float, *more: str):
     """Run SFT where one rank may take so many bytes more than it has at its start."""
     environment = rank_environment() | {"MORE": str(memory)}
-    return launch("tests/fitted.py", *wide, f"--out_dir={out}", "--max_tokens_per_gpu=auto", *more, env=environment)
+    return launch("tests/fitted.py", *wide, *ZERO3, f"--out_dir={out}", "--max_tokens_per_gpu=auto", *more, env=environment)
 
 
 def test_all_ranks_take_what_the_one_with_the_least_memory_can(wide, tmp_path):

@@ -42,6 +42,26 @@ def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCau
     file that is broken, holds code, lacks a needed setting or tensor, has tensors of unexpected names or shapes, or is of a kind that Llama
     cannot express.
     """
+    config, state, sizes = _described(path, dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    # copies, so that nothing shares storage or points into the mapped file
+    tensors = {name: tensor.to(config.dtype, copy=True).contiguous() for name, tensor in to_llama(state, sizes).items()}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are not in the state dict, so they were still on meta
+    return model.eval()
+
+
+def read_config(path) -> LlamaConfig:
+    """Return the config of the model in a ckpt.pt, without loading its weights. Warns and raises as load_ckpt_pt does."""
+    return _described(path, None)[0]
+
+
+def _described(path, dtype: torch.dtype | None) -> tuple[LlamaConfig, dict[str, torch.Tensor], Sizes]:
+    """Return the config of the model in a ckpt.pt, for weights in `dtype`, its tensors, which lie in the mapped file, and their sizes."""
     checkpoint = read(path)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in checkpoint["model"].items()}
     state = {key: tensor for key, tensor in state.items() if not BUFFER.fullmatch(key)}
@@ -75,16 +95,7 @@ def load_ckpt_pt(path, dtype: torch.dtype | None = torch.float32) -> LlamaForCau
         eos_token_id=None,
         dtype=dtype,
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    # copies, so that nothing shares storage or points into the mapped file
-    tensors = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in to_llama(state, sizes).items()}
-    if tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are not in the state dict, so they were still on meta
-    return model.eval()
+    return config, state, sizes
 
 
 def save_ckpt_pt(model: LlamaForCausalLM, path, iter_num: int = 0, best_val_loss: float | None = None) -> None:

@@ -1,5 +1,6 @@
 """The machines that plan.py knows: GPUs by name, and the one that it runs on."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,11 @@ def device_of(gpu: str | None, memory: float | None) -> Device:
     return with_memory(find_gpu(gpu), memory * 2**30) if gpu else gpu_with_memory(memory * 2**30)
 
 
+def free_on_host() -> float:
+    """Return the bytes of this machine's memory that are free, less a margin."""
+    return 0.9 * psutil.virtual_memory().available
+
+
 def this_machine(ranks: int) -> Device:
     """Return what each of `ranks` ranks on this machine has: its GPU, or without one an equal share of the free memory.
 
@@ -126,7 +132,7 @@ def this_machine(ranks: int) -> Device:
     """
     import torch  # in here: to look a GPU up by its name nothing is imported that takes long
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return Device("CPU", psutil.virtual_memory().available / ranks, 1e12, 1e9)
     properties = torch.cuda.get_device_properties(0)
     try:

@@ -103,6 +103,13 @@ def states(count: int, layout: Layout) -> States:
     )
 
 
+def bytes_on_host(count: int, layout: Layout) -> float:
+    """Return what each rank keeps in its host's memory of a model with `count` parameters: offloaded states, gradients and weights."""
+    share, zero = count / layout.ranks, layout.zero
+    optimizer = (STATE_BYTES + FLOAT32) * share if zero.offload_optimizer else 0.0  # gradients are added up there, in float32
+    return optimizer + (layout.dtype.itemsize * share if zero.offload_parameters else 0.0)
+
+
 class Working(NamedTuple):
     """Bytes that forward and backward of a micro-batch take at their peak, and how many of them are for the log-probs."""
 

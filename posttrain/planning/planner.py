@@ -2,30 +2,46 @@
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from posttrain.data import batches
 from posttrain.engine.ds_config import REFERENCE, read_ds_config
-from posttrain.planning.activations import count_working
+from posttrain.planning.activations import count_working, possible_ways
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
-from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
+from posttrain.planning.memory import Layout, Parts, Working, Zero, bytes_on_host, peak
 from posttrain.planning.work import read_model_shape, read_work
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
 
 # Share of its peak FLOP/s that one H200 reached in SFT of 1.7B parameters (benchmarks/results/phases_gpu.json, sft_gpu.json with --compile)
 REACHED, REACHED_COMPILED = 0.41, 0.446
 CHECKPOINTING = ("none", "selective", "full")
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+STAGES = tuple(f"ds_configs/{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"))
+# of no use but to compare with: what it saves in sending it takes in memory, and in bfloat16 it adds up gradients less exactly
+ZERO0, OFFLOAD = STAGES[0], STAGES[-1]
+ZEROPP = "ds_configs/zeropp.json"  # for several nodes
+STEP = 64  # small micro-batches, and lengths that rows would have to be cut to, are multiples of so many tokens
 MANY = 16_384  # tokens; larger micro-batches are extrapolated from ones of this size and twice it
+
+
+class Way(NamedTuple):
+    """A way to run a recipe."""
+
+    ds_config: str  # its path
+    checkpointing: str  # as the recipe's activation_checkpointing
+
+
+OFFLOADED = Way(OFFLOAD, "full")  # as it is slow, only with the checkpointing that leaves the least on the device
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds that timing.py measured on this machine: `token` by activation checkpointing, the others by the name of the ds_config."""
+    """Seconds that timing.py measured on this machine: `token` by activation checkpointing, the others by the path of the ds_config."""
 
     token: dict[str, float]  # forward and backward of one token, and the reference's forward
     micro_batch: dict[str, float]  # what a micro-batch takes beside its tokens: sending gradients and gathering weights
@@ -36,8 +52,7 @@ class Seconds:
 class Estimate:
     """What one way to run a recipe takes: memory, and time per optimizer step."""
 
-    ds_config: str  # the name of one of ds_configs/
-    checkpointing: str  # as the recipe's activation_checkpointing
+    way: Way
     parts: Parts  # memory with micro-batches of `tokens`
     tokens: int
     most_tokens: int  # the largest micro-batch that fits; 0: none does
@@ -69,19 +84,37 @@ class Planner:
         self.reference = isinstance(recipe, DPORecipe) and recipe.needs_reference and recipe.reference == "beside"
         self.batch = recipe.global_batch_size or (recipe.batch_size or 1) * (recipe.gradient_accumulation_steps or 1) * self.ranks
         self.steps = recipe.max_iters or math.ceil(recipe.epochs * batches.steps_per_epoch(self.work.count, self.batch))
-        if self.work.lengths.max() > recipe.max_tokens_per_gpu:
-            raise ValueError(
-                f"the longest example has {self.work.lengths.max():,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}"
-            )
+        self.longest, most = int(self.work.lengths.max()), batches.most_of_a_rank(self.work.lengths, self.batch, self.ranks)
+        self.tokens = min(recipe.max_tokens_per_gpu, most) if recipe.packing else self.longest  # of the recipe's largest micro-batch
+        if self.longest > recipe.max_tokens_per_gpu:
+            raise ValueError(f"the longest example has {self.longest:,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}")
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
+        self.host = math.inf  # bytes that a node's ranks may keep in its memory
         self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
         self.seconds: Seconds | None = None
 
-    def parts(self, ds_config: str, checkpointing: str, tokens: int) -> Parts:
-        """Estimate a rank's memory with micro-batches of at most `tokens` tokens. `ds_config` is a path."""
-        layout = Layout(Zero.of(read_ds_config(ds_config)), self.ranks, self.dtype, self.on_gpu)
-        largest, usual = (self.working(most, checkpointing) for most in (tokens, min(tokens, self.usual_tokens)))
-        return peak(self.count, self.piece, layout, largest, usual, self.reference)
+    def ways(self) -> list[Way]:
+        """Return the ways to run that there are for this model on these devices, the preferred first; zero0 only to compare with."""
+        node = Zero.of(read_ds_config(ZEROPP)).ranks_of_node
+        stages = [*STAGES, *[ZEROPP] * (self.nodes > 1 and self.ranks == self.nodes * node)]
+        found = [Way(stage, mode) for stage in stages for mode in possible_ways(self.config, CHECKPOINTING)]
+        return [way for way in found if way.ds_config != OFFLOAD or (self.on_gpu and way == OFFLOADED)]  # a CPU has nothing to offload from
+
+    def parts(self, way: Way, tokens: int, ranks: int | None = None) -> Parts:
+        """Estimate a rank's memory with micro-batches of at most `tokens` tokens, on the planner's ranks or on so many others."""
+        largest, usual = (self.working(most, way.checkpointing) for most in (tokens, min(tokens, self.usual_tokens)))
+        return peak(self.count, self.piece, self._layout(way, ranks or self.ranks), largest, usual, self.reference)
+
+    def _layout(self, way: Way, ranks: int) -> Layout:
+        return Layout(Zero.of(read_ds_config(way.ds_config)), ranks, self.dtype, self.on_gpu)
+
+    def on_host(self, way: Way, ranks: int | None = None) -> float:
+        """Return the bytes that a node's ranks, some of the planner's ranks or of so many others, keep in its memory: what is offloaded."""
+        return bytes_on_host(self.count, self._layout(way, ranks or self.ranks)) * self.ranks / self.nodes
+
+    def holds(self, way: Way, tokens: int, ranks: int | None = None) -> bool:
+        """Whether micro-batches of `tokens` tokens fit into each rank's memory, and what is offloaded into the nodes'."""
+        return self.parts(way, tokens, ranks).total <= self.usable and self.on_host(way, ranks) <= self.host
 
     def working(self, tokens: int, checkpointing: str) -> Working:
         """Return what forward and backward of `tokens` tokens take: counted up to MANY tokens, beyond extrapolated in a straight line."""
@@ -95,26 +128,55 @@ class Planner:
     def _counted(self, tokens: int, checkpointing: str) -> Working:
         return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
 
-    def most_tokens(self, ds_config: str, checkpointing: str) -> int:
-        """Return the tokens of the largest micro-batch that fits: a multiple of 1,024, or the longest example, or 0 where that does not.
+    def most_tokens(self, way: Way) -> int:
+        """Return the tokens of the largest micro-batch that fits, a multiple of 1,024 or, if it is smaller, of STEP.
 
-        `ds_config` is a path.
+        It is at least the longest example; 0 where that does not fit.
         """
-        longest = int(self.work.lengths.max())
-        if self.parts(ds_config, checkpointing, longest).total > self.usable:
+        if not self.holds(way, self.longest):
             return 0
-        fits = bisect.bisect_left(range(1, 2048), True, key=lambda n: self.parts(ds_config, checkpointing, 1024 * n).total > self.usable)
-        return max(1024 * fits, longest)
+        fits = bisect.bisect_left(range(1, 2048), True, key=lambda n: not self.holds(way, 1024 * n)) * 1024
+        if not fits:
+            fits = bisect.bisect_left(range(1, 1024 // STEP), True, key=lambda n: not self.holds(way, STEP * n)) * STEP
+        return max(fits, self.longest)
 
-    def estimate(self, ds_config: str, checkpointing: str) -> Estimate:
-        """Estimate memory and time with a ds_config, the name of one of ds_configs/, and a way of checkpointing activations."""
-        path = f"ds_configs/{ds_config}.json"
-        tokens = min(self.recipe.max_tokens_per_gpu, batches.most_of_a_rank(self.work.lengths, self.batch, self.ranks))
-        parts = self.parts(path, checkpointing, tokens)
-        most = self.most_tokens(path, checkpointing)
-        used = min(tokens, most) if most else tokens
-        seconds, sent = self.step(ds_config, checkpointing, used)
-        return Estimate(ds_config, checkpointing, parts, tokens, most, seconds, sent)
+    def estimate(self, way: Way) -> Estimate:
+        """Estimate memory and time of a way to run."""
+        most = self.most_tokens(way)
+        used = min(self.tokens, most) if most else self.tokens
+        seconds, sent = self.step(way, used)
+        return Estimate(way, self.parts(way, self.tokens), self.tokens, most, seconds, sent)
+
+    def best(self, ways: Sequence[Way]) -> Way | None:
+        """Return the first way that is within 5 % of the fastest that fits; None where none fits.
+
+        Micro-batches with under half the tokens of the recipe's, or of the largest that fit, are too small. Where nothing was timed here,
+        more is sharded only if memory needs it: the time that DeepSpeed takes for each of a model's many parts is not in the estimates.
+        """
+        if not self.seconds and self.holds(ways[0], self.tokens):  # mostly; then nothing else has to be counted
+            return ways[0]
+        fitting = [one for one in map(self.estimate, ways) if one.most_tokens]
+        largest = max((min(one.tokens, one.most_tokens) for one in fitting), default=0)
+        fitting = [one for one in fitting if one.most_tokens >= largest / 2]
+        if not self.seconds:
+            fitting = list({one.way.checkpointing: one for one in reversed(fitting)}.values())[::-1]
+        fastest = min((one.step_seconds for one in fitting), default=0.0)
+        return next((one.way for one in fitting if one.step_seconds <= 1.05 * fastest), None)
+
+    def smallest_change(self, ways: Sequence[Way]) -> str:
+        """Return what would let the model fit where none of `ways` does: shorter rows, more ranks, or more memory; a sentence's end."""
+        least = min(ways, key=lambda way: self.parts(way, self.longest).total)
+        changes = []
+        if fits := bisect.bisect_left(range(1, self.longest // STEP + 1), True, key=lambda n: not self.holds(least, STEP * n)) * STEP:
+            changes.append(f"rows of at most {fits:,} tokens (prepare with --max_length {fits})")
+        more = [times * self.ranks for times in (2, 4, 8, 16, 32, 64) if self.on_gpu]
+        if ranks := next((ranks for ranks in more if any(self.holds(way, self.longest, ranks) for way in ways)), None):
+            changes.append(f"{ranks} such GPUs")
+        needed = (self.parts(least, self.longest).total + KEPT_BACK) / (1 - FRAGMENTS)
+        changes.append(f"{needed / 1e9:.0f} GB {'on each GPU' if self.on_gpu else 'for each rank'}")
+        if (room := self.on_host(least)) > self.host:
+            changes[-1] += f" and {room / 1e9:.0f} GB of host memory"
+        return f"{', or '.join(changes)} would do"
 
     def micro_batches(self) -> list[np.ndarray]:
         """Return the micro-batches of the run's first steps on all ranks, as indices of examples, the one with the most tokens first."""
@@ -144,18 +206,18 @@ class Planner:
             mean += tokens.sum() / self.ranks
         return waited / mean
 
-    def step(self, ds_config: str, checkpointing: str, tokens: int) -> tuple[float, float]:
+    def step(self, way: Way, tokens: int) -> tuple[float, float]:
         """Return the seconds of a mean step with micro-batches of `tokens` tokens, and the bytes that a GPU sends in it."""
         micro_batches = max(1, math.ceil(self.work.lengths.mean() * self.batch / self.ranks / tokens))
-        zero = Zero.of(read_ds_config(f"ds_configs/{ds_config}.json"))
+        zero = Zero.of(read_ds_config(way.ds_config))
         waits, sent = self.imbalance(in_each=zero.stage > 1), self.sent(zero, micro_batches)
         if self.seconds:
             tokens_of_rank = waits * self.work.lengths.mean() * self.batch / self.ranks
-            compute = tokens_of_rank * self.seconds.token[checkpointing]
-            wire, update = micro_batches * self.seconds.micro_batch[ds_config], self.seconds.update[ds_config]
+            compute = tokens_of_rank * self.seconds.token[way.checkpointing]
+            wire, update = micro_batches * self.seconds.micro_batch[way.ds_config], self.seconds.update[way.ds_config]
         else:
             reached = REACHED_COMPILED if self.recipe.compile else REACHED
-            compute = waits * self.flops(checkpointing) / self.ranks / (self.device.peak * reached)
+            compute = waits * self.flops(way.checkpointing) / self.ranks / (self.device.peak * reached)
             # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
             within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
             across = (sent - within) * (self.nodes - 1) / self.nodes

@@ -1,10 +1,10 @@
 """The table that plan.py prints: an estimate for each way to run, and the way that it recommends."""
 
-import torch
+import math
+from pathlib import Path
 
-from posttrain.planning.activations import possible_ways
-from posttrain.planning.machines import Device
-from posttrain.planning.planner import CHECKPOINTING, STAGES, Estimate, Planner
+from posttrain.planning.machines import Device, free_on_host
+from posttrain.planning.planner import OFFLOADED, ZERO0, Planner, Way
 from posttrain.planning.timing import time_here
 from posttrain.recipes.keys import Recipe
 
@@ -12,30 +12,16 @@ from posttrain.recipes.keys import Recipe
 def table(recipe: Recipe, device: Device, *, gpus: int, nodes: int, assumed: str | None, here: bool) -> str:
     """Return the estimates for `gpus` ranks on each of `nodes`; `assumed` is a model's shape, `here` whether to time this machine."""
     planner = Planner(recipe, device, gpus, nodes, assumed)
-    modes, stages = possible_ways(planner.config, CHECKPOINTING), STAGES if nodes == 1 else (*STAGES, "zeropp")
-    if not planner.on_gpu:  # there is nothing to offload from
-        stages = [stage for stage in stages if stage != "zero3_offload"]
+    ways = planner.ways()
     if here:
-        time_here(planner, modes, stages)
-    shown = [(stage, mode) for stage in stages for mode in modes if stage != "zero3_offload" or mode == "full"]
-    return report(planner, [planner.estimate(*way) for way in shown])
+        planner.host = free_on_host()
+        time_here(planner, *(list(dict.fromkeys(way[part] for way in ways)) for part in (1, 0)))
+    return report(planner, ways)
 
 
-def best(estimates: list[Estimate], dtype: torch.dtype) -> Estimate | None:
-    """Return the first estimate that is within 5 % of the fastest that fits; None where none fits.
-
-    Those that fit at least half of the recipe's micro-batch come before all others. ZeRO-0 is left out in bfloat16, in which it adds up
-    gradients and so is less exact.
-    """
-    fitting = [one for one in estimates if one.most_tokens and (one.ds_config != "zero0" or dtype == torch.float32)]
-    fitting = [one for one in fitting if one.most_tokens >= one.tokens / 2] or fitting
-    fastest = min((one.step_seconds for one in fitting), default=0.0)
-    return next((one for one in fitting if one.step_seconds <= 1.05 * fastest), None)
-
-
-def report(planner: Planner, estimates: list[Estimate]) -> str:
-    """Return what plan.py prints: model, data and run, a table with a row an estimate, and the way to run that it recommends."""
-    device, recipe = planner.device, planner.recipe
+def report(planner: Planner, ways: list[Way]) -> str:
+    """Return what plan.py prints: model, data and run, a table with a row for each way to run, and the one that it recommends."""
+    device, recipe, estimates = planner.device, planner.recipe, [planner.estimate(way) for way in ways]
     lines = [
         f"model     {planner.model_summary}, {planner.count:,} parameters",
         f"data      {planner.work_summary}",
@@ -53,17 +39,21 @@ def report(planner: Planner, estimates: list[Estimate]) -> str:
         widths = (9, 7, 8, 9, 8, 6, 6, 8)
         row = "".join(f"{value / 1e9:>{width}.1f}" for value, width in zip(numbers, widths, strict=True))
         fits = f"{one.most_tokens:>13,}{one.step_seconds:>8.2f}{one.sent / 1e9:>8.1f}" if one.most_tokens else f"{'does not fit':>29}"
-        lines.append(f"{one.ds_config:14}{one.checkpointing:>13}{row}{fits}")
-    chosen = best(estimates, planner.dtype)
-    if chosen is None:
-        more = "take more GPUs, or a ds_config that offloads (zero3_offload)" if planner.on_gpu else "take a machine with more memory"
-        lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: {more}"]
+        lines.append(f"{Path(one.way.ds_config).stem:14}{one.way.checkpointing:>13}{row}{fits}")
+    if planner.on_gpu:
+        free = f", of which {planner.host / 1e9:,.0f} GB are free" if math.isfinite(planner.host) else ""
+        lines += ["", f"host      zero3_offload keeps {planner.on_host(OFFLOADED) / 1e9:,.0f} GB in the memory of each node{free}"]
+    recommended = [way for way in ways if way.ds_config != ZERO0]
+    best = planner.best(recommended)
+    if best is None:
+        lines += ["", f"nothing fits into {planner.usable / 1e9:.0f} GB: {planner.smallest_change(recommended)}"]
     else:
+        chosen = next(one for one in estimates if one.way == best)
         hours = chosen.step_seconds * planner.steps / 3600
         tokens = planner.work.lengths.mean() * planner.batch / chosen.step_seconds
         lines += [
             "",
-            f"take      --ds_config=ds_configs/{chosen.ds_config}.json --activation_checkpointing={chosen.checkpointing} "
+            f"take      --ds_config={chosen.way.ds_config} --activation_checkpointing={chosen.way.checkpointing} "
             f"--max_tokens_per_gpu={min(chosen.most_tokens, max(recipe.max_tokens_per_gpu, int(planner.work.lengths.max())))}",
             f"time      {chosen.step_seconds:.2f} s a step, {tokens:,.0f} tokens/s, {_duration(hours)} in all, "
             f"{hours * planner.ranks:,.1f} GPU-hours",

@@ -36,7 +36,7 @@ LITTLE = 8  # tokens of an answer; a micro-batch of one such example takes as lo
 def time_here(planner: Planner, modes, ds_configs) -> None:
     """Set the planner's `seconds` by timing on this machine; all ranks work at once, since they share caches, memory and links.
 
-    `modes` are ways of checkpointing activations, `ds_configs` names. Raises ValueError where there are fewer GPUs than ranks.
+    `modes` are ways of checkpointing activations, `ds_configs` paths. Raises ValueError where there are fewer GPUs than ranks.
     """
     if planner.on_gpu and planner.ranks > torch.cuda.device_count():
         raise ValueError(f"--gpu=here times this machine, which has {torch.cuda.device_count()} GPUs: --gpus={planner.ranks} is more")
@@ -138,13 +138,13 @@ def _engine_seconds(planner: Planner, depth: int, ds_config: str, device: torch.
 
     Both are scaled up from the timed layers to the whole model.
     """
-    path, little = f"ds_configs/{ds_config}.json", _smallest_batch(planner.work).to(device)
-    recipe = planner.recipe.model_copy(update={"ds_config": path, "activation_checkpointing": "none", "compile": False})
+    little = _smallest_batch(planner.work).to(device)
+    recipe = planner.recipe.model_copy(update={"ds_config": ds_config, "activation_checkpointing": "none", "compile": False})
     policy = _random_policy(planner, depth, "none", device)
     times = _size_ratio(planner, policy)
     alone = _median_seconds(lambda: policy(little).sum().backward())
     policy.zero_grad()
-    engine = build_engine(policy, recipe, read_ds_config(path))
+    engine = build_engine(policy, recipe, read_ds_config(ds_config))
 
     def step(micro_batches: int) -> None:
         for left in reversed(range(micro_batches)):

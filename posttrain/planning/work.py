@@ -44,7 +44,14 @@ class Work:
         return whole.sum(1) - again
 
     def micro_batch(self, tokens: int) -> MicroBatch:
-        """Build a micro-batch of at most `tokens` tokens: of the longest examples as many as fit, then shorter ones in what is left."""
+        """Build a micro-batch of at most `tokens` tokens: of the longest examples as many as fit, then shorter ones in what is left.
+
+        Where none fits, it is of the shortest one, cut to `tokens`.
+        """
+        if tokens < (least := self.lengths.min()):
+            arrays = (self.prompt, self.answers, self.trained)
+            cut = (np.maximum(1, array * tokens // least) if array.any() else array for array in arrays)
+            return Work(self.count, *cut, self.shared).batch_of([self.lengths.argmin()])
         chosen, left = [], tokens
         order = np.argsort(self.lengths, kind="stable")
         ascending = self.lengths[order]
@@ -77,7 +84,7 @@ def read_model_shape(recipe: Recipe, assumed: str | None):
         config = shape.config()
         return config, count_parameters(config), f"none at {recipe.model_path} yet: assumed {shape.name}'s shape"
     if is_ckpt_pt(recipe.model_path):
-        config = ckpt_pt.load_ckpt_pt(recipe.model_path, None).config
+        config = ckpt_pt.read_config(recipe.model_path)
     else:
         place = Path(recipe.model_path)
         described = checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path

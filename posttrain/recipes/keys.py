@@ -5,7 +5,7 @@ The recipe fixes the loss curve; hardware settings only decide how fast it is co
 """
 
 import re
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -60,7 +60,7 @@ def free_key(default, meaning: str, **others):
     return key(default, meaning, changes=ANY_TIME, **others)
 
 
-AUTO = "auto"  # the value of max_tokens_per_gpu that asks for as many tokens as fit
+AUTO = "auto"  # the value of a key that leaves the choice to the planner
 
 
 class Recipe(BaseModel):
@@ -178,14 +178,15 @@ class Recipe(BaseModel):
     wandb_run_name: str | None = free_key(None, "Weights & Biases run name; None: the name of out_dir", needs=("wandb_log",))
 
     ds_config: Place = free_key(
-        "ds_configs/zero1.json",
-        "DeepSpeed JSON file (ZeRO stage, offload, communication); batch size, optimizer and precision come from the recipe",
+        AUTO,
+        "DeepSpeed JSON file (ZeRO stage, offload, communication), or auto: the fastest one of ds_configs/ that fits into memory; batch "
+        "size, optimizer and precision come from the recipe",
     )
     packing: bool = free_key(True, "put several examples into a micro-batch, where none sees another; False: one each, which is slower")
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = free_key(
-        "none",
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = free_key(
+        AUTO,
         "recompute activations in backward, which saves memory and costs time: none, selective (feed-forward blocks), full (whole layers), "
-        "offload (whole layers, whose inputs are kept in host memory)",
+        "offload (whole layers, whose inputs are kept in host memory); auto: as little as memory allows",
     )
     compile: bool = free_key(False, "apply torch.compile to each decoder layer")
     kernels: Literal["auto", "torch"] = free_key("auto", "auto: the fastest kernels that work on this machine; torch: plain PyTorch")
@@ -201,6 +202,10 @@ class Recipe(BaseModel):
     @property
     def model_path(self) -> str:
         """Where training starts from."""
+        raise NotImplementedError
+
+    def at(self, model_path: str) -> Self:
+        """Return this recipe, but for another path to the model."""
         raise NotImplementedError
 
     @property
@@ -252,6 +257,10 @@ class SFTRecipe(Recipe):
     def model_path(self) -> str:
         """Where training starts from."""
         return self.checkpoint_path
+
+    def at(self, model_path: str) -> Self:
+        """Return this recipe, but for another path to the model."""
+        return self.model_copy(update={"checkpoint_path": model_path})
 
     @property
     def data_dir(self) -> str:
@@ -334,6 +343,10 @@ class DPORecipe(Recipe):
     def model_path(self) -> str:
         """Where training starts from."""
         return self.sft_checkpoint_path
+
+    def at(self, model_path: str) -> Self:
+        """Return this recipe, but for another path to the model."""
+        return self.model_copy(update={"sft_checkpoint_path": model_path})
 
     @property
     def data_dir(self) -> str:

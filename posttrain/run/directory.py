@@ -2,7 +2,7 @@
 
 runs/NAME/recipe.yaml       the resolved recipe; usable as RECIPE.yaml
 runs/NAME/run.json          kind, plan version, how global_batch_size was given, versions, every start and its machine, extensions of
-                            the run, and the value that max_tokens_per_gpu: auto has found
+                            the run, and what ds_config: auto and max_tokens_per_gpu: auto have found
 runs/NAME/data.json         the manifest of the data
 runs/NAME/model/            all of final/ but the weights, so that a checkpoint can be converted into a model
 runs/NAME/metrics.jsonl     one object per line: step, split and metrics, named as in TensorBoard; null for a value that is not finite
@@ -55,6 +55,7 @@ class Run:
         self.facts = {"kind": recipe.kind, "plan_version": PLAN_VERSION, "inputs": inputs, "packages": packages}
         self.trackers: list[Tracker] = []
         self.fitted: dict | None = None  # what max_tokens_per_gpu: auto has found, see training/auto_batch.py
+        self.layout: dict | None = None  # what ds_config: auto has chosen, see training/auto_layout.py
         if stored.is_run(self.path):  # on every rank, so that all raise
             began_with = read_facts(self.path, "inputs")["inputs"]
             if began_with.keys() != inputs.keys():
@@ -69,6 +70,11 @@ class Run:
                     f"{' and '.join(changed)} changed since {self.path} began ({where}): continuing would mix two runs. Restore what it "
                     "began with, or start a new run with another --out_dir"
                 )
+
+    def keep_layout(self, asked: Recipe, layout: dict) -> None:
+        """Take `layout`, with which this start trains, for run.json, while recipe.yaml keeps the auto of the recipe as it was `asked`."""
+        self.layout = layout
+        self.as_resolved |= {name: getattr(asked, name) for name in layout if name != "as"}
 
     def _create(self, total_steps: int, describe_model: Callable[[Path], None], manifest: dict) -> None:
         """Create the directory of a new run, run.json last."""
@@ -136,6 +142,8 @@ class Run:
                 self._update(extended=[{"from_step": first_step, **change}], total_steps=total_steps)
         if self.fitted:
             self._update(fitted=self.fitted)
+        if self.layout:
+            self._update(layout=self.layout)
         if self.recipe.checks == "off":
             self._update(unchecked_from_steps=[first_step])
         for name in stored.LOGS:

@@ -45,6 +45,15 @@ class _Fitted(Record):
     max_tokens_per_gpu: int
 
 
+class _Layout(Record):
+    """What ds_config: auto and activation_checkpointing: auto have chosen, and the setting in which it was."""
+
+    setting: dict = Field(alias="as")
+    ds_config: str
+    activation_checkpointing: Literal["none", "selective", "full", "offload"]
+    max_tokens_per_gpu: int | Literal["auto"]
+
+
 class _Facts(Record):
     """run.json."""
 
@@ -60,6 +69,7 @@ class _Facts(Record):
     model_files: Written = Field({})
     final_files: Written = Field({})
     fitted: _Fitted | None = None
+    layout: _Layout | None = None
 
 
 class _Recipe(Record):

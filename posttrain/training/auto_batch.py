@@ -13,11 +13,12 @@ from torch import distributed as dist
 from posttrain.data.batches import most_of_a_rank
 from posttrain.data.prepared import PreparedData
 from posttrain.engine.ds_config import read_ds_config
+from posttrain.model.forms import source_of
 from posttrain.parallel import watchdog
 from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, this_machine
-from posttrain.planning.planner import Planner
+from posttrain.planning.planner import Planner, Way
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.directory import Run
 from posttrain.run.stored import is_run, read_facts
@@ -37,7 +38,7 @@ def tokens_to_begin_with(recipe: Recipe, data: PreparedData, device: torch.devic
     """
     tokens = recipe.max_tokens_per_gpu
     if tokens == AUTO:
-        usable = min(gathered(_usable(device)))
+        usable = min(gathered(usable_bytes(device)))
         tokens = on_rank_0(lambda: _found_earlier(recipe, device) or _estimated_tokens(recipe, usable, data.longest))
     check_lengths(data, tokens)
     return tokens
@@ -52,7 +53,7 @@ def adapt(training: Training, run: Run) -> None:
     if on_rank_0(lambda: _found_earlier(run.recipe, device)):
         return
     most = max(data.longest, most_of_a_rank(data.train.lengths, run.recipe.global_batch_size, dist.get_world_size()))
-    usable, longest, estimated = min(gathered(_usable(device))), data.longest, training.max_tokens
+    usable, longest, estimated = min(gathered(usable_bytes(device))), data.longest, training.max_tokens
     few, many = (max(longest, estimated // part) for part in (4, 2))
     _try(training, few)  # the first allocates gradients and the like, which then are not counted as the tokens'
     (few, lower), (many, upper) = _try(training, few), _try(training, many)
@@ -103,9 +104,13 @@ def _round_tokens(tokens: float, longest: int, most: int) -> int:
 
 def _setting(recipe: Recipe, device: torch.device) -> dict:
     """Return all that the number depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     settings = {key: getattr(recipe, key, None) for key in MATTERS}
-    return {"ranks": dist.get_world_size(), "device": name, "ds_config": read_ds_config(recipe.ds_config), **settings}
+    return {**ranks_and_device(device), "ds_config": read_ds_config(recipe.ds_config), **settings}
+
+
+def ranks_and_device(device: torch.device) -> dict:
+    """Return how many ranks the run has, and the name of their device."""
+    return {"ranks": dist.get_world_size(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
 
 
 def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
@@ -117,11 +122,10 @@ def _found_earlier(recipe: Recipe, device: torch.device) -> int | None:
 
 def _estimated_tokens(recipe: Recipe, usable: float, longest: int) -> int:
     """Return the planner's number for `usable` bytes a rank. Raises ValueError where an example of `longest` tokens does not fit."""
-    planner = Planner(recipe, this_machine(dist.get_world_size()), dist.get_world_size(), 1)
-    planner.usable = usable
-    tokens = planner.most_tokens(recipe.ds_config, recipe.activation_checkpointing)
+    planner, way = planner_here(recipe, usable), Way(recipe.ds_config, recipe.activation_checkpointing)
+    tokens = planner.most_tokens(way)
     if tokens < longest:
-        needed = planner.parts(recipe.ds_config, recipe.activation_checkpointing, longest).total
+        needed = planner.parts(way, longest).total
         raise ValueError(
             f"max_tokens_per_gpu=auto: the longest example, {longest:,} tokens, is estimated to take {needed / 1e9:.1f} GB, and a rank has "
             f"{usable / 1e9:.1f}. Shard more (ds_config), recompute (activation_checkpointing), prepare with a smaller --max_length, or "
@@ -130,7 +134,16 @@ def _estimated_tokens(recipe: Recipe, usable: float, longest: int) -> int:
     return max(longest, min(tokens, most_of_a_rank(planner.work.lengths, planner.batch, planner.ranks)))
 
 
-def _usable(device: torch.device) -> float:
+def planner_here(recipe: Recipe, usable: float) -> Planner:
+    """Return the planner of a run on these ranks, each of which has `usable` bytes; of its model, or of a checkpoint where that is gone."""
+    ranks, local = dist.get_world_size(), read_launch().local_size
+    gpus = local if ranks % local == 0 else ranks
+    planner = Planner(recipe.at(source_of(recipe.model_path, recipe.out_dir)), this_machine(local), gpus, ranks // gpus)
+    planner.usable = usable
+    return planner
+
+
+def usable_bytes(device: torch.device) -> float:
     """Return the bytes that this rank can count on: what it holds and what is free, less a margin."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -13,10 +13,10 @@ from posttrain.engine.ds_config import REFERENCE, checkpoint_function, offloads_
 from posttrain.model.policy import load_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
-from posttrain.recipes.keys import DPORecipe, Recipe
-from posttrain.training import reference
+from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
+from posttrain.training import auto_layout, reference
 from posttrain.training.auto_batch import tokens_to_begin_with
-from posttrain.training.inputs import check_positions, load_chat
+from posttrain.training.inputs import check_lengths, check_positions, load_chat
 from posttrain.training.missing import prepare_command
 from posttrain.training.schedule import total_steps, with_warmup
 from posttrain.training.state import Training
@@ -27,7 +27,6 @@ class Inputs(NamedTuple):
 
     data: PreparedData
     chat: ChatFormat
-    ds_config: dict
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
@@ -35,12 +34,12 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
     Raises ValueError or FileNotFoundError for what is missing, damaged, or does not belong together.
     """
-    ds_config = read_ds_config(recipe.ds_config)
+    offloads = recipe.ds_config != AUTO and offloads_optimizer(read_ds_config(recipe.ds_config))
     shares_prompt = not isinstance(recipe, DPORecipe) or recipe.share_prompt
     data = load_prepared(recipe.data_dir, recipe.kind, prepare_command(recipe), shares_prompt)
-    inputs = Inputs(data, load_chat(recipe, data.manifest), ds_config)
+    inputs = Inputs(data, load_chat(recipe, data.manifest))
     check_rows(data, recipe.data_dir, len(inputs.chat.tokenizer))
-    if offloads_optimizer(ds_config):
+    if offloads:
         load_cpu_adam()
     return inputs
 
@@ -52,6 +51,12 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
     """
     data, tokenizer = inputs.data, inputs.chat.tokenizer
     recipe = with_warmup(recipe, total_steps(recipe, len(data.train)))
+    if recipe.max_tokens_per_gpu != AUTO:
+        check_lengths(data, recipe.max_tokens_per_gpu)
+    recipe, said = auto_layout.settle(recipe, device)
+    ds_config = read_ds_config(recipe.ds_config)
+    if offloads_optimizer(ds_config):
+        load_cpu_adam()
     max_tokens = tokens_to_begin_with(recipe, data, device)
 
     def frozen():
@@ -64,11 +69,12 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
         compares and recipe.reference == "precompute" and not recipe.only_looks
     )  # eval_only and replay_step write nothing, not even beside the data
     beside = frozen() if compares and not precomputes else None
-    recompute = checkpoint_function(recipe, inputs.ds_config)
-    policy, choices = load_policy(recipe, tokenizer, device, sharded=is_sharded(inputs.ds_config), checkpoint_function=recompute)
+    recompute = checkpoint_function(recipe, ds_config)
+    policy, choices = load_policy(recipe, tokenizer, device, sharded=is_sharded(ds_config), checkpoint_function=recompute)
+    choices = [*said, *choices]
     check_positions(data, policy.model.config)
     if precomputes:
         choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))
-    engine = build_engine(policy, recipe, inputs.ds_config)
+    engine = build_engine(policy, recipe, ds_config)
     objective = DPO(engine, beside, **recipe.objective) if isinstance(recipe, DPORecipe) else SFT(engine)
     return Training(recipe, max_tokens, engine, data, objective), choices

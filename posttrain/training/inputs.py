@@ -11,16 +11,18 @@ from posttrain.data import batches, tokenization
 from posttrain.data.chat import ChatFormat, render_prompt
 from posttrain.data.manifest import again
 from posttrain.data.prepared import PreparedData, Split
+from posttrain.engine.ds_config import read_ds_config
 from posttrain.model.forms import find_model, source_of, tokenizer_beside
 from posttrain.operators import positions
 from posttrain.parallel.ranks import same_on_all_ranks
-from posttrain.recipes.keys import DPORecipe, Recipe
+from posttrain.planning.planner import STAGES, ZEROPP
+from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
 
 CODE = Path(__file__).parents[1]  # the whole package
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 
 
-def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData, ds_config: dict) -> None:
+def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData) -> None:
     """Raise unless all ranks run the same code on the same recipe, ds_config and data, down to the tokens of the first step. All ranks."""
     train = prepared.train
     first = train.micro_batch(batches.step_examples(len(train), recipe.global_batch_size, recipe.seed, 1))
@@ -28,7 +30,8 @@ def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData, ds_config: 
     parts = {f"code: posttrain/{name}": value for name, value in hashes_of_code(CODE).items()}
     parts |= {f"package: {name}": version(name) for name in PACKAGES}
     parts |= {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
-    parts |= {f"content of {recipe.ds_config}": json.dumps(ds_config, sort_keys=True)}
+    for ds_config in (*STAGES, ZEROPP) if recipe.ds_config == AUTO else (recipe.ds_config,):
+        parts |= {f"content of {ds_config}": json.dumps(read_ds_config(ds_config), sort_keys=True)}
     parts |= {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens}
     same_on_all_ranks("code, recipe or prepared data", parts)
 

@@ -9,7 +9,7 @@ from posttrain.common import places
 from posttrain.data.manifest import is_raw, read_manifest
 from posttrain.model.forms import find_model, source_of, template_of_run, tokenizer_beside
 from posttrain.parallel.script import is_rank_0
-from posttrain.recipes.keys import Recipe
+from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.wandb_mode import settle_mode
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # folders of compiled code: torch fails on one that it cannot make, once imported
@@ -20,10 +20,10 @@ def refuse_missing(recipe: Recipe) -> None:
 
     Also where out_dir, or a folder of the environment's for compiled code, cannot be written.
     """
-    found = places.find_ds_config(recipe.ds_config)
-    ours = places.shipped(recipe.ds_config)
-    if ours.is_file() and not ours.samefile(found) and is_rank_0():
-        print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
+    if recipe.ds_config != AUTO:
+        found, ours = places.find_ds_config(recipe.ds_config), places.shipped(recipe.ds_config)
+        if ours.is_file() and not ours.samefile(found) and is_rank_0():
+            print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
     find_model(source_of(recipe.model_path, recipe.out_dir), recipe.how_to_make_model)
     read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
     for name in CACHES:

@@ -6,6 +6,7 @@ from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 from posttrain.run.directory import Run
 from posttrain.run.resume import already_finished, resolve
+from posttrain.training import auto_layout
 from posttrain.training.build import build_training, read_inputs
 from posttrain.training.inputs import same_inputs_on_all_ranks
 from posttrain.training.loop import train
@@ -21,7 +22,9 @@ def run_recipe(recipe: Recipe) -> None:
     keep_noise()
     inputs = read_inputs(recipe)
     device = start_distributed(recipe.watchdog_seconds)
-    same_inputs_on_all_ranks(recipe, inputs.data, inputs.ds_config)
+    same_inputs_on_all_ranks(recipe, inputs.data)
     training, choices = build_training(recipe, inputs, device)
     run = Run(training.recipe, here.rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
+    if auto_layout.is_asked(recipe):
+        run.keep_layout(recipe, auto_layout.record(recipe, training.recipe, device))
     train(training, inputs.chat, run, choices)
