@@ -3,24 +3,29 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, free_port, rank_environment
+from conftest import ROOT, free_port, launch, metrics, rank_environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.common import gpus, terminal
 from posttrain.data.packing import RowBuilder
-from posttrain.engine.start import share_cores, start_distributed
+from posttrain.engine.devices import Gpu, crowded, problems_of
+from posttrain.engine.start import settle_allocator, share_cores, start_distributed
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
 from posttrain.operators import attention_segments, layers
 from posttrain.operators.attention_segments import _attend_anywhere
 from posttrain.parallel.launched import take_gpu
 from posttrain.planning.activations import LiveBytes
+from posttrain.recipes.keys import SFTRecipe
+from posttrain.recipes.reading import build_recipe
+from posttrain.training.out_of_memory import smaller, too_little_memory
 
 
 def pairs(share_prompt: bool):
@@ -95,7 +100,8 @@ def test_the_gpus_that_were_given_to_a_run_are_those_that_it_takes(tmp_path):
     script = tmp_path / "see.py"
     script.write_text(
         "import os\nfrom posttrain.parallel.script import run_script\n"
-        "run_script(lambda: print('rank', os.environ['RANK'], 'of', os.environ['CUDA_VISIBLE_DEVICES'], flush=True))\n"
+        # in one piece: that of print, which -u leaves unbuffered, others' lines come between
+        "run_script(lambda: os.write(1, f\"rank {os.environ['RANK']} of {os.environ['CUDA_VISIBLE_DEVICES']}\\n\".encode()))\n"
     )
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(script)]
     environment = rank_environment() | {"CUDA_VISIBLE_DEVICES": "5,4", "PYTHONPATH": str(ROOT)}
@@ -167,3 +173,80 @@ def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch):
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("gpus", "problem", "warning"),
+    [
+        ([Gpu("a", "H100", 80 * GIB, 79 * GIB)] * 8, None, None),
+        (
+            [Gpu("a", "H100", 80 * GIB, 79 * GIB)] * 8 + [Gpu("b", "A100", 40 * GIB, 39 * GIB)] * 8,
+            "of 2 kinds: H100 (ranks 0, 1, 2, 3, 4, 5, 6, 7 on a); A100 (ranks 8, 9, 10, 11, 12, 13, 14, 15 on b)",
+            None,
+        ),
+        (
+            [Gpu("a", "H100", 80 * GIB, 79 * GIB), Gpu("a", "H100", 80 * GIB, 3 * GIB), Gpu("b", "H100", 80 * GIB, GIB)],
+            "of the GPU of rank 1 on a 3.0 of 80.0 GiB are free (and so of 1 others): another process uses it",
+            None,
+        ),
+        ([Gpu("a", "4090", 24 * GIB, 18 * GIB)], None, "of the GPU of rank 0 on a 18.0 of 24.0 GiB are free; another process"),
+    ],
+)
+def test_gpus_of_several_kinds_and_full_ones_are_named(gpus, problem, warning):
+    assert [problem in said for said in problems_of(gpus)] == [True] * bool(problem)
+    assert [warning in said for said in crowded(gpus)] == [True] * bool(warning)
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_says_what_takes_less(tiny, tmp_path):
+    paths = [f"--checkpoint_path={tiny.base}", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run"]
+    numbers = ["--max_iters=4", "--global_batch_size=8", "--dtype=float32", "--eval_interval=0", "--max_tokens_per_gpu=120"]
+    done = launch("tests/starved.py", *paths, *numbers)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stdout
+    assert "rank 1 on " in done.stdout and "has not enough memory for this run (tried to allocate " in done.stdout
+    assert "--ds_config=ds_configs/zero1.json --activation_checkpointing=selective --max_tokens_per_gpu=60" in done.stdout
+
+
+def test_what_takes_less_takes_less():
+    values = {"out_dir": "run", "checkpoint_path": "model", "sft_data_dir": "data", "global_batch_size": 8}
+    recipe = build_recipe(SFTRecipe, values | {"ds_config": "ds_configs/zero1.json", "activation_checkpointing": "full"}, {})
+    assert smaller(recipe) == "--ds_config=ds_configs/zero2.json --activation_checkpointing=full --max_tokens_per_gpu=8192"
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.02 GiB is free. Including "
+        "non-PyTorch memory, this process has 22.60 GiB memory in use."
+    )
+    assert "(Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.02 GiB is free)" in too_little_memory(
+        error, recipe
+    )
+
+
+def test_memory_grows_in_segments_unless_the_environment_says_otherwise(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    settle_allocator()
+    said = os.environ["PYTORCH_ALLOC_CONF"]
+    assert "expandable_segments:True" in said
+    torch._C._accelerator_setAllocatorSettings(said)  # raises for a setting that this torch does not know
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    settle_allocator()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_is_the_same_run_on_a_cpu(tiny, tmp_path):
+    """Where all algorithms are deterministic anyway; what has none that is, is refused in one sentence."""
+    paths = [f"--checkpoint_path={tiny.base}", f"--sft_data_dir={tiny.sft}", "--max_iters=3", "--global_batch_size=8", "--eval_interval=0"]
+    curves = []
+    for name, more in (("plain", []), ("deterministic", ["--deterministic"])):
+        done = launch("posttrain/sft.py", *paths, f"--out_dir={tmp_path}/{name}", *more)
+        assert done.returncode == 0, done.stdout
+        curves.append([(one["loss"], one["grad_norm"]) for one in metrics(tmp_path / name)])
+    assert curves[0] == curves[1]
+    flags = "import torch, sys; sys.path.insert(0, '.'); from posttrain.engine.start import compute_deterministically as now; now(); "
+    flags += "print(torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)"
+    done = subprocess.run([sys.executable, "-c", flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["True", "False"], done.stderr

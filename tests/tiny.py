@@ -76,11 +76,12 @@ def build_training(tiny: str, kind: str, settings: dict):
     from posttrain.engine.start import start_distributed
     from posttrain.recipes.keys import DPORecipe, SFTRecipe
     from posttrain.recipes.reading import build_recipe
-    from posttrain.training import build
+    from posttrain.training import auto_layout, build
 
     torch._dynamo.reset()  # else the layers of one after another, which share their code, would reach the limit of recompilations
     names = ("checkpoint_path", "sft_data_dir") if kind == "sft" else ("sft_checkpoint_path", "dpo_data_dir")
     paths = {names[0]: f"{tiny}/base", names[1]: f"{tiny}/{kind}"}  # unless the settings name others
     recipe = build_recipe(SFTRecipe if kind == "sft" else DPORecipe, {**paths, **settings}, {})
     inputs = build.read_inputs(recipe)
-    return build.build_training(recipe, inputs, start_distributed())[0]
+    device = start_distributed()
+    return build.build_training(auto_layout.settle(recipe, inputs.data, device)[0], inputs, device)[0]

@@ -21,6 +21,7 @@ from posttrain.parallel.launched import SHARED_MEMORY, VISIBLE, read_launch
 # 0.18.3 to 0.19.5 divide gradients by the accumulation count twice below ZeRO-3; 0.18.2 is wrong at ZeRO-2 (DeepSpeed #7718, #8224).
 # Adam's steps do not show it; clipping and gradient norms do.
 OLDEST_DEEPSPEED = "0.19.8"
+LARGE_PINNED = 64  # MB; larger pieces of pinned memory are not rounded up
 
 
 def check_versions() -> None:
@@ -32,9 +33,10 @@ def check_versions() -> None:
         )
 
 
-def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
+def start_distributed(watchdog_seconds: float = 0.0, deterministic: bool = False) -> torch.device:
     """Select this rank's device, set up the process group, start the watchdog, and return the device. All ranks.
 
+    With `deterministic` every operation gives the same bits each time, or raises RuntimeError where it cannot.
     Raises ValueError if there are too few GPUs, or none that can be used, or if ranks are missing or cannot connect to each other.
     """
     accelerator, here = get_accelerator(), read_launch()
@@ -45,6 +47,9 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
         if here.local_size > 1 and here.local_rank == 0:
             warn_of_little_shared_memory("/dev/shm")
     os.environ |= here.as_environment()  # DeepSpeed and others read it, too
+    settle_allocator()
+    if deterministic:
+        compute_deterministically()
     accelerator.set_device(here.local_rank)
     share_cores(here.local_size)
     if accelerator.device_name() == "cpu":
@@ -60,6 +65,25 @@ def start_distributed(watchdog_seconds: float = 0.0) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return device
+
+
+def settle_allocator() -> None:
+    """Set torch's allocators, unless the environment does: memory of GPUs in segments that grow, and pinned memory of the size asked for.
+
+    Nearly every micro-batch has another length, for which memory in pieces of fixed sizes fragments. What is offloaded is pinned in few
+    large pieces, each of which torch (2.13) would round up to a power of two. Call it before the first memory of a GPU is taken.
+    """
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return
+    newer = Version(torch.__version__) >= Version("2.13")  # earlier ones refuse a setting that they do not know
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True" + (f",pinned_max_round_threshold_mb:{LARGE_PINNED}" if newer else "")
+
+
+def compute_deterministically() -> None:
+    """Let torch take algorithms only that add up in the same order each time. Call it before the first product on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for reads of memory that nobody wrote; it takes time
 
 
 def share_cores(local_size: int) -> None:

@@ -190,8 +190,12 @@ class Recipe(BaseModel):
     )
     compile: bool = free_key(False, "apply torch.compile to each decoder layer")
     kernels: Literal["auto", "torch"] = free_key("auto", "auto: the fastest kernels that work on this machine; torch: plain PyTorch")
+    deterministic: bool = free_key(
+        False,
+        "take only algorithms that give the same bits each time, on the same machine in the same layout; slower on GPUs; all are on CPUs",
+    )
     checks: Literal["on", "off"] = free_key(
-        "on", "before step 1 check packing, dropout, DPO's reference and the chat template; off is recorded in the run"
+        "on", "before step 1 check the GPUs, packing, dropout, DPO's reference and the chat template; off is recorded in the run"
     )
 
     @classmethod

@@ -10,6 +10,7 @@ import torch
 
 from posttrain.common.errors import first_line
 from posttrain.common.places import find_ds_config
+from posttrain.data.prepared import PreparedData
 from posttrain.engine.ds_config import read_ds_config
 from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
@@ -19,6 +20,7 @@ from posttrain.planning.planner import CHECKPOINTING, ZERO0, Planner, Way
 from posttrain.recipes.keys import AUTO, Recipe
 from posttrain.run.stored import is_run, read_facts, read_recipe
 from posttrain.training import auto_batch
+from posttrain.training.inputs import check_lengths
 
 USUAL = Way("ds_configs/zero1.json", "none")  # where the model's memory cannot be estimated
 CHOSEN = ("ds_config", "activation_checkpointing", "max_tokens_per_gpu")  # the recipe's keys that may be settled here
@@ -29,13 +31,16 @@ def is_asked(recipe: Recipe) -> bool:
     return AUTO in (recipe.ds_config, recipe.activation_checkpointing)
 
 
-def settle(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[tuple[str, str]]]:
+def settle(recipe: Recipe, data: PreparedData, device: torch.device) -> tuple[Recipe, list[tuple[str, str]]]:
     """Return the recipe with a ds_config and a way of checkpointing activations, and what is said of them on the first screen. All ranks.
 
-    Where only smaller micro-batches fit, max_tokens_per_gpu is lowered. Raises ValueError where nothing fits.
+    Where only smaller micro-batches fit, max_tokens_per_gpu is lowered. Raises ValueError where nothing fits, or where an example is longer
+    than the recipe's max_tokens_per_gpu.
     """
     if not is_asked(recipe):
         return recipe, []
+    if recipe.max_tokens_per_gpu != AUTO:
+        check_lengths(data, recipe.max_tokens_per_gpu)
     held = psutil.Process().memory_info().rss if device.type == "cpu" else 0  # by libraries, which the planner does not count
     free, host = min(gathered(auto_batch.usable_bytes(device) - held)), min(gathered(free_on_host()))
     changes, said = on_rank_0(lambda: _of_run(recipe, device) or _chosen(recipe, free, host))

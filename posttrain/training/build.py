@@ -14,9 +14,9 @@ from posttrain.model.policy import load_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
-from posttrain.training import auto_layout, reference
+from posttrain.training import reference
 from posttrain.training.auto_batch import tokens_to_begin_with
-from posttrain.training.inputs import check_lengths, check_positions, load_chat
+from posttrain.training.inputs import check_positions, load_chat
 from posttrain.training.missing import prepare_command
 from posttrain.training.schedule import total_steps, with_warmup
 from posttrain.training.state import Training
@@ -45,15 +45,12 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 
 def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[Training, list[tuple[str, str]]]:
-    """Load the models, wrap them in engines, and return the Training that every step works on. All ranks.
+    """Load the models, wrap them in engines, and return the Training that every step works on; the recipe's layout is settled. All ranks.
 
     Also returns what was chosen on the way (kernels, the reference), as (label, text), for the first screen.
     """
     data, tokenizer = inputs.data, inputs.chat.tokenizer
     recipe = with_warmup(recipe, total_steps(recipe, len(data.train)))
-    if recipe.max_tokens_per_gpu != AUTO:
-        check_lengths(data, recipe.max_tokens_per_gpu)
-    recipe, said = auto_layout.settle(recipe, device)
     ds_config = read_ds_config(recipe.ds_config)
     if offloads_optimizer(ds_config):
         load_cpu_adam()
@@ -71,7 +68,6 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
     beside = frozen() if compares and not precomputes else None
     recompute = checkpoint_function(recipe, ds_config)
     policy, choices = load_policy(recipe, tokenizer, device, sharded=is_sharded(ds_config), checkpoint_function=recompute)
-    choices = [*said, *choices]
     check_positions(data, policy.model.config)
     if precomputes:
         choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))

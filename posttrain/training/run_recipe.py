@@ -1,15 +1,20 @@
 """Trains by a recipe, on every rank: the stages of a run, of SFT and of DPO alike."""
 
+import torch
+
+from posttrain.common.errors import first_line
 from posttrain.common.terminal import keep_noise
+from posttrain.engine.devices import look_at_gpus
 from posttrain.engine.start import check_versions, start_distributed
 from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 from posttrain.run.directory import Run
 from posttrain.run.resume import already_finished, resolve
 from posttrain.training import auto_layout
-from posttrain.training.build import build_training, read_inputs
+from posttrain.training.build import Inputs, build_training, read_inputs
 from posttrain.training.inputs import same_inputs_on_all_ranks
 from posttrain.training.loop import train
+from posttrain.training.out_of_memory import is_out_of_memory, too_little_memory
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -21,10 +26,24 @@ def run_recipe(recipe: Recipe) -> None:
         return
     keep_noise()
     inputs = read_inputs(recipe)
-    device = start_distributed(recipe.watchdog_seconds)
+    device = start_distributed(recipe.watchdog_seconds, recipe.deterministic)
     same_inputs_on_all_ranks(recipe, inputs.data)
-    training, choices = build_training(recipe, inputs, device)
-    run = Run(training.recipe, here.rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
+    look_at_gpus(device, recipe.checks)
+    settled, said = auto_layout.settle(recipe, inputs.data, device)
+    try:
+        _train(recipe, settled, said, inputs, device)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ValueError(too_little_memory(error, settled)) from error
+        if "deterministic" in str(error) and recipe.deterministic:
+            raise ValueError(f"deterministic: True is not possible with this model here: {first_line(error)}") from error
+        raise
+
+
+def _train(recipe: Recipe, settled: Recipe, said: list[tuple[str, str]], inputs: Inputs, device: torch.device) -> None:
+    """Train by `settled`, the recipe with its layout; `said`: what the first screen says of that. All ranks."""
+    training, choices = build_training(settled, inputs, device)
+    run = Run(training.recipe, read_launch().rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
     if auto_layout.is_asked(recipe):
-        run.keep_layout(recipe, auto_layout.record(recipe, training.recipe, device))
-    train(training, inputs.chat, run, choices)
+        run.keep_layout(recipe, auto_layout.record(recipe, settled, device))
+    train(training, inputs.chat, run, [*said, *choices])
