@@ -140,6 +140,15 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
+def takes_fa4() -> bool:
+    """Whether this machine has a GPU of the kinds for which FlashAttention-4 is tried: those of compute capability 9 and 10."""
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        return re.search(r"^(9|10)\.", subprocess.run(asked, capture_output=True, text=True).stdout, re.M) is not None
+    except OSError:
+        return False
+
+
 def wanted_extras() -> list[str]:
     """The extras of POSTTRAIN_EXTRAS. Raises SetUpError for one that setup.py does not have."""
     wanted = [name for name in re.split(r"[,\s]+", os.environ.get("POSTTRAIN_EXTRAS", "")) if name]
@@ -235,9 +244,15 @@ def install(step: "Steps", extras: list[str]) -> tuple[str, list[str]]:
         command, environment, installed = [*pip_install(), "-e"], None, extras
         step([*command, named(extras)], "installing", failed)
     kind = torch_build()  # of what is installed, which what was planned need not tell
-    if with_gpu(extras, kind) != installed:
-        step([*command, named(with_gpu(extras, kind))], "installing kernels for GPUs", failed, environment)
-    return kind, with_gpu(extras, kind)
+    extras = with_gpu(extras, kind)
+    if extras != installed:
+        step([*command, named(extras)], "installing kernels for GPUs", failed, environment)
+    if kind == "CUDA" and "fa4" not in extras and takes_fa4():
+        if step.fails([*command, named([*extras, "fa4"])], "installing FlashAttention-4 (0.1 GB), which this GPU can use", environment):
+            print(f"  FlashAttention-4 cannot be had here, runs will take torch's own kernel; {LOG} says more", flush=True)
+        else:
+            extras = sorted([*extras, "fa4"])
+    return kind, extras
 
 
 def by_uv(step: "Steps", settings: dict[str, str], extras: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
