@@ -90,6 +90,9 @@ def is_ready() -> bool:
     stamp = read_stamp()
     if not is_ours(stamp) or stamp["inputs"] != hash_of_inputs() or not set(wanted_extras()) <= set(stamp["extras"]):
         return False
+    before, now = stamp.get("versions", {}), versions()
+    if changed := [f"{name} {before[name]} -> {now.get(name, 'none')}" for name in before if now.get(name) != before[name]]:
+        print(f"warning  {VENV} has changed since it was set up ({', '.join(changed)}): delete it and source launch/env.sh here")
     if stamp["torch"] == "CPU" and has_gpu():
         print(f"warning  this machine has a GPU, and {VENV} holds torch's CPU build: delete it and source launch/env.sh here")
     return True
@@ -112,6 +115,13 @@ def read_stamp() -> dict:
         return {}
     except ValueError:  # version 0.1.0 wrote a checksum and installed everything
         return {"inputs": "", "root": str(ROOT), "python": version_of(PYTHON), "extras": ["dev"], "torch": torch_build()}
+
+
+def versions() -> dict[str, str]:
+    """The versions in .venv of what decides a run's numbers, by the names of their folders; without torch's build."""
+    names = (path.stem for path in VENV.glob("lib/python*/site-packages/*.dist-info"))
+    found = (re.fullmatch(r"(torch|transformers|deepspeed)-([^+]+).*", name) for name in names)
+    return {match[1]: match[2] for match in found if match}
 
 
 def version_of(python: str | Path) -> str:
@@ -207,6 +217,7 @@ def set_up(lock: int) -> None:
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
     stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": version_of(PYTHON), "extras": extras, "torch": torch}
+    stamp["versions"] = versions()
     STAMP.write_text(json.dumps(stamp), encoding="utf-8")
     print(f"Set up in {time.monotonic() - started:.0f} s.")
 

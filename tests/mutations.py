@@ -303,6 +303,12 @@ MUTATIONS = {
         "is_target.float() + (logits",
         "tests/test_kernels.py::test_compiled_log_probs_equal_plain_ones",
     ),
+    "vllm_of_other_versions_loaded": Mutation(
+        "posttrain/serving/vllm_batching.py",
+        "misfit := _misfit()",
+        "misfit := None",
+        PARTS + "test_a_vllm_that_was_made_for_other_versions_is_not_loaded",
+    ),
     "answers_see_all_of_their_segment": Mutation(
         "posttrain/operators/attention_varlen.py",
         "window_size=(-1, 0)",

@@ -192,6 +192,7 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "extras": [],
         "torch": "CPU",
+        "versions": {"torch": "2.0"},
     }
     log = (place / ".venv" / "setup.log").read_text()
 
@@ -208,6 +209,13 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
     gpu = source(place, **index, PATH=f"{tools}:{os.environ['PATH']}")
     assert f"warning  this machine has a GPU, and {place}/.venv holds torch's CPU build" in gpu.stdout
     assert gpu.stdout.endswith("returned 0\n")
+
+    wheel(tmp_path, "torch", "2.1+cpu")  # as another package does that pins it
+    own = [place / ".venv" / "bin" / "python", "-m", "pip", "install", "-q", tmp_path / "torch" / "torch-2.1+cpu-py3-none-any.whl"]
+    subprocess.run(own, check=True, env=clean)
+    changed = source(place, **index)
+    assert changed.stdout.startswith(f"warning  {place}/.venv has changed since it was set up (torch 2.0 -> 2.1): delete it")
+    assert changed.stdout.endswith("returned 0\n")
 
     (place / ".venv" / "bin" / "python").unlink()  # as if the Python that it was made with had been removed
     (place / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
