@@ -2,7 +2,7 @@
 #   docker build -t posttrain .
 #   docker run --rm --gpus all --shm-size=16g -v "$PWD:/work" posttrain sft --num_gpus 8 my_recipe.yaml
 # What a run writes belongs into /work, the folder that is mounted; --user "$(id -u):$(id -g)" -e HOME=/work writes it as yours.
-# For machines without a GPU:
+# For H100, H200 and B200 add --build-arg EXTRAS=gpu,fa4,wandb. For machines without a GPU:
 #   docker build -t posttrain --build-arg BASE=ubuntu:24.04 --build-arg EXTRAS=wandb \
 #     --build-arg PIP_INDEX_URL=https://download.pytorch.org/whl/cpu --build-arg PIP_EXTRA_INDEX_URL=https://pypi.org/simple .
 # The tests lint this file and compare it with the checkout; they do not build it.

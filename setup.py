@@ -57,6 +57,9 @@ setup(
     ],
     extras_require={
         "gpu": ["liger-kernel"],  # fused RMSNorm, rotary embedding and SwiGLU; set-up installs it with torch's build for CUDA
+        # attention of H100, H200 and B200, the version that torch 2.13 can activate: 4.0.0b19 returns more values than torch unpacks. It
+        # names no upper bound for its compiler, and nvidia-cutlass-dsl 4.8 cannot compile it
+        "fa4": ["flash-attn-4==4.0.0b18", "nvidia-cutlass-dsl<4.6"],
         "wandb": ["wandb"],
         "docs": ["zensical"],  # builds the site
         "test": TEST,

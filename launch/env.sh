@@ -7,7 +7,7 @@
 #   PIP_INDEX_URL, PIP_...     pip's settings and its configuration files are respected, although uv installs. For torch's CPU build, which is
 #                              2.5 GB less to download:
 #                              export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple
-#   POSTTRAIN_EXTRAS=wandb     optional packages of setup.py to have as well, by comma: wandb, test, dev, docs
+#   POSTTRAIN_EXTRAS=wandb     optional packages of setup.py to have as well, by comma: wandb, fa4, test, dev, docs
 
 _posttrain_script() { # the path of this file; fails where it is not being sourced, or by a shell that does not tell the path
     if [ -n "${BASH_VERSION:-}" ]; then

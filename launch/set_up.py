@@ -90,6 +90,9 @@ def is_ready() -> bool:
     stamp = read_stamp()
     if not is_ours(stamp) or stamp["inputs"] != hash_of_inputs() or not set(wanted_extras()) <= set(stamp["extras"]):
         return False
+    before, now = stamp.get("versions", {}), versions()
+    if changed := [f"{name} {before[name]} -> {now.get(name, 'none')}" for name in before if now.get(name) != before[name]]:
+        print(f"warning  {VENV} has changed since it was set up ({', '.join(changed)}): delete it and source launch/env.sh here")
     if stamp["torch"] == "CPU" and has_gpu():
         print(f"warning  this machine has a GPU, and {VENV} holds torch's CPU build: delete it and source launch/env.sh here")
     return True
@@ -112,6 +115,13 @@ def read_stamp() -> dict:
         return {}
     except ValueError:  # version 0.1.0 wrote a checksum and installed everything
         return {"inputs": "", "root": str(ROOT), "python": version_of(PYTHON), "extras": ["dev"], "torch": torch_build()}
+
+
+def versions() -> dict[str, str]:
+    """The versions in .venv of what decides a run's numbers, by the names of their folders; without torch's build."""
+    names = (path.stem for path in VENV.glob("lib/python*/site-packages/*.dist-info"))
+    found = (re.fullmatch(r"(torch|transformers|deepspeed)-([^+]+).*", name) for name in names)
+    return {match[1]: match[2] for match in found if match}
 
 
 def version_of(python: str | Path) -> str:
@@ -138,6 +148,15 @@ def hash_of_inputs() -> str:
 
 def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def takes_fa4() -> bool:
+    """Whether this machine has a GPU of the kinds for which FlashAttention-4 is tried: those of compute capability 9 and 10."""
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        return re.search(r"^(9|10)\.", subprocess.run(asked, capture_output=True, text=True).stdout, re.M) is not None
+    except OSError:
+        return False
 
 
 def wanted_extras() -> list[str]:
@@ -198,6 +217,7 @@ def set_up(lock: int) -> None:
         environment = without(os.environ, "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         step([str(PYTHON), "-c", code], "importing everything once", "the packages were installed, and cannot be imported", environment)
     stamp = {"inputs": hash_of_inputs(), "root": str(ROOT), "python": version_of(PYTHON), "extras": extras, "torch": torch}
+    stamp["versions"] = versions()
     STAMP.write_text(json.dumps(stamp), encoding="utf-8")
     print(f"Set up in {time.monotonic() - started:.0f} s.")
 
@@ -235,9 +255,15 @@ def install(step: "Steps", extras: list[str]) -> tuple[str, list[str]]:
         command, environment, installed = [*pip_install(), "-e"], None, extras
         step([*command, named(extras)], "installing", failed)
     kind = torch_build()  # of what is installed, which what was planned need not tell
-    if with_gpu(extras, kind) != installed:
-        step([*command, named(with_gpu(extras, kind))], "installing kernels for GPUs", failed, environment)
-    return kind, with_gpu(extras, kind)
+    extras = with_gpu(extras, kind)
+    if extras != installed:
+        step([*command, named(extras)], "installing kernels for GPUs", failed, environment)
+    if kind == "CUDA" and "fa4" not in extras and takes_fa4():
+        if step.fails([*command, named([*extras, "fa4"])], "installing FlashAttention-4 (0.1 GB), which this GPU can use", environment):
+            print(f"  FlashAttention-4 cannot be had here, runs will take torch's own kernel; {LOG} says more", flush=True)
+        else:
+            extras = sorted([*extras, "fa4"])
+    return kind, extras
 
 
 def by_uv(step: "Steps", settings: dict[str, str], extras: list[str]) -> tuple[list[str], dict[str, str], list[str]]:

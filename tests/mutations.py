@@ -303,6 +303,18 @@ MUTATIONS = {
         "is_target.float() + (logits",
         "tests/test_kernels.py::test_compiled_log_probs_equal_plain_ones",
     ),
+    "vllm_of_other_versions_loaded": Mutation(
+        "posttrain/serving/vllm_batching.py",
+        "misfit := _misfit()",
+        "misfit := None",
+        PARTS + "test_a_vllm_that_was_made_for_other_versions_is_not_loaded",
+    ),
+    "answers_see_all_of_their_segment": Mutation(
+        "posttrain/operators/attention_varlen.py",
+        "window_size=(-1, 0)",
+        "window_size=(-1, -1)",
+        "tests/test_gpu_paths.py::test_one_call_for_all_segments_equals_grouped_calls",
+    ),
     "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),
     "validation_drops_an_example": Mutation(
         "posttrain/training/step.py",

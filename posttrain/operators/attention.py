@@ -1,5 +1,7 @@
 """Chooses at start which attention computes packed micro-batches; a fast one is compared with the plain one before it is used."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 from torch.nn import attention as flash
 
@@ -23,26 +25,35 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: floa
         return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
     _activate("FA2")  # FA3 and FA4 would also replace what attend_segments calls
     expected, passed_over = trial(attend_segments, config, device, dtype), ""
-    for version in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
-        difference, why_not = tried(lambda version=version: _difference(version, expected, config), SAME)
+    for name in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
+        difference, why_not = tried(lambda name=name: _difference(name, expected, config), SAME)
         if difference is not None:
-            return VARLEN, f"{version}, one call for all examples of a micro-batch, {difference:.1e} from one call each{passed_over}"
-        passed_over += f"; not {version}: {why_not}"
+            return VARLEN, f"{name}, one call for all examples of a micro-batch, {difference:.1e} from one call each{passed_over}"
+        passed_over += f"; not {name}: {why_not}"
     _activate("FA2")
     return SEGMENTS, f"no variable-length kernel works here{passed_over}"
 
 
-def _difference(version: str, expected: list[torch.Tensor], config) -> float:
+def _difference(name: str, expected: list[torch.Tensor], config) -> float:
     """How far a version's output and gradients are from the expected ones, relative to their norm."""
-    _activate(version)
+    _activate(name)
     output = expected[0]
     return distances(expected, trial(attend_varlen, config, output.device, output.dtype)).max().item()
 
 
-def _activate(version: str) -> None:
-    """Select the flash attention behind torch's operators: FA2 is torch's own, later versions are packages that torch looks for."""
-    if version != "FA2":
-        flash.activate_flash_attention_impl(version)
+def _activate(name: str) -> None:
+    """Select the flash attention behind torch's operators: FA2 is torch's own, later versions are packages that torch looks for.
+
+    Raises ValueError where the package of FA4 is not installed; of FA3 there is none on PyPI that could be named.
+    """
+    if name == "FA4":
+        try:
+            version("flash-attn-4")
+        except PackageNotFoundError:
+            how = "export POSTTRAIN_EXTRAS=fa4 and source launch/env.sh, or pip install 'posttrain[fa4]'"
+            raise ValueError(f"flash-attn-4 is not installed ({how})") from None
+    if name != "FA2":
+        flash.activate_flash_attention_impl(name)
     elif hasattr(flash, "current_flash_attention_impl") and flash.current_flash_attention_impl():
         flash.restore_flash_attention_impl()
 

@@ -1,14 +1,16 @@
 """Attention over a packed micro-batch by torch's variable-length flash attention, for GPUs."""
 
 import inspect
-from functools import cache
 
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from posttrain.operators.attention_segments import refuse_other_attention
 
 # the name in transformers' registry; transformers (5.23) treats any name with "sdpa" or "flash" in it as its own
 VARLEN = "posttrain_varlen"
+# torch 2.13 must be told of grouped key and value heads; 2.11 sees them by itself
+ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attend_varlen(module, query, key, value, attention_mask, scaling, packing, **asked):
@@ -16,8 +18,6 @@ def attend_varlen(module, query, key, value, attention_mask, scaling, packing, *
 
     Shapes are those of attend_segments.
     """
-    from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import
-
     refuse_other_attention(asked)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if packing.key_rows is not None:
@@ -32,17 +32,9 @@ def attend_varlen(module, query, key, value, attention_mask, scaling, packing, *
         packing.max_k,
         scale=scaling,
         window_size=(-1, 0),
-        **({"enable_gqa": True} if query.shape[1] != key.shape[1] and _asks_for_grouped_heads() else {}),
+        **({"enable_gqa": True} if ASKS_FOR_GROUPED_HEADS and query.shape[1] != key.shape[1] else {}),
     )
     return output.unsqueeze(0), None
-
-
-@cache
-def _asks_for_grouped_heads() -> bool:
-    """Whether this torch's varlen_attn must be told of grouped key and value heads; earlier ones see them by themselves."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 AttentionInterface.register(VARLEN, attend_varlen)

