@@ -6,7 +6,6 @@ sent.py TINY FILE      FILE: {"KIND, ZERO, DTYPE, micro-batches": {"counted": by
 import json
 import sys
 import weakref
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import build_training  # noqa: E402
-from torch import Tensor  # noqa: E402
 from torch import distributed as dist  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from benchmarks.collectives import Counting  # noqa: E402
 from posttrain.engine import build as engine_build  # noqa: E402
 from posttrain.engine import ds_config, shards  # noqa: E402
 from posttrain.parallel.script import run_script  # noqa: E402
@@ -28,33 +25,12 @@ from posttrain.planning.memory import Zero  # noqa: E402
 from posttrain.training import build  # noqa: E402
 from posttrain.training.step import train_step  # noqa: E402
 
-# Of the bytes given to a collective, in shares of (ranks - 1) / ranks, what each rank sends by the algorithms that need the least
-SENT = {"allreduce": (0, 2), "allgather": (0, 1), "reduce_scatter": (1, 1), "broadcast": (0, 1), "reduce": (0, 1)}
 WAYS = [
     *[("sft", zero, dtype, tokens) for zero in ("zero0", "zero1", "zero2") for dtype, tokens in (("float32", 64), ("bfloat16", 512))],
     *[("sft", zero, "bfloat16", tokens) for zero in ("zero3", "zero3, little kept") for tokens in (64, 512)],
     ("dpo", "zero2", "bfloat16", 512),
     ("dpo", "zero3, little kept", "bfloat16", 512),
 ]
-
-
-class Counting(TorchDispatchMode):
-    """Counts the collectives' bytes by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            name = function._schema.name.removeprefix("c10d::").strip("_")
-            if known := next((known for known in ("reduce_scatter", *SENT) if name.startswith(known)), None):
-                argument, times = SENT[known]
-                size = sum(leaf.nbytes for leaf in tree_leaves(args[argument]) if isinstance(leaf, Tensor))
-                self.sent[name] += times * size * (dist.get_world_size() - 1) / dist.get_world_size()
-            else:
-                assert name in ("barrier", "monitored_barrier"), name
-        return function(*args, **(kwargs or {}))
 
 
 def read_ds_config(path: str, keep: bool) -> dict:

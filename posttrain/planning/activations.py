@@ -79,7 +79,7 @@ def _rotary_without_memory(model: PreTrainedModel):
 
 
 @contextlib.contextmanager
-def _matmuls_without_copies():
+def matmuls_without_copies():
     """Let matrix products make no float32 copies of bfloat16 operands, as on a GPU; on a CPU without bfloat16 they would."""
     workable = logprob.workable
     logprob.workable = lambda x: x
@@ -137,24 +137,39 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
 
     Weights and finished gradients are not among them.
     """
-    config = _with_layers(config, layers)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
-        set_dropout(model, 0.0)
-        policy = Policy(model, SEGMENTS)
-        if fused:
-            _take_memory_of_fused_kernels(model)
-        checkpoint_activations(model, checkpointing)
-        for parameter in filter(lambda one: one.requires_grad, model.parameters()):  # some routers' bias is a frozen parameter
+        policy = policy_without_values(_with_layers(config, layers), dtype, checkpointing, fused)
+        for parameter in filter(lambda one: one.requires_grad, policy.parameters()):  # some routers' bias is a frozen parameter
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        batch = batch._replace(
-            **{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
-        )
         live = LiveBytes()
-        live.leave_out([*model.parameters(), *model.buffers()])
-        with live, _few_pieces(), _rotary_without_memory(model) if fused else contextlib.nullcontext():
+        live.leave_out([*policy.parameters(), *policy.buffers()])
+        batch = batch_without_values(batch, fake)
+        with live, allocating_as_counted(policy, fused):
             policy(batch).sum().backward()
     return live.most
+
+
+def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused: bool) -> Policy:
+    """Build a policy of a transformers config whose weights, within a FakeTensorMode, have shapes and no values."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+    set_dropout(model, 0.0)
+    policy = Policy(model, SEGMENTS)
+    if fused:
+        _take_memory_of_fused_kernels(model)
+    checkpoint_activations(model, checkpointing)
+    return policy
+
+
+def batch_without_values(batch: MicroBatch, fake: FakeTensorMode) -> MicroBatch:
+    """Return a micro-batch of the same shapes that has no values."""
+    return batch._replace(**{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)})
+
+
+@contextlib.contextmanager
+def allocating_as_counted(policy: Policy, fused: bool):
+    """Let forward and backward of policy_without_values allocate at their peak what they would with values, with `fused` on a GPU."""
+    with _few_pieces(), _rotary_without_memory(policy.model) if fused else contextlib.nullcontext():
+        yield
 
 
 def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> Working:
@@ -163,7 +178,7 @@ def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: 
     `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them. Raises ValueError for
     an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
     """
-    with _matmuls_without_copies() if fused else contextlib.nullcontext():
+    with matmuls_without_copies() if fused else contextlib.nullcontext():
         try:
             one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
         except Exception as error:
