@@ -29,7 +29,7 @@ from posttrain.engine.cpu_adam import load_cpu_adam
 from posttrain.operators import attention, layers
 from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
 from posttrain.operators.attention_varlen import attend_varlen
-from posttrain.operators.logprob import token_logps
+from posttrain.operators.logprob import Way, token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -113,7 +113,7 @@ def heads(limit: float) -> dict:
             return -token_logps(states, weight, targets).sum()
 
         def compiled(states, weight, targets=targets):
-            return -token_logps(states, weight, targets, compiled=True).sum()
+            return -token_logps(states, weight, targets, Way(compiled=True)).sum()
 
         def whole(states, weight, targets=targets):
             return F.cross_entropy((states @ weight.t()).float(), targets, reduction="sum")

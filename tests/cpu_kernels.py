@@ -1,4 +1,4 @@
-"""Flash attention for CPUs, computed plainly: behind torch's operators, where FA3 and FA4 put their kernels, so that GPUs' code runs here.
+"""Flash attention, and a product, for CPUs, computed plainly: behind torch's operators, where FA3 and FA4 are, so GPUs' code runs here.
 
 It refuses what a kernel would read past, or leave out, in silence: lengths that do not fit the rows, and offsets of another type.
 """
@@ -19,6 +19,23 @@ def flash_attention() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def adding_products() -> Iterator[None]:
+    """Give CPUs the product of bfloat16 matrices that adds itself to a float32 matrix, which GPUs have, as long as the context lasts."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("addmm.dtype_out", _add_product, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _add_product(added, left, right, out_dtype, *, beta=1, alpha=1, out):
+    """Compute out = beta * added + alpha * left @ right, in `out_dtype`; `out` may be `added`."""
+    assert left.dtype == right.dtype and added.dtype == out.dtype == out_dtype
+    return out.copy_(beta * added + alpha * (left.to(out_dtype) @ right.to(out_dtype)))
 
 
 def _forward(query, key, value, offsets_q, offsets_k, max_q, max_k, dropout, is_causal, return_debug_mask, **settings):

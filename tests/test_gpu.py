@@ -89,12 +89,14 @@ def test_the_chosen_kernels_are_those_made_for_gpus(tiny):
     assert "not" not in layers.choose(model, "auto", False, device)[0]
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert ", compiled" in head.choose("auto", device)
+    assert ", compiled" in head.choose("auto", device, 0.0) and head.way.adds_products
 
 
 def test_the_largest_gradients_of_a_large_head_are_right():
     """At a vocabulary and rows that take several pieces."""
-    assert logprob.disagreement(torch.device("cuda"), torch.bfloat16, rows=1003, width=512, vocabulary=151_669) <= logprob.SAME
+    large = {"rows": 1003, "width": 512, "vocabulary": 151_669}
+    for way in (logprob.way_on_gpu(24e9, 1e9), logprob.way_on_gpu(100e9, 1e9)):
+        assert logprob.disagreement(way, torch.device("cuda"), torch.bfloat16, **large) <= logprob.SAME
 
 
 def test_the_loss_of_32k_tokens_takes_under_a_gigabyte():
@@ -102,9 +104,9 @@ def test_the_loss_of_32k_tokens_takes_under_a_gigabyte():
     rows, hidden, vocabulary = 32_768, 1024, 151_936
     states, weight = (torch.randn(n, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, vocabulary))
     targets = torch.randint(vocabulary, (rows,), device="cuda")
-    for compiled in (False, True):
+    for way in (logprob.PLAIN, logprob.Way(compiled=True, adds_products=True)):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.autograd.grad(logprob.token_logps(states, weight, targets, compiled).sum(), (states, weight))
+        torch.autograd.grad(logprob.token_logps(states, weight, targets, way).sum(), (states, weight))
         gradients = 2 * hidden * (rows + vocabulary)
         assert torch.cuda.max_memory_allocated() - before - gradients < 2**30

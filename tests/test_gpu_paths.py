@@ -21,7 +21,7 @@ from posttrain.engine.start import settle_allocator, share_cores, start_distribu
 from posttrain.model.policy import Policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
-from posttrain.operators import attention, attention_segments, layers
+from posttrain.operators import attention, attention_segments, layers, logprob
 from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
 from posttrain.operators.attention_varlen import VARLEN, attend_varlen
 from posttrain.parallel.launched import take_gpu
@@ -292,3 +292,26 @@ def test_a_deterministic_run_is_the_same_run_on_a_cpu(tiny, tmp_path):
     flags += "print(torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)"
     done = subprocess.run([sys.executable, "-c", flags], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["True", "False"], done.stderr
+
+
+def test_products_that_add_themselves_are_more_exact(cpu_has_bfloat16):
+    """As cuBLAS does it: what is added is not rounded to bfloat16 before."""
+    cpu_has_bfloat16(True)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(512, 16).bfloat16().requires_grad_()
+    targets, exact = torch.randint(512, (300,)), [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    right = torch.autograd.grad(-F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum"), exact)
+    errors = []
+    for adds in (False, True):
+        way = logprob.Way(adds_products=adds, piece=300 * 16)
+        with cpu_kernels.adding_products():
+            mine = torch.autograd.grad(logprob.token_logps(hidden, weight, targets, way).sum(), (hidden, weight))
+        errors.append([((one - other).norm() / other.norm()).item() for one, other in zip(mine, right, strict=True)])
+    assert errors[1][0] < errors[0][0] and errors[1][1] == errors[0][1]
+    with pytest.raises(NotImplementedError):  # without the kernel, so that it was the one that was called
+        torch.autograd.grad(logprob.token_logps(hidden, weight, targets, way).sum(), (hidden, weight))
+
+
+def test_much_memory_takes_large_pieces_beside_a_small_model():
+    """1.7 billion parameters on an H100; 8 billion leave too little of it."""
+    assert logprob.way_on_gpu(85e9, 3.4e9).piece == 4 * logprob.way_on_gpu(85e9, 16.4e9).piece == 4 * logprob.way_on_gpu(48e9, 1e9).piece

@@ -93,8 +93,8 @@ def test_kernels_torch_changes_nothing(tiny):
     assert not any(type(m) is layers.Float32Linear for m in model.modules())
     head = model.get_output_embeddings()
     head.__class__ = logprob.LogProbHead
-    assert head.choose("torch", CPU) == "in pieces, never all logits at once (kernels=torch)"
-    assert not head.compiled
+    assert head.choose("torch", CPU, 0.0) == "in pieces, never all logits at once (kernels=torch)"
+    assert head.way == logprob.PLAIN
 
 
 def another_epsilon(model):
@@ -195,13 +195,13 @@ def test_a_run_of_an_odd_width_leaves_models_of_that_width(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_log_probs_equal_plain_ones(monkeypatch):
+def test_compiled_log_probs_equal_plain_ones():
     """What GPUs run, compiled for this CPU: some rows at a time, and some columns, with targets within and outside."""
-    assert logprob.disagreement(CPU, torch.bfloat16) < logprob.SAME
-    assert logprob.disagreement(CPU, torch.float32) < 1e-5
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 1531 * 10)
-    assert logprob.disagreement(CPU, torch.float32) < 1e-5
-    assert logprob.disagreement(CPU, torch.float32, rows=2, width=5, vocabulary=7) < 1e-5
+    assert logprob.disagreement(logprob.Way(compiled=True), CPU, torch.bfloat16) < logprob.SAME
+    assert logprob.disagreement(logprob.Way(compiled=True), CPU, torch.float32) < 1e-5
+    few = logprob.Way(compiled=True, piece=1531 * 10)
+    assert logprob.disagreement(few, CPU, torch.float32) < 1e-5
+    assert logprob.disagreement(few, CPU, torch.float32, rows=2, width=5, vocabulary=7) < 1e-5
 
 
 FORGOTTEN_KERNELS = """

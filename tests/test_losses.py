@@ -155,8 +155,7 @@ def test_a_share_of_the_steps_as_warmup(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 13])
-def test_log_probs_equal_cross_entropy_in_value_and_gradient(monkeypatch, rows):
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 3 * 37)  # three rows a chunk, a last one of another size
+def test_log_probs_equal_cross_entropy_in_value_and_gradient(rows):
     torch.manual_seed(0)
     head = torch.nn.Linear(11, 37, bias=False)
     hidden = torch.randn(rows, 11, requires_grad=True)
@@ -165,13 +164,14 @@ def test_log_probs_equal_cross_entropy_in_value_and_gradient(monkeypatch, rows):
     grads = torch.autograd.grad((expected * weights).sum(), [hidden, head.weight])
 
     head.__class__ = logprob.LogProbHead
+    head.way = logprob.Way(piece=3 * 37)  # three rows, a last piece of another size
     actual = head(hidden, targets)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad((actual * weights).sum(), [hidden, head.weight]), grads)
     assert head(hidden).shape == (rows, 37)
 
 
-def test_gradients_of_bfloat16_do_not_depend_on_the_pieces(monkeypatch):
+def test_gradients_of_bfloat16_do_not_depend_on_the_pieces():
     """300 rows add up in float32, however few logits are held at a time; sums in bfloat16 would be off."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16().requires_grad_()
@@ -179,8 +179,7 @@ def test_gradients_of_bfloat16_do_not_depend_on_the_pieces(monkeypatch):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.autograd.grad(-F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum"), exact)
     for held in (2**26, 300 * 7, 50):
-        monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", held)
-        actual = torch.autograd.grad(logprob.token_logps(hidden, weight, targets).sum(), (hidden, weight))
+        actual = torch.autograd.grad(logprob.token_logps(hidden, weight, targets, logprob.Way(piece=held)).sum(), (hidden, weight))
         for mine, right in zip(actual, expected, strict=True):
             assert (mine - right).norm() / right.norm() < 5e-3, held
 

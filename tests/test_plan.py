@@ -13,6 +13,7 @@ from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
 from posttrain.data.packing import RowBuilder
 from posttrain.data.parts import IGNORE
+from posttrain.operators.logprob import Way
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import GPUS, find_gpu
 from posttrain.planning.memory import Layout, Parts, Working, Zero, peak
@@ -39,7 +40,7 @@ def test_memory_is_what_an_h200_was_seen_to_take():
     config = Qwen3Config(**QWEN3_1_7B, tie_word_embeddings=True)
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(config).num_parameters()
-    working = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True)
+    working = count_working(config, rows(16, 1950, 1910), BF16, "none", fused=True, head=Way(compiled=True))
     seen = peak(count, count, Layout(Zero(1), 1, BF16, on_gpu=True), working, working, has_reference=False).total / 2**20
     assert seen == pytest.approx(measured, rel=0.035)
 

@@ -176,7 +176,8 @@ def _with_kernels(recipe: Recipe, model: PreTrainedModel, device: torch.device, 
         chosen, _ = layers.choose(model, recipe.kernels, recipe.compile, device)
         build()
     policy = built[0] if built else Policy(model, name)
-    return policy, [f"attention: {name} ({reason})", f"layers: {chosen}", f"head: {policy.head.choose(recipe.kernels, device)}"]
+    head = policy.head.choose(recipe.kernels, device, model.num_parameters() * model.dtype.itemsize)
+    return policy, [f"attention: {name} ({reason})", f"layers: {chosen}", f"head: {head}"]
 
 
 def set_dropout(model: PreTrainedModel, dropout: float) -> None:

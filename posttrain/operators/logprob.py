@@ -1,4 +1,4 @@
-"""Computes log-probs of given tokens from hidden states without ever holding more than CHUNK_ELEMENTS logits.
+"""Computes log-probs of given tokens from hidden states without ever holding more than a piece of the logits.
 
 SFT, DPO and the reference share this operator. Forward computes logits for some rows at a time. Backward computes them for some columns
 at a time, for all rows: so the gradient of a vocabulary entry comes from one product, which adds up in float32, and no float32 copy of the
@@ -7,6 +7,7 @@ Symbols: N rows (trained positions), D hidden size, V vocabulary.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +15,27 @@ from torch import nn
 from posttrain.operators.layers import WHOLE, distances, workable
 from posttrain.operators.proof import tried
 
-CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in float32
-SAME = 0.02  # largest relative difference in bfloat16 at which compiled and plain pieces count as the same
+PIECE = 2**26  # logits held at a time: 256 MiB in float32
+# the same on GPUs with much memory, where so large products are nearer to their peak, and fewer are added up, and a model that leaves room
+LARGE_PIECE, MUCH_MEMORY, LITTLE_OF_IT = 2**28, 70e9, 1 / 16
+SAME = 0.02  # largest relative difference in bfloat16 at which two ways of computing count as the same
+
+
+class Way(NamedTuple):
+    """A way to compute log-probs."""
+
+    compiled: bool = False  # what is not a matrix product becomes one kernel, which writes no logits in float32
+    adds_products: bool = False  # the product of a piece adds itself to those before it, in float32, as GPUs can (cuBLAS)
+    piece: int = PIECE  # logits held at a time
+
+
+PLAIN = Way()
+
+
+def way_on_gpu(memory: float, weights: float) -> Way:
+    """Return the way that a GPU of `memory` bytes is meant to take with a model whose weights are `weights` bytes."""
+    has_room = memory >= MUCH_MEMORY and weights <= LITTLE_OF_IT * memory
+    return Way(compiled=True, adds_products=True, piece=LARGE_PIECE if has_room else PIECE)
 
 
 class LogProbHead(nn.Linear):
@@ -25,47 +45,55 @@ class LogProbHead(nn.Linear):
     hooks stay as they are.
     """
 
-    compiled = False
+    way = PLAIN
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Return the float32 log-probs (N,) of `targets` (N,) for hidden states (N, D); without targets the ordinary logits (N, V)."""
         if targets is None:
             return super().forward(hidden)
-        return token_logps(hidden, self.weight, targets, self.compiled)
+        return token_logps(hidden, self.weight, targets, self.way)
 
-    def choose(self, kernels: str, device: torch.device) -> str:
-        """Compile what is not a matrix product where it pays on `device`; returns what was chosen and why, for the first screen."""
+    def choose(self, kernels: str, device: torch.device, weights: float) -> str:
+        """Take the fastest way that is right on `device`, beside a model whose weights are `weights` bytes.
+
+        Returns what was chosen and why, for the first screen.
+        """
         if kernels == "torch":
             return "in pieces, never all logits at once (kernels=torch)"
         if device.type != "cuda":
             return "in pieces, never all logits at once (compiled on GPUs only)"
-        difference, why_not = tried(lambda: disagreement(device, self.weight.dtype), SAME)
-        if difference is None:
-            return f"in pieces, never all logits at once (not compiled: {why_not})"
-        self.compiled = True
-        return f"in pieces, never all logits at once, compiled (relative difference {difference:.1e} from plain ones)"
+        best, passed_over = way_on_gpu(torch.cuda.get_device_properties(device).total_memory, weights), ""
+        for way in (best, best._replace(adds_products=False)):
+            difference, why_not = tried(lambda way=way: disagreement(way, device, self.weight.dtype), SAME)
+            if difference is not None:
+                self.way = way
+                return f"in pieces of 2^{way.piece.bit_length() - 1} logits, compiled ({difference:.1e} from plain ones{passed_over})"
+            passed_over = f"; products not added up by themselves: {why_not}"
+        return f"in pieces, never all logits at once (not compiled: {why_not})"
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool = False) -> torch.Tensor:
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: Way = PLAIN) -> torch.Tensor:
     """Return the float32 log-probs (N,) of `targets` (N,), given hidden (N, D) and the head's weight (V, D); differentiable in both."""
-    return _TokenLogProbs.apply(hidden, weight, targets, compiled and len(targets) > 1)  # torch.compile would compile anew for a single row
+    if len(targets) < 2:  # torch.compile would compile anew for a single row
+        way = way._replace(compiled=False)
+    return _TokenLogProbs.apply(hidden, weight, targets, way)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Computes token_logps in pieces, forward by rows and backward by columns."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compiled):
+    def forward(ctx, hidden, weight, targets, way):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
-        normalizers, chunks = torch.empty_like(logps), pieces(len(targets), weight.shape[0])
-        of_rows = _compiled()[0] if compiled else _logps_of_rows
+        normalizers, chunks = torch.empty_like(logps), pieces(len(targets), weight.shape[0], way.piece)
+        of_rows = _compiled()[0] if way.compiled else _logps_of_rows
         all_weights = workable(weight)
         for rows in chunks:
             logits = workable(hidden[rows]) @ all_weights.t()
             kept = logits if len(chunks) == 1 else None
             logps[rows], normalizers[rows] = of_rows(logits, targets[rows])
         ctx.save_for_backward(hidden, weight, targets, normalizers, kept)
-        ctx.of_columns = _compiled()[1] if compiled else _gradient_of_columns
+        ctx.way = way
         return logps
 
     @staticmethod
@@ -74,11 +102,15 @@ class _TokenLogProbs(torch.autograd.Function):
         grad = grad.contiguous()  # the gradient of a sum is one number expanded, for which torch.compile would compile anew
         states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight)
-        for columns in pieces(weight.shape[0], len(targets)) if kept is None else [slice(0, weight.shape[0])]:
+        gradient = _compiled()[1] if ctx.way.compiled else _gradient_of_columns
+        for columns in pieces(weight.shape[0], len(targets), ctx.way.piece) if kept is None else [slice(0, weight.shape[0])]:
             of_columns = workable(weight[columns])
             logits = states @ of_columns.t() if kept is None else kept
-            grad_logits = ctx.of_columns(logits, normalizers, grad, targets - columns.start)
-            grad_hidden += grad_logits @ of_columns
+            grad_logits = gradient(logits, normalizers, grad, targets - columns.start)
+            if ctx.way.adds_products and grad_logits.dtype != torch.float32:
+                torch.addmm(grad_hidden, grad_logits, of_columns, out_dtype=torch.float32, out=grad_hidden)
+            else:
+                grad_hidden += grad_logits @ of_columns
             if states.dtype == weight.dtype:
                 torch.mm(grad_logits.t(), states, out=grad_weight[columns])
             else:
@@ -121,22 +153,22 @@ def _compiled() -> tuple:
     return tuple(torch.compile(function, dynamic=True) for function in (_logps_in_one_pass, _gradient_in_one_pass))
 
 
-def disagreement(device: torch.device, dtype: torch.dtype, rows: int = 37, width: int = 64, vocabulary: int = 1531) -> float:
-    """Return the largest relative difference between log-probs and gradients of compiled and of plain pieces, on random inputs."""
+def disagreement(way: Way, device: torch.device, dtype: torch.dtype, rows: int = 37, width: int = 64, vocabulary: int = 1531) -> float:
+    """Return the largest relative difference between log-probs and gradients of a way and of the plain one, on random inputs."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, width, generator=draw).to(device, dtype).requires_grad_() for n in (rows, vocabulary))
     targets = torch.randint(vocabulary, (rows,), generator=draw).to(device)
     grad = torch.randn(rows, generator=draw).to(device)
     outcomes = []
-    for compiled in (False, True):
-        logps = token_logps(hidden, weight, targets, compiled)
+    for one in (PLAIN, way):
+        logps = token_logps(hidden, weight, targets, one)
         outcomes.append([logps.detach(), *torch.autograd.grad(logps, (hidden, weight), grad)])
     return distances(*outcomes).max().item()
 
 
-def pieces(count: int, other: int) -> list[slice]:
-    """Cut `count` rows (or columns) of logits, with `other` columns (or rows), into pieces of at most CHUNK_ELEMENTS."""
-    size = max(1, CHUNK_ELEMENTS // max(1, other))
+def pieces(count: int, other: int, elements: int) -> list[slice]:
+    """Cut `count` rows (or columns) of logits, with `other` columns (or rows), into pieces of at most so many elements."""
+    size = max(1, elements // max(1, other))
     if size > WHOLE:
         size -= size % WHOLE
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

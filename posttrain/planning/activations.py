@@ -125,20 +125,36 @@ class LiveBytes(TorchDispatchMode):
 def _few_pieces():
     """Let the head work on the first three of its pieces of logits only: the peak is theirs, as all but the last are of one size."""
     pieces = logprob.pieces
-    logprob.pieces = lambda count, other: pieces(count, other)[:3]
+    logprob.pieces = lambda *sizes: pieces(*sizes)[:3]
     try:
         yield
     finally:
         logprob.pieces = pieces
 
 
-def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> int:
+@contextlib.contextmanager
+def _logits_in_one_pass():
+    """Let what the head compiles allocate what the compiled kernels do; their values are never looked at."""
+    compiled = logprob._compiled
+
+    def of_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Allocate log-probs and normalizers."""
+        return logits.new_empty(len(targets), dtype=torch.float32), logits.new_empty(len(targets), dtype=torch.float32)
+
+    logprob._compiled = lambda: (of_rows, lambda logits, *others: torch.empty_like(logits))
+    try:
+        yield
+    finally:
+        logprob._compiled = compiled
+
+
+def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> int:
     """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peak.
 
     Weights and finished gradients are not among them.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        policy = policy_without_values(_with_layers(config, layers), dtype, checkpointing, fused)
+        policy = policy_without_values(_with_layers(config, layers), dtype, checkpointing, fused, head)
         for parameter in filter(lambda one: one.requires_grad, policy.parameters()):  # some routers' bias is a frozen parameter
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         live = LiveBytes()
@@ -149,11 +165,12 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
     return live.most
 
 
-def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused: bool) -> Policy:
+def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Policy:
     """Build a policy of a transformers config whose weights, within a FakeTensorMode, have shapes and no values."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
     set_dropout(model, 0.0)
     policy = Policy(model, SEGMENTS)
+    policy.head.way = head
     if fused:
         _take_memory_of_fused_kernels(model)
     checkpoint_activations(model, checkpointing)
@@ -168,19 +185,22 @@ def batch_without_values(batch: MicroBatch, fake: FakeTensorMode) -> MicroBatch:
 @contextlib.contextmanager
 def allocating_as_counted(policy: Policy, fused: bool):
     """Let forward and backward of policy_without_values allocate at their peak what they would with values, with `fused` on a GPU."""
-    with _few_pieces(), _rotary_without_memory(policy.model) if fused else contextlib.nullcontext():
+    with _few_pieces(), _logits_in_one_pass(), _rotary_without_memory(policy.model) if fused else contextlib.nullcontext():
         yield
 
 
-def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool) -> Working:
+def count_working(
+    config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way = logprob.PLAIN
+) -> Working:
     """Count what forward and backward of `config`'s model take at their peak for a micro-batch of `batch`'s shapes.
 
-    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them. Raises ValueError for
-    an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
+    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them; `head` is the way of
+    the log-probs. Raises ValueError for an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
     """
+    head = head._replace(adds_products=False)  # which has no product without values, and takes no memory of its own
     with matmuls_without_copies() if fused else contextlib.nullcontext():
         try:
-            one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused) for layers in (1, 2))
+            one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused, head) for layers in (1, 2))
         except Exception as error:
             if isinstance(error, ValueError):
                 raise
@@ -189,7 +209,7 @@ def count_working(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: 
                 f"the memory that a {kind_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
                 "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
             ) from error
-        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype))
+        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype, head))
 
 
 def possible_ways(config, ways) -> list[str]:
@@ -221,12 +241,12 @@ def kind_of(config) -> str:
     return next(iter(config.architectures or []), config.model_type)
 
 
-def peak_bytes_of_head(config, rows: int, dtype: torch.dtype) -> int:
+def peak_bytes_of_head(config, rows: int, dtype: torch.dtype, way: logprob.Way) -> int:
     """Count the bytes that the log-probs of `rows` trained tokens take at their peak, forward and backward, beside the head's weights."""
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, config.hidden_size, dtype=dtype, requires_grad=True) for n in (rows, config.vocab_size))
         live = LiveBytes()
         live.leave_out([hidden, weight])
-        with live, _few_pieces():
-            logprob.token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+        with live, _few_pieces(), _logits_in_one_pass():
+            logprob.token_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), way).sum().backward()
     return live.most

@@ -12,6 +12,7 @@ import torch
 
 from posttrain.data import batches
 from posttrain.engine.ds_config import REFERENCE, read_ds_config
+from posttrain.operators.logprob import PLAIN, way_on_gpu
 from posttrain.planning.activations import count_working, possible_ways
 from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
 from posttrain.planning.memory import Layout, Parts, Working, Zero, bytes_on_host, peak
@@ -89,6 +90,7 @@ class Planner:
         if self.longest > recipe.max_tokens_per_gpu:
             raise ValueError(f"the longest example has {self.longest:,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}")
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
+        self.head = way_on_gpu(device.memory, self.dtype.itemsize * self.count) if self.on_gpu else PLAIN
         self.host = math.inf  # bytes that a node's ranks may keep in its memory
         self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
         self.seconds: Seconds | None = None
@@ -126,7 +128,7 @@ class Planner:
 
     @cache  # noqa: B019 - there is one planner
     def _counted(self, tokens: int, checkpointing: str) -> Working:
-        return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu)
+        return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu, self.head)
 
     def most_tokens(self, way: Way) -> int:
         """Return the tokens of the largest micro-batch that fits, a multiple of 1,024 or, if it is smaller, of STEP.

@@ -112,7 +112,7 @@ def _random_policy(planner: Planner, depth: int, mode: str, device: torch.device
     name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
     layers.choose(model, planner.recipe.kernels, compiled=False, device=device)
     policy = Policy(model, name)
-    policy.head.choose(planner.recipe.kernels, device)
+    policy.head.choose(planner.recipe.kernels, device, planner.dtype.itemsize * planner.count)
     if mode != "reference":
         checkpoint_activations(model, mode)
     return policy
