@@ -42,7 +42,11 @@ def report(planner: Planner, ways: list[Way]) -> str:
         lines.append(f"{Path(one.way.ds_config).stem:14}{one.way.checkpointing:>13}{row}{fits}")
     if planner.on_gpu:
         free = f", of which {planner.host / 1e9:,.0f} GB are free" if math.isfinite(planner.host) else ""
-        lines += ["", f"host      zero3_offload keeps {planner.on_host(OFFLOADED) / 1e9:,.0f} GB in the memory of each node{free}"]
+        read, kept = planner.dtype.itemsize * planner.count / 1e9, planner.on_host(OFFLOADED) / 1e9
+        lines += [
+            "",
+            f"host      rank 0 reads the model into {read:,.0f} GB of memory; zero3_offload keeps {kept:,.0f} GB on each node{free}",
+        ]
     recommended = [way for way in ways if way.ds_config != ZERO0]
     best = planner.best(recommended)
     if best is None:
