@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -38,7 +39,7 @@ class Clock:
             time.sleep(0.05)
 
     def step(self, tokens: float) -> None:
-        """Note a step's end. The last one ends the process: what follows training differs between trainers and is not measured."""
+        """Note a step's end, and end with the last one."""
         import torch
 
         if torch.cuda.is_available():
@@ -46,11 +47,10 @@ class Clock:
         self.times.append(time.perf_counter())
         self.tokens.append(tokens)
         if len(self.times) == self.steps:
-            self._write()
-            sys.stdout.flush()
-            os._exit(0)
+            self.end()
 
-    def _write(self) -> None:
+    def end(self) -> NoReturn:
+        """Write what was seen, and end the process: what follows training differs between trainers and is not measured."""
         import torch
 
         peaks = [peak - base for peak, base in zip(self.peak, self.base, strict=True)]
@@ -58,6 +58,8 @@ class Clock:
             peaks = [torch.cuda.max_memory_allocated()] * 2
         result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1]}
         (self.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result), encoding="utf-8")
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _memory() -> tuple[int, int]:
@@ -148,7 +150,9 @@ def trl(job: dict, clock: Clock, out: Path) -> None:
 def main() -> None:
     place, words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     out, job = Path(place), json.loads(words)
-    {"ours": ours, "trl": trl}[job["trainer"]](job, Clock(job["steps"], out), out)
+    clock = Clock(job["steps"], out)
+    {"ours": ours, "trl": trl}[job["trainer"]](job, clock, out)
+    clock.end()  # before the last step: packed by TRL, rows may make fewer steps
 
 
 if __name__ == "__main__":

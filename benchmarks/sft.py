@@ -6,16 +6,20 @@ gpu   one GPU, ZeRO-1, the shape of Qwen3-1.7B, rows of about 2,000 tokens, 16 a
 dry   as gpu with a tiny model and three steps, to try the script where there is no GPU; its figures mean nothing
 
 All in bfloat16 with float32 master weights; in float32 on a CPU without instructions for bfloat16. Writes results/sft_RACE.json
-(in float32 sft_RACE_float32.json).
+(in float32 sft_RACE_float32.json). Rows are made up of random words, or drawn from a file, of any kind that data_prep/prepare_sft.py
+reads, with a fixed seed; the results are then in sft_NAME_RACE.json:
+
+    python benchmarks/sft.py --rows gsm8k/train.jsonl --tokenizer FOLDER --name gsm8k
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.side_by_side import Contestant, Race, compete, dtype_of_cpu, has_room
+from benchmarks.side_by_side import Contestant, Given, Race, compete, draw_rows, dtype_of_cpu, has_room
 
 MODEL = {
     "vocab_size": 6400,
@@ -79,14 +83,45 @@ CONTESTANTS = {
 }
 
 
+def on_rows(options: argparse.Namespace, race: Race, contestants: list[Contestant]) -> tuple[Race, list[Contestant], Given]:
+    """Return the race on rows of the file that the options name, with contestants that suit them. Raises ValueError or OSError."""
+    given = {f"--{name}": getattr(options, name) for name in ("rows", "tokenizer", "name")}
+    if not all(given.values()):
+        lacks = ", ".join(name for name, value in given.items() if not value)
+        raise ValueError(f"a race on rows of a file needs --rows FILE, --tokenizer FOLDER and --name NAME; missing: {lacks}")
+    if not options.rows.is_file():
+        raise FileNotFoundError(f"--rows {options.rows}: there is no such file")
+    if not options.tokenizer.exists():
+        raise FileNotFoundError(f"--tokenizer {options.tokenizer}: there is no such folder")
+    rows = draw_rows(options.rows, str(options.tokenizer), race.batch * race.steps, race.model["max_position_embeddings"])
+    packed = max(1, round(race.batch * rows.mean_tokens / race.ranks / PACKING["max_length"]))
+    suiting = [
+        replace(one, options=one.options | {"per_device_train_batch_size": packed}) if one.options.get("packing") else one
+        for one in contestants
+    ]
+    model = race.model | {"vocab_size": max(race.model["vocab_size"], rows.vocabulary)}
+    shown = f"{race.shown.partition(',')[0]}, rows of {options.name}"
+    return replace(race, shown=shown, lengths={}, model=model), suiting, rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--race", default="cpu", choices=RACES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="contestants; the first of them is compared with the others")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="real rows; with --tokenizer and --name")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="for these rows; the model's vocabulary is at least as large")
+    parser.add_argument("--name", help="of these rows, in tables and in the name of the result file")
     options = parser.parse_args()
+    race, given, name = RACES[options.race], None, f"sft_{options.race}"
     chosen = [one for one in CONTESTANTS[options.race] if not options.only or one.name in options.only]
-    compete(f"sft_{options.race}", RACES[options.race], chosen, options.rounds)
+    if options.rows or options.tokenizer or options.name:
+        try:
+            race, chosen, given = on_rows(options, race, chosen)
+        except (ValueError, OSError) as error:
+            sys.exit(f"sft.py: {error}")
+        name = f"sft_{options.name}_{options.race}"
+    compete(name, race, chosen, options.rounds, given)
 
 
 if __name__ == "__main__":

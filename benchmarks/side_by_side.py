@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +52,7 @@ class Race:
 
     shown: str  # what is trained, in words
     kind: str  # sft or dpo
-    lengths: dict[str, tuple[float, float]]  # mean tokens of each text, and the standard deviation of their logarithm
+    lengths: dict[str, tuple[float, float]]  # mean tokens of each text, and the standard deviation of their logarithm; empty: Given
     longest: int  # a longer text is cut
     model: dict  # settings of the Qwen3 configuration
     batch: int  # examples a step
@@ -61,15 +63,68 @@ class Race:
     dtype: str = "bfloat16"  # of weights and activations
 
 
-def make_world(race: Race, folder: Path) -> dict:
-    """Write a tokenizer, a random model and prepared data into FOLDER; returns their sizes."""
+class Given(NamedTuple):
+    """Rows of a file, as it has them, in place of made-up ones."""
+
+    rows: list[dict]
+    tokenizer: str
+    vocabulary: int  # how many token ids the tokenizer has
+    mean_tokens: float
+
+
+def draw_rows(file: Path, tokenizer: str, count: int, longest: int) -> Given:
+    """Draw so many rows of at most `longest` tokens that SFT can train on, the same ones each time. Raises ValueError where few are."""
+    from data_prep.conversations import conversations
+    from data_prep.convert import encode, examples_of_rows, parts_of_rows
+    from data_prep.examples import SFT, Settings
+    from data_prep.files import file_rows
+    from posttrain.data.chat import ChatFormat
+    from posttrain.data.parts import Refused
+    from posttrain.data.tokenization import load_tokenizer
+
+    rows = list(file_rows(file))
+    loaded = load_tokenizer(tokenizer)
+    kind = SFT(ChatFormat(loaded), Settings(longest))
+    chunk = parts_of_rows(kind, enumerate(conversations("sft", rows)))
+    examples = examples_of_rows(kind, chunk, *encode(kind.chat, chunk), Counter())
+    tokens = {number: result.length for number, result in examples if not isinstance(result, Refused)}
+    if len(tokens) < count:
+        raise ValueError(f"the race needs {count:,} rows of at most {longest:,} tokens that SFT can train on; {file} has {len(tokens):,}")
+    drawn = random.Random(0).sample(sorted(tokens), count)
+    return Given([rows[number] for number in drawn], tokenizer, len(loaded), statistics.mean(tokens[number] for number in drawn))
+
+
+def make_world(race: Race, folder: Path, given: Given | None = None) -> dict:
+    """Write a tokenizer, a random model and prepared data into FOLDER, made up unless `given`; returns their sizes."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
-    from tiny import train_tokenizer
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from data_prep.prepare import prepare
     from posttrain.data.prepared import COLUMNS, load_prepared
+    from posttrain.data.tokenization import load_tokenizer
+
+    rows, tokenizer = (given.rows, load_tokenizer(given.tokenizer)) if given else _make_up(race, folder)
+    source = folder / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    torch.manual_seed(0)
+    with torch.device("cuda" if _on_gpu() else "cpu"):  # half a minute of random numbers for 1.7B parameters on a CPU
+        model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(getattr(torch, race.dtype))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
+    longest = race.model["max_position_embeddings"]
+    prepare(race.kind, [*where, "--max_length", str(longest), "--duplicates", "keep"])
+    split = load_prepared(str(folder / race.kind), race.kind, "").train
+    assert len(split) == len(rows), f"{len(split)} of {len(rows)} rows were kept"
+    texts = [name for name in COLUMNS[race.kind] if name in ("input_ids", "prompt", "chosen", "rejected")]
+    means = {name: round(sum(map(len, split.table[name])) / len(split), 1) for name in texts}
+    return {"parameters": model.num_parameters(), "rows": len(rows), "mean_lengths": means, "trained": int(split.trained.sum())}
+
+
+def _make_up(race: Race, folder: Path) -> tuple:
+    """Return rows of random words, as long as the race asks, and a tokenizer trained on such words in FOLDER."""
+    from tiny import train_tokenizer
 
     draw = random.Random(0)
     words = ["".join(draw.choice("bdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(1, 3))) for _ in range(3000)]
@@ -82,22 +137,8 @@ def make_world(race: Race, folder: Path) -> dict:
 
     columns = [texts(*shape, race.rows or race.batch * race.steps) for shape in race.lengths.values()]
     rows = [dict(zip(race.lengths, row, strict=True)) for row in zip(*columns, strict=True)]
-    source = folder / "rows.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(" ".join(draw.sample(words, 40)) for _ in range(2000)), encoding="utf-8")
-    tokenizer = train_tokenizer(folder, vocab_size=5000)
-    torch.manual_seed(0)
-    with torch.device("cuda" if _on_gpu() else "cpu"):  # half a minute of random numbers for 1.7B parameters on a CPU
-        model = Qwen3ForCausalLM(Qwen3Config(**race.model, tie_word_embeddings=True)).to(getattr(torch, race.dtype))
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    where = ["--source", str(source), "--output_dir", str(folder / race.kind), "--tokenizer", str(folder / "base"), "--val_size", "0"]
-    prepare(race.kind, [*where, "--max_length", str(8 * race.longest)])
-    split = load_prepared(str(folder / race.kind), race.kind, "").train
-    assert len(split) == len(rows), f"{len(split)} of {len(rows)} rows were kept"
-    texts = [name for name in COLUMNS[race.kind] if name in ("input_ids", "prompt", "chosen", "rejected")]
-    means = {name: round(sum(map(len, split.table[name])) / len(split), 1) for name in texts}
-    return {"parameters": model.num_parameters(), "rows": len(rows), "mean_lengths": means, "trained": int(split.trained.sum())}
+    return rows, train_tokenizer(folder, vocab_size=5000)
 
 
 def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) -> dict | str:
@@ -144,11 +185,11 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
     return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread, "step_tokens": counts[1:]}
 
 
-def compete(name: str, race: Race, contestants: list[Contestant], rounds: int) -> None:
+def compete(name: str, race: Race, contestants: list[Contestant], rounds: int, given: Given | None = None) -> None:
     """Run all rounds and print the table; results/NAME.json (NAME_DTYPE.json unless bfloat16) is written after every round."""
     unit, name = UNITS[race.kind], name + suffix(race.dtype)
     world = Path(tempfile.mkdtemp(prefix="posttrain_benchmark_"))
-    about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world)}
+    about = {"machine": machine(), "versions": versions(), "race": vars(race), "data": make_world(race, world, given)}
     runs, failures = {one.name: [] for one in contestants}, {}
     running = list(contestants)
     for number in range(rounds):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,13 @@ def test_a_dry_race_comes_through(race, contestants, tmp_path):
         result = run_once(race, contestant, tmp_path)
         assert isinstance(result, dict), result
         assert len(result["step_seconds"]) == race.steps - 1
+
+
+@pytest.mark.slow
+def test_a_rival_that_packs_its_rows_into_fewer_steps_is_measured_all_the_same(tmp_path):
+    race = replace(sft.RACES["dry"], steps=5)
+    make_world(race, tmp_path)
+    packs = next(one for one in sft.CONTESTANTS["cpu"] if one.name == "trl_packing")
+    result = run_once(race, replace(packs, options=packs.options | {"per_device_train_batch_size": 6}), tmp_path)
+    assert isinstance(result, dict), result
+    assert 2 <= len(result["step_seconds"]) < race.steps - 1
