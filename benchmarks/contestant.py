@@ -54,9 +54,10 @@ class Clock:
         import torch
 
         peaks = [peak - base for peak, base in zip(self.peak, self.base, strict=True)]
+        on_gpu = {}
         if torch.cuda.is_available():
-            peaks = [torch.cuda.max_memory_allocated()] * 2
-        result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1]}
+            peaks, on_gpu = [torch.cuda.max_memory_allocated()] * 2, {"peak_bytes_reserved": torch.cuda.max_memory_reserved()}
+        result = {"times": self.times, "tokens": self.tokens, "peak_bytes": peaks[0], "peak_bytes_without_files": peaks[1], **on_gpu}
         (self.folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result), encoding="utf-8")
         sys.stdout.flush()
         os._exit(0)

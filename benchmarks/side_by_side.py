@@ -146,9 +146,7 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
     out = Path(tempfile.mkdtemp(prefix="contestant_", dir=world))
     job = {"trainer": contestant.trainer, "kind": race.kind, "world": str(world), "steps": race.steps}
     job |= {"batch": race.batch, "ds_config": race.ds_config, "dtype": race.dtype, "options": contestant.options}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [str(ROOT / "benchmarks" / "contestant.py"), str(out), json.dumps(job)]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} if not _on_gpu() else {}
     if race.ranks == 1:  # without the launcher, which takes ten seconds to import what it starts
@@ -179,10 +177,18 @@ def run_once(race: Race, contestant: Contestant, world: Path, **variables: str) 
     spread = [round(after - before, 3) for before, after in pairwise(lead["times"])]
     if race.kind == "sft" and (peak := peak_flops()):
         rate["mfu"] = rate["tokens_per_second"] * model_flops(race.model, tokens / steps / race.batch) / peak / race.ranks
-    memory = {f"peak_mb{what}": max(rank[f"peak_bytes{what}"] for rank in ranks) / 2**20 for what in ("", "_without_files")}
+    kinds = [name.removeprefix("peak_bytes") for name in lead if name.startswith("peak_bytes")]
+    memory = {f"peak_mb{what}": max(rank[f"peak_bytes{what}"] for rank in ranks) / 2**20 for what in kinds}
     result = rate | memory | {"wall_seconds": wall}
     counts = [round(sum(of_step)) for of_step in zip(*(rank["tokens"] for rank in ranks), strict=True)]
     return {name: round(value, 3) for name, value in result.items()} | {"step_seconds": spread, "step_tokens": counts[1:]}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def compete(name: str, race: Race, contestants: list[Contestant], rounds: int, given: Given | None = None) -> None:
