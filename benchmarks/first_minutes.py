@@ -44,7 +44,6 @@ from benchmarks.server_process import MODEL, PROMPTS, ask, running
 from benchmarks.sft import ON_GPU, RACES
 from benchmarks.side_by_side import PACKAGES, RESULTS, Contestant, Race, as_text, free_port, machine, make_world, run_once
 from posttrain.planning.shapes import SHAPES, Shape
-from posttrain.recipes.keys import SFTRecipe
 
 DRY_PATIENCE = 10  # times the limits, on a CPU that others may use as well
 STEPS, STOP = 6, 3  # of the runs that are repeated, and after how many of them one stops
@@ -53,11 +52,10 @@ KERNEL_PACKAGES = ("liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4",
 QWEN25 = Shape("Qwen2.5-7B", "Qwen2Config", 3584, 18944, 28, 28, {"vocab_size": 152064, "num_key_value_heads": 4})
 # the most telling tests first: all of them may take longer than there is time
 TELLING = "kernels or (sft and (zero1 or zero3_compile or offload)) or (dpo and (precompute or prompt_twice))"
-LIGER, COMPILED = {"max_tokens_per_gpu": 16384}, {"max_tokens_per_gpu": 32768, "compile": True}
-WAYS_TO_STEP = [  # and whether with expandable segments
-    *((LIGER, False), (LIGER, True), (COMPILED, False), (COMPILED, True)),
-    (COMPILED | LIGER, False),
-]
+LIGER = {"max_tokens_per_gpu": 16384, "activation_checkpointing": "none"}
+COMPILED = LIGER | {"compile": True}
+LARGER = COMPILED | {"max_tokens_per_gpu": 32768}
+WAYS_TO_STEP = [(LIGER, False), (LIGER, True), (LARGER, False), (LARGER, True), (COMPILED, False)]  # and whether segments can expand
 Rows = Iterator[tuple[str, object]]
 
 
@@ -174,9 +172,8 @@ def repeats(here: Here) -> Rows:
     make_world(race, folder)
     common = [f"--checkpoint_path={folder}/base", f"--sft_data_dir={folder}/sft", "--global_batch_size=8", "--max_tokens_per_gpu=4096"]
     common += ["--eval_interval=0", "--save_interval=0", f"--lr_decay_iters={STEPS}"]
+    common += [f"--ds_config={race.ds_config}", "--activation_checkpointing=none"]
     modes = {"as usual": [], "deterministic": ["--deterministic=True"]}
-    if here.dry and "deterministic" not in SFTRecipe.model_fields:
-        del modes["deterministic"]
 
     def sft(name: str, mode: str, steps: int, *more: str) -> tuple:
         return ("posttrain/sft.py", *common, *modes[mode], f"--out_dir={folder}/{mode}/{name}", f"--max_iters={steps}", *more)
@@ -240,17 +237,18 @@ def shard(ds_config: str, world: str, dry: bool) -> dict:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from posttrain.planning.machines import this_machine
-    from posttrain.planning.planner import Planner
+    from posttrain.planning.planner import Planner, Way
     from posttrain.training.step import train_step
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    tokens, path = 512 if dry else 8192, f"ds_configs/{ds_config}.json"
-    recipe = {"out_dir": "run", "max_iters": 2, "global_batch_size": 64, "max_tokens_per_gpu": tokens, "ds_config": path}
+    tokens, way = 512 if dry else 8192, Way(f"ds_configs/{ds_config}.json", "none")
+    recipe = {"out_dir": "run", "max_iters": 2, "global_batch_size": 64, "max_tokens_per_gpu": tokens, "ds_config": way.ds_config}
+    recipe["activation_checkpointing"] = way.checkpointing
     training = build_training(world, "sft", recipe)
     before = peak_gb()
     for step in (1, 2):
         train_step(training, step)
-    planned = Planner(training.recipe, this_machine(RANKS), RANKS, 1).parts(path, "none", tokens).total
+    planned = Planner(training.recipe, this_machine(RANKS), RANKS, 1).parts(way, tokens).total
     return {"until_training_gb": before, "peak_gb": peak_gb(), "planned_gb": round(planned / 1e9, 3)}
 
 
