@@ -86,7 +86,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, way):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
         normalizers, chunks = torch.empty_like(logps), pieces(len(targets), weight.shape[0], way.piece)
-        of_rows = _compiled()[0] if way.compiled else _logps_of_rows
+        of_rows = compiled_parts()[0] if way.compiled else _logps_of_rows
         all_weights = workable(weight)
         for rows in chunks:
             logits = workable(hidden[rows]) @ all_weights.t()
@@ -102,7 +102,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad = grad.contiguous()  # the gradient of a sum is one number expanded, for which torch.compile would compile anew
         states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight)
-        gradient = _compiled()[1] if ctx.way.compiled else _gradient_of_columns
+        gradient = compiled_parts()[1] if ctx.way.compiled else _gradient_of_columns
         for columns in pieces(weight.shape[0], len(targets), ctx.way.piece) if kept is None else [slice(0, weight.shape[0])]:
             of_columns = workable(weight[columns])
             logits = states @ of_columns.t() if kept is None else kept
@@ -148,7 +148,7 @@ def _gradient_in_one_pass(logits: torch.Tensor, normalizers: torch.Tensor, grad:
 
 
 @cache
-def _compiled() -> tuple:
+def compiled_parts() -> tuple:
     """Return the two functions above, compiled for any number of rows and columns."""
     return tuple(torch.compile(function, dynamic=True) for function in (_logps_in_one_pass, _gradient_in_one_pass))
 

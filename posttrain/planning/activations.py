@@ -135,17 +135,17 @@ def _few_pieces():
 @contextlib.contextmanager
 def _logits_in_one_pass():
     """Let what the head compiles allocate what the compiled kernels do; their values are never looked at."""
-    compiled = logprob._compiled
+    compiled = logprob.compiled_parts
 
     def of_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Allocate log-probs and normalizers."""
         return logits.new_empty(len(targets), dtype=torch.float32), logits.new_empty(len(targets), dtype=torch.float32)
 
-    logprob._compiled = lambda: (of_rows, lambda logits, *others: torch.empty_like(logits))
+    logprob.compiled_parts = lambda: (of_rows, lambda logits, *others: torch.empty_like(logits))
     try:
         yield
     finally:
-        logprob._compiled = compiled
+        logprob.compiled_parts = compiled
 
 
 def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> int:
