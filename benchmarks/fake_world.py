@@ -30,7 +30,7 @@ CASES = [
     *[(8, ds_config, "8b") for ds_config in ("zero0", "zero1", "zero2", "zero3", "zeropp")],
     *[(8, ds_config, "70b") for ds_config in ("zero3", "zeropp")],
     *[(ranks, ds_config, "8b") for ranks in (64, 512) for ds_config in ("zero1", "zero3", "zeropp")],
-    *[(64, ds_config, "70b") for ds_config in ("zero3", "zeropp")],
+    *[(ranks, ds_config, "70b") for ranks in (64, 512) for ds_config in ("zero3", "zeropp")],
 ]
 
 
