@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, launch, python
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
+from benchmarks import fake_world
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
 from posttrain.data.packing import RowBuilder
@@ -52,6 +53,29 @@ def test_six_runs_came_within_the_bounds():
     for one, result in results.items():
         assert abs(result["predicted"]["peak_mb"] / result["measured"]["peak_mb"] - 1) < 0.10, one
         assert abs(result["predicted"]["step_seconds"] / result["measured"]["step_seconds"] - 1) < 0.20, one
+
+
+@pytest.mark.slow
+def test_rank_0_of_many_gpus_holds_and_sends_what_is_predicted():
+    """As benchmarks/fake_world.py has measured; after a change to the planner `python benchmarks/fake_world.py --predict` is due."""
+    cases = json.loads((RESULTS / "fake_world.json").read_text())["cases"]
+    assert list(cases) == [fake_world.name(*case) for case in fake_world.CASES]
+    for case in fake_world.CASES:
+        assert cases[fake_world.name(*case)] == fake_world.row(case, cases[fake_world.name(*case)]["measured"], fake_world.predict(*case))
+    for one, result in cases.items():
+        assert -0.001 < result["memory_gb_off_by"] < 0.02, one
+        assert -0.001 < result["sent_gb_off_by"] < 0.02, one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ds_config", "most_sent"), [("zero1", 0.001), ("zero3", 0.15)])
+def test_rank_0_of_eight_gpus_holds_and_sends_what_is_predicted_today(ds_config, most_sent, tmp_path):
+    """With six of a 7B model's layers, of which ZeRO-3 keeps a larger part gathered than of all."""
+    SHAPES["7b"]._replace(depth=6).config().save_pretrained(tmp_path)
+    case = 8, ds_config, str(tmp_path)
+    result = fake_world.row(case, fake_world.measure_apart(*case), fake_world.predict(*case))
+    assert -0.001 < result["memory_gb_off_by"] < 0.01, result
+    assert -0.001 < result["sent_gb_off_by"] < most_sent, result
 
 
 SHAPE = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -220,9 +220,7 @@ class Planner:
         else:
             reached = REACHED_COMPILED if self.recipe.compile else REACHED
             compute = waits * self.flops(way.checkpointing) / self.ranks / (self.device.peak * reached)
-            # hpZ gathers weights within the node in the backward pass, from other nodes only in the forward pass
-            within = self._gathered_again(zero) * micro_batches if zero.ranks_of_node > 1 else 0.0
-            across = (sent - within) * (self.nodes - 1) / self.nodes
+            across = (sent - self._sent_within_node(zero, micro_batches)) * (self.nodes - 1) / self.nodes
             wire = max(sent / self.device.link, across / self.device.net)
             # offloaded states cross PCIe 5 (50 GB/s), and the CPU updates them at the speed of its memory
             update = 28 * self.count / self.ranks / 20e9 if zero.offload_optimizer else 0.0
@@ -234,7 +232,10 @@ class Planner:
         """Return the bytes that a GPU sends in a step of `micro_batches` micro-batches."""
         size, others = self.dtype.itemsize * self.count, (self.ranks - 1) / self.ranks
         if zero.stage == 3:
-            sent = micro_batches * (2 * size * others + self._gathered_again(zero))
+            near = self._sent_within_node(zero, micro_batches)
+            gathers = 1 if near else micro_batches  # of the weights from all ranks, each with the gradients' reduce-scatter
+            sent = (gathers + micro_batches) * size * others
+            sent += near or micro_batches * self._gathered_again(zero) * others
         else:  # gradients by all-reduce, twice what a reduce-scatter sends: DeepSpeed 0.19.8 does so by default
             sums = 2 * size * (micro_batches if zero.stage == 2 else 1)
             sent = (sums + (size if zero.stage else 0)) * others
@@ -243,14 +244,24 @@ class Planner:
             sent += micro_batches * (size + self.dtype.itemsize * self.embedding * again) * others
         return sent
 
+    def _sent_within_node(self, zero: Zero, micro_batches: int) -> float:
+        """Return the bytes of weights that a GPU sends within its node in a step, which with hpZ has a second copy of them.
+
+        All passes gather from it but the first after an optimizer step (DeepSpeed 0.19.8). Without a copy there are none.
+        """
+        if zero.ranks_of_node == 1:
+            return 0.0
+        again = (micro_batches - 1) * self.dtype.itemsize * self.count + micro_batches * self._gathered_again(zero)
+        return again * (zero.ranks_of_node - 1) / zero.ranks_of_node
+
     def _gathered_again(self, zero: Zero) -> float:
-        """Return the bytes of weights that a rank gathers twice for a micro-batch at ZeRO-3; those whose next use is near stay gathered."""
+        """Return the bytes of weights that are gathered twice for a micro-batch at ZeRO-3; those whose next use is near stay gathered."""
         half, embedding = zero.reuse_distance / 2, self.embedding
         if not self.tied:
             again = self.count - max(half, embedding)
         else:  # the head, which is the embedding, is used between the two passes, twice in a row
             again = self.count - embedding - max(0.0, half - embedding) + 2 * embedding * self._head_is_gathered_again(zero.reuse_distance)
-        return self.dtype.itemsize * max(0.0, again) * (self.ranks - 1) / self.ranks
+        return self.dtype.itemsize * max(0.0, again)
 
     def _head_is_gathered_again(self, reuse_distance: int) -> bool:
         """Whether a head tied to the embedding is gathered anew: more weights than `reuse_distance` are used between the two."""
