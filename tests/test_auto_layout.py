@@ -1,13 +1,17 @@
 """ds_config: auto, activation_checkpointing: auto: what is chosen, that the curve does not depend on it, and what an existing run keeps."""
 
 import pytest
+import torch
 from conftest import launch, metrics, rank_environment
 
+from posttrain.planning import machines
 from posttrain.planning.machines import find_gpu
-from posttrain.planning.planner import ZERO0, Planner
+from posttrain.planning.planner import ZERO0, Planner, Way
 from posttrain.recipes.keys import SFTRecipe
 from posttrain.recipes.reading import build_recipe
-from posttrain.run.stored import read_facts, read_recipe
+from posttrain.run.stored import read_facts, read_recipe, write_facts, write_recipe
+from posttrain.training import auto_batch, auto_layout
+from posttrain.training.auto_layout import USUAL
 
 
 def planner(gpu: str, size: str, gpus: int = 8, nodes: int = 1, **keys) -> Planner:
@@ -25,7 +29,7 @@ def ways(of: Planner) -> list:
     [
         ("b200", "8b", 8, "zero1 none"),
         ("h100", "8b", 8, "zero2 none"),  # in micro-batches of half the size: that is faster than to recompute
-        ("4090", "1.8b", 2, "zero2 full"),
+        ("4090", "1.8b", 2, "zero2 selective"),
         ("b200", "70b", 8, "zero3 full"),
         ("h100", "70b", 8, "zero3_offload full"),
     ],
@@ -62,6 +66,62 @@ def test_what_would_fit_does_fit():
 def test_a_second_copy_of_the_weights_is_for_nodes_of_its_size():
     eight, four = ({way.ds_config for way in planner("h100", "0.6b", gpus, 2).ways()} for gpus in (8, 4))
     assert eight - four == {"ds_configs/zeropp.json"}
+
+
+@pytest.mark.slow
+def test_activations_may_be_offloaded_where_nothing_else_is_named():
+    here = planner("h100", "8b")
+    offloading = [Way(way.ds_config, "offload") for way in ways(here) if way.checkpointing == "full"]
+    assert here.best(offloading).checkpointing == "offload"
+
+
+@pytest.mark.slow
+def test_what_has_no_fused_kernels_is_counted_without():
+    """Plain PyTorch keeps more for the backward pass."""
+    plain, fused, unknown = planner("h100", "1.8b", kernels="torch"), planner("h100", "1.8b"), planner("h100", "1.8b")
+    unknown.fused = False
+    totals = [one.parts(USUAL, 8192).total for one in (fused, unknown, plain)]
+    assert totals[0] < 0.85 * min(totals[1:])
+
+
+def test_a_job_may_not_take_all_memory_of_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(machines, "CGROUPS", tmp_path)
+    whole = machines.free_on_host()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert machines.free_on_host() == pytest.approx(whole, rel=0.2)
+    (tmp_path / "memory.max").write_text("1001000\n")
+    assert machines.free_on_host() == pytest.approx(0.9 * 1_000_000)
+
+
+@pytest.mark.parametrize("tokens", [4096, "auto"])
+def test_a_run_keeps_its_layout_in_the_same_setting_only(tmp_path, monkeypatch, tokens):
+    here = {"ranks": 8, "device": "H100"}
+    monkeypatch.setattr(auto_batch, "ranks_and_device", lambda _: here)
+    values = {
+        "out_dir": str(tmp_path),
+        "checkpoint_path": "model",
+        "sft_data_dir": "data",
+        "global_batch_size": 8,
+        "max_tokens_per_gpu": tokens,
+    }
+    recipe, device = build_recipe(SFTRecipe, values, {}), torch.device("cpu")
+    chosen = {"ds_config": "ds_configs/zero3.json", "activation_checkpointing": "selective"}
+    layout = auto_layout.record(recipe, recipe.model_copy(update=chosen), device)
+    write_facts(tmp_path, {"kind": "sft", "layout": layout})
+    kept, said = auto_layout._of_run(recipe, device)
+    assert kept == chosen | {"max_tokens_per_gpu": tokens}
+    assert said == "ds_configs/zero3.json, activation_checkpointing selective (auto: as this run had it before)"
+    here["ranks"] = 4
+    assert auto_layout._of_run(recipe, device) is None
+
+    # one that was begun by a version that did not choose, on eight ranks
+    start = {"when": "2026-01-01T00:00:00", "ranks": 8, "device": "H100", "ds_config": "zero3", "states": {}}
+    write_facts(tmp_path, {"kind": "sft", "starts": [start]})
+    write_recipe(tmp_path, recipe.model_dump() | chosen)
+    assert auto_layout._of_run(recipe, device) is None
+    here["ranks"] = 8
+    assert auto_layout._of_run(recipe, device)[0] == chosen
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, launch, python
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
 
 from benchmarks import fake_world
 from benchmarks.plan import CONFIGURATIONS, name
@@ -115,6 +115,25 @@ def test_a_model_with_a_frozen_parameter_is_counted():
     with torch.device("meta"):
         assert not all(one.requires_grad for one in AutoModelForCausalLM.from_config(config).parameters())
     assert count_working(config, rows(4, 250, 20), BF16, "none", fused=False)[0] > 0
+
+
+def test_heads_of_two_widths_are_counted_by_what_they_attend_to():
+    """Their segments were read where tensors have no values: whatever lay in memory was taken for lengths."""
+    config = DeepseekV3Config(
+        **{"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 2, "n_group": 1},
+        topk_group=1,
+    )
+    few, many = (count_working(config, rows(count, 250, 20), BF16, "none", fused=False).most for count in (2, 4))
+    assert 1.5 * few < many < 2.5 * few < 1e9
 
 
 def test_a_model_that_is_not_trained_is_not_counted():

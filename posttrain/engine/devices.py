@@ -1,6 +1,7 @@
 """Looks before anything is loaded whether the GPUs of a run's ranks are of one kind, and free."""
 
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from posttrain.common.terminal import say
 from posttrain.parallel.ranks import gathered
 
 FULL, CROWDED = 0.5, 0.85  # shares of a GPU's memory: with less free it is taken for another's, or what is lacking is said
+OWN = 2**31  # bytes that this process may have taken itself: its context, and what connects the ranks
+PATIENCE = 60  # seconds in which the memory of a run that has just ended comes back, as after a restart
 HOW_TO_SKIP = "--checks=off goes on all the same, and is recorded in the run"
 
 
@@ -27,6 +30,10 @@ def look_at_gpus(device: torch.device, checks: str) -> None:
     if device.type != "cuda":
         return
     free, memory = torch.cuda.mem_get_info(device)
+    deadline = time.monotonic() + PATIENCE
+    while free < FULL * memory and time.monotonic() < deadline:
+        time.sleep(1)
+        free, memory = torch.cuda.mem_get_info(device)
     gpus = [Gpu(*one) for one in gathered((socket.gethostname(), torch.cuda.get_device_name(device), memory, free))]
     problems = list(problems_of(gpus))
     if problems and checks == "on":
@@ -54,7 +61,7 @@ def problems_of(gpus: Sequence[Gpu]) -> Iterator[str]:
 
 def crowded(gpus: Sequence[Gpu]) -> Iterator[str]:
     """Yield a sentence for GPUs of which another process uses a part."""
-    if some := [rank for rank, gpu in enumerate(gpus) if FULL * gpu.memory <= gpu.free < CROWDED * gpu.memory]:
+    if some := [rank for rank, gpu in enumerate(gpus) if FULL * gpu.memory <= gpu.free < min(CROWDED * gpu.memory, gpu.memory - OWN)]:
         yield f"{_told(gpus, some)}; another process uses the rest"
 
 

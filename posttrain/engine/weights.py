@@ -32,9 +32,9 @@ class WeightSample:
     def share_changed(self, before: list[torch.Tensor]) -> float:
         """Returns the share of the sample, of all ranks together, that differs from `before`, earlier `values`. All ranks."""
         now = self.values()
-        changed = torch.stack([(a != b).sum() for a, b in zip(before, now, strict=True)]).sum().float()
         # the device is not asked for a value before the sum; offloaded weights are elsewhere
-        counts = torch.stack([changed, changed.new_full((), sum(map(len, now)))]).to(self.device)
+        changed = torch.stack([(a != b).sum().to(self.device) for a, b in zip(before, now, strict=True)]).sum().float()
+        counts = torch.stack([changed, changed.new_full((), sum(map(len, now)))])
         dist.all_reduce(counts)
         return (counts[0] / counts[1]).item()
 

@@ -66,19 +66,29 @@ def source_of(model_path: str, out_dir: str) -> str:
     A checkpoint holds all that it takes to go on: the weights, and beside it RUN/model describes them. Raises ValueError where that is
     damaged, too.
     """
+    saved = _instead(model_path, out_dir)
+    if not saved:
+        return model_path
+    if problem := model_problem(Path(out_dir)):
+        raise ValueError(f"{problem}, and the model at {model_path} is gone: restore one of the two, and the run goes on")
+    return next((path for path in saved if not checkpoint_folder.problem(Path(path))), saved[0])
+
+
+def described_at(model_path: str, out_dir: str) -> str:
+    """Return where a model's config can be read: `model_path`, or where nothing is there the run's newest checkpoint, whole or not."""
+    return next(iter(_instead(model_path, out_dir)), model_path)
+
+
+def _instead(model_path: str, out_dir: str) -> list[str]:
+    """Return the checkpoints of a run, the newest first, that can stand in for a model which is gone; none where it is there."""
     try:
         find_model(model_path, "")
     except FileNotFoundError:
         if Path(model_path).exists():
             raise
-        run = Path(out_dir)
-        saved = [path for path in checkpoint_folder.saved_checkpoints(run / "checkpoints") if checkpoint_folder.is_checkpoint(path)]
-        if not saved or not is_run(run):
-            return model_path
-        if problem := model_problem(run):
-            raise ValueError(f"{problem}, and the model at {model_path} is gone: restore one of the two, and the run goes on") from None
-        return str(next((path for path in reversed(saved) if not checkpoint_folder.problem(path)), saved[-1]))
-    return model_path
+        saved = checkpoint_folder.saved_checkpoints(Path(out_dir) / "checkpoints")
+        return [str(path) for path in reversed(saved) if is_run(Path(out_dir)) and checkpoint_folder.is_checkpoint(path)]
+    return []
 
 
 def tokenizer_beside(model_path: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AttentionInterface
 
 aten = torch.ops.aten
@@ -29,7 +30,8 @@ class Group(NamedTuple):
 
 def groups_of(segments: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], torch.Tensor]:
     """Group a Packing's segments by length; also returns, for each of the T rows, its place in the groups' queries laid end to end."""
-    return _groups_of(segments.numpy().tobytes(), dtype, device)  # by content, whichever tensor holds it
+    with unset_fake_temporarily():  # the planner counts on tensors without values, which these must have
+        return _groups_of(segments.numpy().tobytes(), dtype, device)  # by content, whichever tensor holds it
 
 
 @lru_cache(maxsize=1)  # every layer of policy and reference asks, in forward and in backward, before the next micro-batch comes

@@ -18,6 +18,7 @@ from posttrain.operators.proof import tried
 PIECE = 2**26  # logits held at a time: 256 MiB in float32
 # the same on GPUs with much memory, where so large products are nearer to their peak, and fewer are added up, and a model that leaves room
 LARGE_PIECE, MUCH_MEMORY, LITTLE_OF_IT = 2**28, 70e9, 1 / 16
+TRIED = 2**14  # logits held at a time in the comparison with the plain way, so that there are several pieces to add up
 SAME = 0.02  # largest relative difference in bfloat16 at which two ways of computing count as the same
 
 
@@ -64,7 +65,7 @@ class LogProbHead(nn.Linear):
             return "in pieces, never all logits at once (compiled on GPUs only)"
         best, passed_over = way_on_gpu(torch.cuda.get_device_properties(device).total_memory, weights), ""
         for way in (best, best._replace(adds_products=False)):
-            difference, why_not = tried(lambda way=way: disagreement(way, device, self.weight.dtype), SAME)
+            difference, why_not = tried(lambda way=way: disagreement(way._replace(piece=TRIED), device, self.weight.dtype), SAME)
             if difference is not None:
                 self.way = way
                 return f"in pieces of 2^{way.piece.bit_length() - 1} logits, compiled ({difference:.1e} from plain ones{passed_over})"

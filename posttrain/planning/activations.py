@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.common.errors import first_line
 from posttrain.data.packing import MicroBatch
@@ -190,15 +190,21 @@ def allocating_as_counted(policy: Policy, fused: bool):
 
 
 def count_working(
-    config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way = logprob.PLAIN
+    config,
+    batch: MicroBatch,
+    dtype: torch.dtype,
+    checkpointing: str,
+    fused: bool,
+    head: logprob.Way = logprob.PLAIN,
+    on_gpu: bool = False,
 ) -> Working:
     """Count what forward and backward of `config`'s model take at their peak for a micro-batch of `batch`'s shapes.
 
-    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, as a GPU has them; `head` is the way of
-    the log-probs. Raises ValueError for an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
+    `checkpointing` is the recipe's activation_checkpointing; `fused` counts liger-kernel's layers, which only a GPU has; `head` is the way
+    of the log-probs. Raises ValueError for an architecture whose layers cannot be counted, or that `checkpointing` is not possible with.
     """
     head = head._replace(adds_products=False)  # which has no product without values, and takes no memory of its own
-    with matmuls_without_copies() if fused else contextlib.nullcontext():
+    with matmuls_without_copies() if fused or on_gpu else contextlib.nullcontext():
         try:
             one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused, head) for layers in (1, 2))
         except Exception as error:
@@ -206,7 +212,7 @@ def count_working(
                 raise
             # whatever the code of an architecture raises that looks at values
             raise ValueError(
-                f"the memory that a {kind_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
+                f"the memory that a {architecture_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
                 "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
             ) from error
         return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype, head))
@@ -236,9 +242,9 @@ def _with_layers(config, layers: int):
     return config
 
 
-def kind_of(config) -> str:
-    """Return the name of the architecture that a config describes."""
-    return next(iter(config.architectures or []), config.model_type)
+def architecture_of(config) -> str:
+    """Return the name of the class of a config's causal language model."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
 
 
 def peak_bytes_of_head(config, rows: int, dtype: torch.dtype, way: logprob.Way) -> int:

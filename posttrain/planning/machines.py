@@ -1,12 +1,17 @@
 """The machines that plan.py knows: GPUs by name, and the one that it runs on."""
 
+import contextlib
+import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 
 MIB = 2**20
+CGROUPS = Path("/sys/fs/cgroup")  # as a container sees its own
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,20 @@ def device_of(gpu: str | None, memory: float | None) -> Device:
     return with_memory(find_gpu(gpu), memory * 2**30) if gpu else gpu_with_memory(memory * 2**30)
 
 
+OF_HOST = 0.9  # share of a host's free memory that what is offloaded may take
+
+
 def free_on_host() -> float:
-    """Return the bytes of this machine's memory that are free, less a margin."""
-    return 0.9 * psutil.virtual_memory().available
+    """Return the bytes of this machine's memory, or of the part that a container or a job may take, that are free, less a margin."""
+    return OF_HOST * min(psutil.virtual_memory().available, *_left_by_cgroups())
+
+
+def _left_by_cgroups() -> Iterator[float]:
+    """Yield how many bytes the control groups of this process leave to it, infinity where they have no limit."""
+    yield math.inf
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # another version of control groups; "max" is no limit
+            yield int((CGROUPS / limit).read_text(encoding="utf-8")) - int((CGROUPS / used).read_text(encoding="utf-8"))
 
 
 def this_machine(ranks: int) -> Device:

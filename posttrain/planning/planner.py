@@ -12,9 +12,10 @@ import torch
 
 from posttrain.data import batches
 from posttrain.engine.ds_config import REFERENCE, read_ds_config
+from posttrain.operators.layers import ARCHITECTURES
 from posttrain.operators.logprob import PLAIN, way_on_gpu
-from posttrain.planning.activations import count_working, possible_ways
-from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, Device
+from posttrain.planning.activations import architecture_of, count_working, possible_ways
+from posttrain.planning.machines import FRAGMENTS, KEPT_BACK, OF_HOST, Device
 from posttrain.planning.memory import Layout, Parts, Working, Zero, bytes_on_host, peak
 from posttrain.planning.work import read_model_shape, read_work
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
@@ -78,6 +79,7 @@ class Planner:
         self.on_gpu = device.name != "CPU"
         self.dtype = getattr(torch, recipe.dtype)
         self.config, self.count, self.model_summary = read_model_shape(recipe, assumed)
+        self.weights = self.dtype.itemsize * self.count  # bytes
         embedding = self.config.vocab_size * self.config.hidden_size
         self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
@@ -90,7 +92,8 @@ class Planner:
         if self.longest > recipe.max_tokens_per_gpu:
             raise ValueError(f"the longest example has {self.longest:,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}")
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
-        self.head = way_on_gpu(device.memory, self.dtype.itemsize * self.count) if self.on_gpu else PLAIN
+        self.fused = self.on_gpu and recipe.kernels == "auto" and (recipe.compile or architecture_of(self.config) in ARCHITECTURES)
+        self.head = way_on_gpu(device.memory, self.weights) if self.on_gpu and recipe.kernels == "auto" else PLAIN
         self.host = math.inf  # bytes that a node's ranks may keep in its memory
         self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
         self.seconds: Seconds | None = None
@@ -116,7 +119,12 @@ class Planner:
 
     def holds(self, way: Way, tokens: int, ranks: int | None = None) -> bool:
         """Whether micro-batches of `tokens` tokens fit into each rank's memory, and what is offloaded into the nodes'."""
-        return self.parts(way, tokens, ranks).total <= self.usable and self.on_host(way, ranks) <= self.host
+        return self.parts(way, tokens, ranks).total <= self.usable and self.room_on_host(way, ranks) <= self.host
+
+    def room_on_host(self, way: Way, ranks: int | None = None) -> float:
+        """Return the bytes that a node's memory must have for what is offloaded, and beside it for the model that rank 0 reads into it."""
+        kept = self.on_host(way, ranks)
+        return kept + self.weights if kept else 0.0
 
     def working(self, tokens: int, checkpointing: str) -> Working:
         """Return what forward and backward of `tokens` tokens take: counted up to MANY tokens, beyond extrapolated in a straight line."""
@@ -128,7 +136,8 @@ class Planner:
 
     @cache  # noqa: B019 - there is one planner
     def _counted(self, tokens: int, checkpointing: str) -> Working:
-        return count_working(self.config, self.work.micro_batch(tokens), self.dtype, checkpointing, self.on_gpu, self.head)
+        batch = self.work.micro_batch(tokens)
+        return count_working(self.config, batch, self.dtype, checkpointing, self.fused, self.head, on_gpu=self.on_gpu)
 
     def most_tokens(self, way: Way) -> int:
         """Return the tokens of the largest micro-batch that fits, a multiple of 1,024 or, if it is smaller, of STEP.
@@ -176,8 +185,8 @@ class Planner:
             changes.append(f"{ranks} such GPUs")
         needed = (self.parts(least, self.longest).total + KEPT_BACK) / (1 - FRAGMENTS)
         changes.append(f"{needed / 1e9:.0f} GB {'on each GPU' if self.on_gpu else 'for each rank'}")
-        if (room := self.on_host(least)) > self.host:
-            changes[-1] += f" and {room / 1e9:.0f} GB of host memory"
+        if (room := self.room_on_host(least)) > self.host:
+            changes[-1] += f" and {room / OF_HOST / 1e9:.0f} GB of host memory"
         return f"{', or '.join(changes)} would do"
 
     def micro_batches(self) -> list[np.ndarray]:
@@ -279,7 +288,7 @@ class Planner:
         tokens, trained = self.work.lengths.mean(), self._log_probs().mean()
         pairs = 2 * 2 * c.num_attention_heads * width * self.work.attended().mean()
         layer, head = 2 * (attend + feed) * tokens + pairs, 2 * c.vocab_size * c.hidden_size * trained
-        again = {"none": 0, "selective": 2 * feed * tokens, "full": layer}[checkpointing]
+        again = {"none": 0, "selective": 2 * feed * tokens}.get(checkpointing, layer)
         whole = c.num_hidden_layers * (3 * layer + again) + 3 * head
         if self.reference:
             whole += c.num_hidden_layers * layer + head

@@ -4,6 +4,8 @@ It is written into run.json, and a run that is resumed in the same setting keeps
 """
 
 import contextlib
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,7 @@ from torch import distributed as dist
 from posttrain.data.batches import most_of_a_rank
 from posttrain.data.prepared import PreparedData
 from posttrain.engine.ds_config import read_ds_config
-from posttrain.model.forms import source_of
+from posttrain.model.forms import described_at
 from posttrain.parallel import watchdog
 from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
@@ -138,8 +140,10 @@ def planner_here(recipe: Recipe, usable: float) -> Planner:
     """Return the planner of a run on these ranks, each of which has `usable` bytes; of its model, or of a checkpoint where that is gone."""
     ranks, local = dist.get_world_size(), read_launch().local_size
     gpus = local if ranks % local == 0 else ranks
-    planner = Planner(recipe.at(source_of(recipe.model_path, recipe.out_dir)), this_machine(local), gpus, ranks // gpus)
+    with warnings.catch_warnings(action="ignore"):  # loading warns of the same
+        planner = Planner(recipe.at(described_at(recipe.model_path, recipe.out_dir)), this_machine(local), gpus, ranks // gpus)
     planner.usable = usable
+    planner.fused &= recipe.compile or find_spec("liger_kernel") is not None
     return planner
 
 

@@ -20,10 +20,11 @@ def refuse_missing(recipe: Recipe) -> None:
 
     Also where out_dir, or a folder of the environment's for compiled code, cannot be written.
     """
-    if recipe.ds_config != AUTO:
-        found, ours = places.find_ds_config(recipe.ds_config), places.shipped(recipe.ds_config)
+    shipped = sorted(f"ds_configs/{one.name}" for one in places.shipped("ds_configs").glob("*.json"))
+    for name in shipped if recipe.ds_config == AUTO else [recipe.ds_config]:
+        found, ours = places.find_ds_config(name), places.shipped(name)
         if ours.is_file() and not ours.samefile(found) and is_rank_0():
-            print(f"note: {recipe.ds_config} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
+            print(f"note: {name} is {found.resolve()}, not the file of this name that comes with posttrain", flush=True)
     find_model(source_of(recipe.model_path, recipe.out_dir), recipe.how_to_make_model)
     read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
     for name in CACHES:

@@ -34,7 +34,8 @@ def run_recipe(recipe: Recipe) -> None:
         _train(recipe, settled, said, inputs, device)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise ValueError(too_little_memory(error, settled)) from error
+            # not a mistake of the user's, after which --max_restarts would not start again: another process may have taken the memory
+            raise OSError(too_little_memory(error, settled, inputs.data.longest)) from error
         if "deterministic" in str(error) and recipe.deterministic:
             raise ValueError(f"deterministic: True is not possible with this model here: {first_line(error)}") from error
         raise
