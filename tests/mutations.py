@@ -303,6 +303,24 @@ MUTATIONS = {
         "is_target.float() + (logits",
         "tests/test_kernels.py::test_compiled_log_probs_equal_plain_ones",
     ),
+    "products_not_added_in_float32": Mutation(
+        "posttrain/operators/logprob.py",
+        "ctx.way.adds_products and grad",
+        "not ctx.way.adds_products and grad",
+        "tests/test_gpu_paths.py::test_products_that_add_themselves_are_more_exact",
+    ),
+    "prefetched_weights_not_counted": Mutation(
+        "posttrain/planning/memory.py",
+        "zero.live_parameters + zero.prefetch",
+        "zero.live_parameters",
+        "tests/test_plan.py::test_rank_0_of_many_gpus_holds_and_sends_what_is_predicted",
+    ),
+    "layout_of_another_setting_kept": Mutation(
+        "posttrain/training/auto_layout.py",
+        'layout["as"] != _setting(recipe, device)',
+        'layout["as"] is None',
+        "tests/test_auto_layout.py::test_a_run_keeps_its_layout_in_the_same_setting_only",
+    ),
     "vllm_of_other_versions_loaded": Mutation(
         "posttrain/serving/vllm_batching.py",
         "misfit := _misfit()",
