@@ -22,7 +22,8 @@ setup(
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["posttrain", "posttrain.*"]),
-        *("data_prep", "posttrain.ds_configs", "posttrain.launch", "posttrain.launch.doctor"),
+        *find_packages(include=["data_prep", "data_prep.*"]),
+        *("posttrain.ds_configs", "posttrain.launch", "posttrain.launch.doctor"),
     ],
     package_dir={"posttrain.ds_configs": "ds_configs", "posttrain.launch": "launch", "posttrain.launch.doctor": "launch/doctor"},
     package_data={

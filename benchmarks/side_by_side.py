@@ -74,10 +74,10 @@ class Given(NamedTuple):
 
 def draw_rows(file: Path, tokenizer: str, count: int, longest: int) -> Given:
     """Draw so many rows of at most `longest` tokens that SFT can train on, the same ones each time. Raises ValueError where few are."""
-    from data_prep.conversations import conversations
     from data_prep.convert import encode, examples_of_rows, parts_of_rows
     from data_prep.examples import SFT, Settings
-    from data_prep.files import file_rows
+    from data_prep.formats.rows import file_rows
+    from data_prep.shapes.conversations import conversations
     from posttrain.data.chat import ChatFormat
     from posttrain.data.parts import Refused
     from posttrain.data.tokenization import load_tokenizer

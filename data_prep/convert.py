@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from data_prep import overlap, report
-from data_prep.conversations import conversations
 from data_prep.examples import DPO, SFT, UNPROVEN, Example
-from data_prep.messages import Chat, Document, Pair
 from data_prep.proof import prove
+from data_prep.shapes.conversations import conversations
+from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.sources import Source
 from data_prep.staging import HIDDEN, Staging, table_of
 from posttrain.common.visible import UNSEEN
@@ -120,6 +120,7 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes:
             continue
         try:
             examples = list(kind.examples(item, encoded[mine], texts[mine], changes))
+            changes.update(item.notes)
             if any(part.apart for parts in encoded[mine] for part in parts):
                 changes[APART] += 1
             yield from ((number, example) for example in examples)
@@ -152,7 +153,7 @@ def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, b
     """Yield [(row number, conversation), ...] of limited size, and whether it is the last; where chunks end depends on the rows alone."""
     chunk: list = []
     size, row = 0, -1
-    for row, item in enumerate(conversations(kind.name, source.rows())):
+    for row, item in enumerate(conversations(kind.name, source.rows(), source.columns)):
         if options.max_samples is not None and row >= options.max_samples:
             break
         if row < start:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_prep.messages import Chat, Document, Pair
 from data_prep.proof import answer_texts, is_prefix, proof, prove, span_texts
+from data_prep.shapes.messages import Chat, Document, Pair
 from posttrain.data.chat import ChatFormat, document_parts, encode_parts
 from posttrain.data.parts import IGNORE, Encoded, Refused, Rendered, joined, last_answer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.shapes.columns import NAMES, Columns, names_of, roles_of
 from data_prep.sources import HUBS, Sources, find_sources
 from posttrain.common.options import Parser, place
 from posttrain.common.places import shipped
@@ -59,6 +60,7 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="drop rows that quote a benchmark's rows (a file or folder)",
     )
+    _add_columns(parser)
     parser.add_argument("--max_dropped", type=_share, default=MANY_DROPPED, help="refuse when a larger share of the rows is unusable")
     parser.add_argument("--revision", help="commit, tag or branch of the hub dataset")
     parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation, and which a weight below 1 leaves out")
@@ -69,6 +71,45 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         raise ValueError("--source stands for one dataset; name files of your own as --dataset FILE to combine several")
     options.tokenizer = options.tokenizer or _model_of_recipe(kind)
     return options
+
+
+def _add_columns(parser: Parser) -> None:
+    """Add the options that say what columns and messages hold, where they have other names than usual."""
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="WHAT=NAME,...",
+        help=f"what columns hold, as in prompt=question,answer=solution; WHAT is one of {', '.join(NAMES)}",
+    )
+    parser.add_argument("--ignore", default="", metavar="NAME,...", help="columns that are not to be trained on, whatever they hold")
+    parser.add_argument("--keep", metavar="COLUMN=VALUE", help="use only rows with this value, as in label=true")
+    parser.add_argument("--role_key", metavar="KEY", help="of a message, in the place of role or from")
+    parser.add_argument("--content_key", metavar="KEY", help="of a message, in the place of content or value")
+    parser.add_argument("--roles", default="", metavar="THEIRS=OURS,...", help="roles of messages, as in human=user,narrator=assistant")
+    parser.add_argument("--train_on", default="all", metavar="all|last|ROLE,...", help="which answers of a conversation are trained")
+
+
+def columns_of(options: argparse.Namespace) -> Columns:
+    """Return what the command line says of columns and messages. Raises ValueError."""
+    keep = None
+    if options.keep is not None:
+        name, equals, value = options.keep.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"--keep {options.keep}: expected COLUMN=VALUE, as in label=true")
+        keep = name, value
+    return Columns(
+        names=names_of(_parts(options.columns), "--columns"),
+        roles=roles_of(_parts(options.roles), "--roles"),
+        role_key=options.role_key,
+        content_key=options.content_key,
+        ignore=tuple(_parts(options.ignore)),
+        keep=keep,
+        train_on=options.train_on,
+    )
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _model_of_recipe(kind: str) -> str:
@@ -98,7 +139,7 @@ def _share(text: str) -> float:
 def look(kind: str, options: argparse.Namespace) -> Sources:
     """Find the sources of a command line. Raises ValueError or OSError where one is not there, or the output is."""
     refuse_output(Path(options.output_dir))
-    return find_sources(kind, options)
+    return find_sources(kind, options).with_columns(columns_of(options))
 
 
 def refuse_output(output: Path) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from data_prep.files import file_rows
-from data_prep.messages import Chat, Document, Pair
+from data_prep.formats.rows import file_rows
+from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.sources import find_files
 from data_prep.staging import Chunk
 from posttrain.data.parts import Refused

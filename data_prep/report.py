@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.choose import Chosen
+from data_prep.shapes.columns import IGNORED
+from data_prep.shapes.conversations import KEPT
 from data_prep.sources import Source, count_rows
 from data_prep.staging import HIDDEN, Chunk, column
 from posttrain.common.places import command
@@ -55,9 +57,12 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
         for chunk in several:
             changes.update(chunk.facts["changes"])
             for row, cause in chunk.facts["dropped"]:
-                entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": True})
+                entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": not cause.startswith(KEPT)})
                 entry["rows"] += 1
     notes = list(chosen.notes)
+    unused = {what.removeprefix(IGNORED): changes.pop(what) for what in list(changes) if what.startswith(IGNORED)}
+    if unused:
+        notes.append("columns not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in unused.items()))
     if hidden := changes.pop(HIDDEN, 0):
         what = "a row holds" if hidden == 1 else f"{hidden:,} rows hold"
         notes.append(f"{what} characters that are not seen (of no width, or that turn the text around); preview shows them as escapes")

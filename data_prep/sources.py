@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from data_prep.shapes.columns import USUAL, Columns
 from posttrain.common.errors import nearest
 from posttrain.common.hub import is_hub_name
 from posttrain.common.places import command
 
 if TYPE_CHECKING:
-    from data_prep.files import Row
+    from data_prep.formats.rows import Row
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+COLUMNS_FILE = ".columns.yaml"  # the end of the name of a file that says what the columns of one beside it hold
 HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)
 
 
@@ -50,15 +53,17 @@ class Source(NamedTuple):
     hub: str = ""
     split: str = ""
     revision: str | None = None
+    columns: Columns = USUAL  # what they hold, where they have other names than usual
 
     @property
     def identity(self) -> list:
         """A list that changes when the rows may have changed."""
-        return [*self._replace(files=()), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
+        said = [*self._replace(files=())[:-1], asdict(self.columns)]
+        return [*said, *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
 
     def rows(self) -> "Iterator[Row]":
         """Yield the rows. Raises ValueError for a source that cannot be read."""
-        from data_prep.files import file_rows, hub_rows
+        from data_prep.formats.rows import file_rows, hub_rows
 
         if self.hub:
             yield from hub_rows(self.hub, self.split, self.revision)
@@ -72,6 +77,21 @@ class Sources(NamedTuple):
 
     training: list[Source]
     held_out: list[Source]  # the upstream's own validation or test rows
+
+    def with_columns(self, given: Columns) -> "Sources":
+        """Return the sources with what the user says of their columns: on the command line, and in FILE.columns.yaml beside a file.
+
+        Raises ValueError for such a file that is wrong.
+        """
+        return Sources(*([_with_columns(source, given) for source in sources] for sources in self))
+
+
+def _with_columns(source: Source, given: Columns) -> Source:
+    beside = {path.with_name(path.name + COLUMNS_FILE) for path in source.files} | {path.parent / COLUMNS_FILE[1:] for path in source.files}
+    found = sorted(path for path in beside if path.is_file())
+    if len(found) > 1:
+        raise ValueError(f"{source.label}: {', '.join(map(str, found))} say what its columns hold; keep one, or give the files apart")
+    return source._replace(columns=Columns.read(found[0], given) if found else given)
 
 
 def find_sources(kind: str, options) -> Sources:

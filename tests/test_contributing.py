@@ -71,7 +71,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaConfig, SmolLM3Config, SmolLM3ForCausalLM
 
-from data_prep.conversations import conversations
+from data_prep.shapes.conversations import conversations
 from posttrain.engine.optimizer import make_optimizer
 from posttrain.evaluation.tasks import load_tasks, write_tasks
 from posttrain.model.policy import build_policy
@@ -130,7 +130,7 @@ def test_the_examples_work_and_keep_the_rules(tree):
         done = run(tree, "-m", "ruff", *check, ".")
         assert done.returncode == 0, done.stdout + done.stderr
     assert "all checked" in (done := run(tree, "-c", CHECKS)).stdout, done.stderr
-    tests = ("tests/test_losses.py", "tests/test_sources.py", "tests/test_config.py")
+    tests = ("tests/test_losses.py", "tests/test_shapes.py", "tests/test_config.py")
     done = run(tree, "-m", "pytest", "-v", "-p", "no:cacheprovider", *tests, "-m", "not slow")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "test_a_loss_equals_its_papers_equation_on_literal_numbers[squared_hinge] PASSED" in done.stdout

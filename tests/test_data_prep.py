@@ -71,7 +71,7 @@ def test_every_refused_row_is_counted_under_its_cause(tiny, tmp_path):
         "response is empty": 1,
         "longer than --max_length 100": 1,
         "response is null": 1,
-        "column 'response' is missing; the first row has prompt, response": 1,
+        "its columns are of no known shape: prompt": 1,
         "an exact copy of another row": 1,
     }
     assert manifest["ledger"]["response is empty"]["first"] == "rows.jsonl:1"
@@ -198,7 +198,7 @@ def test_a_long_conversation_is_split_at_its_turns(tiny, tmp_path):
 def test_refused_rows_do_not_keep_their_chunk_in_memory(tiny):
     """Memory stays flat while the garbage collector is off: no cycle through the refusal's traceback."""
     from data_prep.examples import SFT, Settings
-    from data_prep.messages import Chat
+    from data_prep.shapes.messages import Chat
 
     calls = [{"function": {"name": "f", "arguments": {}}}]
     chats = [Chat([USER, {"role": "assistant", "content": "", "tool_calls": calls}]) for _ in range(200)]

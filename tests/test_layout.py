@@ -20,7 +20,7 @@ BROKEN = [
     ("posttrain/data/packing.py", "from posttrain.recipes.keys import Recipe", f"data imports posttrain.recipes.keys, {BELOW}"),
     ("posttrain/engine/start.py", "def f():\n    from posttrain.run import health", f"engine imports posttrain.run.health, {BELOW}"),
     ("posttrain/training/loop.py", "import posttrain.serve", f"training imports posttrain.serve, {BELOW}"),
-    ("data_prep/files.py", "from posttrain.model import loading", f"data_prep imports posttrain.model.loading, {BELOW}"),
+    ("data_prep/formats/rows.py", "from posttrain.model import loading", f"data_prep imports posttrain.model.loading, {BELOW}"),
     ("posttrain/common/hub.py", "from posttrain.common.files import read_lines", None),
     ("posttrain/run/health.py", "from posttrain.run.card import _number", "_number is private to posttrain.run.card"),
     ("data_prep/choose.py", "from posttrain.data import chat\n\nchat._settings_lock", "_settings_lock is private to posttrain.data.chat"),
@@ -37,8 +37,12 @@ BROKEN = [
     ("posttrain/common/hub.py", "def f(path):\n    path.open('a')", 'open lacks encoding="utf-8"'),
     ("posttrain/common/hub.py", "def f(path):\n    path.open('ab'), os.open(path, os.O_RDONLY)", None),
     ("launch/set_up.py", "m.AutoConfig.from_pretrained(1)", "m.AutoConfig.from_pretrained without trust_remote_code=False"),
-    ("data_prep/files.py", "AutoModel.from_config(1, trust_remote_code=True)", "AutoModel.from_config without trust_remote_code=False"),
-    ("data_prep/files.py", "def long():\n" + "    print()\n" * 59, "long has 60 lines"),
+    (
+        "data_prep/formats/rows.py",
+        "AutoModel.from_config(1, trust_remote_code=True)",
+        "AutoModel.from_config without trust_remote_code=False",
+    ),
+    ("data_prep/formats/rows.py", "def long():\n" + "    print()\n" * 59, "long has 60 lines"),
 ]
 
 
@@ -88,7 +92,7 @@ def test_the_trees_in_the_texts_are_the_tree_on_disk():
     for folder in ("data_prep", "posttrain"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem == "__init__" or path.name in tree, path
-    for folder in (ROOT / "posttrain").glob("*/__init__.py"):
+    for folder in [*(ROOT / "posttrain").glob("*/__init__.py"), *(ROOT / "data_prep").glob("*/__init__.py")]:
         assert all(re.search(rf"^  {folder.parent.name}/ .*$", text, re.M) for text in (short, tree)), folder.parent
     for name in re.findall(r"\b\w+\.(?:py|sh)\b", short + tree):
         assert any((ROOT / folder / name).is_file() for folder in ("data_prep", "posttrain", "launch", "benchmarks", "tests")), name

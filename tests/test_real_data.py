@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from data_prep.conversations import conversations
-from data_prep.files import file_rows
+from data_prep.formats.rows import file_rows
 from data_prep.prepare import prepare
 from data_prep.preview import parse as parse_preview
+from data_prep.shapes.conversations import conversations
 from data_prep.show import show
 from data_prep.sources import find_files
 from posttrain.data.chat import ChatFormat, render

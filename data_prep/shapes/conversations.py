@@ -1,0 +1,234 @@
+"""Reads rows of any known shape as conversations: each row by the columns that it has, so a file may mix shapes.
+
+A reader returns a Document, a Chat or a Pair, or raises Refused with the cause when the row cannot be used; the caller counts causes.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+from data_prep.formats.rows import Row as FileRow
+from data_prep.shapes.beside import history, options_of, with_system
+from data_prep.shapes.calls import tools_of
+from data_prep.shapes.columns import LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
+from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_of
+from data_prep.shapes.pairs import pair_of
+from posttrain.common.places import in_this_form
+from posttrain.data.parts import Refused
+
+TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
+UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
+KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
+
+
+def conversations(kind: str, rows: Iterable[FileRow], columns: Columns = USUAL) -> Iterator[Document | Chat | Pair | Refused]:
+    """Yield what each row says, or why it cannot be used, in the order of the rows.
+
+    Raises ValueError, with what was seen, where no row is of a known shape. Rows that are single messages of conversation trees (oasst1)
+    give one conversation for each tree, its best-ranked path.
+    """
+    rows, known, unknown = iter(rows), False, []
+    for given in rows:
+        if isinstance(given, Refused):
+            yield given
+            continue
+        if kind == "sft" and not known and TREE_COLUMNS.issubset(given):
+            yield from _trees([*unknown, given, *rows], columns)
+            return
+        item = read_row(kind, given, columns)
+        if known or not isinstance(item, UnknownShape):
+            known = True
+            yield from (Refused(str(read_row(kind, one, columns))) for one in unknown)
+            unknown = []
+            yield Refused(str(item)) if isinstance(item, UnknownShape) else item
+            continue
+        unknown.append(given)
+        if len(unknown) >= UNKNOWN:
+            break
+    if unknown:
+        raise ValueError(_no_shape(kind, unknown, columns))
+
+
+def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair | Refused:
+    """Read one row; a Refused says why it cannot be used."""
+    row = Row(given, columns)
+    try:
+        if columns.keep:
+            _refuse_unwanted(row, *columns.keep)
+        item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
+        return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
+    except Refused as cause:
+        return type(cause)(str(cause))  # without the traceback, which holds the row
+
+
+def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
+    """The error for rows of no known shape: their columns, what is expected, and the option that would probably read them."""
+    expected = {
+        "sft": "messages, conversations, instruction + output (and input), prompt + response, question + answer, or text",
+        "dpo": "chosen and rejected (texts or messages), with prompt, question, instruction or conversations where they do not hold it",
+    }[kind]
+    lost = sorted({name for name in columns.names.values() if not any(name in row for row in rows)})
+    named = f"--columns names {', '.join(lost)}, which no row has. " if lost else ""
+    other = ""
+    if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), UnknownShape) for row in rows[:20]):
+        other = in_this_form(
+            "\nThese look like preference pairs: use data_prep/prepare_dpo.py"
+            if kind == "sft"
+            else "\nThese look like rows with one answer: use data_prep/prepare_sft.py"
+        )
+    how = f"\nThis would probably read them: {line}" if not other and (line := likely(rows[:100], kind)) else ""
+    return f"{named}rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
+
+
+def _refuse_unwanted(row: Row, name: str, value: str) -> None:
+    """Raise Refused unless a column has a value, compared as text: true and 1 are the same."""
+    if name.lower() not in row:
+        raise Refused(f"column {name} of --keep is null or missing")
+    seen = str(row.take(name.lower())).lower()
+    alike = {"true": "1", "1.0": "1", "false": "0", "0.0": "0"}
+    if alike.get(seen, seen) != alike.get(value.lower(), value.lower()):
+        raise Refused(f"{KEPT}{name}={value}")
+
+
+def sft_of(row: Row, columns: Columns) -> Chat | Document:
+    """Read a row with one answer, or a plain text. Raises Refused."""
+    if row.find("chosen") and row.find("rejected"):
+        raise UnknownShape("the row has two answers, chosen and rejected")
+    if (name := row.find("messages")) is not None:
+        return _chat(with_system(row, messages_of(row.take(name), name, columns)), row, columns, _copies)
+    answers = row.found("answer")
+    prompts = [name for name in row.found("prompt") if name not in answers]
+    if prompts and answers:
+        return _exchange(row, prompts, answers, columns)
+    if (name := row.find("text")) is not None:
+        return Document(clean(row.take(name), name))
+    if (name := _null(row)) is not None:
+        raise Refused(f"{name} is null")
+    raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")
+
+
+def _null(row: Row) -> str | None:
+    """The name of a null column without which a row that has the columns of a known shape is of none."""
+    return next((row.shown[name] for name in ("output", "response", "completion", "answer", "messages", "text", "conversations",
+                 "instruction", "prompt", "question", "query") if name in row.empty), None)  # fmt: skip
+
+
+def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns) -> Chat:
+    """Read a question and an answer that stand in columns of their own, with context, system message and earlier exchanges."""
+    answer = _one_of(row, "answer", answers)
+    contexts = [name for name in row.found("context", full=True) if name not in answers and name != prompts[0]]
+    prompt = _one_of(row, "prompt", [name for name in prompts if name not in contexts])
+    earlier = history(row, columns)
+    asked, answered = json_of(row.take(prompt)), json_of(row.take(answer))
+    if isinstance(answered, list) and len(answered) > 1 and all(isinstance(text, str) for text in answered):
+        raise UnknownShape(f"{answer} holds several answers")
+    if isinstance(asked, list):  # of messages
+        messages = earlier + messages_of(asked, prompt, columns)
+    else:
+        content = clean(asked, prompt)
+        for name in contexts[:1]:
+            content += "\n\n" + clean(row.take(name), name)
+        messages = [*earlier, {"role": "user", "content": content}]
+    if isinstance(answered, list) and all(isinstance(message, dict) for message in answered):
+        messages = messages + messages_of(answered, answer, columns)
+    else:
+        messages = [*messages, {"role": "assistant", "content": clean(answered, answer)} | _thinking(row)]
+    return _chat(with_system(row, messages), row, columns)
+
+
+def _one_of(row: Row, what: str, names: list[str]) -> str:
+    """Choose the column that holds `what`: the first that is not empty. Others that say the same are used; an answer that differs is told.
+
+    Raises Refused for two prompts that differ.
+    """
+    full = [name for name in names if name in row.found(what, full=True)] or names[:1]
+    first, *others = full
+    for name in others:
+        same = row.values[name] == row.values[first]
+        if not same and what == "prompt":
+            raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
+        row.take_all([name])
+        if not same:
+            row.notes.append(f"two columns with an answer: {row.shown[first]} taken, {row.shown[name]} not")
+    return first
+
+
+def _thinking(row: Row) -> dict:
+    """The reasoning before an answer, in a column of its own."""
+    name = row.find("thinking", full=True)
+    return {"reasoning_content": clean(row.take(name), name)} if name else {}
+
+
+def _copies(row: Row, messages: list[dict]) -> None:
+    """Count columns as used that repeat a message's text: the first question, or the last answer."""
+    texts = {message["content"].strip() for message in messages}
+    for name in [*row.found("prompt"), *row.found("answer")]:
+        if name not in row.taken and isinstance(row.values[name], str) and row.values[name].strip() in texts:
+            row.take_all([name])
+
+
+def _chat(messages: list[dict], row: Row, columns: Columns, also: Callable[[Row, list[dict]], None] | None = None) -> Chat:
+    """The Chat of some messages with the row's tools and its arguments for the template. Raises Refused unless it ends with an answer."""
+    _mask(row, messages)
+    messages = finished(messages, columns.train_on)
+    check_order(messages)
+    if messages[-1]["role"] != "assistant":
+        raise Refused("the last message is not the assistant's")
+    for name in LABELS:
+        if name in row and name not in row.taken and isinstance(row.values[name], bool | int):
+            raise Refused(
+                f"{row.shown[name]} rates the answer (unpaired preferences): take the good ones with --keep {row.shown[name]}=true"
+            )
+    if also:
+        also(row, messages)
+    return Chat(messages, tools_of(row), options_of(row))
+
+
+def _mask(row: Row, messages: list[dict]) -> None:
+    """Take a row's loss_mask, a 0 or 1 for each message or for each answer, or its weight of 1."""
+    if "weight" in row and row.values["weight"] == 1:
+        row.take_all(["weight"])
+    if "loss_mask" not in row:
+        return
+    mask, answers = row.take("loss_mask"), [message for message in messages if message["role"] == "assistant"]
+    if not isinstance(mask, list) or any(value not in (0, 1) for value in mask) or len(mask) not in (len(messages), len(answers)):
+        raise Refused("loss_mask is not a list of 0 or 1 for each message or each answer")
+    for message, trained in zip(messages if len(mask) == len(messages) else answers, mask, strict=True):
+        if message["role"] == "assistant" and not trained:
+            message["train"] = False
+        elif message["role"] != "assistant" and trained:
+            raise Refused("loss_mask asks to train a message that is no answer")
+
+
+def _trees(rows: list[FileRow], columns: Columns) -> Iterator[Document | Chat | Pair | Refused]:
+    """Yield a conversation for each tree of messages, and a Refused for each row that belongs to none."""
+    sound, known = [], {row["message_id"] for row in rows if isinstance(row, dict) and isinstance(row.get("message_id"), str)}
+    for row in rows:
+        if isinstance(row, Refused):
+            yield row
+        elif not isinstance(row.get("message_id"), str) or not isinstance(row.get("rank"), int | float | None):
+            yield Refused("a message of a tree without message_id, or whose rank is not a number")
+        elif row.get("parent_id") is not None and row["parent_id"] not in known:
+            yield Refused("a message of a tree whose parent is not there")
+        else:
+            sound.append(row)
+    for path in best_paths(sound):
+        if not path:
+            yield Refused("a tree without an answer")
+            continue
+        messages = [{"role": row.get("role"), "content": row.get("text")} for row in path]
+        yield read_row("sft", {"messages": messages}, columns)
+
+
+def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Yield a path for each tree of oasst1's messages: from the root always on to the best-ranked reply, up to the last assistant's."""
+    children, roots = defaultdict(list), []
+    for row in rows:
+        (roots if row.get("parent_id") is None else children[row["parent_id"]]).append(row)
+    for root in roots:
+        path = [root]
+        while replies := [reply for reply in children.pop(path[-1]["message_id"], []) if not reply.get("deleted")]:
+            path.append(min(replies, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"]))
+        while path and path[-1].get("role") not in ("assistant", "gpt"):
+            path.pop()
+        yield path

@@ -1,0 +1,236 @@
+"""Brings a row's messages into the one form that the chat format takes: {role, content}, and what else a message may say.
+
+Besides role and content these are tool_calls, reasoning_content, a tool's name and tool_call_id, and train: False for an answer that is
+context only. Whatever cannot be trained on raises Refused with the cause.
+"""
+
+import json
+import re
+from typing import NamedTuple
+
+from data_prep.shapes.calls import calls_of
+from data_prep.shapes.columns import MEDIA, Columns
+from posttrain.data.parts import Refused
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+CALLS = {"function_call", "tool_call"}  # roles whose content is a call
+# which role may follow which; None is the start
+MAY_FOLLOW = {
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+THINKING = ("reasoning_content", "reasoning", "thinking")
+# what says whether a message is trained, and what of it means that it is
+TRAINED = {"weight": True, "train": True, "trainable": True, "loss": True, "training": True, "masked": False}
+# keys of a message that say nothing about its text; anything else that is not null would be lost
+SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *THINKING, *TRAINED}
+METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
+METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations"}
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Document(NamedTuple):
+    """A plain text, of which every token is trained: continued pre-training."""
+
+    text: str
+    notes: tuple[str, ...] = ()  # what the ledger tells about the row, such as columns that are not used
+
+
+class Chat(NamedTuple):
+    """A conversation that ends with an answer."""
+
+    messages: list[dict]
+    tools: list[dict] | None = None
+    options: dict | None = None  # arguments for the template (chat_template_kwargs)
+    notes: tuple[str, ...] = ()
+
+
+class Pair(NamedTuple):
+    """Two answers to one conversation."""
+
+    prompt: list[dict]  # messages, the last one from the user or a tool
+    chosen: str
+    rejected: str
+    tools: list[dict] | None = None
+    options: dict | None = None
+    notes: tuple[str, ...] = ()
+
+
+def messages_of(value, column: str, columns: Columns) -> list[dict]:
+    """Read [{role, content}, ...] or ShareGPT's [{from, value}, ...], also as JSON text; empty system messages are left out.
+
+    Tool calls may be in OpenAI's form or turns of their own; calls that follow each other are one turn. The key `as` holds a message's role
+    as the row calls it, until `finished` has taken it out.
+    """
+    value = json_of(value)
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise Refused(f"{column} is not a list of messages")
+    messages: list[dict] = []
+    for given in value:
+        message = _message(given, columns)
+        if message is None:
+            continue
+        before = messages[-1] if messages else {}
+        if _is_call(given, columns) and "tool_calls" in before and before["role"] == "assistant":
+            before["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+    if not messages:
+        raise Refused(f"{column} is empty")
+    return messages
+
+
+def json_of(value):
+    """Return what a text holds that is a JSON list of objects, or an object; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n", "{")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _is_call(message: dict, columns: Columns) -> bool:
+    role = _first(message, columns.role_key, "role", "from")
+    return isinstance(role, str) and role.lower() in CALLS
+
+
+def _first(message: dict, named: str | None, *usual: str):
+    """The value of the first key that is there and not null; the key that the user has named comes alone."""
+    return next((message[key] for key in ((named,) if named else usual) if message.get(key) is not None), None)
+
+
+def _message(message: dict, columns: Columns) -> dict | None:
+    """Read one message; None for an empty system message, which says nothing."""
+    name, content = _first(message, columns.role_key, "role", "from"), _first(message, columns.content_key, "content", "value")
+    role = columns.roles.get(name.lower(), ROLES.get(name.lower())) if isinstance(name, str) else None
+    if role is None:
+        raise Refused(f"unknown role {name!r}: name it with --roles {name}=user, assistant, system or tool")
+    _refuse_lost(message, columns)
+    content = _text_of_parts(content)
+    if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
+        return None
+    read = {"role": role, "as": name}
+    if role == "tool":
+        return read | _tool_result(message, content)
+    if role == "assistant":
+        read |= _train_flag(message)
+        if thinking := [message[key] for key in THINKING if message.get(key)]:
+            read["reasoning_content"] = clean(thinking[0], "a message's reasoning")
+        if name.lower() in CALLS:
+            return read | {"content": "", "tool_calls": calls_of(content)}
+        if calls := message.get("tool_calls") or message.get("function_call"):
+            content = "" if content is None else content
+            return read | {"content": clean(content, "a message", empty=True), "tool_calls": calls_of(calls)}
+    elif _train_flag(message, asks=True):
+        raise Refused(f"a message of the role {name} asks to be trained; only answers are")
+    if isinstance(content, list):
+        raise Refused("a message holds something other than text")
+    return read | {"content": clean(content, "a message")}
+
+
+def _refuse_lost(message: dict, columns: Columns) -> None:
+    """Raise Refused for a message with something that would be lost."""
+    for key, value in message.items():
+        if value in (None, [], {}, "") or key in SAID or key in METADATA or key in (columns.role_key, columns.content_key):
+            continue
+        if key.lower() in MEDIA or isinstance(value, str | list | dict):
+            raise Refused(f"a message has {key}, which would be lost")
+
+
+def _text_of_parts(content):
+    """The text of OpenAI's parts, [{type: text, text: ...}, ...]; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def _tool_result(message: dict, content) -> dict:
+    """What a tool answered: a text, also an empty one, or anything else as JSON; with the tool's name and the call's id."""
+    if not isinstance(content, str):
+        content = "" if content is None else json.dumps(content, ensure_ascii=False)
+    about = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+    return {"content": clean(content, "a tool's result", empty=True)} | about
+
+
+def _train_flag(message: dict, asks: bool = False) -> dict:
+    """{train: False} for a message that says it is not trained, in any of the ways of TRAINED, else {}.
+
+    With `asks`, for a message that is never trained: {train: True} where it says more than a weight of 1 that it is.
+    """
+    said = set()
+    for key, means in TRAINED.items():
+        value = message.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise Refused(f"a message has the {key} {value!r}; expected 0 or 1")
+        said.add(bool(value) is means)
+        if asks and key not in ("weight", "loss") and bool(value) is means:
+            return {"train": True}
+    if asks:
+        return {}
+    if len(said) > 1:
+        raise Refused(f"a message says that it is trained, and that it is not ({', '.join(key for key in TRAINED if key in message)})")
+    return {"train": False} if said == {False} else {}
+
+
+def finished(messages: list[dict], train_on: str = "all") -> list[dict]:
+    """Return the messages as the chat format takes them, with train: False at the answers that --train_on leaves out.
+
+    Raises Refused where no answer is left to train.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if train_on == "last":
+        for message in answers[:-1]:
+            message["train"] = False
+    elif train_on != "all":
+        names = {name.lower() for name in train_on.split(",")}
+        for message in answers:
+            if str(message.get("as", message["role"])).lower() not in names:
+                message["train"] = False
+    if answers and not any(message.get("train", True) for message in answers):
+        raise Refused("no answer of it is to be trained")
+    return [{key: value for key, value in message.items() if key != "as"} for message in messages]
+
+
+def transcript(text: str) -> list[dict]:
+    """Read the messages of a transcript in the form of Anthropic's HH data ("\\n\\nHuman: ...\\n\\nAssistant: ..."); all turns are kept."""
+    before, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    if before.strip() or not turns:
+        raise Refused("chosen and rejected are texts without a prompt")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[turns[i]], "content": clean(turns[i + 1].strip(), "a message")} for i in range(0, len(turns), 2)]
+
+
+def check_order(messages: list[dict]) -> None:
+    """Raise Refused unless each message's role may follow the one before."""
+    before = None
+    for message in messages:
+        role = message["role"]
+        if before not in MAY_FOLLOW[role]:
+            raise Refused(f"wrong order of roles: {role} {'after ' + before if before else 'first'}")
+        before = role
+
+
+def clean(value, what: str, empty: bool = False) -> str:
+    """The text, if it is one that can be trained on."""
+    if not isinstance(value, str):
+        raise Refused(f"{what} is null" if value is None else f"{what} is a {type(value).__name__}, not text")
+    if not empty and not value.strip():
+        raise Refused(f"{what} is empty")
+    if CONTROL.search(value):
+        raise Refused(f"{what} holds control characters")
+    if not value.isascii() and SURROGATE.search(value):
+        raise Refused(f"{what} holds half a surrogate pair")
+    return value
