@@ -53,6 +53,18 @@ STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 EXPORT = "tests/test_export.py::"
 
 MUTATIONS = {
+    "gradients_of_a_micro_batch_overwritten_at_zero1": Mutation(
+        "posttrain/engine/optimizer.py",
+        "summed.add_(",
+        "summed.copy_(",
+        "tests/test_checkpoint.py::test_the_saved_states_were_trained_alike[bfloat16]",
+    ),
+    "the_embeddings_peak_taken_for_the_layers": Mutation(
+        "posttrain/planning/activations.py",
+        "(two.layers - one.layers)",
+        "(two.embedding - one.embedding)",
+        "tests/test_plan.py::test_the_peak_of_a_large_vocabulary_is_not_taken_for_that_of_the_layers",
+    ),
     "buffers_left_out_of_the_result": Mutation(
         "posttrain/engine/weights.py",
         "return state | {name: buffer",

@@ -34,6 +34,16 @@ def states(tiny, tmp_path_factory, cpu_adam) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BAND)
+def test_the_saved_states_were_trained_alike(states, dtype):
+    """With several micro-batches a step, whose gradients ZeRO-1 in bfloat16 adds up otherwise than the other stages."""
+    curves = [json.loads((states / f"{dtype}_{zero}.json").read_text())["curve"] for zero in LAYOUTS]
+    for curve in curves[1:]:
+        for mine, other in zip(curve, curves[2], strict=True):
+            assert mine == pytest.approx(other, abs=10 * BAND[dtype]), curves
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A process group of one; another test of this process may have left one."""

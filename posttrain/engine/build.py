@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from posttrain.common.terminal import say
 from posttrain.engine.ds_config import REFERENCE, accumulates_in_fp32, merge_config, read_ds_config
-from posttrain.engine.optimizer import make_optimizer, parameter_groups, undo_first_step
+from posttrain.engine.optimizer import add_gradients_directly, make_optimizer, parameter_groups, undo_first_step
 from posttrain.engine.shards import clear_padding
 from posttrain.engine.update import TrainingEngine, UpdateGate
 from posttrain.operators import layers
@@ -31,6 +31,7 @@ def build_engine(policy: torch.nn.Module, recipe: Recipe, json_config: dict) -> 
     gate = UpdateGate(optimizer)
     wrapped = _initialize(recipe, policy, optimizer=optimizer, config=config)
     undo_first_step(wrapped.optimizer)
+    add_gradients_directly(wrapped.optimizer)
     engine = TrainingEngine(wrapped, gate)
     clear_padding(engine)
     return engine

@@ -2,6 +2,7 @@
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from posttrain.engine.cpu_adam import load_cpu_adam
@@ -36,6 +37,26 @@ def undo_first_step(optimizer) -> None:
         for weights, master_weights in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for weight, master_weight in zip(weights, master_weights, strict=True):
                 master_weight.data.copy_(weight.data)
+
+
+def add_gradients_directly(optimizer) -> None:
+    """Let DeepSpeed's bfloat16 optimizer for ZeRO-1 add each gradient to its float32 sum in one kernel, with the same bits.
+
+    DeepSpeed 0.19.8 first makes a float32 copy: 18 bytes of traffic an element in the place of 10, and 4 bytes of memory.
+    """
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+
+    @torch.no_grad()
+    def add(weight: torch.nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+        assert not clear_lp_grads  # with immediate_grad_update the gradient is freed in the next line of DeepSpeed's
+        if weight.grad is None:
+            return
+        summed = optimizer.fp32_groups_gradients[group][number]
+        summed.add_(weight.grad.view(summed.shape))
+        weight._hp_grad, optimizer.fp32_groups_has_gradients[group][number] = summed, True
+
+    optimizer._update_hp_grad = add
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

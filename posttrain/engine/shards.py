@@ -99,11 +99,11 @@ def clear_padding(engine) -> None:
     if engine.zero_stage != 3:
         return
     masters, optimizer = master_weights(engine)[0], engine.optimizer
-    for parameter in engine.module.parameters():
+    held = {part.name: part.length for part in fragments(engine)}
+    for name, parameter in engine.module.named_parameters():
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        held = min(max(parameter.ds_numel - dist.get_rank() * length, 0), length)
-        masters[group][offset + held : offset + length].zero_()
-        parameter.ds_tensor[held:].zero_()
+        masters[group][offset + held.get(name, 0) : offset + length].zero_()
+        parameter.ds_tensor[held.get(name, 0) :].zero_()
 
 
 def optimizer_step(engine) -> int:

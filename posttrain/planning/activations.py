@@ -8,6 +8,7 @@ import contextlib
 import copy
 import sys
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -148,11 +149,15 @@ def _logits_in_one_pass():
         logprob.compiled_parts = compiled
 
 
-def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> int:
-    """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peak.
+class Peaks(NamedTuple):
+    """The most bytes that forward and backward take, weights and finished gradients left out."""
 
-    Weights and finished gradients are not among them.
-    """
+    layers: int  # until the backward pass has left the first layer
+    embedding: int  # afterwards: gradients as large as the embedding, whatever the number of layers
+
+
+def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Peaks:
+    """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peaks."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         policy = policy_without_values(_with_layers(config, layers), dtype, checkpointing, fused, head)
         for parameter in filter(lambda one: one.requires_grad, policy.parameters()):  # some routers' bias is a frozen parameter
@@ -160,9 +165,19 @@ def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, check
         live = LiveBytes()
         live.leave_out([*policy.parameters(), *policy.buffers()])
         batch = batch_without_values(batch, fake)
+        most_of_layers = 0
+
+        def leave_layers(_) -> None:
+            nonlocal most_of_layers
+            most_of_layers, live.most = live.most, live.now
+
+        def watch(_, inputs: tuple, embedded: torch.Tensor) -> None:
+            embedded.register_hook(leave_layers)
+
+        policy.model.get_input_embeddings().register_forward_hook(watch)
         with live, allocating_as_counted(policy, fused):
             policy(batch).sum().backward()
-    return live.most
+    return Peaks(most_of_layers, live.most)
 
 
 def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Policy:
@@ -215,7 +230,8 @@ def count_working(
                 f"the memory that a {architecture_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
                 "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
             ) from error
-        return Working(one + (config.num_hidden_layers - 1) * (two - one), peak_bytes_of_head(config, len(batch.rows), dtype, head))
+        most = max(one.layers + (config.num_hidden_layers - 1) * (two.layers - one.layers), one.embedding)
+        return Working(most, peak_bytes_of_head(config, len(batch.rows), dtype, head))
 
 
 def possible_ways(config, ways) -> list[str]:

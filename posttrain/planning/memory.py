@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def has_own_optimizer(self) -> bool:
-        """Whether DeepSpeed takes its BF16_Optimizer, which keeps all gradients in bfloat16 and in float32, from the start on."""
+        """Whether DeepSpeed takes its BF16_Optimizer, which keeps all gradients in float32 from the start on."""
         return self.zero.stage == 1 and self.dtype.itemsize == 2 and not self.zero.offload_optimizer
 
 
@@ -95,10 +95,9 @@ class States:
 def states(count: int, layout: Layout) -> States:
     """Return what each rank keeps of a model with `count` parameters."""
     size, share, stage = layout.dtype.itemsize, count / layout.ranks, layout.zero.stage
-    gradients = (size * count, FLOAT32 * count, FLOAT32 * share, FLOAT32 * share)[stage]
     return States(
         weights=0.0 if layout.zero.offload_parameters else size * (share if stage == 3 else count),
-        gradients=gradients + (size * count if layout.has_own_optimizer else 0.0),
+        gradients=(size * count, FLOAT32 * count, FLOAT32 * share, FLOAT32 * share)[stage],
         optimizer=0.0 if layout.zero.offload_optimizer else STATE_BYTES * (share if stage else count),
     )
 
