@@ -2,11 +2,12 @@
 """Where the time of a step goes: python benchmarks/phases.py [--race cpu|gpu|dry]        writes results/phases_RACE.json
 
 SFT of sft.py's races on one rank: seconds in data, forward, backward, optimizer and logging, with the device synchronized between them;
-and, in other steps, the kernels that take most of the time, by torch's profiler.
+and, in other steps, the kernels that take most of the time, by torch's profiler, and how fast matrix products are beside a large one.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -34,6 +35,7 @@ from posttrain.training.step import train_step
 
 WARM, TIMED, PROFILED = 3, 8, 3
 KERNELS = 25
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 def timed(spent: Counter, phase: str, owner, name: str) -> None:
@@ -74,7 +76,7 @@ def measure(race, folder: Path) -> dict:
     for step in range(1, WARM + 1):
         one(step)
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, with_flops=True) as profiler:
         for step in range(WARM + 1, WARM + PROFILED + 1):
             one(step)
     events = profiler.key_averages()
@@ -83,6 +85,9 @@ def measure(race, folder: Path) -> dict:
     else:
         cost = {event.key: event.self_cpu_time_total for event in events}
     total = sum(cost.values())
+    products = [event for event in events if event.key in PRODUCTS and event.flops]
+    spent_in = sum(event.device_time_total if on_gpu else event.self_cpu_time_total for event in products) * 1e-6
+    rates = {"in_a_step": sum(event.flops for event in products) / spent_in, "one_large_product": rate_of_a_product(race.dtype, on_gpu)}
     kernels = {name[:90]: round(value / total, 4) for name, value in Counter(cost).most_common(KERNELS)}
 
     spent, whole = Counter(), []
@@ -100,7 +105,25 @@ def measure(race, folder: Path) -> dict:
         whole.append(_now() - started)
     shares = {phase: round(seconds / sum(whole), 4) for phase, seconds in spent.items()}
     shares["the rest"] = round(1 - sum(shares.values()), 4)
-    return {"step_seconds": round(statistics.median(whole), 4), "share_of_a_step": shares, "share_of_device_time": kernels}
+    rates = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
+    return {
+        "step_seconds": round(statistics.median(whole), 4),
+        "share_of_a_step": shares,
+        "gflops_of_products": rates,
+        "share_of_device_time": kernels,
+    }
+
+
+def rate_of_a_product(dtype: str, on_gpu: bool) -> float:
+    """FLOP/s of a product of square matrices, the fastest of several: about what the device can do."""
+    size = 8192 if on_gpu else 1024
+    one = torch.randn(size, size, dtype=getattr(torch, dtype), device="cuda" if on_gpu else "cpu")
+    fastest = math.inf
+    for _ in range(20):
+        started = _now()
+        torch.mm(one, one)
+        fastest = min(fastest, _now() - started)
+    return 2 * size**3 / fastest
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from data_prep.sources import Source, count_rows
 from data_prep.staging import HIDDEN, Chunk, column
 from posttrain.common.places import command
 from posttrain.common.visible import visible
+from posttrain.data.manifest import unused_columns
 
 console = Console(highlight=False, soft_wrap=True)
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -61,8 +62,6 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
                 entry["rows"] += 1
     notes = list(chosen.notes)
     unused = {what.removeprefix(IGNORED): changes.pop(what) for what in list(changes) if what.startswith(IGNORED)}
-    if unused:
-        notes.append("columns not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in unused.items()))
     if hidden := changes.pop(HIDDEN, 0):
         what = "a row holds" if hidden == 1 else f"{hidden:,} rows hold"
         notes.append(f"{what} characters that are not seen (of no width, or that turn the text around); preview shows them as escapes")
@@ -77,6 +76,7 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
         "rows": sum(chunk.facts["rows"] for chunk in flat),
         "ledger": dict(sorted(ledger.items(), key=lambda item: -item[1]["rows"])),
         "changes": dict(changes.most_common()),
+        "unused": unused,  # columns, and in how many rows they hold something
         "copies": chosen.copies,
         "notes": notes,
     }
@@ -111,7 +111,7 @@ def show(output: Path, manifest: dict) -> None:
         for what, count in manifest["changes"].items():
             table.add_row(f"{count:,}", Text(visible(f"changed: {what}")), "")
         console.print(table)
-    for note in manifest["notes"]:
+    for note in [*manifest["notes"], *unused_columns(manifest)]:
         console.print(visible(f"note: {note}"), markup=False)
     widest = max(tokens["histogram"].values(), default=1)
     table = Table("tokens", "rows", "", box=None, header_style="bold", pad_edge=False)

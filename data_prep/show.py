@@ -17,7 +17,7 @@ from posttrain.common.visible import visible
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.data.encoding import decode_after
-from posttrain.data.manifest import read_manifest
+from posttrain.data.manifest import read_manifest, unused_columns
 from posttrain.data.parts import IGNORE, trained_spans
 from posttrain.data.prepared import Split, fingerprint_file, load_prepared
 
@@ -79,6 +79,8 @@ def show(options: argparse.Namespace) -> None:
             console.print(Columns(answers, width=width) if width > 40 else answers[0])
             if width <= 40:
                 console.print(answers[1])
+    for note in unused_columns(manifest):
+        console.print(escape(visible(f"note: {note}")))
     legend = [("trained", TRAINED), "  ", ("special tokens", SPECIAL)] if coloured else ["\u27e6trained\u27e7"]
     console.print(Text.assemble(*legend, "  everything else is read, not trained"))
 

@@ -1,19 +1,32 @@
 """Shapes of rows: every known one is read, a row that cannot be used is refused under its cause, and nothing of a row is lost unsaid."""
 
+import json
+import re
+
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from data_prep.formats.rows import file_rows
-from data_prep.shapes.columns import USUAL
-from data_prep.shapes.conversations import best_paths, conversations, read_row
+from data_prep.shapes.columns import USUAL, Columns
+from data_prep.shapes.conversations import KEPT, best_paths, conversations, read_row
 from data_prep.shapes.messages import Chat, Document, Pair
 from posttrain.data.parts import Refused
 
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "q"), ("assistant", "a")))
 OTHER, HH = {"role": "assistant", "content": "b"}, "\n\nHuman: q\n\nAssistant: a"
+WITH_SYSTEM = Chat([SYSTEM, USER, ASSISTANT])
+UNTRAINED = ASSISTANT | {"train": False}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOLS = [{"name": "f"}]
+
+
+def chat(*messages, **more) -> dict:
+    return {"messages": list(messages), **more}
+
+
+def said(role, content) -> dict:
+    return {"role": role, "content": content}
 
 
 @pytest.mark.parametrize(
@@ -55,10 +68,32 @@ TOOLS = [{"name": "f"}]
             Chat([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], TOOLS),
         ),
         ({"text": "a document"}, Document("a document")),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, Chat([USER, ASSISTANT])),
+        ({"prompt": [SYSTEM, USER], "completion": "a"}, Chat([SYSTEM, USER, ASSISTANT])),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, Chat([SYSTEM, USER, ASSISTANT])),
+        ({"query": "q", "response": "a", "history": [["q", "a"]]}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
+        ({"prompt": "q", "response": "a", "history": [USER, ASSISTANT]}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
+        ({"prompt": "q", "answer": "a", "history": '[{"query": "q", "response": "a"}]'}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
+        ({"Inputs": "q", "TARGETS": "a"}, Chat([USER, ASSISTANT])),
+        ({"input": "q", "output": "a"}, Chat([USER, ASSISTANT])),
+        ({"Question": "q", "Complex_CoT": "t", "Response": "a"}, Chat([USER, ASSISTANT | {"reasoning_content": "t"}])),
+        ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, Chat([USER, ASSISTANT])),
+        ({"messages": [said("system", " "), USER, ASSISTANT]}, Chat([USER, ASSISTANT])),
+        (
+            {"messages": [said("developer", "s"), USER, ASSISTANT], "prompt": "q", "input": "", "images": []},
+            Chat([SYSTEM, USER, ASSISTANT]),
+        ),
+        ({"messages": [USER, ASSISTANT | {"thinking": "t"}]}, Chat([USER, ASSISTANT | {"reasoning_content": "t"}])),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"a": 1, "b": []}}, Chat([USER, ASSISTANT], options={"a": 1})),
+        ({"messages": [USER | {"weight": 0}, ASSISTANT | {"weight": 1.0}]}, Chat([USER, ASSISTANT])),
+        ({"messages": [USER, ASSISTANT | {"loss": False}, USER, ASSISTANT]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
+        ({"messages": [USER, ASSISTANT | {"masked": True}, USER, ASSISTANT | {"masked": False}]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "loss_mask": [0, 1]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "loss_mask": [0, 0, 0, 1]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
     ],
 )
 def test_sft_shapes(row, expected):
-    assert read_row("sft", row, USUAL) == expected
+    assert read_row("sft", row, USUAL)._replace(notes=()) == expected
 
 
 @pytest.mark.parametrize(
@@ -85,18 +120,23 @@ def test_sft_shapes(row, expected):
             {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": OTHER, "system": "s"},
             Pair([SYSTEM, USER], "a", "b"),
         ),
+        ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [USER, ASSISTANT]}, Pair([USER], "a", "b")),
+        ({"prompt": "q", "chosen": [SYSTEM, USER, ASSISTANT], "rejected": [SYSTEM, USER, OTHER]}, Pair([SYSTEM, USER], "a", "b")),
+        ({"question": None, "prompt": "q", "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
+        ({"chosen": json.dumps([USER, ASSISTANT]), "rejected": json.dumps([USER, OTHER])}, Pair([USER], "a", "b")),
+        ({"query": "q", "history": [["q", "a"]], "chosen": "a", "rejected": "b"}, Pair([USER, ASSISTANT, USER], "a", "b")),
+        ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": -1}, Pair([USER], "a", "b")),
+        ({"context": [USER], "response1": "b", "response2": "a", "overall_preference": 3}, Pair([USER], "a", "b")),
+        ({"history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0, "score_A": 1, "score_B": 7}, Pair([USER], "a", "b")),
+        ({"question": "q", "response_j": "a", "response_k": "b"}, Pair([USER], "a", "b")),
+        ({"instruction": "q", "input": "", "output": ["a", "b"]}, Pair([USER], "a", "b")),
+        ({"prompt": "q", "answers": [{"answer": c, "rank": n} for n, c in enumerate("acb")]}, Pair([USER], "a", "b")),
+        ({"instruction": "q", "completions": [{"response": c, "overall_score": n} for n, c in enumerate("bca")]}, Pair([USER], "a", "b")),
+        ({"trajectory": [{"from": "user", "value": "q"}], "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
     ],
 )
 def test_dpo_shapes(row, expected):
     assert read_row("dpo", row, USUAL)._replace(notes=()) == expected
-
-
-def chat(*messages, **more) -> dict:
-    return {"messages": list(messages), **more}
-
-
-def said(role, content) -> dict:
-    return {"role": role, "content": content}
 
 
 MALFORMED_SFT = [
@@ -155,6 +195,15 @@ MALFORMED_SFT = [
     ({"text": "\n"}, "text is empty"),
 ]
 MALFORMED_DPO = [
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "column images would be lost"),
+    ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [USER, OTHER]}, "column messages would be lost"),
+    ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference is 0"),
+    ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}, "tied: all answers have the same rank or score"),
+    ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]}, "fewer than two answers with a rank or a score"),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": 4},
+        "tied: chosen_rating equals rejected_rating",
+    ),
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen is empty"),
     ({"prompt": "q", "chosen": None, "rejected": "a"}, "chosen is null"),
@@ -241,3 +290,86 @@ def test_nulls_that_arrow_adds_are_not_the_rows(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = [item.messages[1]["tool_calls"][0]["function"]["arguments"] for item in conversations("sft", file_rows(tmp_path / "a.parquet"))]
     assert read == [{"a": 1}, {"b": 1}]
+
+
+def rows_of(kind: str, row: dict, **columns):
+    return list(conversations(kind, [row], Columns(**columns)))
+
+
+def test_columns_and_messages_of_other_names_are_read_as_the_user_says():
+    named = {"prompt": "ask", "answer": "said", "system": "rules"}
+    assert rows_of("sft", {"ask": "q", "said": "a", "rules": "s", "n": 1}, names=named) == [
+        Chat([SYSTEM, USER, ASSISTANT], notes=("column not used: n",))
+    ]
+    assert rows_of("dpo", {"ask": "q", "good": "a", "bad": "b"}, names={"prompt": "ask", "chosen": "good", "rejected": "bad"}) == [
+        Pair([USER], "a", "b")
+    ]
+    # a column that has the usual name, and is not what the user means
+    (read,) = rows_of("sft", {"prompt": "a title", "ask": "q", "said": "a"}, names=named, ignore=("prompt",))
+    assert read.messages == [USER, ASSISTANT]
+    turns = [{"who": "Narrator", "text": "q"}, {"who": "hero", "text": "a"}]
+    keys = {"role_key": "who", "content_key": "text", "roles": {"narrator": "user", "hero": "assistant"}}
+    assert rows_of("sft", {"talk": turns}, names={"messages": "talk"}, **keys) == [Chat([USER, ASSISTANT])]
+
+
+def test_only_the_answers_that_the_user_names_are_trained():
+    two = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}] * 2}
+    assert rows_of("sft", two, train_on="last") == [Chat([USER, UNTRAINED, USER, ASSISTANT])]
+    other = {"conversations": [*two["conversations"][:3], {"from": "model", "value": "a"}]}
+    assert rows_of("sft", other, train_on="model") == [Chat([USER, UNTRAINED, USER, ASSISTANT])]
+    assert str(rows_of("sft", two, train_on="model")[0]) == "no answer of it is to be trained"
+
+
+def test_good_answers_alone_are_kept_of_rated_ones():
+    rows = [{"prompt": "q", "completion": answer, "label": label} for answer, label in (("a", True), ("b", False), ("c", 1))]
+    found = list(conversations("sft", rows, Columns(keep=("label", "true"))))
+    assert [item.messages[-1]["content"] for item in found if isinstance(item, Chat)] == ["a", "c"]
+    assert str(found[1]) == f"{KEPT}label=true"
+
+
+def test_what_is_not_used_is_told_and_which_of_two_columns_was_taken():
+    (item,) = rows_of("sft", {"instruction": "q", "input": "more", "response": "b", "output": "a", "id": 7, "tag": None})
+    assert item.messages == [{"role": "user", "content": "q\n\nmore"}, ASSISTANT]
+    assert item.notes == ("two columns with answers: output taken, response left out", "column not used: id")
+
+
+def test_rows_of_no_known_shape_are_shown_with_the_option_that_would_read_them():
+    rows = [{"title": "How do plums ripen?", "body": "In the sun, " * 9, "n": 3}]
+    with pytest.raises(ValueError, match="rows have these columns, with an example of each") as error:
+        list(conversations("sft", rows))
+    text = str(error.value)
+    assert '    title  "How do plums ripen?"' in text
+    assert "    n      3" in text
+    assert "This would probably read them: --columns prompt=title,answer=body" in text
+    names = dict(pair.split("=") for pair in text.rsplit("--columns ", 1)[1].split(","))
+    assert isinstance(next(conversations("sft", rows, Columns(names=names))), Chat)
+    with pytest.raises(ValueError, match="preference pairs: use data_prep/prepare_dpo.py"):
+        list(conversations("sft", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))
+    with pytest.raises(ValueError, match="one answer: use data_prep/prepare_sft.py"):
+        list(conversations("dpo", [{"prompt": "q", "response": "a"}]))
+    with pytest.raises(ValueError, match="--columns names ask, which no row has"):
+        list(conversations("sft", rows, Columns(names={"prompt": "ask"})))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("columns: {prompt: ask, answer: said}\nroles: {Hero: assistant}\nignore: [n]\n", None),
+        ("columns: {promt: ask}\n", "'promt' is not what a column holds. Did you mean prompt?"),
+        ("columns: [ask]\n", "columns should map names to names"),
+        ("prompt: ask\n", "should hold keys among columns, roles, role_key, content_key, ignore; saw prompt"),
+        ("roles: {hero: knight}\n", "expected THEIRS=OURS with system, user, assistant or tool"),
+        ("{", "is not valid YAML"),
+    ],
+)
+def test_a_file_beside_the_rows_says_what_columns_hold(tmp_path, text, expected):
+    path = tmp_path / "rows.jsonl.columns.yaml"
+    path.write_text(text)
+    if expected is None:
+        read = Columns.read(path, Columns(names={"answer": "spoken"}, train_on="last"))
+        names = {"prompt": "ask", "answer": "spoken"}
+        assert read == Columns(names=names, roles={"hero": "assistant"}, ignore=("n",), train_on="last")
+        return
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+        Columns.read(path, USUAL)
+    assert str(path) in str(error.value)

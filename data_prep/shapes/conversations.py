@@ -148,8 +148,7 @@ def _one_of(row: Row, what: str, names: list[str]) -> str:
         if not same and what == "prompt":
             raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
         row.take_all([name])
-        if not same:
-            row.notes.append(f"two columns with an answer: {row.shown[first]} taken, {row.shown[name]} not")
+        row.notes.append(f"two columns with {what}s: {row.shown[first]} taken, {row.shown[name]} {'says the same' if same else 'left out'}")
     return first
 
 

@@ -100,3 +100,10 @@ def again(manifest: dict, output_dir: str, tokenizer: str | None = None) -> str 
         return None
     words += ["--tokenizer", tokenizer or options.get("tokenizer") or "TOKENIZER", "--template", options.get("template", TEMPLATES[0])]
     return command(f"prepare-{manifest['kind']}", *words, "--output_dir", output_dir)
+
+
+def unused_columns(manifest: dict) -> list[str]:
+    """Return a sentence about columns of the rows that nothing was made of, in a list that is empty without any."""
+    unused = manifest.get("unused") or {}
+    found = ", ".join(f"{name} ({'1 row' if count == 1 else f'{count:,} rows'})" for name, count in unused.items())
+    return [f"columns not used: {found}"] if found else []

@@ -15,7 +15,6 @@ from posttrain.engine.ds_config import read_ds_config
 from posttrain.model.forms import find_model, source_of, tokenizer_beside
 from posttrain.operators import positions
 from posttrain.parallel.ranks import same_on_all_ranks
-from posttrain.planning.planner import STAGES, ZEROPP
 from posttrain.recipes.keys import AUTO, DPORecipe, Recipe
 
 CODE = Path(__file__).parents[1]  # the whole package
@@ -30,8 +29,8 @@ def same_inputs_on_all_ranks(recipe: Recipe, prepared: PreparedData) -> None:
     parts = {f"code: posttrain/{name}": value for name, value in hashes_of_code(CODE).items()}
     parts |= {f"package: {name}": version(name) for name in PACKAGES}
     parts |= {f"recipe: {name}": str(value) for name, value in recipe.model_dump().items()} | {"plan version": str(batches.PLAN_VERSION)}
-    for ds_config in (*STAGES, ZEROPP) if recipe.ds_config == AUTO else (recipe.ds_config,):
-        parts |= {f"content of {ds_config}": json.dumps(read_ds_config(ds_config), sort_keys=True)}
+    if recipe.ds_config != AUTO:  # auto_layout compares the one that it chooses
+        parts |= {f"content of {recipe.ds_config}": json.dumps(read_ds_config(recipe.ds_config), sort_keys=True)}
     parts |= {"data: manifest and lengths": prepared.fingerprint, "data: tokens": tokens}
     same_on_all_ranks("code, recipe or prepared data", parts)
 
