@@ -76,6 +76,8 @@ def said(role, content) -> dict:
         ({"prompt": "q", "answer": "a", "history": '[{"query": "q", "response": "a"}]'}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
         ({"Inputs": "q", "TARGETS": "a"}, Chat([USER, ASSISTANT])),
         ({"input": "q", "output": "a"}, Chat([USER, ASSISTANT])),
+        ({"instruction": "q", "input": "", "output": "a", "text": "Asked: q\nAnswered: a"}, Chat([USER, ASSISTANT])),
+        ({"conversation": [{"input": "q", "output": "a"}] * 2}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
         ({"Question": "q", "Complex_CoT": "t", "Response": "a"}, Chat([USER, ASSISTANT | {"reasoning_content": "t"}])),
         ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, Chat([USER, ASSISTANT])),
         ({"messages": [said("system", " "), USER, ASSISTANT]}, Chat([USER, ASSISTANT])),
@@ -188,6 +190,7 @@ MALFORMED_SFT = [
     (chat(USER, ASSISTANT, label=False), "label rates the answer (unpaired preferences): take the good ones with --keep label=true"),
     (chat(USER, ASSISTANT, images=["a.png"]), "column images would be lost"),
     (chat(USER, ASSISTANT, history=[["q", "a"]]), "column history would be lost"),
+    (chat(USER, ASSISTANT, text="another story"), "column text would be lost"),
     (chat(USER, ASSISTANT, prompt="another"), "column prompt would be lost"),
     (chat(USER, ASSISTANT, loss_mask=[0, 1, 1]), "loss_mask is not a list of 0 or 1"),
     ({"instruction": "q", "query": "other", "output": "a"}, "instruction and query hold two questions"),
@@ -196,7 +199,7 @@ MALFORMED_SFT = [
 ]
 MALFORMED_DPO = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "column images would be lost"),
-    ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [USER, OTHER]}, "column messages would be lost"),
+    ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [OTHER]}, "column messages would be lost"),
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference is 0"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}, "tied: all answers have the same rank or score"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]}, "fewer than two answers with a rank or a score"),

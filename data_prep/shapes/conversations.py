@@ -5,7 +5,7 @@ A reader returns a Document, a Chat or a Pair, or raises Refused with the cause 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
 from data_prep.shapes.beside import history, options_of, with_system
@@ -95,7 +95,7 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if row.find("chosen") and row.find("rejected"):
         raise UnknownShape("the row has two answers, chosen and rejected")
     if (name := row.find("messages")) is not None:
-        return _chat(with_system(row, messages_of(row.take(name), name, columns)), row, columns, _copies)
+        return _chat(with_system(row, messages_of(row.take(name), name, columns)), row, columns)
     answers = row.found("answer")
     prompts = [name for name in row.found("prompt") if name not in answers]
     if prompts and answers:
@@ -158,15 +158,18 @@ def _thinking(row: Row) -> dict:
     return {"reasoning_content": clean(row.take(name), name)} if name else {}
 
 
-def _copies(row: Row, messages: list[dict]) -> None:
-    """Count columns as used that repeat a message's text: the first question, or the last answer."""
+def _take_copies(row: Row, messages: list[dict]) -> None:
+    """Count columns as used that repeat a message's text, or all texts, as Alpaca's `text` does, in a form of their own."""
     texts = {message["content"].strip() for message in messages}
-    for name in [*row.found("prompt"), *row.found("answer")]:
-        if name not in row.taken and isinstance(row.values[name], str) and row.values[name].strip() in texts:
+    for name in [*row.found("prompt"), *row.found("answer"), *row.found("text")]:
+        value = row.values[name]
+        if name in row.taken or not isinstance(value, str):
+            continue
+        if value.strip() in texts or (name == "text" and all(text in value for text in texts)):
             row.take_all([name])
 
 
-def _chat(messages: list[dict], row: Row, columns: Columns, also: Callable[[Row, list[dict]], None] | None = None) -> Chat:
+def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
     """The Chat of some messages with the row's tools and its arguments for the template. Raises Refused unless it ends with an answer."""
     _mask(row, messages)
     messages = finished(messages, columns.train_on)
@@ -178,8 +181,7 @@ def _chat(messages: list[dict], row: Row, columns: Columns, also: Callable[[Row,
             raise Refused(
                 f"{row.shown[name]} rates the answer (unpaired preferences): take the good ones with --keep {row.shown[name]}=true"
             )
-    if also:
-        also(row, messages)
+    _take_copies(row, messages)
     return Chat(messages, tools_of(row), options_of(row))
 
 

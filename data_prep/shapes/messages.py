@@ -32,7 +32,8 @@ TRAINED = {"weight": True, "train": True, "trainable": True, "loss": True, "trai
 # keys of a message that say nothing about its text; anything else that is not null would be lost
 SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *THINKING, *TRAINED}
 METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
-METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations"}
+METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
+METADATA |= {"usage", "finish_reason", "source", "provider"}
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -73,6 +74,9 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     value = json_of(value)
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise Refused(f"{column} is not a list of messages")
+    if all({"input", "output"} <= one.keys() and "role" not in one for one in value):  # Capybara's exchanges
+        roles = ("user", "assistant")
+        value = [{"role": role, "content": one[key]} for one in value for role, key in zip(roles, ("input", "output"), strict=True)]
     messages: list[dict] = []
     for given in value:
         message = _message(given, columns)

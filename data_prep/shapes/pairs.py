@@ -83,13 +83,13 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
 
 
 def _copy_of_answer(row: Row, pair: Pair, columns: Columns) -> None:
-    """Count a messages column as used that repeats the prompt, with or without the chosen answer."""
+    """Count a messages column as used that repeats the prompt, with or without an answer to it."""
     name = row.find("messages")
     if name is None or name in row.taken:
         return
     seen = [message["content"] for message in messages_of(row.values[name], name, columns) if message["role"] != "system"]
     asked = [message["content"] for message in pair.prompt if message["role"] != "system"]
-    if seen in (asked, [*asked, pair.chosen]):
+    if seen[: len(asked)] == asked and len(seen) <= len(asked) + 1:
         row.take_all([name])
 
 
