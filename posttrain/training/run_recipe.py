@@ -47,4 +47,6 @@ def _train(recipe: Recipe, settled: Recipe, said: list[tuple[str, str]], inputs:
     run = Run(training.recipe, read_launch().rank, {"data": inputs.data.fingerprint, "model": training.engine.module.fingerprint})
     if auto_layout.is_asked(recipe):
         run.keep_layout(recipe, auto_layout.record(recipe, settled, device))
+    if torch.are_deterministic_algorithms_enabled():
+        choices.append(("kernel", "algorithms that add up in the same order each time, and no others (deterministic: True)"))
     train(training, inputs.chat, run, [*said, *choices])
