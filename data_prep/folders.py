@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.cards import files_of_card
-from data_prep.formats.opening import KINDS, READ, File, kind_of, unpacked_name
+from data_prep.formats.opening import KINDS, READ, File, advice, kind_of, refuse_pointer, unpacked_name
 from data_prep.formats.remote import is_address, listed, shown_address
 from posttrain.common.errors import nearest, shown
 from posttrain.common.hub import snapshot_in
@@ -63,6 +63,8 @@ def find_files(place: str, wanted: Wanted | None = None) -> Found:
         return Found(tuple(entries[name] for several in groups.values() for name in several))
     training, held_out, notes = _choose(place, groups, wanted)
     _refuse_twins(place, [*training, *held_out])
+    for name in (*training, *held_out):
+        refuse_pointer(entries[name])
     notes += [f"{place}: {shown(unnamed[:MANY])} left out, which its card does not name"] if unnamed else []
     notes += _left_out(place, entries, names)
     if held_out:
@@ -86,9 +88,9 @@ def _entries(place: str) -> tuple[dict[str, File], bool]:
             found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
             entries = {one.relative_to(path).as_posix() if inside else one.name: one for one in found if one.is_file()}
             seen = "holds nothing" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
-    if not entries or (not inside and kind_of(next(iter(entries.values()))) is None):
-        if entries:
-            seen = "has a name of no known kind"
+    if entries and not inside and kind_of(file := next(iter(entries.values()))) is None:
+        raise FileNotFoundError(f"{file} {advice(file)}")
+    if not entries:
         raise FileNotFoundError(f"{shown_address(place)} {seen}; expected a {READ}, or a folder of them")
     return entries, inside
 

@@ -111,7 +111,9 @@ def test_each_command_takes_its_splits_of_a_family_and_says_so(tmp_path):
         find_files(str(tmp_path), Wanted("dpo"))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSED = {
+    "a git-lfs pointer": (["a.jsonl"], {"train_json": POINTER}, "train.json is a git-lfs pointer.*git lfs pull"),
     "splits that may not belong together": (
         ["data/en-00000-of-00001.parquet", "data/fr-00000-of-00001.parquet"],
         {},
@@ -161,6 +163,9 @@ def test_a_folder_of_save_to_disk_has_the_rows_that_were_saved(tmp_path):
         (tmp_path / "one" / name).write_bytes((tmp_path / "one" / "data-00000-of-00002.arrow").read_bytes())
     assert len(list((tmp_path / "one").glob("*.arrow"))) == 7
     assert texts(find_files(str(tmp_path / "one"), SFT)) == [rows["text"][:10], []]
+
+    lay(tmp_path, "cache/alpaca-train.arrow", "cache/cache-0123456789abcdef.arrow", "cache/cache-of-mine.arrow")
+    assert names_in(tmp_path, find_files(str(tmp_path / "cache"), SFT))[0] == ["cache/alpaca-train.arrow", "cache/cache-of-mine.arrow"]
 
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
     assert texts(find_files(str(tmp_path / "splits"), SFT)) == [rows["text"][:], ["row 1"]]

@@ -44,6 +44,7 @@ SAME = {
     "pretty.json": "\n".join(json.dumps(row, indent=2, ensure_ascii=False) for row in ROWS).encode(),
     "one_line.json": "".join(json.dumps(row) for row in ROWS).encode(),
     "wrapped.json": json.dumps({"version": 2, "data": ROWS}, indent=1).encode(),
+    "first.json": json.dumps({"Data": ROWS, "version": 2, "by": {"a": ["b"]}}, indent=1).encode(),
     "wrapped.jsonl": json.dumps({"train": ROWS}).encode(),
     "table.csv": TABLE.encode(),
     "blank.csv": b"\n\n" + TABLE.encode(),
@@ -101,7 +102,15 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, name):
         ("table.jsonl", parquet(a=["x"]), "is Parquet; let its name end with .parquet"),
         ("table.json", arrow([{"a": "x"}], pyarrow.ipc.new_stream), "is a stream of Arrow; let its name end with .arrow"),
         ("a.parquet.zst", zstd(parquet(a=["x"])), "Parquet packs its columns itself; unpack the file"),
-        ("a.xlsx", b"PK\x03\x04", "has a name of no known kind; expected a JSON"),
+        ("a.xlsx", b"PK\x03\x04", "has a name of no known kind; save the sheet as CSV"),
+        ("a.tar.gz", b"\x1f\x8b", "has a name of no known kind; unpack it"),
+        ("a.rows", b"{}", "has a name of no known kind; expected a JSON, JSONL, CSV, TSV, Parquet, Arrow or text file"),
+        ("commas.jsonl", b'{"a": 1},\n{"a": 2},\n', "line 1 is not valid JSON: .*; a comma ends it, which no line of JSONL has"),
+        ("lists.jsonl", b'[{"role": "user"}]\n[{"role": "user"}]\n', "is each line a list of messages"),
+        ("cut_wrapped.json", b'{\n"data": [{"a": 1}, {"a": 2}', "row 2 is not valid JSON: a comma should follow it, or the list's end"),
+        ("open_wrapped.json", b'{\n"data": [{"a": 1}], "version": 2', "row 1 is not valid JSON: .*the file may be cut"),
+        ("pretty_splits.json", b'{\n"train": [{"a": 1}],\n"test": [{"a": 2}]\n}', "holds the rows of train, test in one object"),
+        ("pretty_system.json", b'{\n"data": [{"a": 1}], "system": "Be brief."\n}', "has system, which would be lost"),
         ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer.*git lfs pull"),
         ("columns.json", b'{"prompt": ["a", "b"], "response": ["c", "d"]}', "holds the columns .* as lists, not rows: write a list"),
         ("column.json", b'{"messages": [[{"role": "user"}], [{"role": "user"}]]}', "holds the columns .* as lists"),
@@ -172,6 +181,17 @@ def test_an_only_object_with_messages_is_a_row(tmp_path):
         for indent in (None, 2):
             (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
             assert list(file_rows(tmp_path / "one.json")) == [row]
+
+
+def test_rows_in_an_object_may_be_more_than_a_row_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.formats.opening.LONGEST_LINE", 2**12)
+    monkeypatch.setattr("data_prep.formats.opening.BLOCK", 100)
+    rows = [{"text": "x" * 99 + str(number)} for number in range(200)]
+    for indent in (None, 2):
+        (tmp_path / "one.json").write_text(json.dumps({"data": rows, "version": 1}, indent=indent))
+        assert list(file_rows(tmp_path / "one.json")) == rows
+    (tmp_path / "many.json").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    assert list(file_rows(tmp_path / "many.json")) == rows
 
 
 def test_a_text_is_split_as_asked(tmp_path):

@@ -18,6 +18,11 @@ LONGEST_SIGN = 16  # characters of what JSON reads at once, but texts and number
 # keys under which the only object of a file may hold the rows; those of splits too
 WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "records", "entries", "dataset", "results"}
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+PEEKED = 4096  # bytes in which such a key is looked for
+WRAPPED = re.compile(  # the key comes first, and no message
+    rf"""\s*\{{\s*"({"|".join(WRAPPERS | SPLITS)})"\s*:\s*\[\s*\{{\s*"(?!(role|from|content|value)")""".encode(), re.IGNORECASE
+)
+AROUND = ("system", "tools", "instruction", "prompt")  # what stands beside the rows and is meant for each of them
 AS_ROWS = "write a list of objects, or JSONL (pandas: to_json(FILE, orient='records', lines=True))"
 
 
@@ -31,7 +36,11 @@ def json_rows(file: File) -> Iterator[Row]:
         if first.lstrip().startswith(b"["):
             yield from _list(_Text(file, first, opened, skipped + 1))
             return
-        if len(first) <= opening.LONGEST_LINE and _goes_on(first):
+        goes_on = len(first) > opening.LONGEST_LINE or _goes_on(first)
+        if goes_on and WRAPPED.match(first[:PEEKED] + opened.peek(PEEKED)[:PEEKED]):
+            yield from _wrapped(_Text(file, first, opened, skipped + 1))
+            return
+        if goes_on and len(first) <= opening.LONGEST_LINE:
             rows = _objects(_Text(file, first, opened, skipped + 1))
         else:
             rows = _lines(file, itertools.chain([first], lines), skipped + 1)
@@ -124,7 +133,30 @@ def _list(text: _Text) -> Iterator[Row]:
     if sign != "]":
         raise text.wrong("a comma should follow it" if sign else "the list does not end, so the file may be cut")
     if text.sign():
-        raise ValueError(f"{text.path}: not valid JSON: something follows after the list's end")
+        raise ValueError(
+            f"{text.path}: not valid JSON: something follows after the list's end (is each line a list of messages? "
+            'Write an object in each, {"messages": [...]})'
+        )
+
+
+def _wrapped(text: _Text) -> Iterator[Row]:
+    """Yield the objects of a list that is the first value of an object, which may be long. Raises ValueError as _unwrapped does."""
+    text.take()
+    name, _ = text.value(), text.take()
+    text.take()  # the opening bracket
+    sign = ","
+    while sign == ",":
+        yield _object(text.path, f"row {text.row}", text.value())
+        if (sign := text.take()) == ",":
+            text.row += 1
+    around = {name: []}
+    while sign == "]" and (sign := text.take()) == ",":
+        key, _, sign = text.value(), text.take(), "]"
+        around[key] = text.value()
+        text.begin = text.at
+    if sign != "}" or text.sign():
+        raise text.wrong("a comma should follow it, or the list's end and the object's; the file may be cut")
+    _refuse_lost(text.path, name, around)
 
 
 def _objects(text: _Text) -> Iterator[Row]:
@@ -155,6 +187,7 @@ def _lines(file: File, lines: Iterator[bytes], start: int) -> Iterator[Row]:
             continue
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             cut = "; it has no line end, so the file may be cut" if not line.endswith(b"\n") else ""
+            cut = "; a comma ends it, which no line of JSONL has" if line.rstrip().endswith(b",") else cut
             raise ValueError(f"{file}: line {number} is not valid JSON: {error}{cut}") from None
         yield _object(file, f"line {number}", row)
 
@@ -169,13 +202,9 @@ def _object(file: File, place: str, row) -> dict:
 def _unwrapped(file: File, only: dict) -> list[dict]:
     """Return the rows of a file that holds one object: the object, or the rows in it. Raises ValueError for columns in place of rows."""
     rows = {name: value for name, value in only.items() if _is_table(value) and name.lower() in WRAPPERS | SPLITS}
-    if len(rows) > 1:
-        raise ValueError(f"{file} holds the rows of {', '.join(rows)} in one object: write each as a file of its own")
-    around = {name: value for name, value in only.items() if name not in rows}
-    if rows and not any(isinstance(value, list) and value for value in around.values()):
-        (name,) = rows
-        if texts := [key for key, value in around.items() if key.lower() in ("system", "tools", "instruction", "prompt") and value]:
-            raise ValueError(f"{file}: the object around the rows has {texts[0]}, which would be lost: write it into each row")
+    if rows and not any(isinstance(value, list) and value for name, value in only.items() if name not in rows):
+        name = next(iter(rows))
+        _refuse_lost(file, name, only)
         return rows[name]
     if isinstance(only.get("columns"), list) and isinstance(only.get("data"), list):
         raise ValueError(f"{file} holds columns and data apart, not rows: {AS_ROWS}")
@@ -185,6 +214,15 @@ def _unwrapped(file: File, only: dict) -> list[dict]:
     if only and all(isinstance(value, dict) and value and all(key.isdigit() for key in value) for value in only.values()):
         raise ValueError(f"{file} holds the columns {shown(list(only))} as objects, not rows: {AS_ROWS}")
     return [only]
+
+
+def _refuse_lost(file: File, name: str, around: dict) -> None:
+    """Raise ValueError where the object around the rows `name` has other rows, or what is meant for each row."""
+    others = [key for key, value in around.items() if key != name and _is_table(value)]
+    if others:
+        raise ValueError(f"{file} holds the rows of {', '.join([name, *others])} in one object: write each as a file of its own")
+    if texts := [key for key, value in around.items() if key.lower() in AROUND and value]:
+        raise ValueError(f"{file}: the object around the rows has {texts[0]}, which would be lost: write it into each row")
 
 
 def _is_table(value, messages: bool = False) -> bool:

@@ -39,6 +39,12 @@ OTHER_KINDS = {
     b"ARROW1": "Arrow; let its name end with .arrow",
     b"\xff\xff\xff\xff": "a stream of Arrow; let its name end with .arrow",
 }  # by how a file of another kind than its name says starts
+ADVICE = {
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it",
+    (".xlsx", ".xls", ".ods", ".numbers"): "save the sheet as CSV",
+    (".pkl", ".pickle", ".pt", ".npy", ".npz", ".db", ".sqlite", ".feather", ".orc", ".avro"): "write its rows as JSONL or Parquet",
+    (".yaml", ".yml", ".xml", ".pdf", ".docx", ".html", ".md"): "write its rows as JSONL, or its text as .txt",
+}  # what to do about a file, by the end of its name
 NO_DATA = ("license", "readme", "notice", "makefile", "dockerfile", "copying", "authors")  # names without an end that people know
 
 
@@ -62,6 +68,13 @@ def kind_of(file: File) -> str | None:
 def unpacked_name(name: str) -> str:
     """Return a file's name, without what says how it is packed."""
     return next((name[: -len(end)] for end in PACKED if name.lower().endswith(end)), name)
+
+
+def advice(file: File) -> str:
+    """Return what is wrong with a file of no known kind, and what to do about it."""
+    name = unpacked_name(file.name).lower()
+    what = next((what for ends, what in ADVICE.items() if name.endswith(ends)), f"expected a {READ}")
+    return f"has a name of no known kind; {what}"
 
 
 def refuse_pointer(file: File) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from data_prep.formats.arrow import arrow_rows, parquet_rows
 from data_prep.formats.delimited import delimited_rows
 from data_prep.formats.json_text import json_rows
-from data_prep.formats.opening import BINARY, READ, File, Row, kind_of, refuse_pointer, unpacked_name
+from data_prep.formats.opening import BINARY, File, Row, advice, kind_of, refuse_pointer, unpacked_name
 from data_prep.formats.plain import text_rows
 from data_prep.formats.remote import Address
 from posttrain.common.errors import first_line, is_mistake
@@ -34,7 +34,7 @@ def file_rows(file: File, txt: str = "line") -> Iterator[Row]:
         "arrow": arrow_rows,
     }
     if kind not in readers:
-        raise ValueError(f"{file} has a name of no known kind; expected a {READ}")
+        raise ValueError(f"{file} {advice(file)}")
     try:
         yield from readers[kind](file)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:  # pyarrow's errors are OSErrors or ValueErrors
