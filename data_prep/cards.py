@@ -14,14 +14,12 @@ LARGEST = 2**20  # bytes of a card that are read
 def files_of_card(
     place: str, entries: dict[str, File], names: list[str], config: str | None
 ) -> tuple[dict[str | None, list[str]], list[str]] | None:
-    """Return the files of a config by their splits, and those that no config has; None where the card says nothing of files.
+    """Return the files of a config by their splits, and those that no config has; None where the card names no files that are there.
 
     Raises ValueError where there are several configs and none is named, or the named one is not there.
     """
     configs = {name: splits for name, splits in _configs(place, entries, names).items() if splits}
     if not configs:
-        if config:
-            raise ValueError(f"--config {config}: {place} has no README.md with configs whose files are there")
         return None
     if config is None and len(configs) > 1:
         raise ValueError(f"{place} has the configs {', '.join(configs)}: name one with --config NAME")
@@ -42,7 +40,9 @@ def _configs(place: str, entries: dict[str, File], names: list[str]) -> dict[str
     try:
         card = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError as error:
-        raise ValueError(f"the head of {entries['README.md']} is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"the head of {entries['README.md']} is not valid YAML ({str(error).splitlines()[0]}): mend it, or name the files by a pattern"
+        ) from None
     configs = card.get("configs") if isinstance(card, dict) else None
     if not isinstance(configs, list):
         return {}
@@ -65,7 +65,7 @@ def _splits(data_files, folder: str, names: list[str]) -> dict[str | None, list[
         pairs = [("train", data_files)]
     splits: dict[str | None, list[str]] = {}
     for split, patterns in pairs:
-        several = [patterns] if isinstance(patterns, str) else list(patterns or [])
+        several = patterns if isinstance(patterns, list) else [patterns]
         matched = [name for name in names if any(_matches(name, "/".join(filter(None, (folder, str(one))))) for one in several)]
         if matched:
             splits.setdefault(str(split), []).extend(matched)

@@ -155,7 +155,8 @@ def _advice(kind: str, name: str) -> str:
     if is_hub_name(name):
         folder = f"data/{name.partition('/')[2]}"
         how = f"hf download --repo-type dataset {name} --local-dir {folder}"
-        return f"there is no such file. If it is a dataset of the hub, download it and give --dataset {folder}:\n    {how}\n{known}"
+        there = f"there is no such file. If it is a dataset of the hub, give --dataset hf://datasets/{name}, or download it and give"
+        return f"{there} --dataset {folder}:\n    {how}\n{known}"
     return f"no such file.{nearest(name, HUBS[kind])} {known[0].upper()}{known[1:]}"
 
 

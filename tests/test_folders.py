@@ -11,8 +11,9 @@ import fsspec
 import pytest
 from bases import parquet
 
-from data_prep.folders import Wanted, find_files, split_of
+from data_prep.folders import Wanted, find_files
 from data_prep.formats.rows import file_rows
+from data_prep.splits import split_of
 
 LINE = '{"text": "a"}\n'
 
@@ -148,6 +149,9 @@ def test_what_is_left_out_is_said(tmp_path):
     assert names_in(tmp_path, found) == [["train.jsonl"], []]
     told = "\n".join(found.notes)
     assert "splits train taken, code not" in told and "notes.txt not read" in told and "_more.jsonl not read" in told
+    assert names_in(tmp_path, find_files(str(tmp_path), Wanted("sft", split="code,code")))[0] == ["data/code-00000-of-00001.parquet"]
+    with pytest.raises(ValueError, match="--split ',' names no split"):
+        find_files(str(tmp_path), Wanted("sft", split=","))
     with pytest.raises(ValueError, match=r"has no split 'cod'. Did you mean code\? It has (train, code|code, train)"):
         find_files(str(tmp_path), Wanted("sft", split="cod"))
 
@@ -207,8 +211,33 @@ def test_the_card_of_a_clone_says_which_files_are_which(tmp_path):
     assert names_in(tmp_path, find_files(str(tmp_path), SFT)) == [["data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"], []]
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert len(find_files(str(tmp_path), SFT).training) == 5
-    with pytest.raises(ValueError, match="--config extra: .* has no README.md with configs"):
+    with pytest.raises(ValueError, match="has no config 'extra': neither a README.md that names it"):
         find_files(str(tmp_path), Wanted("sft", config="extra"))
+    for files, expected in (("7", 4), ("{train: [more.jsonl, 3], test: 'held/**'}", 1)):  # of what is no pattern nothing is there
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- extra\n- config_name: extra\n  data_files: {files}\n---\n")
+        assert len(find_files(str(tmp_path), SFT).training) == expected + (files == "7")
+    (tmp_path / "README.md").write_text("---\nconfigs: [a: b: c\n---\n")
+    with pytest.raises(ValueError, match=r"README.md is not valid YAML \(.*: mend it, or name the files by a pattern"):
+        find_files(str(tmp_path), SFT)
+
+
+def test_configs_without_a_card_are_folders(tmp_path):
+    lay(tmp_path, *(f"{config}/{split}/0000.jsonl" for config in ("en", "fr") for split in ("train", "test")))
+    found = find_files(str(tmp_path), SFT)
+    assert [len(files) for files in names_in(tmp_path, found)] == [2, 2]
+    assert any("the rows of its folders en, fr are taken together; --config NAME takes one" in note for note in found.notes)
+    found = find_files(str(tmp_path), Wanted("sft", config="fr"))
+    assert names_in(tmp_path, found) == [["fr/train/0000.jsonl"], ["fr/test/0000.jsonl"]]
+    assert not any("together" in note for note in found.notes)
+
+
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path):
+    lay(tmp_path, "train.jsonl")
+    (tmp_path / "more.jsonl.gz").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="more.jsonl.gz is a link that leads nowhere"):
+        find_files(str(tmp_path), SFT)
+    with pytest.raises(FileNotFoundError, match="more.jsonl.gz is a link that leads nowhere"):
+        find_files(f"{tmp_path}/more.jsonl.gz", SFT)
 
 
 def test_a_folder_of_the_hubs_cache_is_its_newest_snapshot(tmp_path):
@@ -285,5 +314,12 @@ def test_an_address_that_needs_a_package_names_it():
     for address, package in (("s3://bucket/rows.jsonl", "s3fs"), ("gs://bucket/rows.jsonl", "gcsfs")):
         with pytest.raises(ValueError, match=f"{address} needs a package that is not installed .*{package}"):
             find_files(address, SFT)
+    for page, there in (
+        ("https://huggingface.co/datasets/me/rows", "hf://datasets/me/rows"),
+        ("https://huggingface.co/datasets/me/rows/viewer/default/train?p=1", "hf://datasets/me/rows"),
+        ("https://huggingface.co/datasets/me/rows/blob/main/data/a.jsonl", "hf://datasets/me/rows@main/data/a.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=f"is a page about a dataset: give {there}$"):
+            find_files(page, SFT)
     with pytest.raises(ValueError, match=r"x1y://a/rows.jsonl: Protocol not known.*; expected one that fsspec knows"):
         find_files("x1y://a/rows.jsonl", SFT)

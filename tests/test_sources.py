@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_prep.catalogue import HUBS
@@ -138,6 +139,20 @@ def test_what_was_decided_for_the_user_is_noted_and_the_held_out_split_is_valida
     told = "\n".join(manifest["notes"])
     assert "of its splits test_sft, train_sft taken, train_gen not" in told
     assert "held out for validation, by their names: test_sft.jsonl" in told
+
+
+def test_rows_at_an_address_are_prepared_and_known_again(tiny, tmp_path):
+    with fsspec.open("memory://made/rows.jsonl", "w") as file:
+        file.write('{"prompt": "ta", "response": "ke"}\n{"prompt": "ka", "response": "ke"}\n')
+    try:
+        place = "memory://made/rows.jsonl:2"
+        (source,) = sources(tmp_path, "--dataset", place).training
+        assert source.label == "rows.jsonl" and json.loads(json.dumps(source.identity)) == json.loads(json.dumps(source.identity))
+        prepare("sft", ["--dataset", place, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"])
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert manifest["counts"]["train"] == 4 and manifest["sources"] == ["rows.jsonl"]
+    finally:
+        fsspec.filesystem("memory").rm("/made", recursive=True)
 
 
 def test_a_text_is_trained_as_it_was_split(tiny, tmp_path):

@@ -8,6 +8,8 @@ from posttrain.common.errors import first_line
 
 # what of a file's description changes when its content does, in the words of different places
 FACTS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "blob_id", "generation", "Content-MD5")
+# a page of the hub, which is no file: of a dataset, or of a file or a folder of one
+PAGE = re.compile(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?(?:(?:blob|tree)/([^/]+)/?(.*))?(?:viewer.*)?$")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ def listed(place: str) -> tuple[dict[str, Address], bool]:
 
     Raises ValueError where it cannot be reached, FileNotFoundError where nothing is there.
     """
+    if page := PAGE.match(place):
+        there = f"hf://datasets/{page[1]}" + (f"@{page[2]}/{page[3]}" if page[2] else "")
+        raise ValueError(f"{place} is a page about a dataset: give {there}")
     with _told(place):
         system, path = _system(place)
         if re.match("https?://", place):
