@@ -70,27 +70,37 @@ def find_files(place: str, wanted: Wanted | None = None) -> Found:
 
 def _entries(place: str) -> tuple[dict[str, File], bool]:
     """Return the files at a place by their names in it, and whether it is a folder or a pattern. Raises FileNotFoundError for none."""
+    entries: dict[str, File] = {}
     if is_address(place) and not place.startswith("file://"):
-        entries, inside = listed(place)
-        seen = "holds no file" if not entries else ""
+        there, inside = listed(place)
+        entries.update(there)
+        seen = "holds no file"
     else:
         path = Path(snapshot_in(place.removeprefix("file://")))
+        root, found, seen = _local(path)
         inside = not path.is_file()
-        if inside and not path.exists() and glob.has_magic(str(path)):
-            found = sorted(one for one in map(Path, glob.glob(str(path), recursive=True)) if one.is_file())
-            root = Path(*path.parts[: next(at for at, part in enumerate(path.parts) if glob.has_magic(part))])
-            entries, seen = {one.relative_to(root).as_posix(): one for one in found}, "fits no file"
-        else:
-            found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-            _refuse_broken_links(found)
-            entries = {one.relative_to(path).as_posix() if inside else one.name: one for one in found if one.is_file()}
-            seen = "holds nothing" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
-            seen = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else seen
+        entries |= {one.relative_to(root).as_posix(): one for one in found if one.is_file()}
     if entries and not inside and kind_of(file := next(iter(entries.values()))) is None:
         raise FileNotFoundError(f"{file} {advice(file)}")
     if not entries:
         raise FileNotFoundError(f"{shown_address(place)} {seen}; expected a {READ}, or a folder of them")
     return entries, inside
+
+
+def _local(path: Path) -> tuple[Path, list[Path], str]:
+    """Return what lies at a path here, the folder in which it has its names, and what to say where there is no file."""
+    if path.is_dir():
+        found = sorted(path.rglob("*"))
+        _refuse_broken_links(found)
+        return path, found, "holds nothing"
+    if path.exists() or path.is_symlink():
+        return path.parent, [path], "is a pipe or a device" if path.exists() else "is a link that leads nowhere"
+    if not glob.has_magic(str(path)):
+        return path, [], "does not exist"
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    _refuse_broken_links(found)
+    root = Path(*path.parts[: next(at for at, part in enumerate(path.parts) if glob.has_magic(part))])
+    return root, found, "fits no file"
 
 
 def _refuse_broken_links(paths: list[Path]) -> None:

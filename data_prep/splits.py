@@ -1,6 +1,7 @@
 """Says which split a file belongs to, by the rules of the datasets library, and which splits are trained on and held out."""
 
 import re
+from collections.abc import Sequence
 
 from data_prep.formats.opening import KINDS, unpacked_name
 from posttrain.common.errors import nearest
@@ -85,7 +86,7 @@ def _choose_named(place: str, groups: dict[str | None, list[str]], asked: str) -
     return _names(groups, chosen), _names(groups, held), []
 
 
-def _names(groups: dict[str | None, list[str]], splits: list[str | None]) -> list[str]:
+def _names(groups: dict[str | None, list[str]], splits: Sequence[str | None]) -> list[str]:
     return [name for split in splits for name in groups[split]]
 
 
@@ -93,7 +94,7 @@ def _which(place: str, splits: list[str], why: str) -> ValueError:
     return ValueError(f"{place} has the splits {listing(splits)}, {why}: name those to train on with --split NAME,... or --split all")
 
 
-def listing(names: list[str]) -> str:
+def listing(names: Sequence[str | None]) -> str:
     """Return names for a message, not more than MANY."""
     rest = len(names) - MANY
     return ", ".join(map(str, names[:MANY])) + (f" and {rest} more" if rest > 0 else "")

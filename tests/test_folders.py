@@ -238,6 +238,8 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path):
         find_files(str(tmp_path), SFT)
     with pytest.raises(FileNotFoundError, match="more.jsonl.gz is a link that leads nowhere"):
         find_files(f"{tmp_path}/more.jsonl.gz", SFT)
+    with pytest.raises(FileNotFoundError, match="more.jsonl.gz is a link that leads nowhere"):
+        find_files(f"{tmp_path}/*", SFT)
 
 
 def test_a_folder_of_the_hubs_cache_is_its_newest_snapshot(tmp_path):
