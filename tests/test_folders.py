@@ -13,6 +13,7 @@ from bases import parquet
 
 from data_prep.folders import Wanted, find_files
 from data_prep.formats.rows import file_rows
+from data_prep.prepare import prepare
 from data_prep.splits import split_of
 
 LINE = '{"text": "a"}\n'
@@ -281,7 +282,7 @@ def test_rows_at_an_address_are_those_of_the_file():
         system.rm("/rows", recursive=True)
 
 
-def test_rows_on_a_server_are_read_and_its_errors_told(tmp_path):
+def test_rows_on_a_server_are_read_and_its_errors_told(tiny, tmp_path):
     lay(tmp_path, "rows.jsonl")
     (tmp_path / "long.jsonl").write_text(LINE.replace("a", "a" * 999) * 9000)  # more than what fsspec reads at a time
     (tmp_path / "long.parquet").write_bytes(parquet(text=[os.urandom(2**23)]))
@@ -302,6 +303,11 @@ def test_rows_on_a_server_are_read_and_its_errors_told(tmp_path):
             ValueError, match="long.parquet cannot be read to its end .*range requests"
         ):  # of which this server knows nothing
             list(file_rows(find_files(f"{here}/long.parquet", SFT).training[0]))
+        place = f"{here}/rows.jsonl?key=secret:2"
+        prepare("sft", ["--dataset", place, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"])
+        manifest = (tmp_path / "out" / "manifest.json").read_text()
+        assert "secret" not in manifest
+        assert json.loads(manifest)["options"]["dataset"] == [f"{here}/rows.jsonl:2"] and json.loads(manifest)["counts"]["train"] == 2
         assert file.facts()["size"] == str(len(LINE))
         with pytest.raises(ValueError, match=r"/none.jsonl cannot be read \(FileNotFoundError: .*is the address right"):
             find_files(f"{here}/none.jsonl", SFT)

@@ -52,6 +52,13 @@ def shown_address(address: str) -> str:
     return address.partition("?")[0].rstrip("/") if re.match("https?://", address) else address.rstrip("/")
 
 
+def without_keys(given):
+    """Return what an option says, a text or a list of them, without what follows the question mark of an address: it may hold a key."""
+    if isinstance(given, list):
+        return [without_keys(one) for one in given]
+    return re.sub(r"^(https?://[^?]*)\?.*?(:[\d.]+)?$", r"\1\2", given) if isinstance(given, str) else given
+
+
 def listed(place: str) -> tuple[dict[str, Address], bool]:
     """Return the files at an address by their names within it, and whether it is a folder or a pattern, not a file.
 
