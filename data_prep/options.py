@@ -7,8 +7,10 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.catalogue import show
+from data_prep.formats.plain import UNITS
 from data_prep.shapes.columns import NAMES, Columns, names_of, roles_of
-from data_prep.sources import HUBS, Sources, find_sources
+from data_prep.sources import Sources, find_sources
 from posttrain.common.options import Parser, place
 from posttrain.common.places import shipped
 from posttrain.data.manifest import TEMPLATES
@@ -30,12 +32,15 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         action="append",
         type=place,
         metavar="NAME[:WEIGHT]",
-        help=f"a dataset of the hub ({', '.join(HUBS[kind])}), or a file or folder of your own; can be given several times, with weights: "
-        "0.5 takes half of its rows, 2 takes each twice",
+        help="a dataset of the hub with a short name (--list tells them), or a file, a folder, a pattern in quotes ('data/*.jsonl') or an "
+        "address (s3://, hf://, https://) of your own; can be given several times, with weights: 0.5 takes half of its rows, 2 takes each "
+        "twice",
     )
-    parser.add_argument(
-        "--source", type=place, help="a local JSON, JSONL, CSV or Parquet file (or gzipped), or a folder of them, instead of the hub"
-    )
+    parser.add_argument("--source", type=place, help="a file or folder with the rows of that dataset, instead of the hub")
+    parser.add_argument("--list", action=_List, kind=kind, help="tell the datasets that have short names, and exit")
+    parser.add_argument("--config", metavar="NAME", help="of a dataset with several, as its card (README.md) names them")
+    parser.add_argument("--split", metavar="NAME,...", help="splits to train on; default: train; all for every one")
+    parser.add_argument("--txt", choices=UNITS, help="what is a row of a .txt file; default: line")
     parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument(
         "--tokenizer",
@@ -71,6 +76,18 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         raise ValueError("--source stands for one dataset; name files of your own as --dataset FILE to combine several")
     options.tokenizer = options.tokenizer or _model_of_recipe(kind)
     return options
+
+
+class _List(argparse.Action):
+    """Prints the datasets with short names, and exits."""
+
+    def __init__(self, option_strings, dest, kind: str, **options):
+        super().__init__(option_strings, dest, nargs=0, **options)
+        self.kind = kind
+
+    def __call__(self, parser, *_):
+        show(self.kind)
+        parser.exit()
 
 
 def _add_columns(parser: Parser) -> None:

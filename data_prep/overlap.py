@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
+from data_prep.folders import find_files
 from data_prep.formats.rows import file_rows
 from data_prep.shapes.messages import Chat, Document, Pair
-from data_prep.sources import find_files
+from data_prep.sources import facts_of
 from data_prep.staging import Chunk
 from posttrain.data.parts import Refused
 
@@ -47,8 +48,8 @@ def load_benchmarks(places: list[str]) -> Benchmarks:
     sequences: dict[str, str] = {}
     identity = []
     for place in places:
-        for path in (file for files in find_files(place) for file in files):
-            identity.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+        for path in find_files(place).training:
+            identity.append(facts_of(path))
             for row in file_rows(path):
                 for text in [] if isinstance(row, Refused) else _texts(row):
                     words = _words(text)

@@ -13,6 +13,7 @@ from data_prep import overlap, report
 from data_prep.choose import choose
 from data_prep.convert import convert
 from data_prep.examples import KINDS, Settings
+from data_prep.formats.remote import without_keys
 from data_prep.options import look, parse
 from data_prep.staging import locked_staging, write_split
 from posttrain.common.files import checksum
@@ -52,7 +53,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
             "kind": kind,
             **identity,
             "max_length": options.max_length,
-            "options": {name: value for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
+            "options": {name: without_keys(value) for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
             "sources": [source.label for source in every],
             **report.summary(chunks, every, chosen),
         }

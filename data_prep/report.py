@@ -60,7 +60,7 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
             for row, cause in chunk.facts["dropped"]:
                 entry = ledger.setdefault(cause, {"rows": 0, "first": f"{source.label}:{row}", "unusable": not cause.startswith(KEPT)})
                 entry["rows"] += 1
-    notes = list(chosen.notes)
+    notes = [*chosen.notes, *(note for source in sources for note in source.notes)]
     unused = {what.removeprefix(IGNORED): changes.pop(what) for what in list(changes) if what.startswith(IGNORED)}
     if hidden := changes.pop(HIDDEN, 0):
         what = "a row holds" if hidden == 1 else f"{hidden:,} rows hold"

@@ -1,11 +1,15 @@
 """Finds where rows come from: local files, or datasets of the hub, as --dataset and --source name them."""
 
-import re
+import glob
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from data_prep.catalogue import HUBS, Hub
+from data_prep.folders import Wanted, find_files
+from data_prep.formats.opening import File, kind_of, unpacked_name
+from data_prep.formats.remote import Address, is_address, shown_address
 from data_prep.shapes.columns import USUAL, Columns
 from posttrain.common.errors import nearest
 from posttrain.common.hub import is_hub_name
@@ -14,34 +18,7 @@ from posttrain.common.places import command
 if TYPE_CHECKING:
     from data_prep.formats.rows import Row
 
-ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 COLUMNS_FILE = ".columns.yaml"  # the end of the name of a file that says what the columns of one beside it hold
-HELD_OUT = re.compile(r"(test|val|valid|validation|eval|dev)(\b|_)", re.IGNORECASE)
-
-
-class Hub(NamedTuple):
-    """A dataset of the hub that is known by a short name."""
-
-    name: str
-    train: str
-    validation: str | None = None  # a split that the upstream holds out
-
-
-SFT_HUB = {
-    "alpaca": Hub("tatsu-lab/alpaca", "train"),
-    "alpaca_cleaned": Hub("yahma/alpaca-cleaned", "train"),
-    "dolly": Hub("databricks/databricks-dolly-15k", "train"),
-    "ultrachat": Hub("HuggingFaceH4/ultrachat_200k", "train_sft", "test_sft"),
-    "slimorca": Hub("Open-Orca/SlimOrca", "train"),
-    "oasst1": Hub("OpenAssistant/oasst1", "train", "validation"),
-}
-DPO_HUB = {
-    "ultrafeedback": Hub("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),
-    "hh_rlhf": Hub("Anthropic/hh-rlhf", "train", "test"),
-    "orca_dpo": Hub("Intel/orca_dpo_pairs", "train"),
-    "distilabel_capybara": Hub("argilla/distilabel-capybara-dpo-7k-binarized", "train"),
-}
-HUBS = {"sft": SFT_HUB, "dpo": DPO_HUB}
 
 
 class Source(NamedTuple):
@@ -49,27 +26,39 @@ class Source(NamedTuple):
 
     label: str  # names its rows in the ledger and in the data
     weight: float = 1.0
-    files: tuple[Path, ...] = ()
-    hub: str = ""
+    files: tuple[File, ...] = ()
+    hub: Hub | None = None
     split: str = ""
     revision: str | None = None
     columns: Columns = USUAL  # what they hold, where they have other names than usual
+    txt: str = "line"  # what is a row of plain text
+    notes: tuple[str, ...] = ()  # what was decided for the user as they were found
 
     @property
     def identity(self) -> list:
         """A list that changes when the rows may have changed."""
-        said = [*self._replace(files=())[:-1], asdict(self.columns)]
-        return [*said, *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files)]
+        where = [self.hub.name, self.hub.config, self.hub.folder] if self.hub else []
+        said = [self.label, self.weight, where, self.split, self.revision, self.txt, asdict(self.columns)]
+        return [*said, *map(facts_of, self.files)]
 
     def rows(self) -> "Iterator[Row]":
         """Yield the rows. Raises ValueError for a source that cannot be read."""
-        from data_prep.formats.rows import file_rows, hub_rows
-
         if self.hub:
+            from data_prep.formats.hub import hub_rows
+
             yield from hub_rows(self.hub, self.split, self.revision)
             return
-        for path in self.files:
-            yield from file_rows(path)
+        from data_prep.formats.rows import file_rows
+
+        for file in self.files:
+            yield from file_rows(file, self.txt)
+
+
+def facts_of(file: File) -> list:
+    """Return what changes when a file does."""
+    if isinstance(file, Address):
+        return [file.address, file.facts()]
+    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 class Sources(NamedTuple):
@@ -87,7 +76,8 @@ class Sources(NamedTuple):
 
 
 def _with_columns(source: Source, given: Columns) -> Source:
-    beside = {path.with_name(path.name + COLUMNS_FILE) for path in source.files} | {path.parent / COLUMNS_FILE[1:] for path in source.files}
+    here = [file for file in source.files if isinstance(file, Path)]
+    beside = {path.with_name(path.name + COLUMNS_FILE) for path in here} | {path.parent / COLUMNS_FILE[1:] for path in here}
     found = sorted(path for path in beside if path.is_file())
     if len(found) > 1:
         raise ValueError(f"{source.label}: {', '.join(map(str, found))} say what its columns hold; keep one, or give the files apart")
@@ -95,31 +85,66 @@ def _with_columns(source: Source, given: Columns) -> Source:
 
 
 def find_sources(kind: str, options) -> Sources:
-    """The sources that --dataset and --source name. Raises ValueError for a name that is neither a dataset nor a file."""
+    """Find the sources that --dataset and --source name. Raises ValueError for a name that is neither a dataset nor a file."""
     hub, training, held_out = HUBS[kind], [], []
+    if len(options.dataset or []) > 1 and (options.config or options.split):
+        raise ValueError("--config and --split choose in one dataset, and several are given: name their files, as in 'DIR/train_sft-*'")
     for given in options.dataset or [""]:
         name, weight = _weighted(given)
         place = options.source or (name if name not in hub else None)
         if place is None:
-            dataset = hub[name]
-            training.append(Source(name, weight, hub=dataset.name, split=dataset.train, revision=options.revision))
-            if split := dataset.validation:
-                held_out.append(Source(f"{name}/{split}", hub=dataset.name, split=split, revision=options.revision))
+            here, apart = _of_hub(name, hub[name], options)
+            training.append(here._replace(weight=weight))
+            held_out += apart
             continue
-        if not options.source and not Path(place).exists():
+        if not options.source and not is_address(place) and not Path(place).exists() and not glob.has_magic(place):
             raise ValueError(f"--dataset {name}: {_advice(kind, name)}")
-        files, test_files = find_files(place)
-        names = [Path(_weighted(other)[0]).name for other in options.dataset or []]
-        label = name if options.source and name else place if names.count(Path(place).name) > 1 else Path(place).name
-        training.append(Source(label, weight, files))
-        if test_files:
-            held_out.append(Source(f"{label}/held out", files=test_files))
-    if options.revision and not any(source.hub for source in training):
+        known = hub.get(name)
+        if known and known.folder and (Path(place) / known.folder).is_dir():
+            place = str(Path(place) / known.folder)
+        found = find_files(place, _wanted(kind, options, known, place))
+        last, names = _last(place), [_last(_weighted(other)[0]) for other in options.dataset or []]
+        label = name if options.source and name else shown_address(place) if names.count(last) > 1 else last
+        training.append(Source(label, weight, found.training, txt=options.txt or "line", notes=found.notes))
+        if found.held_out:
+            held_out.append(Source(f"{label}/held out", files=found.held_out, txt=options.txt or "line"))
+    return _checked(Sources(training, held_out), options)
+
+
+def _last(place: str) -> str:
+    """Return the last part of a place, which names its rows."""
+    if is_address(place):
+        return shown_address(place).rpartition("/")[2]
+    return place if glob.has_magic(place) and not Path(place).exists() else Path(place).name
+
+
+def _wanted(kind: str, options, known: Hub | None, place: str) -> Wanted:
+    """Return what of a folder is asked for; of a clone of a dataset with a short name, its config."""
+    config = options.config or (known.config if known and (Path(place) / "README.md").is_file() else None)
+    return Wanted(kind, config, options.split or ("all" if known and known.train == "all" else None))
+
+
+def _of_hub(name: str, dataset: Hub, options) -> tuple[Source, list[Source]]:
+    """Return the source of a dataset with a short name, and what the upstream holds out of it."""
+    dataset = dataset._replace(config=options.config or dataset.config)
+    split = options.split.replace(",", "+") if options.split else dataset.train
+    here = Source(name, hub=dataset, split=split, revision=options.revision)
+    if options.split or options.config or not dataset.validation:
+        return here, []
+    return here, [here._replace(label=f"{name}/{dataset.validation}", split=dataset.validation)]
+
+
+def _checked(sources: Sources, options) -> Sources:
+    """Return the sources. Raises ValueError where an option would change nothing, or two have the same name."""
+    files = [file for several in sources for source in several for file in source.files]
+    if options.revision and not any(source.hub for source in sources.training):
         raise ValueError("--revision names a version of a hub dataset, and no row comes from the hub; leave it out")
-    labels = [source.label for source in training]
+    if options.txt and not any(kind_of(file) == "txt" for file in files):
+        raise ValueError("--txt says what is a row of a .txt file, and there is none; leave it out")
+    labels = [source.label for source in sources.training]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two sources are called {' and '.join(sorted(twice))}, so their rows could not be told apart; give each once")
-    return Sources(training, held_out)
+    return sources
 
 
 def _advice(kind: str, name: str) -> str:
@@ -130,7 +155,8 @@ def _advice(kind: str, name: str) -> str:
     if is_hub_name(name):
         folder = f"data/{name.partition('/')[2]}"
         how = f"hf download --repo-type dataset {name} --local-dir {folder}"
-        return f"there is no such file. If it is a dataset of the hub, download it and give --dataset {folder}:\n    {how}\n{known}"
+        there = f"there is no such file. If it is a dataset of the hub, give --dataset hf://datasets/{name}, or download it and give"
+        return f"{there} --dataset {folder}:\n    {how}\n{known}"
     return f"no such file.{nearest(name, HUBS[kind])} {known[0].upper()}{known[1:]}"
 
 
@@ -148,40 +174,23 @@ def _weighted(given: str) -> tuple[str, float]:
     return name, value
 
 
-def find_files(place: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The training files at a place, and those that the upstream holds out (test*, validation*, ...), which a folder may hold beside them.
-
-    Raises FileNotFoundError where there are none.
-    """
-    path = Path(place)
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    found = [file for file in candidates if file.name.removesuffix(".gz").endswith(ENDINGS) and file.is_file()]
-    if not found:
-        seen = f"holds {', '.join(sorted(p.name for p in candidates)[:8]) or 'nothing'}"
-        if not path.is_dir() and not path.is_file():
-            seen = "is a pipe or a device" if path.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{place} {seen}; expected a JSON, JSONL, CSV or Parquet file (or one of them gzipped), or a folder of them"
-        )
-    held_out = [] if path.is_file() else [file for file in found if any(map(HELD_OUT.match, file.relative_to(path).parts))]
-    training = [file for file in found if file not in held_out]
-    return (tuple(training), tuple(held_out)) if training else (tuple(held_out), ())
-
-
 def count_rows(source: Source, most: int | None) -> int | None:
     """How many rows there will be, `most` at most; None where that takes long to know. For a progress bar."""
     import pyarrow.parquet
 
     total = 0
-    for path in source.files:
-        if path.name.endswith(".parquet"):
+    for file in source.files:
+        kind, packed = kind_of(file), unpacked_name(file.name) != file.name
+        if isinstance(file, Address) or packed:
+            return None
+        if kind == "parquet":
             try:
-                total += pyarrow.parquet.read_metadata(path).num_rows
+                total += pyarrow.parquet.read_metadata(file).num_rows
             except (OSError, pyarrow.ArrowException):
                 return None  # the reader will say what is wrong with it
-        elif path.name.endswith((".jsonl", ".csv")):
-            with path.open("rb") as file:
-                total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        elif file.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".tsv")):
+            with file.open("rb") as opened:
+                total += sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
         else:
             return None
     return min(total, most or total) or None

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
+from data_prep.folders import find_files
 from data_prep.formats.rows import file_rows
 from data_prep.prepare import prepare
 from data_prep.preview import parse as parse_preview
 from data_prep.shapes.conversations import conversations
 from data_prep.show import show
-from data_prep.sources import find_files
 from posttrain.data.chat import ChatFormat, render
 from posttrain.data.parts import Refused
 from posttrain.data.tokenization import load_tokenizer

@@ -323,7 +323,7 @@ def test_a_key_that_is_twice_in_a_row_refuses_the_row(tmp_path):
 
 
 def test_a_line_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.formats.rows.LONGEST_LINE", 2**20)
+    monkeypatch.setattr("data_prep.formats.opening.LONGEST_LINE", 2**20)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": "' + "x" * 2**21)
     with pytest.raises(ValueError, match="rows.jsonl: line 2 has more than 1 MB, which no row for training has"):
@@ -344,7 +344,7 @@ MANY = {
 
 @pytest.mark.parametrize("name", MANY)
 def test_a_row_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("data_prep.formats.rows.LONGEST_LINE", 2**20)
+    monkeypatch.setattr("data_prep.formats.opening.LONGEST_LINE", 2**20)
     content, expected = MANY[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: {expected}.*, which no row for training has"):

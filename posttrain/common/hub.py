@@ -41,12 +41,12 @@ def refuse_pointers(folder: str | Path, names: Iterable[str]) -> None:
 
 
 def snapshot_in(path: str) -> str:
-    """Return the folder of the model or tokenizer inside one of the hub's cache (models--org--name); any other path as it is.
+    """Return the folder of the files inside one of the hub's cache (models--org--name, datasets--org--name); any other path as it is.
 
     It is the snapshot that refs/main names, else the only one. Raises ValueError where there are several, FileNotFoundError for none.
     """
     place = Path(path)
-    if not place.name.startswith("models--") or not (place / "snapshots").is_dir():
+    if not place.name.startswith(("models--", "datasets--")) or not (place / "snapshots").is_dir():
         return path
     main = place / "refs" / "main"
     named = place / "snapshots" / main.read_text(encoding="utf-8").strip() if main.is_file() else None
