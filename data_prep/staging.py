@@ -16,9 +16,10 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import datasets
 import numpy as np
@@ -32,6 +33,7 @@ from posttrain.common.errors import shown
 from posttrain.common.links import open_own, refuse_links
 
 HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
+WORKERS_END = 2.0  # seconds in which the workers of a killed process are gone
 SHARD_BYTES = 500_000_000  # of a data file, about
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a chunk that the prepared folder does not have
 
@@ -40,7 +42,7 @@ class Chunk(NamedTuple):
     """A file of encoded examples, and what became of the rows that they are from."""
 
     path: Path
-    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}, last, file: its size and checksum
+    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}, encoder, last, file: its size and checksum
 
     def table(self) -> pa.Table:
         """Its rows, memory-mapped."""
@@ -61,6 +63,16 @@ class Staging:
         shutil.rmtree(folder / "whole", ignore_errors=True)
         for unfinished in (folder / "chunks").glob(f"*{files.INCOMPLETE}"):
             unfinished.unlink()
+
+    def start_over(self) -> None:
+        """Remove all chunks."""
+        _remove_chunks(self.folder)
+        (self.folder / "chunks").mkdir()
+
+    def encoders(self) -> set[str]:
+        """The names of what has encoded the chunks that are there; those of versions before 0.3 do not say it."""
+        facts = [files.read_object(path) for path in (self.folder / "chunks").glob("*.json")]
+        return {one.get("encoder", "") for one in facts}
 
     def chunks(self, source: int) -> list[Chunk]:
         """The chunks of a source that are there, in order."""
@@ -114,12 +126,23 @@ def locked_staging(output: Path, request: dict) -> Iterator[Staging]:
     _refuse_foreign(folder)
     folder.mkdir(exist_ok=True)
     with open(open_own(folder / "request.lock"), "r+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{output} is in use by another process that prepares it; wait for it, or stop it") from None
+        if not _locked(lock):
+            raise ValueError(f"{output} is in use by another process that prepares it; wait for it, or stop it")
         refuse_output(output)  # the other process may have ended just before
         yield Staging(folder, request)
+
+
+def _locked(lock: BinaryIO) -> bool:
+    """Lock a file, which the workers of a process that was killed may hold for a moment longer; return whether that could be done."""
+    until = time.monotonic() + WORKERS_END
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -153,7 +176,7 @@ def _remove_chunks(folder: Path) -> None:
 
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:
     """The chunk's table of (source id, example) pairs: columns of int32 lists, and the numbers and hashes that choosing needs."""
-    arrays = {name: pa.array([example.columns[name] for _, example in examples], pa.list_(pa.int32())) for name in columns}
+    arrays = {name: _lists_of([example.columns[name] for _, example in examples]) for name in columns}
     ids = [array for name, array in arrays.items() if name != "labels"]  # rows of the same ids are copies, whatever is trained of them
     if "labels" in columns:
         arrays["num_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
@@ -166,6 +189,13 @@ def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], sign
     if signatures is not None:
         arrays["_signature"] = pa.array(list(signatures), pa.list_(pa.uint32()))
     return pa.table(arrays)
+
+
+def _lists_of(rows: list[list[int]]) -> pa.ListArray:
+    """A column of lists of int32, in less time than pyarrow makes it of lists."""
+    ends = np.cumsum([0, *map(len, rows)])
+    values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
 
 
 def _row_hashes(columns: list[pa.ListArray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -73,7 +73,7 @@ def hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
     yield from map(_without_padding, rows)
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def open_text(path: Path) -> io.BufferedIOBase:
     """Open a file of text, unpacking it. Raises ValueError for one of another kind than its name says."""
     file = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # noqa: SIM115
     start = file.peek(4)
@@ -90,7 +90,7 @@ def _too_long(path: Path, place: str) -> ValueError:
 
 def _json(path: Path) -> Iterator[Row]:
     """Yield the objects of a JSON list, or of a file with one in each line."""
-    with _open(path) as file:
+    with open_text(path) as file:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
         first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         while first and not first.strip():
@@ -98,7 +98,7 @@ def _json(path: Path) -> Iterator[Row]:
         if first.lstrip().startswith(b"["):
             yield from _json_list(_ListText(path, first, file))
         else:
-            yield from _json_lines(path, itertools.chain([first], lines))
+            yield from json_lines(path, itertools.chain([first], lines))
 
 
 class _ListText:
@@ -175,8 +175,9 @@ def _json_list(text: _ListText) -> Iterator[Row]:
         raise ValueError(f"{text.path}: not valid JSON: something follows after the list's end")
 
 
-def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def json_lines(path: Path, lines: Iterable[bytes], start: int = 1) -> Iterator[Row]:
+    """Yield the objects of lines, of which the first has the number `start`. Raises ValueError."""
+    for number, line in enumerate(lines, start):
         if not line.strip():
             continue
         if len(line) > LONGEST_LINE:
@@ -206,7 +207,7 @@ def _object(path: Path, place: str, row) -> dict:
 
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # rows are bounded
-    with _open(path) as binary:
+    with open_text(path) as binary:
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         size = 0  # of the row so far
 
@@ -240,6 +241,14 @@ def _undecodable(text: str) -> bool:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    read = 0
+    for batch in parquet_batches(path):
+        yield from batch_rows(path, batch, read)
+        read += len(batch)
+
+
+def parquet_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows of a Parquet file, BATCH_ROWS at a time. Raises ValueError."""
     if path.name.endswith(".gz"):
         raise ValueError(f"{path}: Parquet compresses its columns itself; unpack the file")
     try:
@@ -247,19 +256,23 @@ def _parquet(path: Path) -> Iterator[Row]:
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise ValueError(f"{path}: two columns have the same name: {shown(names)}")
-        batches, read = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False), 0
+        batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
         while True:
             with memory_limit(BATCH_MEMORY):
                 batch = next(batches, None)
             if batch is None:
                 break
-            for part in _of_bounded_size(path, batch, read):
-                yield from map(_without_padding, _python_rows(path, part))
-            read += len(batch)
+            yield batch
     except MemoryError:  # pyarrow's is an ArrowException, too
         raise ValueError(f"{path}: {BATCH_ROWS} rows take more than {BATCH_MEMORY >> 30} GiB, which no rows for training do") from None
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
+
+
+def batch_rows(path: Path, batch: pyarrow.RecordBatch, read: int) -> Iterator[Row]:
+    """Yield the rows of a Parquet file's batch, before which `read` rows are. Raises ValueError."""
+    for part in _of_bounded_size(path, batch, read):
+        yield from map(_without_padding, _python_rows(path, part))
 
 
 def _of_bounded_size(path: Path, batch: pyarrow.RecordBatch, read: int) -> Iterator[pyarrow.RecordBatch]:
