@@ -15,7 +15,7 @@ from data_prep.choose import choose
 from data_prep.convert import Encoding, convert
 from data_prep.examples import KINDS, Settings
 from data_prep.options import look, parse
-from data_prep.sources import Source
+from data_prep.sources import Source, Sources
 from data_prep.staging import Staging, locked_staging, write_split
 from data_prep.workers import beside
 from posttrain.common.files import checksum
@@ -24,6 +24,8 @@ from posttrain.data.chat import ChatFormat
 from posttrain.data.encoding import encoding_by
 from posttrain.data.manifest import FORMAT
 from posttrain.data.prepared import fingerprint_file
+
+SMALL = 4_000_000  # bytes of all files
 
 
 def prepare(kind: str, argv: list[str]) -> None:
@@ -39,7 +41,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     settings = Settings(options.max_length, options.too_long, options.system_prompt)
     KINDS[kind](chat, settings)  # raises for settings that are not of this kind
     with beside(partial(tokenization.fingerprint, tokenizer), options.workers) as fingerprint:
-        encoder, why = faster.find(tokenizer)
+        encoder, why = (None, "the data is small") if _is_small(sources) else faster.find(tokenizer)
         identity = {"tokenizer": fingerprint(), "template": chat.hash, "template_name": chat.template}
     benchmarks = overlap.load_benchmarks(options.decontaminate)
     every = [*sources.training, *sources.held_out]
@@ -77,6 +79,12 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
         (whole / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=2) + "\n", encoding="utf-8")
         staging.publish(output)
     report.show(output, manifest)
+
+
+def _is_small(sources: Sources) -> bool:
+    """Whether the tokenizer has encoded the files by the time in which a faster one would be proven."""
+    every = [*sources.training, *sources.held_out]
+    return not any(source.hub for source in every) and sum(path.stat().st_size for source in every for path in source.files) < SMALL
 
 
 def _encode(chat: ChatFormat, found, kind, jobs: list[tuple[Source, overlap.Benchmarks]], staging: Staging, options) -> None:

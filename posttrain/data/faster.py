@@ -145,7 +145,12 @@ class Faster:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts as text. Raises Differs."""
-        ids = _encode(self.quick, texts)
+        try:
+            ids = _encode(self.quick, texts)
+        except BaseException as error:  # a panic of its Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise Differs(f"of {len(texts)} that it cannot encode ({first_line(error)})") from None
         some = [at for at in range(len(texts)) if self.seen + at < self.first or (self.seen + at) % COMPARED_EVERY == 0]
         self.seen += len(texts)
         for at, expected in zip(some, encode_plainly(self.tokenizer, [texts[at] for at in some]), strict=True):
@@ -195,7 +200,7 @@ def hard_texts(added: list[str]) -> Iterator[str]:
     """Yield texts that two encoders may treat in two ways; `added`: the texts of the tokenizer's own tokens. The same ones each time."""
     draw = random.Random(0)
     spelled = [part for token in added[:40] for part in (token, token[:-1], token[1:], token.upper(), f"{token} ", f" {token}") if part]
-    yield from ("", *SIGNS, *spelled)
+    yield from ("", *SIGNS, *spelled, *(f"a{token}b" for token in added[:1000]))
     for start in itertools.chain(range(0, 0x40000, 64), range(0xE0000, 0xE0200, 64)):  # a few characters of each of Unicode's blocks
         known = [chr(code) for code in draw.sample(range(start, start + 64), 6) if unicodedata.category(chr(code)) not in UNKNOWN]
         if known:
