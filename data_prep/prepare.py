@@ -23,7 +23,6 @@ from posttrain.data import faster, tokenization
 from posttrain.data.chat import ChatFormat
 from posttrain.data.encoding import encoding_by
 from posttrain.data.manifest import FORMAT
-from posttrain.data.prepared import fingerprint_file
 
 SMALL = 4_000_000  # bytes of all files
 
@@ -70,10 +69,9 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
         whole.mkdir()
         flat = [chunk for several in chunks for chunk in several]
         with beside(partial(report.draw, chunks, chosen, options.max_length, whole / "lengths.png"), options.workers) as draw:
-            for name in ("train", "validation"):
-                write_split(flat, chosen.counts[name], whole / name)
+            written = {name: write_split(flat, chosen.counts[name], whole / name, options.workers) for name in ("train", "validation")}
+            manifest["files"] = {f"{name}/{file}": facts for name, several in written.items() for file, facts in sorted(several.items())}
             report.write_dropped(chunks, every, chosen.left_out, whole / "dropped.jsonl")
-            manifest["files"] = {str(path.relative_to(whole)): fingerprint_file(path) for path in sorted(whole.rglob("*.arrow"))}
             tokenizer.save_pretrained(whole / "tokenizer")
             draw()
         (whole / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=2) + "\n", encoding="utf-8")

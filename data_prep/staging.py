@@ -28,13 +28,15 @@ import pyarrow as pa
 from data_prep.examples import Example
 from data_prep.options import refuse_output
 from data_prep.proof import text_hash
+from data_prep.workers import work_on
 from posttrain.common import files
 from posttrain.common.errors import shown
 from posttrain.common.links import open_own, refuse_links
+from posttrain.data.prepared import fingerprint_file
 
 HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
 WORKERS_END = 2.0  # seconds in which the workers of a killed process are gone
-SHARD_BYTES = 500_000_000  # of a data file, about
+SHARD_BYTES = 100_000_000  # of a data file, about; several are written at once
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a chunk that the prepared folder does not have
 
 
@@ -216,25 +218,30 @@ def column(chunks: list[Chunk], name: str) -> np.ndarray:
     return np.concatenate(values) if values else np.zeros(0, np.uint64)
 
 
-def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path) -> None:
-    """Write row i of the chunks counts[i] times, as a folder for datasets.load_from_disk. The same rows give the same bytes."""
+def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path, most: int) -> dict[str, dict]:
+    """Write row i of the chunks counts[i] times, as a folder for datasets.load_from_disk, in up to `most` processes.
+
+    The same rows give the same bytes. Returns the size and hash of each data file, by its name.
+    """
     if not counts.any():
-        return  # an Arrow folder cannot be empty
+        return {}  # an Arrow folder cannot be empty
     folder.mkdir(parents=True)
-    tables, shards = _chosen(chunks, counts), []
-    for first in tables:
-        shards.append(folder / f"shard-{len(shards)}")
-        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-            written = 0
+    shards = list(_shards(chunks, counts))
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+
+    def write(number: int, shard: list[tuple[Chunk, np.ndarray]]) -> tuple[str, dict]:
+        path = folder / names[number]
+        tables = _chosen(shard)
+        first = next(tables)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
             for table in itertools.chain([first], tables):
                 writer.write_table(table)
-                written += table.nbytes
-                if written > SHARD_BYTES:
-                    break
-    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
-    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(first.schema)).write_to_directory(folder)
+        return path.name, fingerprint_file(path)
+
+    found = dict(work_on(shards, write, most))
+    with pa.OSFile(str(folder / names[0])) as file, pa.ipc.open_stream(file) as written:
+        features = datasets.Features.from_arrow_schema(written.schema)
+    datasets.DatasetInfo(features=features).write_to_directory(folder)
     # datasets (5.2) writes its other file only where it copies all rows once more, with a random fingerprint
     state = {
         "_data_files": [{"filename": name} for name in names],
@@ -246,18 +253,33 @@ def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path) -> None:
         "_split": None,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return found
 
 
-def _chosen(chunks: list[Chunk], counts: np.ndarray) -> Iterator[pa.Table]:
-    """Yield row i of the chunks counts[i] times, in a table for each chunk that has any, without the columns of HASHES."""
-    at = 0
+def _shards(chunks: list[Chunk], counts: np.ndarray) -> Iterator[list[tuple[Chunk, np.ndarray]]]:
+    """Yield the chunks of which rows are chosen, with how often each row is, as many together as give a file of about SHARD_BYTES."""
+    shard, size, at = [], 0.0, 0
     for chunk in chunks:
+        rows = len(chunk.table())
+        mine = counts[at : at + rows]
+        at += rows
+        if mine.any():
+            shard.append((chunk, mine))
+            size += chunk.facts["file"]["size"] * mine.sum() / rows
+        if size > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0.0
+    if shard:
+        yield shard
+
+
+def _chosen(shard: list[tuple[Chunk, np.ndarray]]) -> Iterator[pa.Table]:
+    """Yield each row of the chunks as often as is said, in a table for each chunk, without the columns of HASHES."""
+    for chunk, counts in shard:
         table = chunk.table()
-        mine = np.repeat(np.arange(len(table)), counts[at : at + len(table)])
-        at += len(table)
-        if len(mine):
-            columns = [name for name in table.column_names if name not in HASHES]
-            yield table.select(columns).replace_schema_metadata(None).take(pa.array(mine)).combine_chunks()
+        columns = [name for name in table.column_names if name not in HASHES]
+        rows = pa.array(np.repeat(np.arange(len(table)), counts))
+        yield table.select(columns).replace_schema_metadata(None).take(rows).combine_chunks()
 
 
 def _undamaged(path: Path) -> Chunk:

@@ -31,8 +31,15 @@ PAIRS = [
 ]
 
 
-def children() -> list[str]:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+def _of_this_process() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+@pytest.fixture
+def children():
+    """A function that gives the processes which this one has started since the test began."""
+    others = _of_this_process()
+    return lambda: _of_this_process() - others
 
 
 def write(folder: Path, form: str) -> Path:
@@ -59,7 +66,7 @@ def write(folder: Path, form: str) -> Path:
 @pytest.mark.parametrize(
     ("form", "tokenizer"), [("jsonl", "tiny"), *((form, "byte_level") for form in ("jsonl", "jsonl.gz", "json", "csv", "parquet"))]
 )
-def test_the_bytes_do_not_depend_on_the_number_of_workers(tiny, tmp_path, monkeypatch, form, tokenizer):
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tiny, tmp_path, monkeypatch, children, form, tokenizer):
     """Nor on how many rows a block has, what is counted and said of them included; byte_level is encoded by fastokens."""
     monkeypatch.setattr(prepare_module, "SMALL", 0)
     source, base = write(tmp_path, form), tiny.base
@@ -103,7 +110,7 @@ def test_blocks_are_the_rows_of_the_file_from_any_row_on(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_the_first_wrong_line_is_named_whoever_reads_it(tiny, tmp_path, monkeypatch, workers):
+def test_the_first_wrong_line_is_named_whoever_reads_it(tiny, tmp_path, monkeypatch, children, workers):
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 5)
     lines = [json.dumps(row) for row in PAIRS]
     lines[32], lines[51] = "{", "]"
@@ -117,7 +124,7 @@ def test_the_first_wrong_line_is_named_whoever_reads_it(tiny, tmp_path, monkeypa
     prepare("sft", arguments)
 
 
-def test_results_come_with_a_bounded_number_of_pieces_in_flight():
+def test_results_come_with_a_bounded_number_of_pieces_in_flight(children):
     taken, found = [], []
 
     def pieces():
@@ -132,7 +139,7 @@ def test_results_come_with_a_bounded_number_of_pieces_in_flight():
     assert not children()
 
 
-def test_what_goes_wrong_first_is_raised_whichever_comes_first():
+def test_what_goes_wrong_first_is_raised_whichever_comes_first(children):
     def work(number: int, piece: int) -> int:
         if number in (4, 6):
             time.sleep(0.2 if number == 4 else 0)
@@ -153,7 +160,7 @@ def test_what_goes_wrong_first_is_raised_whichever_comes_first():
     assert not children()
 
 
-def test_a_worker_that_was_killed_is_one_clear_line():
+def test_a_worker_that_was_killed_is_one_clear_line(children):
     def work(number: int, piece: int) -> int:
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -165,7 +172,7 @@ def test_a_worker_that_was_killed_is_one_clear_line():
     assert not children()
 
 
-def test_an_interrupt_leaves_no_process():
+def test_an_interrupt_leaves_no_process(children):
     with pytest.raises(KeyboardInterrupt), contextlib.closing(work_on(range(50), lambda number, piece: time.sleep(piece), 3)) as results:
         next(results)
         assert len(children()) == 3
