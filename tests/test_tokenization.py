@@ -327,9 +327,10 @@ def test_which_texts_of_the_data_are_compared(tiny, monkeypatch):
 def test_ids_are_read_byte_by_byte_as_they_are_decoded():
     for nfc in (False, True):
         tokenizer = byte_level(nfc)
+        tokenizer.add_tokens(["two words", "日本 é"])  # with characters that stand for no byte
         spelling = spelling_of(tokenizer)
         assert spelling
-        several = [*texts(200), *faster.hard_texts(["</s>", "<s>"])]
+        several = [*texts(200), *faster.hard_texts(["</s>", "<s>", "two words", "日本 é"])]
         ids = encode_plainly(tokenizer, several)
         decoded = decode_texts(tokenizer, ids)
         assert all(spelling.reads_as(line, text) for line, text in zip(ids, decoded, strict=True))

@@ -172,16 +172,22 @@ def test_a_worker_that_was_killed_is_one_clear_line(children):
     assert not children()
 
 
-def test_an_interrupt_leaves_no_process(children):
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(work_on(range(50), lambda number, piece: time.sleep(piece), 3)) as results:
+def test_an_interrupt_leaves_no_process(tmp_path, children):
+    def work(number: int, piece: int) -> None:
+        if piece:
+            time.sleep(5)
+            (tmp_path / "was waited for").touch()
+
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(work_on(range(50), work, 3)) as results:
         next(results)
         assert len(children()) == 3
         raise KeyboardInterrupt
     assert not children()
-    with pytest.raises(ZeroDivisionError), beside(lambda: time.sleep(60), 2):
+    with pytest.raises(ZeroDivisionError), beside(lambda: work(0, 1), 2):
         assert len(children()) == 1
         raise ZeroDivisionError
     assert not children()
+    assert not list(tmp_path.iterdir())
 
 
 def test_workers_die_with_a_parent_that_is_killed():
