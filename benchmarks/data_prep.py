@@ -2,10 +2,11 @@
 
     python benchmarks/data_prep.py --tokenizer FOLDER [--rows 50000] [--sections encode,ours,trl,llamafactory]
 
-The file is generated: conversations of one to three exchanges of random words, about 200 tokens a row. Every section runs in a process
-of its own; its time excludes starting Python and importing packages, its memory is the largest resident size of the process and its
-children. The others are compared with `encode`: the tokenizer's own encode_batch over the same rows as ChatML text, in chunks, without
-keeping anything.
+The files are generated: conversations of one to three exchanges of random words, about 400 tokens a row, and as many rows of one short
+exchange, about 45 tokens (the first four of the sections). Every section runs in a process of its own; its time excludes starting Python
+and importing packages. Its memory is the largest resident size of the process and of one of its children, its CPU time that of the
+process and of all its children. The others are compared with `encode`: the tokenizer's own encode_batch over the same rows as ChatML
+text, in chunks, without keeping anything.
 """
 
 import argparse
@@ -18,12 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this script's folder, where it would shadow the package data_prep
 PROCESSES = len(os.sched_getaffinity(0))
-SECTIONS = ("encode", "ours", "near", "decontaminate", "trl", "llamafactory")
+USERS = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+OF_SHORT = ("encode", "ours", "one_worker", "trl")
+SECTIONS = (*OF_SHORT, "plain", "near", "decontaminate", "llamafactory")
 
 
 def write_rows(path: Path, rows: int, short: bool) -> None:
@@ -63,6 +67,19 @@ def ours(source: str, tokenizer: str, out: str, name: str = "ours", *more: str) 
     started = time.perf_counter()
     prepare("sft", ["--source", source, "--tokenizer", tokenizer, "--output_dir", f"{out}/{name}", *more])
     return time.perf_counter() - started
+
+
+def one_worker(source: str, tokenizer: str, out: str) -> float:
+    """Prepare with posttrain, in one process."""
+    return ours(source, tokenizer, out, "one_worker", "--workers", "1")
+
+
+def plain(source: str, tokenizer: str, out: str) -> float:
+    """Prepare with posttrain where fastokens is not installed."""
+    from posttrain.data import faster
+
+    faster.fastokens = None
+    return ours(source, tokenizer, out, "plain")
 
 
 def near(source: str, tokenizer: str, out: str) -> float:
@@ -140,11 +157,32 @@ def measure(section: str, source: str, tokenizer: str, out: str) -> dict:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+def measure_all(rows: int, short: bool, sections: list[str], tokenizer: str) -> dict:
+    """Run some sections on a generated file, and return their results."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "rows.jsonl"
+        write_rows(source, rows, short)
+        found = {name: measure(name, str(source), tokenizer, scratch) for name in sections}
+        manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text(encoding="utf-8"))
+    yardstick = found.get("encode", {}).get("seconds")
+    for section in found.values():
+        if yardstick and "seconds" in section:
+            section["times_encode_batch"] = round(section["seconds"] / yardstick, 2)
+    return {"rows": rows, "tokens": manifest["tokens"]["per_epoch"], "encoder": manifest["encoder"], "sections": found}
+
+
+def installed(name: str) -> str | None:
+    """The version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--short", action="store_true", help="rows of one exchange of a few words, for very many rows")
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "data_prep.json"))
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -152,34 +190,20 @@ def main() -> None:
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.section:
+        before = [used.ru_utime + used.ru_stime for used in map(resource.getrusage, USERS)]
         seconds = globals()[options.section](options.source, options.tokenizer, options.scratch)
-        sizes = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        print(json.dumps({"seconds": round(seconds, 2), "peak_gib": [round(size, 2) for size in sizes]}))
+        after = list(map(resource.getrusage, USERS))
+        cpu = [used.ru_utime + used.ru_stime - begun for used, begun in zip(after, before, strict=True)]
+        sizes = [round(used.ru_maxrss / 2**20, 2) for used in after]
+        print(json.dumps({"seconds": round(seconds, 2), "cpu_seconds": [round(one, 2) for one in cpu], "peak_gib": sizes}))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "rows.jsonl"
-        write_rows(source, options.rows, options.short)
-        sections = {name: measure(name, str(source), options.tokenizer, scratch) for name in options.sections.split(",")}
-        manifest = json.loads((Path(scratch) / "ours" / "manifest.json").read_text(encoding="utf-8"))
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    yardstick = sections.get("encode", {}).get("seconds")
-    for section in sections.values():
-        if yardstick and "seconds" in section:
-            section["times_encode_batch"] = round(section["seconds"] / yardstick, 2)
+    sections = options.sections.split(",")
     result = {
-        "rows": options.rows,
-        "tokens": manifest["tokens"]["per_epoch"],
         "tokenizer": Path(options.tokenizer).name,
         "machine": f"{PROCESSES} cores, {platform.machine()}",
-        "versions": {name: installed(name) for name in ("tokenizers", "transformers", "datasets", "trl")},
-        "sections": sections,
+        "versions": {name: installed(name) for name in ("tokenizers", "fastokens", "transformers", "datasets", "trl")},
+        "conversations": measure_all(options.rows, False, sections, options.tokenizer),
+        "short rows": measure_all(options.rows, True, [name for name in sections if name in OF_SHORT], options.tokenizer),
     }
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

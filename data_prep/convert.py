@@ -1,87 +1,104 @@
-"""Turns a source's rows into examples, a chunk at a time, with a ledger of what was dropped or changed.
+"""Turns a source's rows into examples, a block at a time, with a ledger of what was dropped or changed.
 
-Encoding, the slow half, runs beside the reading of the next chunk. What is done is in the staging folder, from which a killed
-preparation goes on.
+Blocks are encoded by several processes. What is done is in the staging folder, from which a killed preparation goes on.
 """
 
+import argparse
 import contextlib
 import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from data_prep import overlap, report
+from data_prep.blocks import Block, Item, blocks
 from data_prep.examples import DPO, SFT, UNPROVEN, Example
 from data_prep.proof import prove
-from data_prep.shapes.conversations import conversations
-from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.sources import Source
 from data_prep.staging import HIDDEN, Staging, table_of
+from data_prep.workers import work_on
 from posttrain.common.visible import UNSEEN
 from posttrain.data.chat import ChatFormat, encode_parts
+from posttrain.data.faster import Faster
 from posttrain.data.parts import Encoded, Refused, Text
 
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 8_000_000  # of a chunk; the row that exceeds the latter is still in it
 APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 
 
-def convert(kind: SFT | DPO, index: int, source: Source, staging: Staging, options, benchmarks: overlap.Benchmarks) -> None:
+class Encoding(NamedTuple):
+    """How rows are encoded, whatever source they are from."""
+
+    kind: SFT | DPO
+    encoder: str  # its name and version
+    faster: Faster | None  # what encodes in the place of the tokenizer
+    options: argparse.Namespace
+
+
+def convert(encoding: Encoding, index: int, source: Source, staging: Staging, benchmarks: overlap.Benchmarks) -> None:
     """Encode the rows of source number `index` into chunks of the staging folder, from where an earlier call stopped."""
-    done = staging.sound_chunks(index)
+    done, options = staging.sound_chunks(index), encoding.options
     if done and done[-1].facts["last"]:
         return
     start = done[-1].facts["next_row"] if done else 0
-    number = len(done)
+
+    def work(number: int, piece: tuple[Block, bool]) -> int:
+        return _write_chunk(encoding, (index, len(done) + number), source, staging, benchmarks, *piece)
+
     with _without_gc(), report.RowProgress(source, options.max_samples, start) as advance:
-        for chunk, last, job in _encoded_ahead(kind, _chunks(kind, source, start, options)):
-            changes: Counter[str] = Counter()
-            examples, dropped = [], {}
-            for row, result in examples_of_rows(kind, chunk, *job.result(), changes):
-                if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
-                    result = Refused(f"{overlap.QUOTES} {quoted}")
-                if isinstance(result, Refused):
-                    dropped.setdefault(row, str(result))  # once for each row, also where several of its pieces were refused
-                else:
-                    examples.append((f"{source.label}:{row}", result))
-            signatures = overlap.signatures(example.text for _, example in examples) if options.duplicates == "near" else None
-            facts = {
-                "next_row": chunk.numbers[-1] + 1 if chunk.numbers else start,
-                "rows": len(chunk.numbers),
-                "dropped": list(dropped.items()),
-                "changes": changes,
-                "last": last,
-            }
-            staging.add(index, number, table_of(examples, kind.columns, signatures), facts)
-            advance(len(chunk.numbers))
-            number += 1
-            del chunk, job, examples  # else they would stay in memory while the chunk after the next is read
+        cut = _with_last(blocks(encoding.kind.name, source, start, options.max_samples), start)
+        with contextlib.closing(work_on(cut, work, options.workers)) as results:
+            for rows in results:
+                advance(rows)
 
 
-def _encoded_ahead(kind: SFT | DPO, chunks: Iterable[tuple[list, bool]]) -> Iterator[tuple["Unencoded", bool, Future]]:
-    """Yield each chunk, whether it is the last, and its encoding, which another thread does while the next chunk is read."""
-    with ThreadPoolExecutor(1) as background:
-        pending = None
-        for rows, last in chunks:
-            chunk = parts_of_rows(kind, rows)
-            job = chunk, last, background.submit(encode, kind.chat, chunk)
-            if pending:
-                yield pending
-            pending = job
-        if pending:
-            yield pending
+def _with_last(cut: Iterator[Block], start: int) -> Iterator[tuple[Block, bool]]:
+    """Yield each block, and whether it is the last; an empty one where there is none."""
+    before = next(cut, Block(start, 0, 0, [], []))
+    for block in cut:
+        yield before, False
+        before = block
+    yield before, True
+
+
+def _write_chunk(encoding: Encoding, chunk: tuple[int, int], source, staging, benchmarks, block: Block, last: bool) -> int:
+    """Encode a block, write it as a chunk (the numbers of its source and of itself) with its ledger, and return how many rows it has."""
+    kind, encoder, faster, options = encoding
+    if faster:
+        faster.begin(block.first == 0)
+    unencoded = parts_of_rows(kind, block.read(kind.name, source))
+    assert len(unencoded.numbers) == block.count, "a block does not hold the rows that were counted"
+    changes: Counter[str] = Counter()
+    examples, dropped = [], {}
+    for row, result in examples_of_rows(kind, unencoded, *encode(kind.chat, unencoded), changes):
+        if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
+            result = Refused(f"{overlap.QUOTES} {quoted}")
+        if isinstance(result, Refused):
+            dropped.setdefault(row, str(result))  # once for each row, also where several of its pieces were refused
+        else:
+            examples.append((f"{source.label}:{row}", result))
+    signatures = overlap.signatures(example.text for _, example in examples) if options.duplicates == "near" else None
+    facts = {
+        "next_row": block.first + block.count,
+        "rows": block.count,
+        "dropped": list(dropped.items()),
+        "changes": changes,
+        "encoder": encoder,
+        "last": last,
+    }
+    staging.add(*chunk, table_of(examples, kind.columns, signatures), facts)
+    return block.count
 
 
 class Unencoded(NamedTuple):
     """A chunk's rows before encoding."""
 
     numbers: list[int]
-    items: list[Document | Chat | Pair | Refused]
+    items: list[Item]
     parts: list[list[list]]  # of each item; empty for a refused one
     given: set[int]  # numbers of the rows that were given the system prompt
 
 
-def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat | Pair | Refused]]) -> Unencoded:
+def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Item]]) -> Unencoded:
     """Split numbered conversations into parts, or note why they are refused."""
     chunk = Unencoded([], [], [], set())
     for number, item in numbered:
@@ -101,7 +118,7 @@ def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Document | Chat
 
 
 def encode(chat: ChatFormat, chunk: Unencoded) -> tuple[list[list[Encoded]], list[list[str] | None]]:
-    """Encode the parts of a chunk and prove them (see proof.prove). Runs in another thread: the tokenizer's own code holds no lock."""
+    """Encode the parts of a chunk and prove them (see proof.prove)."""
     encoded = encode_parts(chat, (parts for several in chunk.parts for parts in several))
     return encoded, prove(chat, encoded)
 
@@ -147,20 +164,3 @@ def _without_gc() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _chunks(kind, source: Source, start: int, options) -> Iterator[tuple[list, bool]]:
-    """Yield [(row number, conversation), ...] of limited size, and whether it is the last; where chunks end depends on the rows alone."""
-    chunk: list = []
-    size, row = 0, -1
-    for row, item in enumerate(conversations(kind.name, source.rows(), source.columns)):
-        if options.max_samples is not None and row >= options.max_samples:
-            break
-        if row < start:
-            continue
-        if len(chunk) >= CHUNK_ROWS or size > CHUNK_CHARACTERS:
-            yield chunk, False
-            chunk, size = [], 0
-        chunk.append((row, item))
-        size += 0 if isinstance(item, Refused) else overlap.characters(item)
-    yield chunk, True

@@ -11,6 +11,7 @@ from data_prep.catalogue import show
 from data_prep.formats.plain import UNITS
 from data_prep.shapes.columns import NAMES, Columns, names_of, roles_of
 from data_prep.sources import Sources, find_sources
+from data_prep.workers import cores
 from posttrain.common.options import Parser, place
 from posttrain.common.places import shipped
 from posttrain.data.manifest import TEMPLATES
@@ -66,6 +67,7 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         help="drop rows that quote a benchmark's rows (a file or folder)",
     )
     _add_columns(parser)
+    parser.add_argument("--workers", type=_workers, default=cores(), help="processes that encode; default: as many as there are cores")
     parser.add_argument("--max_dropped", type=_share, default=MANY_DROPPED, help="refuse when a larger share of the rows is unusable")
     parser.add_argument("--revision", help="commit, tag or branch of the hub dataset")
     parser.add_argument("--seed", type=int, default=1337, help="which rows are for validation, and which a weight below 1 leaves out")
@@ -143,6 +145,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _workers(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is no number of processes")
     return value
 
 

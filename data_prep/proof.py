@@ -5,6 +5,7 @@ import hashlib
 from posttrain.data.chat import ChatFormat
 from posttrain.data.encoding import decode_after, decode_texts, encode_text
 from posttrain.data.parts import Encoded, trained_spans
+from posttrain.data.spelling import spelling_of
 
 
 def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str] | None]:
@@ -12,11 +13,15 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
 
     It must be that text, or that text as the tokenizer normalises it (NFC, say): decode(encode(text)).
     """
+    spelling = spelling_of(chat.tokenizer)
     bodies = [part for encoded in conversations for part in encoded if part.text is not None]
-    decoded = iter(decode_after(chat.tokenizer, [part.header for part in bodies], [part.ids for part in bodies]))
+    same = [spelling is not None and spelling.reads_as(part.ids, part.text) for part in bodies]
+    others = [part for part, is_same in zip(bodies, same, strict=True) if not is_same]
+    decoded = iter(decode_after(chat.tokenizer, [part.header for part in others], [part.ids for part in others]))
+    read = iter([part.text if is_same else next(decoded) for part, is_same in zip(bodies, same, strict=True)])
     result: list[list[str] | None] = []
     for encoded in conversations:
-        pairs = [(part, next(decoded)) for part in encoded if part.text is not None]
+        pairs = [(part, next(read)) for part in encoded if part.text is not None]
         sound = all(part.sound for part in encoded) and all(
             text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs
         )

@@ -121,7 +121,8 @@ def _last(place: str) -> str:
 def _wanted(kind: str, options, known: Hub | None, place: str) -> Wanted:
     """Return what of a folder is asked for; of a clone of a dataset with a short name, its config."""
     config = options.config or (known.config if known and (Path(place) / "README.md").is_file() else None)
-    return Wanted(kind, config, options.split or ("all" if known and known.train == "all" else None))
+    takes_all = known and known.train == "all" and Path(place).is_dir()
+    return Wanted(kind, config, options.split or ("all" if takes_all else None))
 
 
 def _of_hub(name: str, dataset: Hub, options) -> tuple[Source, list[Source]]:

@@ -16,9 +16,10 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import datasets
 import numpy as np
@@ -27,12 +28,15 @@ import pyarrow as pa
 from data_prep.examples import Example
 from data_prep.options import refuse_output
 from data_prep.proof import text_hash
+from data_prep.workers import work_on
 from posttrain.common import files
 from posttrain.common.errors import shown
 from posttrain.common.links import open_own, refuse_links
+from posttrain.data.prepared import fingerprint_file
 
 HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
-SHARD_BYTES = 500_000_000  # of a data file, about
+WORKERS_END = 2.0  # seconds in which the workers of a killed process are gone
+SHARD_BYTES = 100_000_000  # of a data file, about; several are written at once
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a chunk that the prepared folder does not have
 
 
@@ -40,7 +44,7 @@ class Chunk(NamedTuple):
     """A file of encoded examples, and what became of the rows that they are from."""
 
     path: Path
-    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}, last, file: its size and checksum
+    facts: dict  # next_row, rows, dropped: [[row, cause], ...], changes: {what: count}, encoder, last, file: its size and checksum
 
     def table(self) -> pa.Table:
         """Its rows, memory-mapped."""
@@ -61,6 +65,16 @@ class Staging:
         shutil.rmtree(folder / "whole", ignore_errors=True)
         for unfinished in (folder / "chunks").glob(f"*{files.INCOMPLETE}"):
             unfinished.unlink()
+
+    def start_over(self) -> None:
+        """Remove all chunks."""
+        _remove_chunks(self.folder)
+        (self.folder / "chunks").mkdir()
+
+    def encoders(self) -> set[str]:
+        """The names of what has encoded the chunks that are there; those of versions before 0.3 do not say it."""
+        facts = [files.read_object(path) for path in (self.folder / "chunks").glob("*.json")]
+        return {one.get("encoder", "") for one in facts}
 
     def chunks(self, source: int) -> list[Chunk]:
         """The chunks of a source that are there, in order."""
@@ -114,12 +128,23 @@ def locked_staging(output: Path, request: dict) -> Iterator[Staging]:
     _refuse_foreign(folder)
     folder.mkdir(exist_ok=True)
     with open(open_own(folder / "request.lock"), "r+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{output} is in use by another process that prepares it; wait for it, or stop it") from None
+        if not _locked(lock):
+            raise ValueError(f"{output} is in use by another process that prepares it; wait for it, or stop it")
         refuse_output(output)  # the other process may have ended just before
         yield Staging(folder, request)
+
+
+def _locked(lock: BinaryIO) -> bool:
+    """Lock a file, which the workers of a process that was killed may hold for a moment longer; return whether that could be done."""
+    until = time.monotonic() + WORKERS_END
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -153,7 +178,7 @@ def _remove_chunks(folder: Path) -> None:
 
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:
     """The chunk's table of (source id, example) pairs: columns of int32 lists, and the numbers and hashes that choosing needs."""
-    arrays = {name: pa.array([example.columns[name] for _, example in examples], pa.list_(pa.int32())) for name in columns}
+    arrays = {name: _lists_of([example.columns[name] for _, example in examples]) for name in columns}
     ids = [array for name, array in arrays.items() if name != "labels"]  # rows of the same ids are copies, whatever is trained of them
     if "labels" in columns:
         arrays["num_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
@@ -166,6 +191,13 @@ def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], sign
     if signatures is not None:
         arrays["_signature"] = pa.array(list(signatures), pa.list_(pa.uint32()))
     return pa.table(arrays)
+
+
+def _lists_of(rows: list[list[int]]) -> pa.ListArray:
+    """A column of lists of int32, in less time than pyarrow makes it of lists."""
+    ends = np.cumsum([0, *map(len, rows)])
+    values = np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
 
 
 def _row_hashes(columns: list[pa.ListArray]) -> np.ndarray:
@@ -186,25 +218,30 @@ def column(chunks: list[Chunk], name: str) -> np.ndarray:
     return np.concatenate(values) if values else np.zeros(0, np.uint64)
 
 
-def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path) -> None:
-    """Write row i of the chunks counts[i] times, as a folder for datasets.load_from_disk. The same rows give the same bytes."""
+def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path, most: int) -> dict[str, dict]:
+    """Write row i of the chunks counts[i] times, as a folder for datasets.load_from_disk, in up to `most` processes.
+
+    The same rows give the same bytes. Returns the size and hash of each data file, by its name.
+    """
     if not counts.any():
-        return  # an Arrow folder cannot be empty
+        return {}  # an Arrow folder cannot be empty
     folder.mkdir(parents=True)
-    tables, shards = _chosen(chunks, counts), []
-    for first in tables:
-        shards.append(folder / f"shard-{len(shards)}")
-        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-            written = 0
+    shards = list(_shards(chunks, counts))
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+
+    def write(number: int, shard: list[tuple[Chunk, np.ndarray]]) -> tuple[str, dict]:
+        path = folder / names[number]
+        tables = _chosen(shard)
+        first = next(tables)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
             for table in itertools.chain([first], tables):
                 writer.write_table(table)
-                written += table.nbytes
-                if written > SHARD_BYTES:
-                    break
-    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
-    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(first.schema)).write_to_directory(folder)
+        return path.name, fingerprint_file(path)
+
+    found = dict(work_on(shards, write, most))
+    with pa.OSFile(str(folder / names[0])) as file, pa.ipc.open_stream(file) as written:
+        features = datasets.Features.from_arrow_schema(written.schema)
+    datasets.DatasetInfo(features=features).write_to_directory(folder)
     # datasets (5.2) writes its other file only where it copies all rows once more, with a random fingerprint
     state = {
         "_data_files": [{"filename": name} for name in names],
@@ -216,18 +253,33 @@ def write_split(chunks: list[Chunk], counts: np.ndarray, folder: Path) -> None:
         "_split": None,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return found
 
 
-def _chosen(chunks: list[Chunk], counts: np.ndarray) -> Iterator[pa.Table]:
-    """Yield row i of the chunks counts[i] times, in a table for each chunk that has any, without the columns of HASHES."""
-    at = 0
+def _shards(chunks: list[Chunk], counts: np.ndarray) -> Iterator[list[tuple[Chunk, np.ndarray]]]:
+    """Yield the chunks of which rows are chosen, with how often each row is, as many together as give a file of about SHARD_BYTES."""
+    shard, size, at = [], 0.0, 0
     for chunk in chunks:
+        rows = len(chunk.table())
+        mine = counts[at : at + rows]
+        at += rows
+        if mine.any():
+            shard.append((chunk, mine))
+            size += chunk.facts["file"]["size"] * mine.sum() / rows
+        if size > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0.0
+    if shard:
+        yield shard
+
+
+def _chosen(shard: list[tuple[Chunk, np.ndarray]]) -> Iterator[pa.Table]:
+    """Yield each row of the chunks as often as is said, in a table for each chunk, without the columns of HASHES."""
+    for chunk, counts in shard:
         table = chunk.table()
-        mine = np.repeat(np.arange(len(table)), counts[at : at + len(table)])
-        at += len(table)
-        if len(mine):
-            columns = [name for name in table.column_names if name not in HASHES]
-            yield table.select(columns).replace_schema_metadata(None).take(pa.array(mine)).combine_chunks()
+        columns = [name for name in table.column_names if name not in HASHES]
+        rows = pa.array(np.repeat(np.arange(len(table)), counts))
+        yield table.select(columns).replace_schema_metadata(None).take(rows).combine_chunks()
 
 
 def _undamaged(path: Path) -> Chunk:

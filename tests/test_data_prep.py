@@ -18,7 +18,7 @@ import pytest
 import torch
 import warm
 
-from data_prep import convert
+from data_prep import blocks, convert
 from data_prep import prepare as prepare_module
 from data_prep.options import look, parse
 from data_prep.prepare import prepare
@@ -354,7 +354,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked(tiny, tmp_pa
     rows = [{"prompt": f"ta {number % 70}", "response": f"ke {number}"} for number in range(120)] + [{"prompt": "ta", "response": ""}]
     hashes, facts = [], []
     for number, size in enumerate((2000, 7)):
-        monkeypatch.setattr(convert, "CHUNK_ROWS", size)
+        monkeypatch.setattr(blocks, "BLOCK_ROWS", size)
         (tmp_path / f"{number}").mkdir()
         manifest = run("sft", tiny, tmp_path / f"{number}", rows, "--val_size", "20")
         facts.append({name: manifest[name] for name in ("counts", "rows", "ledger", "changes", "tokens")})
@@ -397,7 +397,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written_whole(tmp_path):
 
 def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypatch):
     """Half a staging folder is never taken for a whole one."""
-    monkeypatch.setattr(convert, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 10)
     source = write(tmp_path / "rows.jsonl", questions(50))
     arguments = ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
     rmtree = shutil.rmtree
@@ -420,7 +420,7 @@ def test_killed_while_removing_its_work_it_starts_over(tiny, tmp_path, monkeypat
 @pytest.fixture
 def half_done(tiny, tmp_path, monkeypatch) -> list[str]:
     """A command line that is refused once all rows are encoded, in three chunks, and then goes on with them."""
-    monkeypatch.setattr(convert, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 10)
     source = write(tmp_path / "rows.jsonl", [*questions(20), *[{"prompt": "ta", "response": None}] * 10])
     arguments = ["--source", source, "--tokenizer", tiny.base, "--output_dir", f"{tmp_path}/out", "--val_size", "0"]
     with pytest.raises(ValueError, match="cannot be used"):

@@ -204,7 +204,7 @@ def test_an_answer_that_would_join_its_header_is_kept_apart_and_counted(tmp_path
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "\nfox"}]
     assert render(ChatFormat(tokenizer), messages).input_ids != tokenizer.apply_chat_template(messages, return_dict=False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = [{"messages": messages}, {"prompt": "q", "messages": [messages[0], {"role": "assistant", "content": "fox"}]}]
+    rows = [{"messages": messages}, {"prompt": "hello", "messages": [messages[0], {"role": "assistant", "content": "fox"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare("sft", ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", f"{tmp_path}/tokenizer", "--output_dir", f"{tmp_path}/out"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changes"] == {APART: 1}

@@ -1,18 +1,27 @@
 """Tokenizers: a .model file means what SentencePiece says it means, chat tokens are there, embeddings grow to hold them."""
 
 import itertools
+import json
 import random
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from test_templates import byte_level
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from data_prep import blocks
+from data_prep import prepare as prepare_module
+from data_prep.prepare import prepare
+from posttrain.data import faster
 from posttrain.data.chat import ChatFormat, render
 from posttrain.data.chatml import IM_END, IM_START
-from posttrain.data.encoding import encode_text, text_prefix
+from posttrain.data.encoding import decode_texts, encode_plainly, encode_text, encode_texts, encoding_by, text_prefix
+from posttrain.data.prepared import load_prepared
+from posttrain.data.spelling import spelling_of
 from posttrain.data.tokenization import _fast, fingerprint, grow_embeddings, load_tokenizer
 
 WORDS = ["the", "little", "girl", "Lily", "went", "to", "a", "big", "park", "and", "saw", "one", "red", "ball", "many", "there"]
@@ -238,3 +247,99 @@ def test_embeddings_with_spare_rows_do_not_shrink(model_file):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes))
     assert grow_embeddings(model, load(model_file)) == 0 and model.config.vocab_size == 2000
+
+
+# ---- faster encoders ----
+
+needs_fastokens = pytest.mark.skipif(faster.fastokens is None, reason="fastokens is not installed")
+
+
+@needs_fastokens
+@pytest.mark.parametrize("nfc", [False, True])
+def test_a_faster_encoder_gives_the_tokenizers_ids(nfc):
+    tokenizer = byte_level(nfc)
+    found, why = faster.find(tokenizer)
+    assert found and not why
+    found.begin(False)
+    several = [*texts(400), *faster.hard_texts([str(token) for token in tokenizer.added_tokens_decoder.values()])]
+    with encoding_by(tokenizer, found):
+        assert encode_texts(tokenizer, several) == encode_plainly(tokenizer, several)
+        assert tokenizer.convert_tokens_to_ids("</s>") not in encode_text(tokenizer, "a</s>b")
+
+
+def test_hard_texts_are_of_all_of_unicode_and_always_the_same():
+    several = list(faster.hard_texts(["<s>"]))
+    assert several == list(faster.hard_texts(["<s>"]))
+    assert "" in several and "a<s>b" in several and max(map(len, several)) > 8192
+    assert len({ord(character) // 64 for text in several for character in text}) > 1500
+
+
+@needs_fastokens
+def test_an_encoder_that_differs_is_not_taken(tiny):
+    """Which spells a special token in a text as that token (fastokens 0.3.5, with normalizers that replace by a pattern)."""
+    found, why = faster.find(tiny.tokenizer)
+    assert found is None
+    assert re.fullmatch(r"fastokens gives other ids for the text '.+'", why)
+
+
+@needs_fastokens
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_difference_in_the_data_itself_encodes_everything_again(tiny, tmp_path, monkeypatch, capsys, workers):
+    """No id of the other encoder is stored, those of the blocks before the difference included; nor does a later call go on with it."""
+    monkeypatch.setattr(prepare_module, "SMALL", 0)
+    monkeypatch.setattr(faster, "hard_texts", lambda added: ["lo"])
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 60)
+    rows = [{"prompt": f"ta {number}", "response": f"ke {number}{' </s> lo' if number == 150 else ''}"} for number in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", tiny.base, "--val_size", "0", "--workers", workers]
+    monkeypatch.setattr(faster, "COMPARED_EVERY", 1)
+    prepare("sft", [*arguments, "--output_dir", f"{tmp_path}/out"])
+    said = capsys.readouterr().out
+    assert said.startswith("encoding by fastokens ")
+    assert re.search(
+        r"fastokens \S+ gives other ids than tokenizers \S+ for the text '.*</s>.*': encoding all rows again, by tokenizers", said
+    )
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["encoder"].startswith("tokenizers ") and manifest["rows"] == 200
+    monkeypatch.setattr(faster, "fastokens", None)
+    prepare("sft", [*arguments, "--output_dir", f"{tmp_path}/plain"])
+    assert "fastokens is not installed" in capsys.readouterr().out
+    stored, expected = (list(load_prepared(f"{tmp_path}/{name}", "sft", "").train) for name in ("out", "plain"))
+    assert stored == expected
+
+
+@needs_fastokens
+def test_which_texts_of_the_data_are_compared(tiny, monkeypatch):
+    """The first 200 of a data set, and one of 50 after them, whatever was encoded before."""
+    monkeypatch.setattr(faster, "hard_texts", lambda added: ["lo"])
+    found, _ = faster.find(tiny.tokenizer)
+    assert found
+    for place, first, is_seen in ((199, True, True), (200, True, True), (201, True, False), (7, False, False), (450, False, True)):
+        found.begin(first)
+        several = ["lo"] * place + ["a </s> b"] + ["lo"] * 300
+        if is_seen:
+            with pytest.raises(faster.Differs, match="</s>"):
+                [found(several[at : at + 90]) for at in range(0, len(several), 90)]
+        else:
+            [found(several[at : at + 90]) for at in range(0, len(several), 90)]
+
+
+def test_ids_are_read_byte_by_byte_as_they_are_decoded():
+    for nfc in (False, True):
+        tokenizer = byte_level(nfc)
+        tokenizer.add_tokens(["two words", "日本 é"])  # with characters that stand for no byte
+        spelling = spelling_of(tokenizer)
+        assert spelling
+        several = [*texts(200), *faster.hard_texts(["</s>", "<s>", "two words", "日本 é"])]
+        ids = encode_plainly(tokenizer, several)
+        decoded = decode_texts(tokenizer, ids)
+        assert all(spelling.reads_as(line, text) for line, text in zip(ids, decoded, strict=True))
+        assert [spelling.reads_as(line, text) for line, text in zip(ids, several, strict=True)] == [
+            text == read for text, read in zip(several, decoded, strict=True)
+        ]
+        assert not any(spelling.reads_as(line[:-1], text) for line, text in zip(ids, decoded, strict=True) if line)
+        assert spelling.reads_as(tokenizer.convert_tokens_to_ids(["<s>", "</s>"]), "<s></s>")
+
+
+def test_a_tokenizer_of_another_kind_is_not_read_byte_by_byte(tiny):
+    assert spelling_of(tiny.tokenizer) is None

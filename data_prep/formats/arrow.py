@@ -1,6 +1,7 @@
 """Reads rows of Parquet and Arrow files, some at a time."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,9 +21,31 @@ BATCH_ROWS, BATCH_MEMORY = 16, 2**32  # at a time; more rows are hardly faster, 
 
 def parquet_rows(file: File) -> Iterator[Row]:
     """Yield the rows of a Parquet file. Raises ValueError."""
+    batches = parquet_batches(file)
+    if (first := next(batches, None)) is not None:
+        yield from rows_of(file, first.schema, itertools.chain([first], batches))
+
+
+def parquet_batches(file: File) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows of a Parquet file, BATCH_ROWS at a time. Raises ValueError."""
     with _errors_named(file), contextlib.nullcontext(file) if isinstance(file, Path) else file.open("rb") as opened:
         table = pyarrow.parquet.ParquetFile(opened, buffer_size=opening.BLOCK)
-        yield from rows_of(file, table.schema_arrow, table.iter_batches(batch_size=BATCH_ROWS, use_threads=False))
+        _refuse_twice(file, table.schema_arrow)
+        batches = table.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
+        while (batch := _within_bounds(batches)) is not None:
+            yield batch
+
+
+def _within_bounds(batches: Iterator[pyarrow.RecordBatch]) -> pyarrow.RecordBatch | None:
+    """Return the next batch, None after the last; raises MemoryError where it takes too much."""
+    with memory_limit(BATCH_MEMORY):
+        return next(batches, None)
+
+
+def _refuse_twice(file: File | str, schema: pyarrow.Schema) -> None:
+    """Raise ValueError for two columns of one name."""
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{file}: two columns have the same name: {shown(schema.names)}")
 
 
 def arrow_rows(file: File) -> Iterator[Row]:
@@ -56,17 +79,15 @@ class _errors_named:
             raise ValueError(f"{self.file} cannot be read to its end, is it whole? ({why})") from error
 
 
-def rows_of(file: File | str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
-    """Yield the rows of batches. Raises ValueError, naming `file`, for two columns of one name and for a row that is too long."""
-    if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"{file}: two columns have the same name: {shown(schema.names)}")
+def rows_of(file: File | str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch], read: int = 0) -> Iterator[Row]:
+    """Yield the rows of batches, before which `read` rows were read.
+
+    Raises ValueError, naming `file`, for two columns of one name and for a row that is too long.
+    """
+    _refuse_twice(file, schema)
     parsers = {field.name: parser for field in schema if (parser := _parser(field.type))}
-    batches, read = iter(batches), 0
-    while True:
-        with memory_limit(BATCH_MEMORY):
-            batch = next(batches, None)
-        if batch is None:
-            break
+    batches = iter(batches)
+    while (batch := _within_bounds(batches)) is not None:
         for start in range(0, len(batch), BATCH_ROWS):
             for part in _of_bounded_size(file, batch.slice(start, BATCH_ROWS), read + start):
                 for row in map(_without_padding, _python_rows(file, part)):

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from data_prep.formats import opening
 from data_prep.formats.opening import File, Row, open_text, too_long
@@ -43,7 +43,7 @@ def json_rows(file: File) -> Iterator[Row]:
         if goes_on and len(first) <= opening.LONGEST_LINE:
             rows = _objects(_Text(file, first, opened, skipped + 1))
         else:
-            rows = _lines(file, itertools.chain([first], lines), skipped + 1)
+            rows = json_lines(file, itertools.chain([first], lines), skipped + 1)
         alone = list(itertools.islice(rows, 2))
         yield from _unwrapped(file, alone[0]) if len(alone) == 1 and isinstance(alone[0], dict) else alone
         yield from rows
@@ -168,8 +168,8 @@ def _objects(text: _Text) -> Iterator[Row]:
         text.begin, text.row = text.at, text.row + 1
 
 
-def _lines(file: File, lines: Iterator[bytes], start: int) -> Iterator[Row]:
-    """Yield the objects of lines, of which the first has the number `start`."""
+def json_lines(file: File, lines: Iterable[bytes], start: int) -> Iterator[Row]:
+    """Yield the objects of lines, of which the first has the number `start`. Raises ValueError."""
     for number, line in enumerate(lines, start):
         if not line.strip():
             continue
