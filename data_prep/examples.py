@@ -47,7 +47,7 @@ class SFT:
         """Split a row into what is to be encoded. Raises Refused."""
         if isinstance(item, Document):
             return [document_parts(self.chat, item.text)]
-        return [self.chat.parts(item.messages, item.tools)]
+        return [self.chat.parts(item.messages, item.tools, item.options)]
 
     def with_system(self, item: Document | Chat) -> Document | Chat:
         """The row with the system prompt of the settings, where it has none of its own."""
@@ -113,15 +113,17 @@ class SFT:
         held: list[dict] = []
         pieces: list[list[dict]] = []
         for exchange in exchanges:
-            if held and self._length(system + held + exchange, item.tools) > self.settings.max_length:
+            if held and self._length(item._replace(messages=system + held + exchange)) > self.settings.max_length:
                 pieces.append(held)
                 held = []
             held = held + exchange
         pieces.append(held)
         examples = []
         for piece in pieces:
-            part = Chat(system + piece, item.tools)
-            encoded = encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
+            if not any(message["role"] == "assistant" and message.get("train", True) for message in piece):
+                continue
+            part = Chat(system + piece, item.tools, item.options)
+            encoded = encode_parts(self.chat, [self.chat.parts(part.messages, part.tools, part.options)])
             row = joined(encoded[0])
             texts = prove(self.chat, encoded)[0]
             if len(row.input_ids) > self.settings.max_length:
@@ -132,9 +134,9 @@ class SFT:
         changes["split at turns"] += 1
         yield from examples
 
-    def _length(self, messages: list[dict], tools) -> int:
+    def _length(self, item: Chat) -> int:
         """How many tokens a conversation takes."""
-        return sum(len(part.ids) for part in encode_parts(self.chat, [self.chat.parts(messages, tools)])[0])
+        return sum(len(part.ids) for part in encode_parts(self.chat, self.parts(item))[0])
 
 
 class DPO:
@@ -156,7 +158,8 @@ class DPO:
     def parts(self, item: Pair) -> list[list]:
         """Split a pair into the prompt with the chosen answer, and the rejected answer with its end. Raises Refused."""
         chosen, rejected = (
-            self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
+            self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools, item.options)
+            for answer in (item.chosen, item.rejected)
         )
         last = last_answer(chosen)
         if chosen[:last] != rejected[:last] or chosen[last].before != rejected[last].before:

@@ -13,7 +13,7 @@ from data_prep.convert import APART
 from data_prep.prepare import prepare
 from data_prep.proof import prove
 from posttrain.data.chat import ChatFormat, encode_parts, render, render_prompt
-from posttrain.data.parts import IGNORE, Refused, trained_spans
+from posttrain.data.parts import IGNORE, Refused, joined, trained_spans
 from posttrain.data.tokenization import fingerprint, load_tokenizer
 
 LLAMA = (
@@ -189,6 +189,37 @@ def test_tool_calls_are_trained_and_their_results_are_not():
         render(chat, messages)
 
 
+def test_an_answer_that_is_context_is_written_and_not_trained():
+    """Nor is its end token; the ids are those of the conversation as it is."""
+    turns = [{"role": role, "content": text} for text in ("hello", "the fox") for role in ("user", "assistant")]
+    masked = [turns[0], turns[1] | {"train": False}, *turns[2:]]
+    for name in ("chatml", "llama", "mistral"):
+        chat = FORMATS[name, False]
+        rendered = render(chat, masked)
+        assert rendered.input_ids == render(chat, turns).input_ids
+        assert len(trained_spans(rendered.labels)) == 1
+        assert trained_spans(rendered.labels) == trained_spans(render(chat, turns).labels)[1:]
+
+
+def test_arguments_for_the_template_reach_it_or_refuse_the_row():
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = LLAMA.replace("{{ bos_token }}", "{{ bos_token + ('hello' if greet else 'world') }}")
+    chat = ChatFormat(tokenizer, "tokenizer")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the fox"}]
+    for greet in (True, False):
+        ids = joined(encode_parts(chat, [chat.parts(turns, None, {"greet": greet})])[0]).input_ids
+        assert ids == tokenizer.apply_chat_template(turns, greet=greet, return_dict=False)
+    for options, cause in (
+        ({"greet": True, "mood": "glad"}, "chat_template_kwargs mood is not read by the template, so it would be lost"),
+        ({"tokenize": True}, "chat_template_kwargs tokenize is an argument of transformers' own"),
+        ({"greet": "<|eot_id|>"}, "spells a special token"),
+    ):
+        with pytest.raises(Refused, match=cause):
+            chat.parts(turns, None, options)
+    with pytest.raises(Refused, match="greet is not read by ChatML"):
+        FORMATS["chatml", False].parts(turns, None, {"greet": True})
+
+
 def test_a_span_that_does_not_read_as_its_text_is_found():
     chat = FORMATS["chatml", False]
     (encoded,) = encode_parts(chat, [chat.parts([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fox"}])])
@@ -204,7 +235,7 @@ def test_an_answer_that_would_join_its_header_is_kept_apart_and_counted(tmp_path
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "\nfox"}]
     assert render(ChatFormat(tokenizer), messages).input_ids != tokenizer.apply_chat_template(messages, return_dict=False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = [{"messages": messages}, {"prompt": "q", "messages": [messages[0], {"role": "assistant", "content": "fox"}]}]
+    rows = [{"messages": messages}, {"messages": [messages[0], {"role": "assistant", "content": "fox"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare("sft", ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", f"{tmp_path}/tokenizer", "--output_dir", f"{tmp_path}/out"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changes"] == {APART: 1}

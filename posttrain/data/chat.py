@@ -18,7 +18,7 @@ from posttrain.data.chatml import ChatML
 from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
 from posttrain.data.manifest import TEMPLATES
 from posttrain.data.own_template import OwnTemplate
-from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, last_answer
+from posttrain.data.parts import Encoded, Part, Refused, Rendered, Text, joined, last_answer
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -39,14 +39,16 @@ class ChatFormat:
         # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
         self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
 
-    def parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """Split a conversation into parts, as the template writes it.
+    def parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
+        """Split a conversation into parts, as the template writes it with `options`, its arguments. An answer with train: False is context.
 
         Raises Refused for one that it cannot write, ValueError for a message that is not {role, content: str}.
         """
         for position, message in enumerate(messages):
             _check(message, position)
-        return self.syntax.parts(messages, tools)
+        if any(message.get("reasoning_content") for message in messages):
+            raise Refused("a message has reasoning_content, which the chat format cannot write")
+        return self.syntax.parts(messages, tools, options)
 
     def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
         """Split a conversation as parts does, up to the point where the assistant's next answer starts."""

@@ -24,13 +24,15 @@ class ChatML:
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
         )
 
-    def parts(self, messages: list[dict], tools: list | None) -> list[Part]:
-        """Split a conversation into parts. Raises Refused for one with tools, which ChatML cannot write."""
+    def parts(self, messages: list[dict], tools: list | None, options: dict | None) -> list[Part]:
+        """Split a conversation into parts. Raises Refused for one with tools or arguments for a template, which ChatML cannot write."""
+        if options:
+            raise Refused(f"chat_template_kwargs {min(options)} is not read by ChatML, so it would be lost")
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
         parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]
         for message in messages:
-            trained = message["role"] == "assistant"
+            trained = message["role"] == "assistant" and message.get("train", True)
             parts.append(Text(message["role"] + "\n", message["content"], trained))
             parts += self.after_answer if trained else self.after_other
         parts[-1] = Encoded(parts[-1].ids[:-1], False)  # no turn follows
