@@ -14,6 +14,7 @@ from posttrain.common.places import shipped
 from posttrain.data.manifest import TEMPLATES
 
 TOO_LONG = ("drop", "cut", "split_turns")
+THINKING = ("keep", "drop", "template")
 DUPLICATES = ("drop", "near", "keep")
 MANY_DROPPED = 0.1
 RECIPES = {
@@ -44,6 +45,13 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         f"{RECIPES[kind][0]}, if it is there",
     )
     parser.add_argument("--template", choices=TEMPLATES, default="chatml", help="chat format: ChatML, or the tokenizer's own template")
+    parser.add_argument(
+        "--thinking",
+        choices=THINKING,
+        default="keep",
+        help="what is done with the thinking before an answer: train it, drop it, or leave it to the template, of which only those answers "
+        "are then trained that it writes as when it is used",
+    )
     parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens (pairs: prompt and longer answer)")
     parser.add_argument("--too_long", choices=TOO_LONG, default="drop", help="what happens to longer ones; split_turns: SFT only")
     parser.add_argument("--max_samples", type=_count, help="use the first N rows of each source only")

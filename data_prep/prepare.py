@@ -32,7 +32,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     sources, output = look(kind, options), Path(options.output_dir)
     tokenizer = tokenization.load_tokenizer(options.tokenizer, options.template)
     chat = ChatFormat(tokenizer, options.template)
-    settings = Settings(options.max_length, options.too_long, options.system_prompt)
+    settings = Settings(options.max_length, options.too_long, options.system_prompt, options.thinking)
     identity = {"tokenizer": tokenization.fingerprint(tokenizer), "template": chat.hash, "template_name": chat.template}
     benchmarks = overlap.load_benchmarks(options.decontaminate)
     every = [*sources.training, *sources.held_out]

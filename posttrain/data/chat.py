@@ -18,7 +18,8 @@ from posttrain.data.chatml import ChatML
 from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
 from posttrain.data.manifest import TEMPLATES
 from posttrain.data.own_template import OwnTemplate
-from posttrain.data.parts import Encoded, Part, Refused, Rendered, Text, joined, last_answer
+from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, trained_range
+from posttrain.data.thinking import CLOSE, OPEN, only_trained
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -35,6 +36,9 @@ class ChatFormat:
         self.syntax = ChatML(tokenizer, self.prefix) if template == "chatml" else OwnTemplate(tokenizer)
         self.jinja, self.end_id = self.syntax.jinja, self.syntax.end_id
         self.special_ids = {*special_tokens(tokenizer).values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        unknown = tokenizer.unk_token_id  # a token that stands for others, too, is in ids for their sake
+        self.unknown_id = None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, self.end_id) else unknown
+        self.thinking_ids = {index for text, index in special_tokens(tokenizer).items() if text in (OPEN, CLOSE)}
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
         # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
         self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
@@ -46,15 +50,25 @@ class ChatFormat:
         """
         for position, message in enumerate(messages):
             _check(message, position)
-        if any(message.get("reasoning_content") for message in messages):
-            raise Refused("a message has reasoning_content, which the chat format cannot write")
         return self.syntax.parts(messages, tools, options)
 
-    def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """Split a conversation as parts does, up to the point where the assistant's next answer starts."""
-        parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
-        last = last_answer(parts)
-        return [*parts[:last], Text(parts[last].before, "", False)]
+    def prompt_parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
+        """Split a conversation as parts does, up to the point where the assistant's next answer starts.
+
+        That is an answer without thinking, unless `options` ask the template for another header.
+        """
+        context = only_trained(messages, set())
+        if options and self.template != "chatml":
+            for position, message in enumerate(messages):
+                _check(message, position)
+            return self.syntax.prompt_parts(context, tools, options)
+        parts = self.parts([*context, {"role": "assistant", "content": "x"}], tools, options)
+        first, _ = trained_range(parts)
+        return [*parts[:first], Text(parts[first].before, "", False)]
+
+    def groups(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[list[dict]]:
+        """Divide a conversation into several where the template leaves thinking out of earlier turns: each answer is trained once."""
+        return self.syntax.groups(messages, tools, options)
 
 
 def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:
@@ -71,7 +85,7 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
                 continue
             together = next(ids)
             sound = chat.special_ids.isdisjoint(together)
-            if not part.trained:
+            if not part.trained and not part.answer:
                 encoded.append(Encoded(together, False, sound=sound))
                 continue
             # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
@@ -79,19 +93,20 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
             header = chat.header_ids(part.before)
             straddles = together[: len(header)] != header
             body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
-            encoded += [Encoded(header, False), Encoded(body, True, part.body, header, sound, straddles)]
+            answer = Encoded(body, True, part.body, header, sound, straddles) if part.trained else Encoded(body, False, sound=sound)
+            encoded += [Encoded(header, False), answer]
         result.append(encoded)
     return result
 
 
-def render(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> Rendered:
+def render(chat: ChatFormat, messages: list[dict], tools: list | None = None, options: dict | None = None) -> Rendered:
     """The ids and labels of a conversation. Raises as ChatFormat.parts does."""
-    return joined(encode_parts(chat, [chat.parts(messages, tools)])[0])
+    return joined(encode_parts(chat, [chat.parts(messages, tools, options)])[0])
 
 
-def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> list[int]:
+def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[int]:
     """The ids of a conversation up to the point where the assistant's next answer starts. Raises as ChatFormat.parts does."""
-    return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools)])[0] for token in part.ids]
+    return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools, options)])[0] for token in part.ids]
 
 
 def document_parts(chat: ChatFormat, text: str) -> list[Part]:
