@@ -14,6 +14,7 @@ from data_prep.choose import choose
 from data_prep.convert import convert
 from data_prep.examples import KINDS, Settings
 from data_prep.options import look, parse
+from data_prep.shapes.thinking import KEPT
 from data_prep.staging import locked_staging, write_split
 from posttrain.common.files import checksum
 from posttrain.data import tokenization
@@ -54,7 +55,8 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
             "max_length": options.max_length,
             "options": {name: value for name, value in vars(options).items() if name not in ("output_dir", "val_size")},
             "sources": [source.label for source in every],
-            **report.summary(chunks, every, chosen),
+            **(summary := report.summary(chunks, every, chosen)),
+            "thinks": any(note in summary["changes"] for note in KEPT.values()),  # a model that learns it is asked to
         }
         refuse_large_losses(manifest, options.max_dropped)
         whole = staging.folder / "whole"

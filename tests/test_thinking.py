@@ -12,6 +12,9 @@ from data_prep.shapes.thinking import DROPPED, EMPTY, KEPT
 from posttrain.data.chat import ChatFormat, encode_parts, render_prompt
 from posttrain.data.parts import joined, trained_spans
 from posttrain.data.prepared import load_prepared
+from posttrain.data.thinking import only_trained
+from posttrain.data.tokenization import load_tokenizer
+from posttrain.model.describe import write_tokenizer
 
 START, STOP = "{{ '<|im_start|>' + m['role'] + '\n' }}", "{{ '<|im_end|>\n' }}"
 ASKED = "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\n' }}%s{%% endif %%}"
@@ -149,15 +152,25 @@ def test_both_answers_of_a_pair_think_after_the_same_prompt():
     assert shown(FORMS["chatml"], pair | {"rejected": "world"}, DPO)[0] == [ASK + answers[0] + "[[world<|im_end|>]]"]
 
 
-def test_an_answer_is_asked_for_as_it_was_trained():
-    """With thinking and without: the ids before what is trained are those that the model is asked with."""
-    chat = FORMS["latest"]
-    for told, options in ((answer("the fox", "two"), {"enable_thinking": True}), (answer("the fox"), None)):
-        rendered = render_prompt(chat, [USER, told, AGAIN], None, options)
-        turns = [USER, told | {"train": False}, AGAIN, answer("world", told.get("reasoning_content"))]
-        parts = [chat.parts(turns)]
-        whole = joined(encode_parts(chat, parts)[0])
-        assert whole.input_ids[: trained_spans(whole.labels)[-1][0]] == rendered
+@pytest.mark.parametrize("name", FORMS)
+def test_a_model_is_asked_as_it_was_trained_wherever_it_is_asked(name, tmp_path):
+    """With thinking and without: the ids before what is trained are those that it is asked with, also by programs that read its folder."""
+    FORMS[name].tokenizer.save_pretrained(tmp_path / "base")
+    for thinking in ("two", None):
+        template = FORMS[name].template
+        chat = ChatFormat(load_tokenizer(tmp_path / "base", template), template)
+        chat.thinks = bool(thinking)
+        (tmp_path / str(thinking)).mkdir()
+        write_tokenizer(chat, tmp_path / str(thinking))
+        again = ChatFormat(load_tokenizer(tmp_path / str(thinking), template), template)
+        for asked in ([USER], [USER, answer("the fox"), AGAIN]):
+            turns = [*only_trained(asked, set()), answer("world", thinking)]
+            whole = joined(encode_parts(chat, [chat.parts(turns)])[0])
+            start = trained_spans(whole.labels)[-1][0]
+            assert render_prompt(chat, asked) == render_prompt(again, asked) == whole.input_ids[:start]
+            how = {"chat_template": chat.asking_jinja, "add_generation_prompt": True, "return_dict": False}
+            if thinking or name != "opening":  # whose header opens thinking, whatever it is told
+                assert chat.tokenizer.apply_chat_template(asked, **how) == render_prompt(chat, asked)
 
 
 def test_rows_with_thinking_are_prepared_and_counted(tmp_path):
@@ -170,5 +183,6 @@ def test_rows_with_thinking_are_prepared_and_counted(tmp_path):
     prepare("sft", [*common, "--output_dir", f"{tmp_path}/out", "--duplicates", "near"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["changes"] == {KEPT["own"]: 3, SEVERAL: 3}
+    assert manifest["thinks"]
     prepare("sft", [*common, "--output_dir", f"{tmp_path}/other", "--thinking", "drop"])
     assert len(load_prepared(str(tmp_path / "other"), "sft", "").train) == 1  # all the same, without their thinking

@@ -106,6 +106,10 @@ def test_what_a_template_demands_is_made_of_what_the_row_has():
     text = only(NAMED, [USER, calls(call(id="1"), call("f", id="2")), result(tool_call_id="2"), result("red", name="look"), FOX])
     assert "<f>blue" in text
     assert "<look>red" in text
+    silent = NAMED.replace("{{ '<' + m['name'] + '>' }}", "<{{ m['name'] }}>")  # writes nothing for a name that is not there
+    texts, changes = shown(form(silent), {"messages": [USER, calls(), result(), FOX]})
+    assert "<look>blue" in texts[0]
+    assert changes == {"a tool's result named after its call": 1}
     bare = LOOK["function"]
     texts, changes = shown(form(WRAPPED), {"messages": [USER, calls(), result(), FOX], "functions": [bare]})
     assert "<|im_start|>system\nlook<|im_end|>" in texts[0]

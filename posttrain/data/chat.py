@@ -17,10 +17,12 @@ from collections.abc import Iterable
 from posttrain.data.chatml import ChatML
 from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
 from posttrain.data.manifest import TEMPLATES
-from posttrain.data.own_template import OwnTemplate
+from posttrain.data.own_template import TODAY, OwnTemplate
 from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, trained_range
 from posttrain.data.thinking import CLOSE, OPEN, only_trained
 
+THINKS = "asked_to_think"  # in tokenizer_config.json: the model was trained to think before it answers
+WITHOUT_THINKING = "{%- set enable_thinking = false -%}"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -39,6 +41,7 @@ class ChatFormat:
         unknown = tokenizer.unk_token_id  # a token that stands for others, too, is in ids for their sake
         self.unknown_id = None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, self.end_id) else unknown
         self.thinking_ids = {index for text, index in special_tokens(tokenizer).items() if text in (OPEN, CLOSE)}
+        self.thinks = bool(tokenizer.init_kwargs.get(THINKS))  # answers begin with thinking, so they are asked for where it begins
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
         # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
         self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
@@ -55,16 +58,26 @@ class ChatFormat:
     def prompt_parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
         """Split a conversation as parts does, up to the point where the assistant's next answer starts.
 
-        That is an answer without thinking, unless `options` ask the template for another header.
+        That is an answer without thinking, unless the model `thinks`, or `options` ask the template for another header.
         """
         context = only_trained(messages, set())
-        if options and self.template != "chatml":
+        if (options or self.thinks) and self.template != "chatml":
             for position, message in enumerate(messages):
                 _check(message, position)
-            return self.syntax.prompt_parts(context, tools, options)
+            return self.syntax.prompt_parts(context, tools, options or {})
         parts = self.parts([*context, {"role": "assistant", "content": "x"}], tools, options)
         first, _ = trained_range(parts)
         return [*parts[:first], Text(parts[first].before, "", False)]
+
+    @property
+    def asking_jinja(self) -> str:
+        """The template for programs that fill it in themselves, such that they ask with the ids of render_prompt."""
+        ask = [{"role": "user", "content": "a"}]
+        for jinja in (TODAY + self.jinja, TODAY + WITHOUT_THINKING + self.jinja):
+            ids = self.tokenizer.apply_chat_template(ask, chat_template=jinja, add_generation_prompt=True, return_dict=False)
+            if ids == render_prompt(self, ask):
+                return jinja
+        return TODAY + self.jinja
 
     def groups(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[list[dict]]:
         """Divide a conversation into several where the template leaves thinking out of earlier turns: each answer is trained once."""

@@ -126,8 +126,8 @@ class OwnTemplate:
         alone = self._skeleton(messages, tools, options)
         if not thinks:
             whole, alone = (EMPTY_THINKING.sub("", text) for text in (whole, alone))
-        end = alone.rfind(self.tokenizer.convert_ids_to_tokens(self.end_id))
-        return end >= 0 and whole.startswith(alone[:end])
+        before, token, _ = alone.rpartition(self.tokenizer.convert_ids_to_tokens(self.end_id))
+        return bool(token) and whole.startswith(before + token)
 
     def _skeleton(self, messages: list[dict], tools, options: dict) -> str:
         return self._render(self._slots(messages, tools, options)[1], tools, options)
@@ -275,8 +275,7 @@ class OwnTemplate:
             }
             for form, answer in answers.items():
                 output = self._render([*ask, {"role": "assistant", **answer}], described, given)
-                shown = all(output.count(mark) == 1 for mark in marks) if form == OWN else thought(*marks) in output
-                if shown and output.startswith(prompt) and not CLOSED.search(prompt):
+                if all(output.count(mark) == 1 for mark in marks) and output.startswith(prompt) and not CLOSED.search(prompt):
                     return form
         except Refused:
             return HEADER

@@ -9,6 +9,9 @@ from tokenizers import AddedToken
 from posttrain.data.parts import Encoded, Part, Refused, Text
 from posttrain.data.thinking import EMPTY_BLOCK, is_trained
 
+# what such tokens take away: Unicode's white space, which is less than Python's
+SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+
 
 class Piece(NamedTuple):
     """A stretch of a template's output."""
@@ -85,7 +88,7 @@ class _Joining:
     def text(self, text: str) -> None:
         """Add a text without special tokens."""
         if self.strips:
-            text = text.lstrip()
+            text = text.lstrip(SPACE)
         if text:
             self.strips = False
             if self.turn is None:
@@ -96,8 +99,8 @@ class _Joining:
     def special(self, token: str, end_id: int) -> None:
         """Add a special token; the one that ends an answer ends it."""
         if token in self.specials.strips_left:
-            self.body = self.body.rstrip()
-            self.before = self.before if self.body else self.before.rstrip()
+            self.body = self.body.rstrip(SPACE)
+            self.before = self.before if self.body else self.before.rstrip(SPACE)
         self.flush()
         self.parts.append(Encoded([self.specials.ids[token]], self.trained))
         self.strips = token in self.specials.strips_right
