@@ -4,7 +4,7 @@ import json
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -269,6 +269,7 @@ def test_the_templates_of_real_tokenizers(shared_data, tmp_path, folder):
 
 
 @settings(max_examples=60, deadline=None)
+@example([("hello ", " the fox \n")])
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
 def test_markers_that_take_white_space_away_give_the_ids_of_apply_chat_template(exchanges):
     """As Phi-3's: what stands beside them in the template, or in a message, is in no id."""

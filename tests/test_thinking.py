@@ -77,6 +77,8 @@ def test_a_template_that_knows_thinking_gives_its_own_ids():
     (text,), _ = shown(chat, {"messages": turns})
     assert text.replace("[[", "").replace("]]", "") == chat.tokenizer.apply_chat_template(turns, tokenize=False)
     assert text.count("[[<think>") == 2  # a chain of tools keeps its thinking, so it is one example
+    (text,), _ = shown(chat, {"messages": [USER, answer("", tool_calls=[call])]})
+    assert text.startswith(ASK + BLOCK + "[[<call>")  # the template's block is not a part of the call
 
 
 def test_an_answer_is_trained_once_after_what_the_template_leaves_of_the_turns_before():
@@ -177,12 +179,14 @@ def test_rows_with_thinking_are_prepared_and_counted(tmp_path):
     tokenizer = byte_level(False)
     tokenizer.chat_template = LATEST
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = [{"messages": [USER, answer("the fox", f"{i}"), AGAIN, answer("world", f"two {i}")]} for i in range(3)]
+    story = " ".join(f"the fox {i}" for i in range(40))
+    rows = [{"messages": [USER, answer(story, f"{i}"), AGAIN, answer("hello world", f"two {i}")]} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--source", f"{tmp_path}/rows.jsonl", "--tokenizer", f"{tmp_path}/tokenizer", "--template", "tokenizer", "--val_size", "0"]
     prepare("sft", [*common, "--output_dir", f"{tmp_path}/out", "--duplicates", "near"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["changes"] == {KEPT["own"]: 3, SEVERAL: 3}
     assert manifest["thinks"]
+    assert len(load_prepared(str(tmp_path / "out"), "sft", "").train) == 4  # the second answers differ, and are no copies of the first ones
     prepare("sft", [*common, "--output_dir", f"{tmp_path}/other", "--thinking", "drop"])
     assert len(load_prepared(str(tmp_path / "other"), "sft", "").train) == 1  # all the same, without their thinking

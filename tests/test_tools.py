@@ -6,6 +6,7 @@ import pytest
 from shown import shown
 from test_templates import LLAMA, byte_level
 
+from data_prep.shapes.calls import KEPT_NULLS, NULL_ARGUMENTS, NULLS
 from posttrain.data.chat import ChatFormat
 
 START, STOP = "{{ '<|im_start|>' + m['role'] + '\n' }}", "{{ '<|im_end|>\n' }}"
@@ -89,6 +90,8 @@ def test_a_result_that_the_template_writes_as_json_is_context():
     chat = form(template)
     ids = [token for part in chat.parts([USER, calls(), result("<|im_end|>"), FOX]) for token in getattr(part, "ids", [])]
     assert ids.count(chat.end_id) == 4
+    sneaky = template.replace("| tojson if", "| replace('blue', '<|im_end|>') if")
+    assert "writes special tokens into a message" in shown(form(sneaky), {"messages": [USER, calls(), result(), FOX]})[0]
     shout = template.replace("| tojson if", "| upper if")  # any other way to write it, as long as it is told from the rest
     assert "BLUE" in only(shout, [USER, calls(), result(), FOX])
 
@@ -131,6 +134,10 @@ def test_ids_that_a_template_demands_are_kept_or_made_anew_and_counted():
         assert texts[0].count(made) == 2  # the call's and its result's
         assert texts == shown(chat, {"messages": row})[0]
         assert any("call ids made anew" in note for note in changes)
+    texts, _ = shown(chat, {"messages": [USER, calls(call(), call("f")), result("1"), result("2"), FOX]})
+    ids = [written.split("<|im_end|>")[0][:9] for written in texts[0].split("<|im_start|>tool\n")[1:]]
+    assert len({*ids}) == 2  # each result has the id of its own call, in their order
+    assert texts[0].index(ids[0]) < texts[0].index(ids[1])
 
 
 @pytest.mark.parametrize(
@@ -181,10 +188,10 @@ def test_nulls_that_a_table_filled_in_are_taken_out_and_counted():
     messages = [USER, calls(call(arguments={"where": "up", "x": None})), result(), FOX]
     texts, changes = shown(form(TOOLS), {"messages": messages, "tools": tools})
     assert "null" not in texts[0]
-    assert len(changes) == 2
+    assert changes == {NULLS: 1, NULL_ARGUMENTS: 1}
     texts, changes = shown(form(TOOLS), {"messages": [USER, calls(call(arguments={"where": None})), result(), FOX], "tools": [LOOK]})
     assert '{"where": null}' in texts[0]  # the function has such an argument
-    assert len(changes) == 1
+    assert changes == {KEPT_NULLS: 1}
 
 
 def test_data_sets_of_calls_are_read():
