@@ -154,6 +154,24 @@ def test_both_answers_of_a_pair_think_after_the_same_prompt():
     assert shown(FORMS["chatml"], pair | {"rejected": "world"}, DPO)[0] == [ASK + answers[0] + "[[world<|im_end|>]]"]
 
 
+def test_an_answer_of_several_channels_is_trained_with_the_markers_between_them():
+    """As gpt-oss writes it: special tokens stand inside the answer, and an earlier answer has another end."""
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant' }}{% if m['thinking'] and loop.last %}"
+        "{{ '<|eot_id|>' + m['thinking'] + '<|im_end|><|im_start|>assistant' }}{% endif %}{{ '<|start_header_id|>' + m['content'] }}"
+        "{{ '</s>' if loop.last else '<|im_end|>' }}{% else %}{{ '<|im_start|>user' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    chat = ChatFormat(tokenizer, "tokenizer")
+    ask = "<|im_start|>userhello<|im_end|><|im_start|>assistant"
+    told = "[[<|eot_id|>%s<|im_end|><|im_start|>assistant<|start_header_id|>%s</s>]]"
+    texts, _ = shown(chat, {"messages": [USER, answer("the fox", "two"), USER, answer("world", "four")]})
+    assert texts == [ask + told % ("two", "the fox"), ask + "<|start_header_id|>the fox<|im_end|>" + ask + told % ("four", "world")]
+    pair = {"prompt": "hello", "chosen": "<think>two</think>the fox", "rejected": "<think>four</think>world"}
+    assert shown(chat, pair, DPO)[0] == [ask + told % ("two", "the fox") + told % ("four", "world")]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_a_model_is_asked_as_it_was_trained_wherever_it_is_asked(name, tmp_path):
     """With thinking and without: the ids before what is trained are those that it is asked with, also by programs that read its folder."""
