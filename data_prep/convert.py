@@ -13,15 +13,18 @@ from typing import NamedTuple
 from data_prep import overlap, report
 from data_prep.blocks import Block, Item, blocks
 from data_prep.examples import DPO, SFT, UNPROVEN, Example
-from data_prep.proof import prove
+from data_prep.proof import lacks_characters, prove
+from data_prep.shapes.function_calls import fitted
+from data_prep.shapes.thinking import with_thinking
 from data_prep.sources import Source
-from data_prep.staging import HIDDEN, Staging, table_of
+from data_prep.staging import HIDDEN, SPELLED, Staging, table_of
 from data_prep.workers import work_on
 from posttrain.common.visible import UNSEEN
 from posttrain.data.chat import ChatFormat, encode_parts
 from posttrain.data.faster import Faster
 from posttrain.data.parts import Encoded, Refused, Text
 
+LACKING = "the vocabulary lacks characters of it"
 APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 
 
@@ -106,9 +109,9 @@ def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Item]]) -> Unen
         if not isinstance(item, Refused):
             try:
                 asked, item = item, kind.with_system(item)
-                parts = kind.parts(item)
                 if item is not asked:
                     chunk.given.add(number)
+                item, parts = fitted(kind.chat, with_thinking(kind.chat, item, kind.settings.thinking), kind.parts)
             except Refused as cause:
                 item = Refused(str(cause))  # without the traceback, which holds this frame and with it the whole chunk
         chunk.numbers.append(number)
@@ -132,17 +135,24 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes:
         if isinstance(item, Refused):
             yield number, item
             continue
+        if lacks_characters(kind.chat, encoded[mine], trained=True):
+            yield number, Refused(LACKING)
+            continue
         if None in texts[mine]:
             yield number, Refused(UNPROVEN)
             continue
         try:
             examples = list(kind.examples(item, encoded[mine], texts[mine], changes))
             changes.update(item.notes)
+            if lacks_characters(kind.chat, encoded[mine], trained=False):
+                changes[f"{LACKING}: in what is read, not trained"] += 1
             if any(part.apart for parts in encoded[mine] for part in parts):
                 changes[APART] += 1
             yield from ((number, example) for example in examples)
             if any(_hides(part.before + part.body) for several in parts for part in several if isinstance(part, Text)):
                 changes[HIDDEN] += 1
+            if any(kind.chat.spells_special(part.before + part.body) for several in parts for part in several if isinstance(part, Text)):
+                changes[SPELLED] += 1
             if number in chunk.given:
                 changes["given --system_prompt"] += 1
         except Refused as cause:

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 from data_prep.proof import answer_texts, is_prefix, proof, prove, span_texts
 from data_prep.shapes.messages import Chat, Document, Pair
+from data_prep.shapes.thinking import answered
 from posttrain.data.chat import ChatFormat, document_parts, encode_parts
-from posttrain.data.parts import IGNORE, Encoded, Refused, Rendered, joined, last_answer
+from posttrain.data.parts import IGNORE, Encoded, Refused, Rendered, Text, joined, trained_range
+from posttrain.data.thinking import only_trained
 
+SEVERAL = "trained as several examples: the template writes an answer otherwise once another follows it"
 UNPROVEN = "its trained tokens do not read as its text"
 
 
@@ -21,6 +24,7 @@ class Settings(NamedTuple):
     max_length: int
     too_long: str = "drop"
     system_prompt: str | None = None
+    thinking: str = "keep"
 
 
 class Example(NamedTuple):
@@ -44,10 +48,15 @@ class SFT:
         self.chat, self.settings = chat, settings
 
     def parts(self, item: Document | Chat) -> list[list]:
-        """Split a row into what is to be encoded. Raises Refused."""
+        """Split a row into what is to be encoded, a list for each of its examples. Raises Refused."""
         if isinstance(item, Document):
             return [document_parts(self.chat, item.text)]
-        return [self.chat.parts(item.messages, item.tools)]
+        return [self.chat.parts(messages, item.tools, item.options) for messages in self._groups(item)]
+
+    def _groups(self, item: Chat) -> list[list[dict]]:
+        """The conversations that a row is trained as: several where the template writes earlier turns otherwise."""
+        groups = self.chat.groups(item.messages, item.tools, item.options)
+        return groups[-1:] if self.settings.thinking == "template" else groups
 
     def with_system(self, item: Document | Chat) -> Document | Chat:
         """The row with the system prompt of the settings, where it has none of its own."""
@@ -65,19 +74,36 @@ class SFT:
 
         `encoded` and `texts`: the row's parts as ids, and what the trained ones read as.
         """
-        row = joined(encoded[0])
-        if len(row.input_ids) <= self.settings.max_length:
-            yield self._example(item, row, texts[0])
-        elif self.settings.too_long == "cut":
-            yield self._cut(item, row, texts[0], changes)
-        elif self.settings.too_long == "split_turns":
+        rows = [joined(parts) for parts in encoded]
+        if any(len(row.input_ids) > self.settings.max_length for row in rows) and self.settings.too_long != "cut":
+            if self.settings.too_long == "drop":
+                raise Refused(f"longer than --max_length {self.settings.max_length}")
             if isinstance(item, Document):
                 raise Refused(f"a document longer than --max_length {self.settings.max_length}")
             yield from self._split(item, changes)
-        else:
-            raise Refused(f"longer than --max_length {self.settings.max_length}")
+            return
+        if len(rows) > 1:
+            changes[SEVERAL] += 1
+        refused = None
+        for row, read, shown in zip(rows, texts, self._shown(item, len(rows)), strict=True):
+            if len(row.input_ids) <= self.settings.max_length:
+                yield self._example(item, row, read, shown)
+                continue
+            try:
+                yield self._cut(item, row, read, shown, changes)
+            except Refused as cause:
+                refused = str(cause)
+        if refused and len(rows) == 1:
+            raise Refused(refused)
 
-    def _example(self, item, row: Rendered, texts: list[str]) -> Example:
+    def _shown(self, item: Document | Chat, count: int) -> list[list[dict]]:
+        """The messages that each of a row's examples adds to those before it, by which it is compared."""
+        if isinstance(item, Document):
+            return [[]]
+        ends = [len(messages) for messages in self._groups(item)] if count > 1 else [len(item.messages)]
+        return [item.messages[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _example(self, item, row: Rendered, texts: list[str], shown: list[dict]) -> Example:
         """The example of a row that is not too long. Raises Refused where nothing is trained."""
         length = len(row.input_ids)
         trained = length - 1 - row.labels[1:].count(IGNORE)  # nothing predicts a row's first token
@@ -87,10 +113,10 @@ class SFT:
             prompt = text = item.text
         else:
             prompt = _asked(item.messages)
-            text = "\n".join([m["content"] for m in item.messages])
+            text = "\n".join(text for m in shown for text in (m.get("reasoning_content"), m["content"]) if text)
         return Example(row._asdict(), length, trained, prompt, text, proof(texts))
 
-    def _cut(self, item, row: Rendered, texts: list[str], changes: Counter[str]) -> Example:
+    def _cut(self, item, row: Rendered, texts: list[str], shown: list[dict], changes: Counter[str]) -> Example:
         """The example of the first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
         row = Rendered(*(column[: self.settings.max_length] for column in row))
         if row.labels.count(IGNORE) == len(row.labels):
@@ -98,7 +124,7 @@ class SFT:
         read = span_texts(self.chat, *row)
         if not all(is_prefix(cut, whole) for cut, whole in zip(read, texts, strict=False)):
             raise Refused("its tokens, once cut, do not read as the start of its text")
-        example = self._example(item, row, read)
+        example = self._example(item, row, read, shown)
         changes["cut to --max_length"] += 1
         return example
 
@@ -113,28 +139,31 @@ class SFT:
         held: list[dict] = []
         pieces: list[list[dict]] = []
         for exchange in exchanges:
-            if held and self._length(system + held + exchange, item.tools) > self.settings.max_length:
+            if held and self._length(item._replace(messages=system + held + exchange)) > self.settings.max_length:
                 pieces.append(held)
                 held = []
             held = held + exchange
         pieces.append(held)
         examples = []
         for piece in pieces:
-            part = Chat(system + piece, item.tools)
-            encoded = encode_parts(self.chat, [self.chat.parts(part.messages, part.tools)])
-            row = joined(encoded[0])
-            texts = prove(self.chat, encoded)[0]
-            if len(row.input_ids) > self.settings.max_length:
-                raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
-            if texts is None:
-                raise Refused(UNPROVEN)
-            examples.append(self._example(part, row, texts))
+            if not any(message["role"] == "assistant" and message.get("train", True) for message in piece):
+                continue
+            part = item._replace(messages=system + piece)
+            encoded = encode_parts(self.chat, self.parts(part))
+            texts = prove(self.chat, encoded)
+            for parts, read, shown in zip(encoded, texts, self._shown(part, len(encoded)), strict=True):
+                row = joined(parts)
+                if len(row.input_ids) > self.settings.max_length:
+                    raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
+                if read is None:
+                    raise Refused(UNPROVEN)
+                examples.append(self._example(part, row, read, shown))
         changes["split at turns"] += 1
         yield from examples
 
-    def _length(self, messages: list[dict], tools) -> int:
-        """How many tokens a conversation takes."""
-        return sum(len(part.ids) for part in encode_parts(self.chat, [self.chat.parts(messages, tools)])[0])
+    def _length(self, item: Chat) -> int:
+        """How many tokens a conversation takes, or the longest of the examples that it is made into."""
+        return max(sum(len(part.ids) for part in parts) for parts in encode_parts(self.chat, self.parts(item)))
 
 
 class DPO:
@@ -155,22 +184,28 @@ class DPO:
 
     def parts(self, item: Pair) -> list[list]:
         """Split a pair into the prompt with the chosen answer, and the rejected answer with its end. Raises Refused."""
+        context = only_trained(item.prompt, set())
         chosen, rejected = (
-            self.chat.parts([*item.prompt, {"role": "assistant", "content": answer}], item.tools) for answer in (item.chosen, item.rejected)
+            self.chat.parts([*context, answered(self.chat, item, answer, self.settings.thinking)], item.tools, item.options)
+            for answer in (item.chosen, item.rejected)
         )
-        last = last_answer(chosen)
-        if chosen[:last] != rejected[:last] or chosen[last].before != rejected[last].before:
+        (start, end), (other_start, other_end) = trained_range(chosen), trained_range(rejected)
+        first, other = chosen[start], rejected[other_start]
+        headers = [part.before if isinstance(part, Text) else "" for part in (first, other)]
+        if chosen[:start] != rejected[:other_start] or headers[0] != headers[1]:
             raise Refused("the template writes another prompt for the rejected answer than for the chosen one")
-        return [chosen[: last + 2], rejected[last : last + 2]]
+        return [chosen[:end], rejected[other_start:other_end]]
 
     def examples(self, item: Pair, encoded: list[list[Encoded]], texts: list[list[str]], changes: Counter[str]) -> Iterator[Example]:
         """Yield the pair as one example; `changes` counts what was done to it. Raises Refused.
 
         `encoded` and `texts`: the pair's parts as ids, and what the trained ones read as.
         """
-        prompt = [token for part in encoded[0][:-2] for token in part.ids]
-        chosen, rejected = ([token for part in parts[-2:] for token in part.ids] for parts in encoded)
-        answers = [texts[0][-1], texts[1][-1]]
+        prompt = [token for part in encoded[0] if not part.trained for token in part.ids]
+        chosen, rejected = ([token for part in parts if part.trained for token in part.ids] for parts in encoded)
+        answers = [texts[0][0], texts[1][0]]
+        if len(texts[0]) > 1 or len(texts[1]) > 1:  # special tokens stand between the texts of an answer
+            answers = answer_texts(self.chat, prompt, [chosen, rejected])
         limit = self.settings.max_length
         if len(prompt) + max(len(chosen), len(rejected)) > limit:
             if self.settings.too_long == "drop":

@@ -17,6 +17,7 @@ from posttrain.common.places import shipped
 from posttrain.data.manifest import TEMPLATES
 
 TOO_LONG = ("drop", "cut", "split_turns")
+THINKING = ("keep", "drop", "template")
 DUPLICATES = ("drop", "near", "keep")
 MANY_DROPPED = 0.1
 RECIPES = {
@@ -28,20 +29,7 @@ RECIPES = {
 def parse(kind: str, argv: list[str]) -> argparse.Namespace:
     """The options of a command line, `kind` being sft or dpo. Raises ValueError where one is missing or they contradict each other."""
     parser = Parser(f"prepare-{kind}", f"Prepare data for {kind.upper()}: rows to token ids, once, offline.")
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        type=place,
-        metavar="NAME[:WEIGHT]",
-        help="a dataset of the hub with a short name (--list tells them), or a file, a folder, a pattern in quotes ('data/*.jsonl') or an "
-        "address (s3://, hf://, https://) of your own; can be given several times, with weights: 0.5 takes half of its rows, 2 takes each "
-        "twice",
-    )
-    parser.add_argument("--source", type=place, help="a file or folder with the rows of that dataset, instead of the hub")
-    parser.add_argument("--list", action=_List, kind=kind, help="tell the datasets that have short names, and exit")
-    parser.add_argument("--config", metavar="NAME", help="of a dataset with several, as its card (README.md) names them")
-    parser.add_argument("--split", metavar="NAME,...", help="splits to train on; default: train; all for every one")
-    parser.add_argument("--txt", choices=UNITS, help="what is a row of a .txt file; default: line")
+    _add_sources(parser, kind)
     parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument(
         "--tokenizer",
@@ -50,6 +38,13 @@ def parse(kind: str, argv: list[str]) -> argparse.Namespace:
         f"{RECIPES[kind][0]}, if it is there",
     )
     parser.add_argument("--template", choices=TEMPLATES, default="chatml", help="chat format: ChatML, or the tokenizer's own template")
+    parser.add_argument(
+        "--thinking",
+        choices=THINKING,
+        default="keep",
+        help="what is done with the thinking before an answer: train it, drop it, or leave it to the template, of which only those answers "
+        "are then trained that it writes as when it is used",
+    )
     parser.add_argument("--max_length", type=_count, default=2048, help="longest example in tokens (pairs: prompt and longer answer)")
     parser.add_argument("--too_long", choices=TOO_LONG, default="drop", help="what happens to longer ones; split_turns: SFT only")
     parser.add_argument("--max_samples", type=_count, help="use the first N rows of each source only")
@@ -90,6 +85,24 @@ class _List(argparse.Action):
     def __call__(self, parser, *_):
         show(self.kind)
         parser.exit()
+
+
+def _add_sources(parser: Parser, kind: str) -> None:
+    """Add the options that say where rows come from."""
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        type=place,
+        metavar="NAME[:WEIGHT]",
+        help="a dataset of the hub with a short name (--list tells them), or a file, a folder, a pattern in quotes ('data/*.jsonl') or an "
+        "address (s3://, hf://, https://) of your own; can be given several times, with weights: 0.5 takes half of its rows, 2 takes each "
+        "twice",
+    )
+    parser.add_argument("--source", type=place, help="a file or folder with the rows of that dataset, instead of the hub")
+    parser.add_argument("--list", action=_List, kind=kind, help="tell the datasets that have short names, and exit")
+    parser.add_argument("--config", metavar="NAME", help="of a dataset with several, as its card (README.md) names them")
+    parser.add_argument("--split", metavar="NAME,...", help="splits to train on; default: train; all for every one")
+    parser.add_argument("--txt", choices=UNITS, help="what is a row of a .txt file; default: line")
 
 
 def _add_columns(parser: Parser) -> None:

@@ -96,7 +96,7 @@ def characters(item: Document | Chat | Pair) -> int:
     if isinstance(item, Document):
         return len(item.text)
     if isinstance(item, Chat):
-        return sum(len(message["content"]) for message in item.messages)
+        return sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in item.messages)
     return sum(len(message["content"]) for message in item.prompt) + len(item.chosen) + len(item.rejected)
 
 

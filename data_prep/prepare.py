@@ -16,6 +16,7 @@ from data_prep.convert import Encoding, convert
 from data_prep.examples import KINDS, Settings
 from data_prep.formats.remote import without_keys
 from data_prep.options import look, parse
+from data_prep.shapes.thinking import KEPT
 from data_prep.sources import Source, Sources
 from data_prep.staging import Staging, locked_staging, write_split
 from data_prep.workers import beside
@@ -40,7 +41,7 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     sources, output = look(kind, options), Path(options.output_dir)
     tokenizer = tokenization.load_tokenizer(options.tokenizer, options.template)
     chat = ChatFormat(tokenizer, options.template)
-    settings = Settings(options.max_length, options.too_long, options.system_prompt)
+    settings = Settings(options.max_length, options.too_long, options.system_prompt, options.thinking)
     KINDS[kind](chat, settings)  # raises for settings that are not of this kind
     with beside(partial(tokenization.fingerprint, tokenizer), options.workers) as fingerprint:
         encoder, why = (None, "the data is small") if _is_small(sources) else faster.find(tokenizer)
@@ -62,12 +63,11 @@ def prepare_rows(kind: str, options: argparse.Namespace) -> None:
             "kind": kind,
             **identity,
             "max_length": options.max_length,
-            "options": {
-                name: without_keys(value) for name, value in vars(options).items() if name not in ("output_dir", "val_size", "workers")
-            },
+            "options": {name: without_keys(value) for name, value in vars(options).items() if name not in NO_OPTIONS},
             "encoder": ", ".join(sorted(staging.encoders())),
             "sources": [source.label for source in every],
-            **report.summary(chunks, every, chosen),
+            **(summary := report.summary(chunks, every, chosen)),
+            "thinks": any(note in summary["changes"] for note in KEPT.values()),  # a model that learns it is asked to
         }
         refuse_large_losses(manifest, options.max_dropped)
         whole = staging.folder / "whole"

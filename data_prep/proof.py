@@ -34,6 +34,12 @@ def _normalised(tokenizer, text: str) -> str:
     return decode_texts(tokenizer, [encode_text(tokenizer, text)])[0]
 
 
+def lacks_characters(chat: ChatFormat, conversations: list[list[Encoded]], *, trained: bool) -> bool:
+    """Whether a text, trained or not as asked, has characters for which the vocabulary has only its unknown token."""
+    unknown = chat.unknown_id
+    return unknown is not None and any(unknown in part.ids for encoded in conversations for part in encoded if part.trained is trained)
+
+
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:
     """What a stored row's trained tokens read as: a text for each run of them without special tokens."""
     specials = chat.special_ids | {chat.end_id, chat.tokenizer.eos_token_id}

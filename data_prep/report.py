@@ -16,7 +16,7 @@ from data_prep.choose import Chosen
 from data_prep.shapes.columns import IGNORED
 from data_prep.shapes.conversations import KEPT
 from data_prep.sources import Source, count_rows
-from data_prep.staging import HIDDEN, Chunk, column
+from data_prep.staging import HIDDEN, SPELLED, Chunk, column
 from posttrain.common.places import command
 from posttrain.common.visible import visible
 from posttrain.data.manifest import unused_columns
@@ -65,6 +65,9 @@ def summary(chunks: list[list[Chunk]], sources: list[Source], chosen: Chosen) ->
     if hidden := changes.pop(HIDDEN, 0):
         what = "a row holds" if hidden == 1 else f"{hidden:,} rows hold"
         notes.append(f"{what} characters that are not seen (of no width, or that turn the text around); preview shows them as escapes")
+    if spelled := changes.pop(SPELLED, 0):
+        what = "a row spells" if spelled == 1 else f"{spelled:,} rows spell"
+        notes.append(f"{what} special tokens, such as a chat format's markers; they stay text. Write chats as messages, not as one text")
     flat = [chunk for several in chunks for chunk in several]
     for cause, which in chosen.left_out.items():
         if which.any():

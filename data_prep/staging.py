@@ -36,6 +36,7 @@ from posttrain.data.prepared import fingerprint_file
 
 HIDDEN = "hidden characters"  # in Chunk.facts["changes"]: how many rows hold some
 WORKERS_END = 2.0  # seconds in which the workers of a killed process are gone
+SPELLED = "special tokens as text"  # in the same place: how many rows spell some
 SHARD_BYTES = 100_000_000  # of a data file, about; several are written at once
 HASHES = ("_prompt", "_row", "_tokens", "_trained", "_signature")  # columns of a chunk that the prepared folder does not have
 

@@ -4,16 +4,16 @@ import json
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.convert import APART
 from data_prep.prepare import prepare
-from data_prep.proof import prove
+from data_prep.proof import lacks_characters, prove
 from posttrain.data.chat import ChatFormat, encode_parts, render, render_prompt
-from posttrain.data.parts import IGNORE, Refused, trained_spans
+from posttrain.data.parts import IGNORE, Refused, joined, trained_spans
 from posttrain.data.tokenization import fingerprint, load_tokenizer
 
 LLAMA = (
@@ -189,6 +189,37 @@ def test_tool_calls_are_trained_and_their_results_are_not():
         render(chat, messages)
 
 
+def test_an_answer_that_is_context_is_written_and_not_trained():
+    """Nor is its end token; the ids are those of the conversation as it is."""
+    turns = [{"role": role, "content": text} for text in ("hello", "the fox") for role in ("user", "assistant")]
+    masked = [turns[0], turns[1] | {"train": False}, *turns[2:]]
+    for name in ("chatml", "llama", "mistral"):
+        chat = FORMATS[name, False]
+        rendered = render(chat, masked)
+        assert rendered.input_ids == render(chat, turns).input_ids
+        assert len(trained_spans(rendered.labels)) == 1
+        assert trained_spans(rendered.labels) == trained_spans(render(chat, turns).labels)[1:]
+
+
+def test_arguments_for_the_template_reach_it_or_refuse_the_row():
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = LLAMA.replace("{{ bos_token }}", "{{ bos_token + ('hello' if greet else 'world') }}")
+    chat = ChatFormat(tokenizer, "tokenizer")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the fox"}]
+    for greet in (True, False):
+        ids = joined(encode_parts(chat, [chat.parts(turns, None, {"greet": greet})])[0]).input_ids
+        assert ids == tokenizer.apply_chat_template(turns, greet=greet, return_dict=False)
+    for options, cause in (
+        ({"greet": True, "mood": "glad"}, "chat_template_kwargs mood is not read by the template, so it would be lost"),
+        ({"tokenize": True}, "chat_template_kwargs tokenize is an argument of transformers' own"),
+        ({"greet": "<|eot_id|>"}, "spells a special token"),
+    ):
+        with pytest.raises(Refused, match=cause):
+            chat.parts(turns, None, options)
+    with pytest.raises(Refused, match="greet is not read by ChatML"):
+        FORMATS["chatml", False].parts(turns, None, {"greet": True})
+
+
 def test_a_span_that_does_not_read_as_its_text_is_found():
     chat = FORMATS["chatml", False]
     (encoded,) = encode_parts(chat, [chat.parts([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fox"}])])
@@ -235,6 +266,49 @@ def test_the_templates_of_real_tokenizers(shared_data, tmp_path, folder):
     tokenizer.save_pretrained(tmp_path / "copy")
     again = load_tokenizer(tmp_path / "copy", "tokenizer")
     assert (fingerprint(again), ChatFormat(again, "tokenizer").hash) == (fingerprint(tokenizer), chat.hash)
+
+
+@settings(max_examples=60, deadline=None)
+@example([("hello ", " the fox \n")])
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_markers_that_take_white_space_away_give_the_ids_of_apply_chat_template(exchanges):
+    """As Phi-3's: what stands beside them in the template, or in a message, is in no id."""
+    messages = [{"role": role, "content": text} for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]
+    if any(token in message["content"] for message in messages for token in [*SPECIAL, "<|user|>", "<|assistant|>", "<|end|>"]):
+        return  # apply_chat_template would take it for a marker
+    rendered = render(STRIPPING, messages)
+    assert rendered.input_ids == STRIPPING.tokenizer.apply_chat_template(messages, return_dict=False)
+    for turn in range(0, len(messages), 2):
+        prompt = STRIPPING.tokenizer.apply_chat_template(messages[: turn + 1], add_generation_prompt=True, return_dict=False)
+        assert render_prompt(STRIPPING, messages[: turn + 1]) == prompt == rendered.input_ids[: len(prompt)]
+
+
+def _stripping() -> ChatFormat:
+    tokenizer = byte_level(False)
+    tokenizer.add_tokens([AddedToken(token, rstrip=True, special=True) for token in ("<|user|>", "<|assistant|>")])
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, lstrip=True, special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    return ChatFormat(tokenizer, "tokenizer")
+
+
+STRIPPING = _stripping()
+
+
+@pytest.mark.parametrize(("user", "answer", "seen"), [("hello", "i am \u00e9", True), ("\u00e9", "i am", False), ("hello", "i am", None)])
+def test_an_answer_with_characters_that_the_vocabulary_lacks_is_refused(user, answer, seen):
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *["hello", "i", "am", "user", "assistant"]])}, "<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    chat = ChatFormat(tokenizer, "tokenizer")
+    (encoded,) = encode_parts(chat, [chat.parts([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])])
+    assert lacks_characters(chat, [encoded], trained=True) is (seen is True)
+    assert lacks_characters(chat, [encoded], trained=False) is (seen is False)
 
 
 def test_of_several_templates_by_name_the_default_is_taken():

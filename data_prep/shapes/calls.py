@@ -4,37 +4,93 @@ Whatever cannot be trained on raises Refused with the cause.
 """
 
 import json
+import re
+from collections.abc import Iterable
 
 from data_prep.shapes.columns import Row
 from posttrain.data.parts import Refused
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+NULLS = "nulls taken out of descriptions of tools: no schema has them, a table fills them in"
+NULL_ARGUMENTS = "null arguments taken out of tool calls: the function has none of that name, a table fills them in"
+KEPT_NULLS = "a tool call has null arguments, which are trained as they are"
+
 
 def calls_of(value) -> list[dict]:
-    """Read tool calls, given as [{type: function, function: {name, arguments}}] or as {name, arguments}, in JSON text or objects."""
+    """Read tool calls, given as [{type: function, function: {name, arguments}, id}] or as {name, arguments}, in JSON text or objects."""
     value = _parsed(value, "a tool call")
     calls = []
     for call in as_list(value):
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if isinstance(function, str) and isinstance(call, dict):  # {function: name, arguments}
+            function = {"name": function, "arguments": call.get("arguments")}
+        if isinstance(function, dict) and "arguments" not in function and "parameters" in function:  # Llama's
+            function = {**function, "arguments": function["parameters"]}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
             raise Refused("a tool call has no name or no arguments")
-        arguments = _parsed(function["arguments"], "a tool call's arguments")
-        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        arguments = _parsed(function["arguments"], "a tool call's arguments") if function["arguments"] not in ("", None) else {}
+        _refuse_halves([function["name"], arguments], "a tool call")
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **known})
     if not calls:
         raise Refused("a tool call is empty")
     return calls
 
 
-def tools_of(row: Row) -> list[dict] | None:
-    """The tools that a row describes, None without any."""
+def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
+    """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
-    if name is None:
-        return None
-    tools = _parsed(row.take(name), name)
-    if tools == []:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    tools = _parsed(row.take(name), name) if name else []
+    if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise Refused("tools is not a list of objects")
-    return tools
+    _refuse_halves(tools, "a description of tools")
+    sound = [_without_nulls(tool) for tool in tools]
+    if sound != tools:
+        row.notes.append(NULLS)
+    _take_nulls_out(messages, sound, row)
+    return sound or None
+
+
+def _without_nulls(value, key: str | None = None):
+    """A description of a tool without keys whose value is null, which it may have as a default or constant only."""
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    types = value.get("type")
+    nullable = value.get("nullable") is True or "null" in (types if isinstance(types, list) else [types])
+    return {
+        name: _without_nulls(inner)
+        for name, inner in value.items()
+        if inner is not None or (key is None and name == "const") or (name == "default" and nullable)
+    }
+
+
+def _take_nulls_out(messages: Iterable[dict], tools: list[dict], row: Row) -> None:
+    """Take out null arguments that the called function does not have, as a table fills them in; say of others that they are there."""
+    known = {}
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+        parameters = function.get("parameters")
+        properties = parameters.get("properties", parameters) if isinstance(parameters, dict) else None
+        if isinstance(properties, dict):
+            known[function.get("name")] = properties
+    notes = set()
+    for call in (call for message in messages for call in message.get("tool_calls") or []):
+        function = call["function"]
+        if not isinstance(function["arguments"], dict) or None not in function["arguments"].values():
+            continue
+        names = known.get(function["name"])
+        kept = {key: value for key, value in function["arguments"].items() if value is not None or names is None or key in names}
+        notes.add(NULL_ARGUMENTS if kept != function["arguments"] else KEPT_NULLS)
+        function["arguments"] = kept
+    row.notes += sorted(notes)
+
+
+def _refuse_halves(value, what: str) -> None:
+    """Raise Refused where a text in a value holds half a surrogate pair, which no text file can."""
+    if SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str)):
+        raise Refused(f"{what} holds half a surrogate pair")
 
 
 def _parsed(value, what: str):

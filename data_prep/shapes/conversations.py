@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
 from data_prep.shapes.beside import history, options_of, with_system
+from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
 from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_of
@@ -94,6 +95,11 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     """Read a row with one answer, or a plain text. Raises Refused."""
     if row.find("chosen") and row.find("rejected"):
         raise UnknownShape("the row has two answers, chosen and rejected")
+    if is_xlam(row):
+        return _chat(with_system(row, xlam(row)), row, columns)
+    if is_glaive(row):
+        messages, tools = glaive(row)
+        return _chat(messages, row, columns)._replace(tools=tools)
     if (name := row.find("messages")) is not None:
         return _chat(with_system(row, messages_of(row.take(name), name, columns)), row, columns)
     answers = row.found("answer")
@@ -182,7 +188,7 @@ def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
                 f"{row.shown[name]} rates the answer (unpaired preferences): take the good ones with --keep {row.shown[name]}=true"
             )
     _take_copies(row, messages)
-    return Chat(messages, tools_of(row), options_of(row))
+    return Chat(messages, tools_of(row, messages), options_of(row))
 
 
 def _mask(row: Row, messages: list[dict]) -> None:

@@ -6,6 +6,7 @@ from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import USUAL, Columns, Row, UnknownShape
 from data_prep.shapes.messages import Pair, check_order, clean, finished, json_of, messages_of, transcript
+from data_prep.shapes.thinking import whole_text
 from posttrain.data.parts import Refused
 
 # columns with the ratings of the chosen and the rejected answer
@@ -242,7 +243,7 @@ def _answers(
     if before is not None:
         before = finished(before)
         shared = _agreeing(before, shared)
-    return _checked(prompt + shared, chosen[-1]["content"], rejected[-1]["content"], row, tools=tools)
+    return _checked(prompt + shared, whole_text(chosen[-1]), whole_text(rejected[-1]), row, tools=tools)
 
 
 def _agreeing(before: list[dict], shared: list[dict]) -> list[dict]:
@@ -268,4 +269,4 @@ def _checked(prompt: list[dict], chosen: str, rejected: str, row: Row, *, tools=
     check_order(prompt)
     if chosen == rejected:
         raise Refused("chosen equals rejected")
-    return Pair(prompt, chosen, rejected, tools or tools_of(row), options_of(row))
+    return Pair(prompt, chosen, rejected, tools or tools_of(row, prompt), options_of(row))

@@ -12,14 +12,18 @@ tokens of the template are inserted as ids; a message's text is encoded with spe
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 
 from posttrain.data.chatml import ChatML
 from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
 from posttrain.data.manifest import TEMPLATES
-from posttrain.data.own_template import OwnTemplate
-from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, last_answer
+from posttrain.data.own_template import TODAY, OwnTemplate
+from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, trained_range
+from posttrain.data.thinking import CLOSE, OPEN, only_trained
 
+THINKS = "asked_to_think"  # in tokenizer_config.json: the model was trained to think before it answers
+WITHOUT_THINKING = "{%- set enable_thinking = false -%}"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -34,25 +38,58 @@ class ChatFormat:
         self.tokenizer, self.template, self.prefix = tokenizer, template, text_prefix(tokenizer)
         self.syntax = ChatML(tokenizer, self.prefix) if template == "chatml" else OwnTemplate(tokenizer)
         self.jinja, self.end_id = self.syntax.jinja, self.syntax.end_id
+        spelled = special_tokens(tokenizer)
+        self.special = re.compile("|".join(re.escape(text) for text in sorted(spelled, key=len, reverse=True)) or r"(?!)")
+        self.special_starts = {text[:2] for text in spelled}  # in hardly any text, and found much faster
         self.special_ids = {*special_tokens(tokenizer).values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        unknown = tokenizer.unk_token_id  # a token that stands for others, too, is in ids for their sake
+        self.unknown_id = None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, self.end_id) else unknown
+        self.thinking_ids = {index for text, index in special_tokens(tokenizer).items() if text in (OPEN, CLOSE)}
+        self.thinks = bool(tokenizer.init_kwargs.get(THINKS))  # answers begin with thinking, so they are asked for where it begins
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
         # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
         self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
 
-    def parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """Split a conversation into parts, as the template writes it.
+    def spells_special(self, text: str) -> bool:
+        """Whether a text spells a special token; it stays text."""
+        return any(start in text for start in self.special_starts) and bool(self.special.search(text))
+
+    def parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
+        """Split a conversation into parts, as the template writes it with `options`, its arguments. An answer with train: False is context.
 
         Raises Refused for one that it cannot write, ValueError for a message that is not {role, content: str}.
         """
         for position, message in enumerate(messages):
             _check(message, position)
-        return self.syntax.parts(messages, tools)
+        return self.syntax.parts(messages, tools, options)
 
-    def prompt_parts(self, messages: list[dict], tools: list | None = None) -> list[Part]:
-        """Split a conversation as parts does, up to the point where the assistant's next answer starts."""
-        parts = self.parts([*messages, {"role": "assistant", "content": "x"}], tools)
-        last = last_answer(parts)
-        return [*parts[:last], Text(parts[last].before, "", False)]
+    def prompt_parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
+        """Split a conversation as parts does, up to the point where the assistant's next answer starts.
+
+        That is an answer without thinking, unless the model `thinks`, or `options` ask the template for another header.
+        """
+        context = only_trained(messages, set())
+        if (options or self.thinks) and self.template != "chatml":
+            for position, message in enumerate(messages):
+                _check(message, position)
+            return self.syntax.prompt_parts(context, tools, options or {})
+        parts = self.parts([*context, {"role": "assistant", "content": "x"}], tools, options)
+        first, _ = trained_range(parts)
+        return [*parts[:first], Text(parts[first].before, "", False)]
+
+    @property
+    def asking_jinja(self) -> str:
+        """The template for programs that fill it in themselves, such that they ask with the ids of render_prompt."""
+        ask = [{"role": "user", "content": "a"}]
+        for jinja in (TODAY + self.jinja, TODAY + WITHOUT_THINKING + self.jinja):
+            ids = self.tokenizer.apply_chat_template(ask, chat_template=jinja, add_generation_prompt=True, return_dict=False)
+            if ids == render_prompt(self, ask):
+                return jinja
+        return TODAY + self.jinja
+
+    def groups(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[list[dict]]:
+        """Divide a conversation into several where the template leaves thinking out of earlier turns: each answer is trained once."""
+        return self.syntax.groups(messages, tools, options)
 
 
 def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:
@@ -69,7 +106,7 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
                 continue
             together = next(ids)
             sound = chat.special_ids.isdisjoint(together)
-            if not part.trained:
+            if not part.trained and not part.answer:
                 encoded.append(Encoded(together, False, sound=sound))
                 continue
             # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
@@ -77,19 +114,20 @@ def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[
             header = chat.header_ids(part.before)
             straddles = together[: len(header)] != header
             body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
-            encoded += [Encoded(header, False), Encoded(body, True, part.body, header, sound, straddles)]
+            answer = Encoded(body, True, part.body, header, sound, straddles) if part.trained else Encoded(body, False, sound=sound)
+            encoded += [Encoded(header, False), answer]
         result.append(encoded)
     return result
 
 
-def render(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> Rendered:
+def render(chat: ChatFormat, messages: list[dict], tools: list | None = None, options: dict | None = None) -> Rendered:
     """The ids and labels of a conversation. Raises as ChatFormat.parts does."""
-    return joined(encode_parts(chat, [chat.parts(messages, tools)])[0])
+    return joined(encode_parts(chat, [chat.parts(messages, tools, options)])[0])
 
 
-def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None) -> list[int]:
+def render_prompt(chat: ChatFormat, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[int]:
     """The ids of a conversation up to the point where the assistant's next answer starts. Raises as ChatFormat.parts does."""
-    return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools)])[0] for token in part.ids]
+    return [token for part in encode_parts(chat, [chat.prompt_parts(messages, tools, options)])[0] for token in part.ids]
 
 
 def document_parts(chat: ChatFormat, text: str) -> list[Part]:

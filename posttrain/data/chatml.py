@@ -2,6 +2,8 @@
 
 from posttrain.data.encoding import encode_text
 from posttrain.data.parts import Encoded, Part, Refused, Text
+from posttrain.data.pieces import Piece, Specials, join_pieces
+from posttrain.data.thinking import CLOSE, CONTENT, OPEN, is_trained, reasoning_of
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
@@ -13,7 +15,7 @@ class ChatML:
     """
 
     def __init__(self, tokenizer, prefix: list[int]):
-        self.prefix = prefix
+        self.prefix, self.specials = prefix, Specials(tokenizer)
         self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
         to_next = [*encode_text(tokenizer, "\n"), self.start_id]
         self.after_answer = [Encoded([self.end_id], True), Encoded(to_next, False)]
@@ -24,17 +26,36 @@ class ChatML:
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
         )
 
-    def parts(self, messages: list[dict], tools: list | None) -> list[Part]:
-        """Split a conversation into parts. Raises Refused for one with tools, which ChatML cannot write."""
+    def parts(self, messages: list[dict], tools: list | None, options: dict | None) -> list[Part]:
+        """Split a conversation into parts. Raises Refused for one with tools or arguments for a template, which ChatML cannot write."""
+        if options:
+            raise Refused(f"chat_template_kwargs {min(options)} is not read by ChatML, so it would be lost")
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
         parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]
         for message in messages:
-            trained = message["role"] == "assistant"
-            parts.append(Text(message["role"] + "\n", message["content"], trained))
+            trained, answer, content = is_trained(message), message["role"] == "assistant", message["content"]
+            if reasoning := reasoning_of(message):
+                thinking = [Piece(f"{OPEN}\n", True, 0, True, trained), Piece(reasoning, False, 0), Piece(f"\n{CLOSE}\n\n")]
+                pieces = [Piece("assistant\n"), *thinking, Piece(content, False, 0), Piece(IM_END)]
+                parts += [*join_pieces(pieces, self.specials, self.end_id)[:-1]]
+            else:
+                parts.append(Text(message["role"] + "\n", content, trained, answer and not trained))
             parts += self.after_answer if trained else self.after_other
         parts[-1] = Encoded(parts[-1].ids[:-1], False)  # no turn follows
         return parts
+
+    def form(self, tools: list | None, options: dict | None) -> str:
+        """How thinking is written: as a part of the answer's text."""
+        return CONTENT
+
+    def opens_thinking(self, tools: list | None, options: dict | None) -> bool:
+        """Whether the header of an answer opens its thinking."""
+        return False
+
+    def groups(self, messages: list[dict], tools: list | None, options: dict | None) -> list[list[dict]]:
+        """Return the conversation as one: ChatML leaves nothing out of earlier turns."""
+        return [messages]
 
 
 def _token_id(tokenizer, token: str) -> int:

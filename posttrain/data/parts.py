@@ -12,11 +12,12 @@ class Refused(ValueError):
 
 
 class Text(NamedTuple):
-    """A text between two special tokens. No token straddles the border of a trained body."""
+    """A text between two special tokens. No token straddles the border of an answer's body."""
 
     before: str
     body: str
     trained: bool  # the body
+    answer: bool = False  # the body is an answer, though not trained: its tokens are those that it has where it is
 
 
 class Encoded(NamedTuple):
@@ -40,9 +41,10 @@ class Rendered(NamedTuple):
     labels: list[int]  # same length; IGNORE where the token is not trained, else the token itself
 
 
-def last_answer(parts: list[Part]) -> int:
-    """The index of the part that is the last answer's text."""
-    return max(i for i, part in enumerate(parts) if isinstance(part, Text) and part.trained)
+def trained_range(parts: list[Part]) -> tuple[int, int]:
+    """The indices of the first part that is trained, and of the one after the last."""
+    trained = [i for i, part in enumerate(parts) if part.trained]
+    return trained[0], trained[-1] + 1
 
 
 def joined(parts: list[Encoded]) -> Rendered:

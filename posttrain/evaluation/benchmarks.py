@@ -11,7 +11,6 @@ import torch
 from torch import distributed as dist
 
 from posttrain.common import files, gpus, terminal
-from posttrain.data.own_template import TODAY
 from posttrain.evaluation.compare import holm, majority_baseline, p_value, random_baseline, rate
 from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, UNREAD, load_tasks, task_name, write_tasks
@@ -71,7 +70,7 @@ def _measure(name: str, place: str, benchmarks: list[str], device: torch.device,
         terminal.say(f"{name}: {loaded.model.num_parameters():,} parameters, {str(loaded.model.dtype).removeprefix('torch.')}")
     chat = options.chat == "on" or (options.chat == "auto" and loaded.has_template and loaded.chat is not None)
     if chat:
-        loaded.tokenizer.chat_template = TODAY + loaded.chat.jinja
+        loaded.tokenizer.chat_template = loaded.chat.asking_jinja
     elif loaded.has_template and options.chat == "auto" and dist.get_rank() == 0:
         terminal.say(f"note: {name} is asked without its chat template: {loaded.why_no_chat}")
     batch_size = options.batch_size

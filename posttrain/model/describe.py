@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from posttrain.common.files import read_object
 from posttrain.data import tokenization
-from posttrain.data.chat import ChatFormat
+from posttrain.data.chat import THINKS, ChatFormat
 
 # model type -> the names that transformers 4 has for the base of the rotary frequencies and for the rotated share of a head
 OLD_ROTARY_NAMES = {
@@ -115,7 +115,9 @@ def write_tokenizer(chat: ChatFormat, folder: Path) -> list[str]:
 
 def _readable_by_both(values: dict, chat: ChatFormat) -> dict:
     """Return tokenizer_config.json's content such that transformers 4 reads it, too, without what would name files that are not there."""
-    values = {name: value for name, value in values.items() if name != "auto_map"}
+    values = {name: value for name, value in values.items() if name not in ("auto_map", THINKS)}
+    if chat.thinks:
+        values[THINKS] = True
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):

@@ -15,7 +15,6 @@ from torch import distributed as dist
 
 from posttrain.common import files
 from posttrain.data.chat import ChatFormat
-from posttrain.data.own_template import TODAY
 from posttrain.data.packing import RowBuilder
 from posttrain.data.parts import IGNORE
 from posttrain.evaluation.measure import items_of
@@ -86,7 +85,7 @@ class _EngineModel(TemplateLM):
 
     def __init__(self, training: Training, chat: ChatFormat):
         super().__init__()
-        self.training, self.chat, self.tokenizer, self.template = training, chat, chat.tokenizer, TODAY + chat.jinja
+        self.training, self.chat, self.tokenizer, self.template = training, chat, chat.tokenizer, chat.asking_jinja
 
     @property
     def eot_token_id(self) -> int:

@@ -55,6 +55,7 @@ def load_chat(recipe: Recipe, manifest: dict) -> ChatFormat:
         manifest["template_name"],
     )
     chat = ChatFormat(tokenization.load_tokenizer(place, template), template)
+    chat.thinks = manifest.get("thinks", False)
     identity = {"tokenizer": tokenization.fingerprint(chat.tokenizer), "template": chat.hash}
     maker = manifest["options"].get("tokenizer", "its maker")
     for what, value in identity.items():
@@ -74,6 +75,7 @@ def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
         own = ChatFormat(chat.tokenizer, "tokenizer")
     except ValueError:  # it has no template, or one that this package cannot train with
         return
+    own.thinks = chat.thinks
     forms = [render_prompt(form, PROBE) for form in (chat, own)]
     if forms[0] != forms[1]:
         here, there = (repr(chat.tokenizer.decode(form)) for form in forms)
