@@ -166,6 +166,8 @@ def _thinking(row: Row) -> dict:
 
 def _take_copies(row: Row, messages: list[dict]) -> None:
     """Count columns as used that repeat a message's text, or all texts, as Alpaca's `text` does, in a form of their own."""
+    if row.taken.issuperset(row.values):
+        return
     texts = {message["content"].strip() for message in messages}
     for name in [*row.found("prompt"), *row.found("answer"), *row.found("text")]:
         value = row.values[name]

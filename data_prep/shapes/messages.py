@@ -112,8 +112,16 @@ def _first(message: dict, named: str | None, *usual: str):
     return next((message[key] for key in ((named,) if named else usual) if message.get(key) is not None), None)
 
 
+PLAIN = ({"role", "content"}, {"from", "value"})  # keys of a message that says nothing else, as most do
+SPEAKERS = {name: role for name, role in ROLES.items() if role in ("user", "assistant") and name not in CALLS}
+
+
 def _message(message: dict, columns: Columns) -> dict | None:
     """Read one message; None for an empty system message, which says nothing."""
+    if message.keys() in PLAIN and not columns.roles and not columns.role_key and not columns.content_key:
+        name, content = message.values() if next(iter(message)) in ("role", "from") else reversed(message.values())
+        if isinstance(name, str) and name in SPEAKERS and isinstance(content, str):
+            return {"role": SPEAKERS[name], "as": name, "content": clean(content, "a message")}
     name, content = _first(message, columns.role_key, "role", "from"), _first(message, columns.content_key, "content", "value")
     role = columns.roles.get(name.lower(), ROLES.get(name.lower())) if isinstance(name, str) else None
     if role is None:
