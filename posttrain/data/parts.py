@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 IGNORE = -100  # label of a token that is not trained
 
 
@@ -58,6 +56,8 @@ def joined(parts: list[Encoded]) -> Rendered:
 
 def trained_spans(labels: list[int]) -> list[tuple[int, int]]:
     """The runs of trained tokens, as [start, end)."""
+    import numpy as np  # only here: command lines are read with what is above, before anything that takes long
+
     trained = np.concatenate([[False], np.asarray(labels) != IGNORE, [False]])
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(edges[0::2], edges[1::2], strict=True))
