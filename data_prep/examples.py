@@ -3,6 +3,7 @@
 The two kinds, SFT and DPO, differ in what is encoded and in how it becomes columns; all else in preparation is common to them.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -84,17 +85,20 @@ class SFT:
             return
         if len(rows) > 1:
             changes[SEVERAL] += 1
-        refused = None
+        found, refused = [], []
         for row, read, shown in zip(rows, texts, self._shown(item, len(rows)), strict=True):
             if len(row.input_ids) <= self.settings.max_length:
-                yield self._example(item, row, read, shown)
+                found.append(self._example(item, row, read, shown))
                 continue
             try:
-                yield self._cut(item, row, read, shown, changes)
+                found.append(self._cut(item, row, read, shown, changes))
             except Refused as cause:
-                refused = str(cause)
-        if refused and len(rows) == 1:
-            raise Refused(refused)
+                refused.append(str(cause))
+        if not found:
+            raise Refused(refused[0])
+        for cause in refused:
+            changes[f"one of several answers left out: {cause}"] += 1
+        yield from found
 
     def _shown(self, item: Document | Chat, count: int) -> list[list[dict]]:
         """The messages that each of a row's examples adds to those before it, by which it is compared."""
@@ -113,7 +117,8 @@ class SFT:
             prompt = text = item.text
         else:
             prompt = _asked(item.messages)
-            text = "\n".join(text for m in shown for text in (m.get("reasoning_content"), m["content"]) if text)
+            calls = {id(m): json.dumps(m["tool_calls"]) for m in shown if m.get("tool_calls")}
+            text = "\n".join(text for m in shown for text in (m.get("reasoning_content"), m["content"], calls.get(id(m))) if text)
         return Example(row._asdict(), length, trained, prompt, text, proof(texts))
 
     def _cut(self, item, row: Rendered, texts: list[str], shown: list[dict], changes: Counter[str]) -> Example:

@@ -79,6 +79,11 @@ def _with_columns(source: Source, given: Columns) -> Source:
     here = [file for file in source.files if isinstance(file, Path)]
     beside = {path.with_name(path.name + COLUMNS_FILE) for path in here} | {path.parent / COLUMNS_FILE[1:] for path in here}
     found = sorted(path for path in beside if path.is_file())
+    if len(here) > 1 and (of_one := [path for path in found if path.name != COLUMNS_FILE[1:]]):
+        raise ValueError(
+            f"{of_one[0]} says what the columns of one file hold, and {source.label} has {len(here)}: call it {COLUMNS_FILE[1:]} if it is "
+            "meant for all, or give the files apart"
+        )
     if len(found) > 1:
         raise ValueError(f"{source.label}: {', '.join(map(str, found))} say what its columns hold; keep one, or give the files apart")
     return source._replace(columns=Columns.read(found[0], given) if found else given)

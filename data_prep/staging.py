@@ -180,13 +180,13 @@ def _remove_chunks(folder: Path) -> None:
 def table_of(examples: list[tuple[str, Example]], columns: tuple[str, ...], signatures: list[np.ndarray] | None) -> pa.Table:
     """The chunk's table of (source id, example) pairs: columns of int32 lists, and the numbers and hashes that choosing needs."""
     arrays = {name: _lists_of([example.columns[name] for _, example in examples]) for name in columns}
-    ids = [array for name, array in arrays.items() if name != "labels"]  # rows of the same ids are copies, whatever is trained of them
+    compared = list(arrays.values())  # rows of which another part is trained are no copies
     if "labels" in columns:
         arrays["num_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
     arrays["source"] = pa.array([source for source, _ in examples], pa.string())
     arrays["proof"] = pa.array([example.proof for _, example in examples], pa.uint64())
     arrays["_prompt"] = pa.array([text_hash(example.prompt) for _, example in examples], pa.uint64())
-    arrays["_row"] = pa.array(_row_hashes(ids), pa.uint64())
+    arrays["_row"] = pa.array(_row_hashes(compared), pa.uint64())
     arrays["_tokens"] = pa.array([example.length for _, example in examples], pa.int32())
     arrays["_trained"] = pa.array([example.trained for _, example in examples], pa.int32())
     if signatures is not None:

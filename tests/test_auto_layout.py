@@ -29,7 +29,7 @@ def ways(of: Planner) -> list:
     [
         ("b200", "8b", 8, "zero1 none"),
         ("h100", "8b", 8, "zero2 none"),  # in micro-batches of half the size: that is faster than to recompute
-        ("4090", "1.8b", 2, "zero2 selective"),
+        ("4090", "1.8b", 2, "zero2 full"),
         ("b200", "70b", 8, "zero3 full"),
         ("h100", "70b", 8, "zero3_offload full"),
     ],

@@ -25,6 +25,10 @@ def chat(*messages, **more) -> dict:
     return {"messages": list(messages), **more}
 
 
+def message(name, parent, role, rank, **more):
+    return {"message_id": name, "parent_id": parent, "role": role, "text": name, "rank": rank, **more}
+
+
 def said(role, content) -> dict:
     return {"role": role, "content": content}
 
@@ -69,6 +73,20 @@ def said(role, content) -> dict:
         ),
         ({"text": "a document"}, Document("a document")),
         ({"prompt": [USER], "completion": [ASSISTANT]}, Chat([USER, ASSISTANT])),
+        ({"prompt": "q", "completion": json.dumps([ASSISTANT])}, Chat([USER, ASSISTANT | {"content": json.dumps([ASSISTANT])}])),
+        ({"prompt": '{"a": 1}', "completion": "[1,\n 2]"}, Chat([said("user", '{"a": 1}'), said("assistant", "[1,\n 2]")])),
+        ({"prompt": [USER], "output": "a", "reasoning": "off"}, Chat([USER, ASSISTANT])),
+        ({"question": "q", "answer": "42", "solution": "a"}, Chat([USER, ASSISTANT])),
+        ({"instruction": "", "input": "q", "output": "a"}, Chat([USER, ASSISTANT])),
+        ({"instruction": "q", "input": float("nan"), "output": "a"}, Chat([USER, ASSISTANT])),
+        ({"messages": "", "prompt": "q", "response": "a"}, Chat([USER, ASSISTANT])),
+        ({"messages": [USER], "reasoning": "t", "answer": "a"}, Chat([USER, ASSISTANT | {"reasoning_content": "t"}])),
+        ({"messages": [USER, ASSISTANT], "reasoning": "t"}, Chat([USER, ASSISTANT | {"reasoning_content": "t"}])),
+        (
+            {"conversation": [{"system": "s", "input": "q", "output": "a", "output_with_loss": False}, {"input": "q", "output": "a"}]},
+            Chat([SYSTEM, USER, UNTRAINED, USER, ASSISTANT]),
+        ),
+        ({"messages": [USER, ASSISTANT], "system": "s", "loss_mask": "[0, 1]"}, WITH_SYSTEM),
         ({"prompt": [SYSTEM, USER], "completion": "a"}, Chat([SYSTEM, USER, ASSISTANT])),
         ({"system_prompt": "s", "question": "q", "response": "a"}, Chat([SYSTEM, USER, ASSISTANT])),
         ({"query": "q", "response": "a", "history": [["q", "a"]]}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
@@ -134,6 +152,12 @@ def test_sft_shapes(row, expected):
         ({"instruction": "q", "input": "", "output": ["a", "b"]}, Pair([USER], "a", "b")),
         ({"prompt": "q", "answers": [{"answer": c, "rank": n} for n, c in enumerate("acb")]}, Pair([USER], "a", "b")),
         ({"instruction": "q", "completions": [{"response": c, "overall_score": n} for n, c in enumerate("bca")]}, Pair([USER], "a", "b")),
+        ({"input": "q", "system": "s", "chosen": "a", "rejected": "b"}, Pair([SYSTEM, USER], "a", "b")),
+        ({"prompt": "q", "chosen": '{"a": 1}', "rejected": "b"}, Pair([USER], '{"a": 1}', "b")),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": HH, "rejected": HH[:-1] + "b"}, Pair([USER], "a", "b")),
+        ({"prompt": "Human: q\n\nAssistant:", "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
+        ({"prompt": [USER, ASSISTANT | {"weight": 0}, USER], "chosen": "a", "rejected": "b"}, Pair([USER, ASSISTANT, USER], "a", "b")),
+        ({"messages": [USER, ASSISTANT], "rejected_response": "b"}, Pair([USER], "a", "b")),
         ({"trajectory": [{"from": "user", "value": "q"}], "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
     ],
 )
@@ -192,6 +216,11 @@ MALFORMED_SFT = [
     (chat(USER, ASSISTANT, history=[["q", "a"]]), "column history would be lost"),
     (chat(USER, ASSISTANT, text="another story"), "column text would be lost"),
     (chat(USER, ASSISTANT, prompt="another"), "column prompt would be lost"),
+    (chat(USER, {**ASSISTANT, "mask": 1}), "a message has mask, which may say that it is trained, or that it is not"),
+    (chat(USER, {**ASSISTANT, "loss_scale": 0.0}), "no answer of it is to be trained"),
+    ({"question": "q", "options": {"A": "x"}, "answer": "A"}, "column options would be lost"),
+    ({"text": "a document", "summary": "x"}, "column summary would be lost"),
+    ({"messages": "[{'role': 'user'}]"}, "messages is not a list of messages, but a text that is no JSON"),
     (chat(USER, ASSISTANT, loss_mask=[0, 1, 1]), "loss_mask is not a list of 0 or 1"),
     ({"instruction": "q", "query": "other", "output": "a"}, "instruction and query hold two questions"),
     ({"instruction": "q", "input": "", "output": "a", "history": 5}, "history is not a list"),
@@ -200,6 +229,9 @@ MALFORMED_SFT = [
 MALFORMED_DPO = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "column images would be lost"),
     ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [OTHER]}, "column messages would be lost"),
+    ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": "x"}, "overall_preference is not a number"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 9}, "chosen_score is below rejected_score"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": [9.0, 9.0], "status": "tie"}, "tied: both answers are rated the same"),
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference is 0"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}, "tied: all answers have the same rank or score"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]}, "fewer than two answers with a rank or a score"),
@@ -250,8 +282,9 @@ def test_a_row_of_no_known_shape_is_refused_alone():
     assert str(found[0]) == str(found[2]) == "its columns are of no known shape: prompt"
 
 
-def message(name, parent, role, rank, **more):
-    return {"message_id": name, "parent_id": parent, "role": role, "text": name, "rank": rank, **more}
+def test_trees_among_rows_of_other_shapes_are_not_taken_for_documents():
+    found = list(conversations("sft", [{"prompt": "q", "response": "a"}, message("root", None, "prompter", None)]))
+    assert str(found[1]) == "a message of a tree among rows of other shapes: give the trees as a file of their own"
 
 
 def test_a_tree_of_messages_is_its_best_ranked_path():
@@ -321,12 +354,17 @@ def test_only_the_answers_that_the_user_names_are_trained():
     other = {"conversations": [*two["conversations"][:3], {"from": "model", "value": "a"}]}
     assert rows_of("sft", other, train_on="model") == [Chat([USER, UNTRAINED, USER, ASSISTANT])]
     assert str(rows_of("sft", two, train_on="model")[0]) == "no answer of it is to be trained"
+    assert rows_of("sft", two, train_on="assistant") == [Chat([USER, ASSISTANT, USER, ASSISTANT])]
 
 
 def test_good_answers_alone_are_kept_of_rated_ones():
     rows = [{"prompt": "q", "completion": answer, "label": label} for answer, label in (("a", True), ("b", False), ("c", 1))]
     found = list(conversations("sft", rows, Columns(keep=("label", "true"))))
     assert [item.messages[-1]["content"] for item in found if isinstance(item, Chat)] == ["a", "c"]
+    assert (
+        len([item for item in conversations("sft", [{**rows[0], "label": 5.0}], Columns(keep=("label", "5"))) if isinstance(item, Chat)])
+        == 1
+    )
     assert str(found[1]) == f"{KEPT}label=true"
 
 
@@ -346,6 +384,12 @@ def test_rows_of_no_known_shape_are_shown_with_the_option_that_would_read_them()
     assert "This would probably read them: --columns prompt=title,answer=body" in text
     names = dict(pair.split("=") for pair in text.rsplit("--columns ", 1)[1].split(","))
     assert isinstance(next(conversations("sft", rows, Columns(names=names))), Chat)
+    # which of two answers is the better one is not guessed
+    with pytest.raises(ValueError, match="rows have these columns") as error:
+        list(
+            conversations("dpo", [{"prompt": "How do plums ripen?", "response_0": "Not at all.", "response_1": "In the sun.", "better": 1}])
+        )
+    assert "--columns" not in str(error.value)
     with pytest.raises(ValueError, match="preference pairs: use data_prep/prepare_dpo.py"):
         list(conversations("sft", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))
     with pytest.raises(ValueError, match="one answer: use data_prep/prepare_sft.py"):

@@ -20,7 +20,7 @@ from posttrain.data.parts import Refused
 NAMES = {
     "prompt": ("instruction", "prompt", "question", "query", "inputs", "problem", "input"),
     "context": ("input", "context"),
-    "answer": ("output", "response", "completion", "answer", "targets", "solution"),
+    "answer": ("output", "response", "completion", "solution", "answer", "targets"),  # a short answer may stand beside its solution
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "messages": ("messages", "conversations", "conversation"),
@@ -33,7 +33,7 @@ NAMES = {
 # columns whose content would be missed, where no reader has taken them: all of the above, and these
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects")
 LABELS = ("label", "labels", "kto_tag", "is_desirable", "desirable")
-MISSED = {*MEDIA, *LABELS, "weight", "loss_mask", "chat_template_kwargs", "completions", "answers"}
+MISSED = {*MEDIA, *LABELS, "weight", "loss_mask", "chat_template_kwargs", "completions", "answers", "options", "choices", "summary"}
 MISSED |= {name for names in NAMES.values() for name in names}
 MISSED_OF_PAIRS = MISSED - {*NAMES["answer"], "text"}  # a third answer is of no use there, and so only told
 IGNORED = "column not used: "  # the start of a note about a column that carries no content, as far as its name says
@@ -71,18 +71,27 @@ class Columns:
         for name, value in texts.items():
             if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
                 raise ValueError(f"{path}: {name} should map names to names, as in {{prompt: question}}; saw {value!r}")
+        if not all(isinstance(name, str) for name in _list_of(given.get("ignore"))):
+            raise ValueError(f"{path}: ignore should be a list of names of columns, as in [notes, id]; saw {given['ignore']!r}")
+        keys = given.get("role_key"), given.get("content_key")
+        if not all(isinstance(key, str | None) for key in keys):
+            raise ValueError(f"{path}: role_key and content_key should be names; saw {keys!r}")
         return cls(
             names=names_of([f"{what}={name}" for what, name in texts["columns"].items()], str(path)) | over.names,
             roles=roles_of([f"{theirs}={ours}" for theirs, ours in texts["roles"].items()], str(path)) | over.roles,
-            role_key=over.role_key or given.get("role_key"),
-            content_key=over.content_key or given.get("content_key"),
-            ignore=(*over.ignore, *(given.get("ignore") or ())),
+            role_key=over.role_key or keys[0],
+            content_key=over.content_key or keys[1],
+            ignore=(*over.ignore, *_list_of(given.get("ignore"))),
             keep=over.keep,
             train_on=over.train_on,
         )
 
 
 USUAL = Columns()
+
+
+def _list_of(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def names_of(pairs: Iterable[str], where: str) -> dict[str, str]:
@@ -128,7 +137,7 @@ class Row:
             if ours in self.shown:  # two columns that differ in capitals
                 ours = name
             self.shown[ours] = name
-            if value is None:
+            if value is None or value != value:  # NaN, which tables have for null
                 self.empty.add(ours)
             else:
                 self.values[ours] = value
@@ -166,9 +175,10 @@ class Row:
 
     def finish(self, missed: set[str]) -> tuple[str, ...]:
         """Return notes about the row, with one for each column that is not used. Raises Refused where it is one of `missed`."""
+        named = {name for what in self.named for name in NAMES[what]}  # others that could be meant were not, as the user says
         for name in self.left():
             shown = shown_name(self.shown[name])
-            if name.strip() in missed:
+            if name.strip() in missed - named:
                 raise Refused(f"column {shown} would be lost: name what it holds with --columns, or leave it out with --ignore {shown}")
             self.notes.append(IGNORED + shown)
         return tuple(self.notes)
@@ -198,38 +208,35 @@ def _short(value) -> str:
 
 def likely(rows: list[dict], kind: str) -> str:
     """Return the --columns line that would probably read rows of no known shape; empty where nothing is likely."""
-    texts: dict[str, int] = {}
+    texts: dict[str, int] = {}  # characters
     for row in rows:
         for name, value in row.items():
             if isinstance(value, str) and value.strip() and not re.fullmatch(r"[\w./:-]{0,40}", value):
                 texts[name] = texts.get(name, 0) + len(value)
-            elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-                return f"--columns messages={name}"
+            elif isinstance(value, list) and value and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in value):
+                return f"--columns messages={name}" if kind == "sft" else ""
     wanted = ("prompt", "answer") if kind == "sft" else ("prompt", "chosen", "rejected")
     common = [name for name in texts if all(name in row for row in rows)]
-    if len(common) < len(wanted):
-        return ""
     guessed = _guess(common, wanted)
-    return "--columns " + ",".join(f"{what}={guessed[what]}" for what in wanted)
+    if len(guessed) < len(wanted) and len(common) == len(wanted) == 2:  # no other way to read them, but the other way around
+        guessed = dict(zip(wanted, common, strict=True))
+    return "--columns " + ",".join(f"{what}={guessed[what]}" for what in wanted) if len(guessed) == len(wanted) else ""
 
 
 HINTS = {
     "prompt": ("prompt", "question", "instruct", "query", "input", "user", "human", "ask", "task", "problem", "title", "source"),
-    "answer": ("answer", "respon", "output", "complet", "reply", "assistant", "target", "solution", "gpt", "model", "label"),
+    "answer": ("answer", "respon", "output", "complet", "reply", "assistant", "target", "solution", "gpt", "model"),
     "chosen": ("chosen", "better", "prefer", "win", "good", "best", "positive", "accept"),
     "rejected": ("reject", "worse", "lose", "loss", "bad", "worst", "negative", "disprefer"),
 }  # parts of names, by what such a column likely holds
 
 
 def _guess(names: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
-    """Return which of the names likely holds what: by a part of the name, else in the order of the columns."""
+    """Return which of the names likely holds what, by a part of the name."""
     left, guessed = list(names), {}
     for what in wanted:
         by_name = next((name for hint in HINTS[what] for name in left if hint in name.lower()), None)
         if by_name:
             guessed[what] = by_name
             left.remove(by_name)
-    for what in wanted:
-        if what not in guessed:
-            guessed[what] = left.pop(0)
     return guessed

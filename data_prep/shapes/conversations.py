@@ -11,14 +11,15 @@ from data_prep.formats.rows import Row as FileRow
 from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
-from data_prep.shapes.columns import LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
-from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_of
+from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
+from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_in, messages_of
 from data_prep.shapes.pairs import pair_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
+SWITCHES = ("on", "off", "true", "false", "yes", "no", "none", "enabled", "disabled")  # of a column that says whether there is thinking
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
 
@@ -55,7 +56,9 @@ def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair
     row = Row(given, columns)
     try:
         if columns.keep:
-            _refuse_unwanted(row, *columns.keep)
+            _refuse_unwanted(row, given, *columns.keep)
+        if kind == "sft" and TREE_COLUMNS.issubset(given):
+            raise Refused("a message of a tree among rows of other shapes: give the trees as a file of their own")
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
         return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
     except Refused as cause:
@@ -81,14 +84,22 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
     return f"{named}rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
 
 
-def _refuse_unwanted(row: Row, name: str, value: str) -> None:
-    """Raise Refused unless a column has a value, compared as text: true and 1 are the same."""
-    if name.lower() not in row:
+def _refuse_unwanted(row: Row, given: dict, name: str, value: str) -> None:
+    """Raise Refused unless a column has a value; true and 1 and 1.0 are the same."""
+    if given.get(name) is None:
         raise Refused(f"column {name} of --keep is null or missing")
-    seen = str(row.take(name.lower())).lower()
-    alike = {"true": "1", "1.0": "1", "false": "0", "0.0": "0"}
-    if alike.get(seen, seen) != alike.get(value.lower(), value.lower()):
+    row.take_all([name.lower()])
+    if _comparable(given[name]) != _comparable(value):
         raise Refused(f"{KEPT}{name}={value}")
+
+
+def _comparable(value) -> float | str:
+    """A value as a number, true and false included, else as text in small letters."""
+    text = str(value).lower()
+    try:
+        return float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        return text
 
 
 def sft_of(row: Row, columns: Columns) -> Chat | Document:
@@ -100,12 +111,15 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_glaive(row):
         messages, tools = glaive(row)
         return _chat(messages, row, columns)._replace(tools=tools)
-    if (name := row.find("messages")) is not None:
-        return _chat(with_system(row, messages_of(row.take(name), name, columns)), row, columns)
+    if (name := row.find("messages", full=True)) is not None:
+        messages = messages_of(row.take(name), name, columns)
+        return _chat(with_system(row, _with_answer(row, messages)), row, columns)
     answers = row.found("answer")
-    prompts = [name for name in row.found("prompt") if name not in answers]
+    prompts = [name for name in row.found("prompt", full=True) or row.found("prompt") if name not in answers]
     if prompts and answers:
         return _exchange(row, prompts, answers, columns)
+    if (name := row.find("messages")) is not None:
+        raise Refused(f"{name} is not a list of messages")
     if (name := row.find("text")) is not None:
         return Document(clean(row.take(name), name))
     if (name := _null(row)) is not None:
@@ -125,7 +139,8 @@ def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns
     contexts = [name for name in row.found("context", full=True) if name not in answers and name != prompts[0]]
     prompt = _one_of(row, "prompt", [name for name in prompts if name not in contexts])
     earlier = history(row, columns)
-    asked, answered = json_of(row.take(prompt)), json_of(row.take(answer))
+    asked, answered = messages_in(row.take(prompt)), row.take(answer)
+    answered = messages_in(answered) if isinstance(asked, list) else answered  # after a question that is a text, JSON is the answer
     if isinstance(answered, list) and len(answered) > 1 and all(isinstance(text, str) for text in answered):
         raise UnknownShape(f"{answer} holds several answers")
     if isinstance(asked, list):  # of messages
@@ -159,9 +174,26 @@ def _one_of(row: Row, what: str, names: list[str]) -> str:
 
 
 def _thinking(row: Row) -> dict:
-    """The reasoning before an answer, in a column of its own."""
+    """The reasoning before an answer, in a column of its own; one that only says whether there is any is not used."""
     name = row.find("thinking", full=True)
-    return {"reasoning_content": clean(row.take(name), name)} if name else {}
+    if name is None:
+        return {}
+    value = row.take(name)
+    if str(value).lower() in SWITCHES:
+        row.notes.append(f"{IGNORED}{row.shown[name]}")
+        return {}
+    return {"reasoning_content": clean(value, name)}
+
+
+def _with_answer(row: Row, messages: list[dict]) -> list[dict]:
+    """The messages with an answer that stands in a column of its own, where they end without one, and the thinking before the last."""
+    *before, last = messages
+    if last["role"] in ("user", "tool") and (names := row.found("answer", full=True)):
+        name = _one_of(row, "answer", names)
+        return [*messages, {"role": "assistant", "content": clean(row.take(name), name)} | _thinking(row)]
+    if last["role"] != "assistant" or "reasoning_content" in last:
+        return messages
+    return [*before, last | _thinking(row)]
 
 
 def _take_copies(row: Row, messages: list[dict]) -> None:
@@ -199,7 +231,9 @@ def _mask(row: Row, messages: list[dict]) -> None:
         row.take_all(["weight"])
     if "loss_mask" not in row:
         return
-    mask, answers = row.take("loss_mask"), [message for message in messages if message["role"] == "assistant"]
+    mask, answers = json_of(row.take("loss_mask")), [message for message in messages if message["role"] == "assistant"]
+    if isinstance(mask, list) and len(mask) == len(messages) - 1 and messages[0]["role"] == "system":
+        messages = messages[1:]  # the system message stood in a column of its own
     if not isinstance(mask, list) or any(value not in (0, 1) for value in mask) or len(mask) not in (len(messages), len(answers)):
         raise Refused("loss_mask is not a list of 0 or 1 for each message or each answer")
     for message, trained in zip(messages if len(mask) == len(messages) else answers, mask, strict=True):
@@ -226,7 +260,8 @@ def _trees(rows: list[FileRow], columns: Columns) -> Iterator[Document | Chat | 
             yield Refused("a tree without an answer")
             continue
         messages = [{"role": row.get("role"), "content": row.get("text")} for row in path]
-        yield read_row("sft", {"messages": messages}, columns)
+        kept = {columns.keep[0]: path[0].get(columns.keep[0])} if columns.keep else {}  # of the first message
+        yield read_row("sft", {"messages": messages, **kept}, columns)
 
 
 def best_paths(rows: Iterable[dict]) -> Iterator[list[dict]]:

@@ -28,7 +28,13 @@ MAY_FOLLOW = {
 }
 THINKING = ("reasoning_content", "reasoning", "thinking")
 # what says whether a message is trained, and what of it means that it is
-TRAINED = {"weight": True, "train": True, "trainable": True, "loss": True, "training": True, "masked": False}
+TRAINED = {
+    **dict.fromkeys(
+        ("weight", "train", "trainable", "trained", "training", "loss", "loss_mask", "loss_scale", "train_on", "should_train"), True
+    ),
+    **dict.fromkeys(("masked", "ignore", "no_loss"), False),
+}
+UNCLEAR = ("mask", "label")  # which mean one thing to some and the opposite to others
 # keys of a message that say nothing about its text; anything else that is not null would be lost
 SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *THINKING, *TRAINED}
 METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
@@ -72,18 +78,20 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     as the row calls it, until `finished` has taken it out.
     """
     value = json_of(value)
+    if isinstance(value, str):
+        raise Refused(f"{column} is not a list of messages, but a text that is no JSON")
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise Refused(f"{column} is not a list of messages")
-    if all({"input", "output"} <= one.keys() and "role" not in one for one in value):  # Capybara's exchanges
-        roles = ("user", "assistant")
-        value = [{"role": role, "content": one[key]} for one in value for role, key in zip(roles, ("input", "output"), strict=True)]
+    if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
+        value = [message for one in value for message in _exchange(one)]
     messages: list[dict] = []
     for given in value:
         message = _message(given, columns)
         if message is None:
             continue
         before = messages[-1] if messages else {}
-        if _is_call(given, columns) and "tool_calls" in before and before["role"] == "assistant":
+        is_alike = before.get("train") == message.get("train")
+        if _is_call(given, columns) and "tool_calls" in before and before["role"] == "assistant" and is_alike:
             before["tool_calls"] += message["tool_calls"]
         else:
             messages.append(message)
@@ -92,14 +100,29 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     return messages
 
 
+def _exchange(one: dict) -> list[dict]:
+    """The messages of an exchange {input, output}, as Capybara and XTuner have them, with what else it says about the answer."""
+    more = {key: value for key, value in one.items() if key not in ("input", "output", "system", "output_with_loss")}
+    answer = {"role": "assistant", "content": one["output"], **more, "loss": one.get("output_with_loss")}
+    system = [{"role": "system", "content": one["system"]}] if one.get("system") else []
+    return [*system, {"role": "user", "content": one["input"]}, answer]
+
+
 def json_of(value):
-    """Return what a text holds that is a JSON list of objects, or an object; any other value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n", "{")):
+    """Return what a text holds that is a JSON list or object; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def messages_in(value):
+    """Return the messages that a text holds as JSON; any other value, a text that is only like it included, as it is."""
+    found = json_of(value)
+    is_messages = isinstance(found, list) and found and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found)
+    return found if is_messages else value
 
 
 def _is_call(message: dict, columns: Columns) -> bool:
@@ -152,6 +175,8 @@ def _message(message: dict, columns: Columns) -> dict | None:
 def _refuse_lost(message: dict, columns: Columns) -> None:
     """Raise Refused for a message with something that would be lost."""
     for key, value in message.items():
+        if key in UNCLEAR and value is not None:
+            raise Refused(f"a message has {key}, which may say that it is trained, or that it is not: write weight, 0 or 1")
         if value in (None, [], {}, "") or key in SAID or key in METADATA or key in (columns.role_key, columns.content_key):
             continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
@@ -197,7 +222,12 @@ def _train_flag(message: dict, asks: bool = False) -> dict:
     return {"train": False} if said == {False} else {}
 
 
-def finished(messages: list[dict], train_on: str = "all") -> list[dict]:
+def as_context(messages: list[dict]) -> list[dict]:
+    """Return the messages of a pair as the chat format takes them: which of their answers SFT would train says nothing there."""
+    return [{key: value for key, value in message.items() if key not in ("as", "train")} for message in messages]
+
+
+def finished(messages: list[dict], train_on: str) -> list[dict]:
     """Return the messages as the chat format takes them, with train: False at the answers that --train_on leaves out.
 
     Raises Refused where no answer is left to train.
@@ -209,7 +239,7 @@ def finished(messages: list[dict], train_on: str = "all") -> list[dict]:
     elif train_on != "all":
         names = {name.lower() for name in train_on.split(",")}
         for message in answers:
-            if str(message.get("as", message["role"])).lower() not in names:
+            if names.isdisjoint((str(message.get("as", "")).lower(), message["role"], str(message.get("name", "")).lower())):
                 message["train"] = False
     if answers and not any(message.get("train", True) for message in answers):
         raise Refused("no answer of it is to be trained")
@@ -218,7 +248,7 @@ def finished(messages: list[dict], train_on: str = "all") -> list[dict]:
 
 def transcript(text: str) -> list[dict]:
     """Read the messages of a transcript in the form of Anthropic's HH data ("\\n\\nHuman: ...\\n\\nAssistant: ..."); all turns are kept."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text if text.startswith("Human:") else text)
     if before.strip() or not turns:
         raise Refused("chosen and rejected are texts without a prompt")
     roles = {"Human": "user", "Assistant": "assistant"}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import USUAL, Columns, Row, UnknownShape
-from data_prep.shapes.messages import Pair, check_order, clean, finished, json_of, messages_of, transcript
+from data_prep.shapes.messages import Pair, as_context, check_order, clean, json_of, messages_in, messages_of, transcript
 from data_prep.shapes.thinking import whole_text
 from posttrain.data.parts import Refused
 
@@ -14,7 +14,7 @@ RATINGS = (
     *(("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected")),
     *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_avg_rating", "rejected_avg_rating")),
 )
-QUESTIONS = ("question", "prompt", "instruction", "query", "inputs", "problem")
+QUESTIONS = ("question", "prompt", "instruction", "query", "inputs", "problem", "input")
 SCORES = ("overall_score", "score", "rating", "fine-grained_score")  # of one of several answers, the higher the better
 ANSWERS = ("answer", "response", "text", "content", "completion", "output")  # keys of its text
 
@@ -36,11 +36,16 @@ def _has(*names: str) -> Callable[[Row], bool]:
 def _chosen(row: Row, columns: Columns) -> Pair:
     """Read chosen and rejected, as texts or messages; the prompt stands in columns of its own, or before the answers."""
     better, worse = row.find("chosen"), row.find("rejected")
-    chosen, rejected = json_of(row.take(better)), json_of(row.take(worse))
+    texts = row.take(better), row.take(worse)
+    both = [messages_in(text) for text in texts]
+    if any(isinstance(one, str) for one in both):  # JSON that is no list of messages, or one answer of which only looks so, is text
+        both = list(texts)
     _refuse_tie(row)
     asked = _prompt_columns(row, columns)
-    both = [chosen, rejected]
     if all(isinstance(one, str) for one in both):
+        chosen, rejected = both
+        if all(one.startswith(("\n\nHuman:", "Human:")) and "\n\nAssistant:" in one for one in both):
+            return _answers([], transcript(chosen), transcript(rejected), row, before=asked)
         if asked is None and (empty := row.found("prompt")):
             raise Refused(f"{empty[0]} is empty")
         if asked is None:
@@ -63,6 +68,8 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
     With a prompt column, messages beside it are looked at later: they are a copy, or refused.
     """
     names = [name for name in QUESTIONS if name in row.found("prompt", full=True)]
+    if len(names) > 1 and "input" in names:
+        names.remove("input")  # which then is the context
     if not names and (name := row.find("messages")) is not None:
         return with_system(row, messages_of(row.take(name), name, columns))
     if not names:
@@ -72,13 +79,13 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
         if row.values[name] != row.values[first]:
             raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
         row.take_all([name])
-    value = json_of(row.take(first))
+    value = messages_in(row.take(first))
     if isinstance(value, list):
         return with_system(row, messages_of(value, first, columns))
     content = clean(value, first)
-    if content.startswith("\n\nHuman:"):
+    if content.startswith("\n\nHuman:") or (content.startswith("Human:") and "\n\nAssistant:" in content):
         return with_system(row, transcript(content.rstrip().removesuffix("\n\nAssistant:")))
-    for name in row.found("context", full=True):
+    for name in [name for name in row.found("context", full=True) if name != first]:
         content += "\n\n" + clean(row.take(name), name)
     return with_system(row, [*history(row, columns), {"role": "user", "content": content}])
 
@@ -108,7 +115,7 @@ def _two_responses(row: Row, columns: Columns) -> Pair:
     """Read HelpSteer3's response1 and response2, of which overall_preference, from -3 to 3, says the better one."""
     preference = row.take("overall_preference")
     answers = [clean(row.take(name), name) for name in ("response1", "response2")]
-    if not isinstance(preference, int | float):
+    if not isinstance(preference, int | float) or preference != preference:
         raise Refused("overall_preference is not a number")
     if preference == 0:
         raise Refused("tied: overall_preference is 0")
@@ -192,6 +199,16 @@ def _needed(row: Row, columns: Columns) -> list[dict]:
     return prompt
 
 
+def _swift(row: Row, columns: Columns) -> Pair:
+    """Read ms-swift's messages, which end with the better answer, and the worse one in rejected_response."""
+    name = row.find("messages")
+    messages = messages_of(row.take(name), name, columns)
+    rejected = clean(row.take("rejected_response"), "rejected_response")
+    if messages[-1]["role"] != "assistant":
+        raise Refused("the last message is not the assistant's")
+    return _checked(with_system(row, messages[:-1]), whole_text(messages[-1]), rejected, row)
+
+
 def _is_ranking(row: Row) -> bool:
     name = row.find("answer")
     value = row.values.get(name) if name else None
@@ -205,6 +222,7 @@ SHAPES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Columns], Pair]], ...]
     (_has("response1", "response2", "overall_preference", "context"), _two_responses),
     (_has("human_ref_a", "human_ref_b", "labels", "history"), _shp),
     (_has("response_j", "response_k"), _paired),
+    (lambda row: "rejected_response" in row and row.find("messages") is not None, _swift),
     (lambda row: any(isinstance(json_of(row.values.get(name)), list) for name in ("completions", "answers", "responses")), _several),
     (_is_ranking, _ranking),
 )
@@ -215,8 +233,14 @@ def _refuse_tie(row: Row) -> None:
     for better, worse in RATINGS:
         if better in row or worse in row:
             row.take_all([better, worse])
-            if row.values.get(better) is not None and row.values.get(better) == row.values.get(worse):
+            high, low = row.values.get(better), row.values.get(worse)
+            if high is not None and high == low:
                 raise Refused(f"tied: {better} equals {worse}")
+            if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+                raise Refused(f"{better} is below {worse}")
+    rating = row.values.get("rating")
+    if row.values.get("status") == "tie" or (isinstance(rating, list) and len(rating) == 2 and rating[0] == rating[1]):
+        raise Refused("tied: both answers are rated the same")
 
 
 def _answers(
@@ -232,7 +256,7 @@ def _answers(
 
     `before` are the messages of a prompt column, which must not contradict what the lists share.
     """
-    chosen, rejected = finished(chosen), finished(rejected)
+    chosen, rejected = as_context(chosen), as_context(rejected)
     if chosen[:-1] != rejected[:-1]:
         raise Refused("chosen and rejected differ before their last message")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -241,7 +265,7 @@ def _answers(
         raise Refused("chosen or rejected is a tool call")
     shared = chosen[:-1]
     if before is not None:
-        before = finished(before)
+        before = as_context(before)
         shared = _agreeing(before, shared)
     return _checked(prompt + shared, whole_text(chosen[-1]), whole_text(rejected[-1]), row, tools=tools)
 
@@ -263,7 +287,7 @@ def _agreeing(before: list[dict], shared: list[dict]) -> list[dict]:
 
 def _checked(prompt: list[dict], chosen: str, rejected: str, row: Row, *, tools=None) -> Pair:
     """The Pair, unless roles are out of order, or the answers equal."""
-    prompt = finished(prompt)
+    prompt = as_context(prompt)
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Refused("the prompt does not end with a user message")
     check_order(prompt)
