@@ -20,7 +20,8 @@ from posttrain.data.parts import Refused
 NAMES = {
     "prompt": ("instruction", "prompt", "question", "query", "inputs", "problem", "input"),
     "context": ("input", "context"),
-    "answer": ("output", "response", "completion", "solution", "answer", "targets"),  # a short answer may stand beside its solution
+    # a short answer may stand beside its solution
+    "answer": ("output", "response", "completion", "solution", "answer", "targets"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "messages": ("messages", "conversations", "conversation"),
