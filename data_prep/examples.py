@@ -117,8 +117,7 @@ class SFT:
             prompt = text = item.text
         else:
             prompt = _asked(item.messages)
-            calls = {id(m): json.dumps(m["tool_calls"]) for m in shown if m.get("tool_calls")}
-            text = "\n".join(text for m in shown for text in (m.get("reasoning_content"), m["content"], calls.get(id(m))) if text)
+            text = "\n".join(text for message in shown for text in _texts(message) if text)
         return Example(row._asdict(), length, trained, prompt, text, proof(texts))
 
     def _cut(self, item, row: Rendered, texts: list[str], shown: list[dict], changes: Counter[str]) -> Example:
@@ -236,6 +235,12 @@ class DPO:
 
 
 KINDS = {kind.name: kind for kind in (SFT, DPO)}
+
+
+def _texts(message: dict) -> tuple[str | None, ...]:
+    """What a message says: its thinking, its text and its calls, each of which may not be there."""
+    calls = message.get("tool_calls")
+    return message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None
 
 
 def _system(prompt: str) -> dict:

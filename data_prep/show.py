@@ -58,12 +58,9 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.directory} has no {options.split} rows")
     if options.row is not None and not 0 <= options.row < len(split):
         raise ValueError(f"--row {options.row}: {options.directory} has the {options.split} rows 0 to {len(split) - 1}")
-    numbers = (
-        [options.row]
-        if options.row is not None
-        else [i * len(split) // min(options.rows, len(split)) for i in range(min(options.rows, len(split)))]
-    )
-    rows = [(number, split[number]) for number in dict.fromkeys(numbers)]
+    count = min(options.rows, len(split))
+    numbers = [options.row] if options.row is not None else [i * len(split) // count for i in range(count)]
+    rows = [(number, split[number]) for number in numbers]
     shown = [(number, row["source"], blocks(chat, kind, row)) for number, row in rows]
     if options.html:
         Path(options.html).write_text(_page(options.directory, options.split, shown, options.ids), encoding="utf-8")

@@ -209,11 +209,11 @@ def _short(value) -> str:
 
 def likely(rows: list[dict], kind: str) -> str:
     """Return the --columns line that would probably read rows of no known shape; empty where nothing is likely."""
-    texts: dict[str, int] = {}  # characters
+    texts: dict[str, None] = {}  # names of columns that hold texts, in their order
     for row in rows:
         for name, value in row.items():
             if isinstance(value, str) and value.strip() and not re.fullmatch(r"[\w./:-]{0,40}", value):
-                texts[name] = texts.get(name, 0) + len(value)
+                texts[name] = None
             elif isinstance(value, list) and value and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in value):
                 return f"--columns messages={name}" if kind == "sft" else ""
     wanted = ("prompt", "answer") if kind == "sft" else ("prompt", "chosen", "rejected")

@@ -8,7 +8,7 @@ import json
 import re
 from typing import NamedTuple
 
-from data_prep.shapes.calls import calls_of
+from data_prep.shapes.calls import SURROGATE, calls_of
 from data_prep.shapes.columns import MEDIA, Columns
 from posttrain.data.parts import Refused
 
@@ -41,7 +41,6 @@ METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_ide
 METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
 METADATA |= {"usage", "finish_reason", "source", "provider"}
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):

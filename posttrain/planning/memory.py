@@ -126,7 +126,7 @@ def peak(count: int, piece: int, layout: Layout, largest: Working, usual: Workin
     gathered = size * min(count, zero.live_parameters + zero.prefetch)
     # in the first pass, in which ZeRO-3 learns the order of the layers, it gathers one layer at a time, and the embedding
     first, later = (size * min(piece, count), gathered) if zero.stage == 3 else (0.0, 0.0)
-    there_at_start = kept.gradients if zero.stage == 3 else 4 * count if layout.has_own_optimizer else 0.0
+    there_at_start = kept.gradients if zero.stage == 3 or layout.has_own_optimizer else 0.0
     # each phase: gradients, gathered layers, memory for computing, and the log-probs' part of that
     phases = [
         (there_at_start, first, largest.most, largest.head),
