@@ -19,6 +19,7 @@ from data_prep.options import look, parse
 from data_prep.shapes.thinking import KEPT
 from data_prep.sources import Source, Sources
 from data_prep.staging import Staging, locked_staging, write_split
+from data_prep.unseen import refuse_unseen
 from data_prep.workers import beside
 from posttrain.common.files import checksum
 from posttrain.data import faster, tokenization
@@ -39,6 +40,7 @@ def prepare(kind: str, argv: list[str]) -> None:
 def prepare_rows(kind: str, options: argparse.Namespace) -> None:
     """Read, encode, choose, write and report. Raises ValueError or OSError for what the user can mend."""
     sources, output = look(kind, options), Path(options.output_dir)
+    refuse_unseen([*sources.training, *sources.held_out])
     tokenizer = tokenization.load_tokenizer(options.tokenizer, options.template)
     chat = ChatFormat(tokenizer, options.template)
     settings = Settings(options.max_length, options.too_long, options.system_prompt, options.thinking)

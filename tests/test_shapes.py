@@ -394,8 +394,6 @@ def test_rows_of_no_known_shape_are_shown_with_the_option_that_would_read_them()
         list(conversations("sft", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))
     with pytest.raises(ValueError, match="one answer: use data_prep/prepare_sft.py"):
         list(conversations("dpo", [{"prompt": "q", "response": "a"}]))
-    with pytest.raises(ValueError, match="--columns names ask, which no row has"):
-        list(conversations("sft", rows, Columns(names={"prompt": "ask"})))
 
 
 @pytest.mark.parametrize(

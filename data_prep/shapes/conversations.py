@@ -71,8 +71,6 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
         "sft": "messages, conversations, instruction + output (and input), prompt + response, question + answer, or text",
         "dpo": "chosen and rejected (texts or messages), with prompt, question, instruction or conversations where they do not hold it",
     }[kind]
-    lost = sorted({name for name in columns.names.values() if not any(name in row for row in rows)})
-    named = f"--columns names {', '.join(lost)}, which no row has. " if lost else ""
     other = ""
     if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), UnknownShape) for row in rows[:20]):
         other = in_this_form(
@@ -81,7 +79,7 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
             else "\nThese look like rows with one answer: use data_prep/prepare_sft.py"
         )
     how = f"\nThis would probably read them: {line}" if not other and (line := likely(rows[:100], kind)) else ""
-    return f"{named}rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
+    return f"rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
 
 
 def _refuse_unwanted(row: Row, given: dict, name: str, value: str) -> None:
