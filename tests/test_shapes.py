@@ -109,6 +109,9 @@ def said(role, content) -> dict:
         ({"messages": [USER, ASSISTANT | {"loss": False}, USER, ASSISTANT]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
         ({"messages": [USER, ASSISTANT | {"masked": True}, USER, ASSISTANT | {"masked": False}]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
         ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "loss_mask": [0, 1]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
+        ({"id": "0", "data": ["q", "a", "q", "a"]}, Chat([USER, ASSISTANT, USER, ASSISTANT])),
+        ({"data": ["q", "a"], "system": "s"}, WITH_SYSTEM),
+        ({"data": ["q", "a"], "prompt": "q", "response": "a"}, Chat([USER, ASSISTANT])),
         ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "loss_mask": [0, 0, 0, 1]}, Chat([USER, UNTRAINED, USER, ASSISTANT])),
     ],
 )
@@ -183,7 +186,10 @@ MALFORMED_SFT = [
     (chat(), "messages is not a list of messages"),
     ({"messages": None}, "messages is null"),
     ({"messages": "hello"}, "messages is not a list of messages"),
-    ({"messages": ["hello"]}, "messages is not a list of messages"),
+    ({"messages": ["hello", 1]}, "messages is not a list of messages"),
+    ({"conversations": ["q", "a"]}, "but of texts: --columns messages=conversations reads the user's and the assistant's in turn"),
+    ({"data": ["q", "a", "q"]}, "the last message is not the assistant's"),
+    ({"data": ["q", " "]}, "a message is empty"),
     (chat(USER), "last message is not the assistant's"),
     (chat(USER, ASSISTANT, USER), "last message is not the assistant's"),
     (chat(ASSISTANT), "wrong order of roles: assistant first"),
@@ -346,6 +352,17 @@ def test_columns_and_messages_of_other_names_are_read_as_the_user_says():
     turns = [{"who": "Narrator", "text": "q"}, {"who": "hero", "text": "a"}]
     keys = {"role_key": "who", "content_key": "text", "roles": {"narrator": "user", "hero": "assistant"}}
     assert rows_of("sft", {"talk": turns}, names={"messages": "talk"}, **keys) == [Chat([USER, ASSISTANT])]
+
+
+def test_texts_in_turn_are_read_where_the_user_says_so():
+    row = {"id": "1", "dialogue": ["q", "a", "q", "a"], "topic": ["fruit"]}
+    with pytest.raises(ValueError, match="This would probably read them: --columns messages=dialogue$"):
+        rows_of("sft", row)
+    expected = [USER, ASSISTANT] * 2
+    assert rows_of("sft", row, names={"messages": "dialogue"})[0].messages == expected
+    assert rows_of("sft", {"dialogue": json.dumps(row["dialogue"])}, names={"messages": "dialogue"})[0].messages == expected
+    (odd,) = rows_of("sft", {"messages": ["q", "a", "q"]}, names={"messages": "messages"})
+    assert str(odd) == "the last message is not the assistant's"
 
 
 def test_only_the_answers_that_the_user_names_are_trained():

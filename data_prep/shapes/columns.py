@@ -207,6 +207,11 @@ def _short(value) -> str:
     return text if len(text) <= EXAMPLE else text[:EXAMPLE] + " ..."
 
 
+def is_texts(value) -> bool:
+    """Whether a value is a list of texts, which may be those of two speakers in turn."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
 def likely(rows: list[dict], kind: str) -> str:
     """Return the --columns line that would probably read rows of no known shape; empty where nothing is likely."""
     texts: dict[str, None] = {}  # names of columns that hold texts, in their order
@@ -221,6 +226,9 @@ def likely(rows: list[dict], kind: str) -> str:
     guessed = _guess(common, wanted)
     if len(guessed) < len(wanted) and len(common) == len(wanted) == 2:  # no other way to read them, but the other way around
         guessed = dict(zip(wanted, common, strict=True))
+    turns = [name for name in rows[0] if all(is_texts(row.get(name)) and len(row[name]) % 2 == 0 for row in rows)]
+    if len(guessed) < len(wanted) and len(turns) == 1 and kind == "sft":
+        return f"--columns messages={turns[0]}"
     return "--columns " + ",".join(f"{what}={guessed[what]}" for what in wanted) if len(guessed) == len(wanted) else ""
 
 

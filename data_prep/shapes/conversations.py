@@ -11,8 +11,8 @@ from data_prep.formats.rows import Row as FileRow
 from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
-from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
-from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_in, messages_of
+from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, is_texts, likely
+from data_prep.shapes.messages import TURNS, Chat, Document, Pair, check_order, clean, finished, json_of, messages_in, messages_of
 from data_prep.shapes.pairs import pair_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
@@ -118,6 +118,8 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
         return _exchange(row, prompts, answers, columns)
     if (name := row.find("messages")) is not None:
         raise Refused(f"{name} is not a list of messages")
+    if is_texts(row.values.get(TURNS)):
+        return _chat(with_system(row, messages_of(row.take(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
         return Document(clean(row.take(name), name))
     if (name := _null(row)) is not None:

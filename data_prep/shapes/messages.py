@@ -4,6 +4,7 @@ Besides role and content these are tool_calls, reasoning_content, a tool's name 
 context only. Whatever cannot be trained on raises Refused with the cause.
 """
 
+import itertools
 import json
 import re
 from typing import NamedTuple
@@ -18,6 +19,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response"), "tool"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+TURNS = "data"  # UltraChat's column of texts, the user's and the assistant's in turn
 CALLS = {"function_call", "tool_call"}  # roles whose content is a call
 # which role may follow which; None is the start
 MAY_FOLLOW = {
@@ -80,7 +82,7 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     if isinstance(value, str):
         raise Refused(f"{column} is not a list of messages, but a text that is no JSON")
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise Refused(f"{column} is not a list of messages")
+        value = _in_turns(value, column, columns)
     if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
         value = [message for one in value for message in _exchange(one)]
     messages: list[dict] = []
@@ -97,6 +99,16 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     if not messages:
         raise Refused(f"{column} is empty")
     return messages
+
+
+def _in_turns(value, column: str, columns: Columns) -> list[dict]:
+    """The messages of a list of texts, the user's and the assistant's in turn, where it is known that it is one. Raises Refused."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise Refused(f"{column} is not a list of messages")
+    if column != TURNS and not (column == "messages" and column in columns.names):
+        how = f"--columns messages={column} reads the user's and the assistant's in turn"
+        raise Refused(f"{column} is not a list of messages, but of texts: {how}")
+    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), value)]
 
 
 def _exchange(one: dict) -> list[dict]:
