@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.formats.rows import file_rows
+from data_prep.shapes.calls import OTHER_FORM
 from data_prep.shapes.columns import USUAL, Columns
 from data_prep.shapes.conversations import KEPT, best_paths, conversations, read_row
 from data_prep.shapes.messages import Chat, Document, Pair
@@ -119,6 +120,120 @@ def test_sft_shapes(row, expected):
     assert read_row("sft", row, USUAL)._replace(notes=()) == expected
 
 
+CALLED = {"role": "assistant", "content": "a", "tool_calls": [CALL | {"id": "t"}], "reasoning_content": "t"}
+WITH_RESULT = [SYSTEM, USER, CALLED, {"role": "tool", "content": "b", "tool_call_id": "t"}, ASSISTANT]
+GEMINI = [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (  # Anthropic's messages, of which a table has filled nulls into the parts
+            {
+                "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+                "messages": [
+                    said("user", "q"),
+                    said(
+                        "assistant",
+                        [
+                            {"type": "thinking", "thinking": "t", "signature": "xyz", "text": None},
+                            {"type": "text", "text": "a", "thinking": None, "input": None},
+                            {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}, "text": None},
+                        ],
+                    ),
+                    said("user", [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "b"}]}]),
+                    said("assistant", [{"type": "text", "text": "a"}]),
+                ],
+            },
+            Chat(WITH_RESULT),
+        ),
+        (
+            {
+                "schemaVersion": "bedrock-conversation-2024",
+                "system": [{"text": "s"}],
+                "messages": [
+                    said("user", [{"text": "q"}]),
+                    said(
+                        "assistant",
+                        [
+                            {"reasoningContent": {"reasoningText": {"text": "t", "signature": "xyz"}}},
+                            {"text": "a"},
+                            {"toolUse": {"toolUseId": "t", "name": "f", "input": {"x": 1}}},
+                        ],
+                    ),
+                    said("user", [{"toolResult": {"toolUseId": "t", "content": [{"text": "b"}], "status": "success"}}]),
+                    said("assistant", [{"text": "a"}]),
+                ],
+            },
+            Chat(WITH_RESULT),
+        ),
+        (
+            {
+                "systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+                "contents": [
+                    {"role": "user", "parts": [{"text": "q"}]},
+                    {
+                        "role": "model",
+                        "parts": [
+                            {"text": "t", "thought": True},
+                            {"text": "a"},
+                            {"functionCall": {"id": "t", "name": "f", "args": {"x": 1}}},
+                        ],
+                    },
+                    {"role": "function", "parts": [{"functionResponse": {"id": "t", "name": "f", "response": {"y": 2}}}]},
+                    {"role": "model", "parts": [{"text": ""}, {"text": "a"}]},
+                ],
+                "tools": [
+                    {"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT", "properties": {"x": {"type": "INTEGER"}}}}]}
+                ],
+            },
+            Chat(
+                [*WITH_RESULT[:3], {"role": "tool", "content": '{"y": 2}', "tool_call_id": "t", "name": "f"}, ASSISTANT],
+                [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+                    }
+                ],
+            ),
+        ),
+        ({"contents": json.dumps(GEMINI), "system_instruction": "s"}, WITH_SYSTEM),
+        ({"contents": "a table of", "prompt": "q", "response": "a"}, Chat([USER, ASSISTANT])),
+        # two results and a text are three messages
+        (
+            chat(
+                USER,
+                CALLED | {"content": [{"type": "text", "text": "a"}]},
+                said(
+                    "user",
+                    [
+                        {"type": "tool_result", "tool_use_id": "t", "content": "b"},
+                        {"type": "tool_result", "tool_use_id": "u"},
+                    ],
+                ),
+                ASSISTANT,
+            ),
+            Chat([*WITH_RESULT[1:4], {"role": "tool", "content": "", "tool_call_id": "u"}, ASSISTANT]),
+        ),
+        (
+            chat(USER, ASSISTANT, tools=[{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"name": "g"}]),
+            Chat(
+                [USER, ASSISTANT],
+                [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}, {"name": "g"}],
+            ),
+        ),
+        (
+            chat(USER, ASSISTANT, toolConfig={"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": {"type": "object"}}}}]}),
+            Chat([USER, ASSISTANT], [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]),
+        ),
+    ],
+)
+def test_messages_of_parts_say_what_those_of_texts_do(row, expected):
+    item = read_row("sft", row, USUAL)
+    assert item._replace(notes=()) == expected
+    assert (OTHER_FORM in item.notes) is (item.tools is not None)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -161,6 +276,13 @@ def test_sft_shapes(row, expected):
         ({"prompt": "Human: q\n\nAssistant:", "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
         ({"prompt": [USER, ASSISTANT | {"weight": 0}, USER], "chosen": "a", "rejected": "b"}, Pair([USER, ASSISTANT, USER], "a", "b")),
         ({"messages": [USER, ASSISTANT], "rejected_response": "b"}, Pair([USER], "a", "b")),
+        (
+            {
+                "contents": GEMINI[:1],
+                "completions": [{"score": n, "completion": {"role": "model", "parts": [{"text": c}]}} for n, c in enumerate("ba")],
+            },
+            Pair([USER], "a", "b"),
+        ),
         ({"trajectory": [{"from": "user", "value": "q"}], "chosen": "a", "rejected": "b"}, Pair([USER], "a", "b")),
     ],
 )
@@ -206,7 +328,19 @@ MALFORMED_SFT = [
     (chat(USER, {"role": "assistant"}), "a message is null"),
     (chat(USER, said("assistant", "")), "a message is empty"),
     (chat(USER, said("assistant", {"text": "a"})), "a message is a dict, not text"),
-    (chat(said("user", [{"type": "image_url"}]), ASSISTANT), "something other than text"),
+    (chat(said("user", [{"type": "image_url"}]), ASSISTANT), "a message holds image_url, which is something other than text"),
+    (chat(said("user", [{"text": "q"}, {"image": {"format": "png"}}]), ASSISTANT), "a message holds image, which"),
+    ({"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}, *GEMINI[1:]]}, "a message holds inlineData, which"),
+    (chat(said("user", [{"type": "text", "text": "q", "file": "x"}]), ASSISTANT), "a message holds file, which"),
+    (chat(said("user", ["q"]), ASSISTANT), "a message holds something other than text"),
+    (chat(said("user", []), ASSISTANT), "a message is empty"),
+    (chat(USER, said("assistant", [{"type": "redacted_thinking", "data": "x"}])), "a message holds redacted_thinking, which"),
+    (chat(USER, said("assistant", [{"text": "a"}, {"type": "thinking", "thinking": "t"}])), "a message has thinking after its text"),
+    (chat(USER, said("assistant", [{"toolUse": {"name": "f", "input": {}}}, {"text": "a"}])), "a message has text after its tool calls"),
+    (chat(USER, said("user", [{"toolResult": {"content": [{"text": "b"}, {"video": 1}]}}])), "a message holds video, which"),
+    (chat(USER | {"tool_calls": [CALL]}, ASSISTANT), "a message of the role user has tool_calls, which would be lost"),
+    (chat(USER, ASSISTANT | {"thinking": "t", "reasoning": "u"}), "thinking in two keys that differ (reasoning, thinking)"),
+    ({"contents": [GEMINI[0], GEMINI[1] | {"content": "b"}]}, "a message has parts, which would be lost"),
     (chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}), "no name or no arguments"),
     (chat(USER, {"role": "assistant", "content": "", "tool_calls": ["f()"]}), "no name or no arguments"),
     (chat(USER, {"from": "function_call", "value": "{f"}), "a tool call: not valid JSON"),

@@ -1,6 +1,7 @@
 """Reads what may stand beside a row's messages in columns of its own: a system message, earlier exchanges, arguments for the template."""
 
 from data_prep.shapes.columns import Columns, Row
+from data_prep.shapes.content_parts import text_of
 from data_prep.shapes.messages import clean, json_of, messages_of
 from posttrain.data.parts import Refused
 
@@ -12,7 +13,7 @@ def with_system(row: Row, messages: list[dict]) -> list[dict]:
     name = row.find("system", full=True)
     if name is None:
         return messages
-    content = clean(row.take(name), name)
+    content = clean(text_of(row.take(name)), name)
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != content:
             row.notes.append(f"a system message in the messages taken, not the one in the column {row.shown[name]}")

@@ -13,6 +13,8 @@ from posttrain.data.parts import Refused
 SURROGATE = re.compile("[\ud800-\udfff]")
 NULLS = "nulls taken out of descriptions of tools: no schema has them, a table fills them in"
 NULL_ARGUMENTS = "null arguments taken out of tool calls: the function has none of that name, a table fills them in"
+OTHER_FORM = "descriptions of tools in the form of another API, brought into OpenAI's"
+TYPES = ("OBJECT", "ARRAY", "STRING", "NUMBER", "INTEGER", "BOOLEAN", "NULL")
 KEPT_NULLS = "a tool call has null arguments, which are trained as they are"
 
 
@@ -40,7 +42,10 @@ def calls_of(value) -> list[dict]:
 def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
-    tools = (_parsed(row.take(name), name) if name else None) or []
+    given = (_parsed(row.take(name), name) if name else None) or []
+    tools = _in_openais_form(given)
+    if tools != given:
+        row.notes.append(OTHER_FORM)
     if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise Refused("tools is not a list of objects")
     _refuse_halves(tools, "a description of tools")
@@ -49,6 +54,36 @@ def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
         row.notes.append(NULLS)
     _take_nulls_out(messages, sound, row)
     return sound or None
+
+
+def _in_openais_form(tools):
+    """Descriptions of tools in Anthropic's, Bedrock's or Gemini's form, in OpenAI's; any other value as it is."""
+    if isinstance(tools, dict) and isinstance(tools.get("tools"), list):  # Bedrock's toolConfig
+        tools = tools["tools"]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return tools
+    return [function for tool in tools for function in _functions(tool)]
+
+
+def _functions(tool: dict) -> list[dict]:
+    """The functions that one of a row's tools describes, in OpenAI's form where it is one of the others."""
+    if declared := tool.get("functionDeclarations") or tool.get("function_declarations"):
+        return [{"type": "function", "function": _in_small_letters(function)} for function in as_list(declared)]
+    spec = tool.get("toolSpec") or tool
+    schema = spec.get("input_schema") or spec.get("inputSchema")
+    if not isinstance(schema, dict):
+        return [tool]
+    about = {key: spec[key] for key in ("name", "description") if spec.get(key) is not None}
+    return [{"type": "function", "function": about | {"parameters": schema.get("json") or schema}}]
+
+
+def _in_small_letters(value):
+    """A description of a function with the types of JSON schema, which Gemini's API writes in capitals."""
+    if isinstance(value, list):
+        return [_in_small_letters(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: inner.lower() if key == "type" and inner in TYPES else _in_small_letters(inner) for key, inner in value.items()}
 
 
 def _without_nulls(value, key: str | None = None):

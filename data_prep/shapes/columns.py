@@ -22,13 +22,13 @@ NAMES = {
     "context": ("input", "context"),
     # a short answer may stand beside its solution
     "answer": ("output", "response", "completion", "solution", "answer", "targets"),
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction"),
     "history": ("history",),
     "messages": ("messages", "conversations", "conversation"),
     "thinking": ("reasoning_content", "reasoning", "thinking", "complex_cot", "chain_of_thought"),
     "chosen": ("chosen", "preferred_output"),
     "rejected": ("rejected", "non_preferred_output"),
-    "tools": ("tools", "functions"),
+    "tools": ("tools", "functions", "toolconfig"),
     "text": ("text",),
 }
 # columns whose content would be missed, where no reader has taken them: all of the above, and these

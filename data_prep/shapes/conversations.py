@@ -12,7 +12,19 @@ from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, is_texts, likely
-from data_prep.shapes.messages import TURNS, Chat, Document, Pair, check_order, clean, finished, json_of, messages_in, messages_of
+from data_prep.shapes.messages import (
+    TURNS,
+    Chat,
+    Document,
+    Pair,
+    check_order,
+    clean,
+    finished,
+    json_of,
+    messages_column,
+    messages_in,
+    messages_of,
+)
 from data_prep.shapes.pairs import pair_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
@@ -109,14 +121,14 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_glaive(row):
         messages, tools = glaive(row)
         return _chat(messages, row, columns)._replace(tools=tools)
-    if (name := row.find("messages", full=True)) is not None:
+    if (name := messages_column(row, full=True)) is not None:
         messages = messages_of(row.take(name), name, columns)
         return _chat(with_system(row, _with_answer(row, messages)), row, columns)
     answers = row.found("answer")
     prompts = [name for name in row.found("prompt", full=True) or row.found("prompt") if name not in answers]
     if prompts and answers:
         return _exchange(row, prompts, answers, columns)
-    if (name := row.find("messages")) is not None:
+    if (name := messages_column(row)) is not None:
         raise Refused(f"{name} is not a list of messages")
     if is_texts(row.values.get(TURNS)):
         return _chat(with_system(row, messages_of(row.take(TURNS), TURNS, columns)), row, columns)

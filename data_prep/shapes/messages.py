@@ -10,7 +10,8 @@ import re
 from typing import NamedTuple
 
 from data_prep.shapes.calls import SURROGATE, calls_of
-from data_prep.shapes.columns import MEDIA, Columns
+from data_prep.shapes.columns import MEDIA, Columns, Row
+from data_prep.shapes.content_parts import in_messages, text_of
 from posttrain.data.parts import Refused
 
 ROLES = {
@@ -85,14 +86,15 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
         value = _in_turns(value, column, columns)
     if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
         value = [message for one in value for message in _exchange(one)]
+    if any(isinstance(given.get(columns.content_key or "content"), list) or "parts" in given for given in value):
+        value = [message for given in value for message in _of_parts(given, columns)]
     messages: list[dict] = []
     for given in value:
         message = _message(given, columns)
         if message is None:
             continue
         before = messages[-1] if messages else {}
-        is_alike = before.get("train") == message.get("train")
-        if _is_call(given, columns) and "tool_calls" in before and before["role"] == "assistant" and is_alike:
+        if "tool_calls" in before and _is_call(given, columns) and before.get("train") == message.get("train"):
             before["tool_calls"] += message["tool_calls"]
         else:
             messages.append(message)
@@ -119,6 +121,13 @@ def _exchange(one: dict) -> list[dict]:
     return [*system, {"role": "user", "content": one["input"]}, answer]
 
 
+def messages_column(row: Row, full: bool = False) -> str | None:
+    """The name of the column that holds a conversation, None without one: also Gemini's contents, whose messages have parts."""
+    name, contents = row.find("messages", full), json_of(row.values.get("contents"))
+    is_geminis = isinstance(contents, list) and contents and all(isinstance(one, dict) and "parts" in one for one in contents)
+    return "contents" if name is None and is_geminis else name
+
+
 def json_of(value):
     """Return what a text holds that is a JSON list or object; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -134,6 +143,17 @@ def messages_in(value):
     found = json_of(value)
     is_messages = isinstance(found, list) and found and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found)
     return found if is_messages else value
+
+
+def _of_parts(message: dict, columns: Columns) -> list[dict]:
+    """The messages that one whose content is a list of parts says; any other message as it is, and the result of a tool, as JSON."""
+    content_key, role = columns.content_key or "content", _first(message, columns.role_key, "role", "from")
+    key = content_key if message.get(content_key) else "parts"
+    is_result = key != "parts" and isinstance(role, str) and columns.roles.get(role.lower(), ROLES.get(role.lower())) == "tool"
+    if is_result or not isinstance(message.get(key), list):
+        return [message]
+    rest = {name: value for name, value in message.items() if name != key}
+    return in_messages(rest, message[key], columns.role_key or "role", content_key)
 
 
 def _is_call(message: dict, columns: Columns) -> bool:
@@ -161,7 +181,7 @@ def _message(message: dict, columns: Columns) -> dict | None:
     if role is None:
         raise Refused(f"unknown role {name!r}: name it with --roles {name}=user, assistant, system or tool")
     _refuse_lost(message, columns)
-    content = _text_of_parts(content)
+    content = text_of(content)
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
     read = {"role": role, "as": name}
@@ -170,12 +190,16 @@ def _message(message: dict, columns: Columns) -> dict | None:
     if role == "assistant":
         read |= _train_flag(message)
         if thinking := [message[key] for key in THINKING if message.get(key)]:
+            if any(one != thinking[0] for one in thinking):
+                raise Refused(f"a message has thinking in two keys that differ ({', '.join(key for key in THINKING if message.get(key))})")
             read["reasoning_content"] = clean(thinking[0], "a message's reasoning")
         if name.lower() in CALLS:
             return read | {"content": "", "tool_calls": calls_of(content)}
         if calls := message.get("tool_calls") or message.get("function_call"):
             content = "" if content is None else content
             return read | {"content": clean(content, "a message", empty=True), "tool_calls": calls_of(calls)}
+    elif lost := [key for key in ("tool_calls", "function_call", *THINKING) if message.get(key)]:
+        raise Refused(f"a message of the role {name} has {lost[0]}, which would be lost")
     elif _train_flag(message, asks=True):
         raise Refused(f"a message of the role {name} asks to be trained; only answers are")
     if isinstance(content, list):
@@ -192,15 +216,6 @@ def _refuse_lost(message: dict, columns: Columns) -> None:
             continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
             raise Refused(f"a message has {key}, which would be lost")
-
-
-def _text_of_parts(content):
-    """The text of OpenAI's parts, [{type: text, text: ...}, ...]; any other content as it is."""
-    if not isinstance(content, list):
-        return content
-    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
-        return content
-    return "".join(part["text"] for part in content)
 
 
 def _tool_result(message: dict, content) -> dict:
