@@ -270,6 +270,11 @@ def test_messages_of_parts_say_what_those_of_texts_do(row, expected):
         ({"instruction": "q", "input": "", "output": ["a", "b"]}, Pair([USER], "a", "b")),
         ({"prompt": "q", "answers": [{"answer": c, "rank": n} for n, c in enumerate("acb")]}, Pair([USER], "a", "b")),
         ({"instruction": "q", "completions": [{"response": c, "overall_score": n} for n, c in enumerate("bca")]}, Pair([USER], "a", "b")),
+        (  # stack-exchange-preferences
+            {"qid": 1, "question": "q", "answers": [{"answer_id": n, "pm_score": n, "text": c} for n, c in enumerate("bca")], "date": "d"},
+            Pair([USER], "a", "b"),
+        ),
+        ({"question": "q", "answers": [{"pm_score": str(n), "answer_text": c} for n, c in enumerate("bca")]}, Pair([USER], "a", "b")),
         ({"input": "q", "system": "s", "chosen": "a", "rejected": "b"}, Pair([SYSTEM, USER], "a", "b")),
         ({"prompt": "q", "chosen": '{"a": 1}', "rejected": "b"}, Pair([USER], '{"a": 1}', "b")),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": HH, "rejected": HH[:-1] + "b"}, Pair([USER], "a", "b")),
@@ -374,6 +379,7 @@ MALFORMED_DPO = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": [9.0, 9.0], "status": "tie"}, "tied: both answers are rated the same"),
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference is 0"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}, "tied: all answers have the same rank or score"),
+    ({"question": "q", "answers": [{"text": c, "pm_score": 2} for c in "ab"]}, "tied: all answers have the same rank or score"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]}, "fewer than two answers with a rank or a score"),
     (
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": 4},
@@ -543,6 +549,8 @@ def test_rows_of_no_known_shape_are_shown_with_the_option_that_would_read_them()
     assert "--columns" not in str(error.value)
     with pytest.raises(ValueError, match="preference pairs: use data_prep/prepare_dpo.py"):
         list(conversations("sft", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))
+    with pytest.raises(ValueError, match="preference pairs: use data_prep/prepare_dpo.py"):
+        list(conversations("sft", [{"question": "q", "answers": [{"text": c, "pm_score": n} for n, c in enumerate("ab")]}]))
     with pytest.raises(ValueError, match="one answer: use data_prep/prepare_sft.py"):
         list(conversations("dpo", [{"prompt": "q", "response": "a"}]))
 

@@ -16,8 +16,8 @@ RATINGS = (
     *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_avg_rating", "rejected_avg_rating")),
 )
 QUESTIONS = ("question", "prompt", "instruction", "query", "inputs", "problem", "input")
-SCORES = ("overall_score", "score", "rating", "fine-grained_score")  # of one of several answers, the higher the better
-ANSWERS = ("answer", "response", "text", "content", "completion", "output")  # keys of its text
+SCORES = ("overall_score", "score", "rating", "fine-grained_score", "pm_score")  # of one of several answers, the higher the better
+ANSWERS = ("answer", "response", "text", "answer_text", "content", "completion", "output")  # keys of its text
 
 
 def pair_of(row: Row, columns: Columns) -> Pair:
