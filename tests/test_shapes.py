@@ -494,6 +494,22 @@ def test_columns_and_messages_of_other_names_are_read_as_the_user_says():
     assert rows_of("sft", {"talk": turns}, names={"messages": "talk"}, **keys) == [Chat([USER, ASSISTANT])]
 
 
+def test_two_columns_with_one_conversation_are_read_once_and_two_conversations_refused():
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (item,) = rows_of("sft", {"conversations": shared, "Messages": [USER, ASSISTANT], "contents": GEMINI})
+    note = "two columns with conversations: Messages taken, {} says the same"
+    assert item == Chat([USER, ASSISTANT], notes=(note.format("conversations"), note.format("contents")))
+    assert rows_of("sft", {"messages": [USER, ASSISTANT], "conversations": []}) == [Chat([USER, ASSISTANT])]
+    differs = "messages and conversations hold two conversations that differ: say with --columns messages=NAME which is meant"
+    for other in ([*shared, *shared], [shared[0], {"from": "gpt", "value": "b"}], [shared[0], shared[1] | {"weight": 0}]):
+        row = {"messages": [USER, ASSISTANT], "conversations": other}
+        assert str(rows_of("sft", row)[0]) == differs
+        assert rows_of("sft", row, names={"messages": "messages"})[0].messages == [USER, ASSISTANT]
+    pair = {"messages": [USER], "conversations": shared[:1], "chosen": "a", "rejected": "b"}
+    assert rows_of("dpo", pair)[0]._replace(notes=()) == Pair([USER], "a", "b")
+    assert str(rows_of("dpo", pair | {"conversations": shared})[0]) == differs
+
+
 def test_texts_in_turn_are_read_where_the_user_says_so():
     row = {"id": "1", "dialogue": ["q", "a", "q", "a"], "topic": ["fruit"]}
     with pytest.raises(ValueError, match="This would probably read them: --columns messages=dialogue$"):

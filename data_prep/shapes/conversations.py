@@ -19,9 +19,10 @@ from data_prep.shapes.messages import (
     Pair,
     check_order,
     clean,
+    conversation,
     finished,
     json_of,
-    messages_column,
+    message_columns,
     messages_in,
     messages_of,
 )
@@ -121,15 +122,14 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_glaive(row):
         messages, tools = glaive(row)
         return _chat(messages, row, columns)._replace(tools=tools)
-    if (name := messages_column(row, full=True)) is not None:
-        messages = messages_of(row.take(name), name, columns)
+    if (messages := conversation(row, columns, full=True)) is not None:
         return _chat(with_system(row, _with_answer(row, messages)), row, columns)
     answers = row.found("answer")
     prompts = [name for name in row.found("prompt", full=True) or row.found("prompt") if name not in answers]
     if prompts and answers:
         return _exchange(row, prompts, answers, columns)
-    if (name := messages_column(row)) is not None:
-        raise Refused(f"{name} is not a list of messages")
+    if names := message_columns(row):
+        raise Refused(f"{names[0]} is not a list of messages")
     if is_texts(row.values.get(TURNS)):
         return _chat(with_system(row, messages_of(row.take(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:

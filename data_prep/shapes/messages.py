@@ -121,11 +121,39 @@ def _exchange(one: dict) -> list[dict]:
     return [*system, {"role": "user", "content": one["input"]}, answer]
 
 
-def messages_column(row: Row, full: bool = False) -> str | None:
-    """The name of the column that holds a conversation, None without one: also Gemini's contents, whose messages have parts."""
-    name, contents = row.find("messages", full), json_of(row.values.get("contents"))
-    is_geminis = isinstance(contents, list) and contents and all(isinstance(one, dict) and "parts" in one for one in contents)
-    return "contents" if name is None and is_geminis else name
+def conversation(row: Row, columns: Columns, full: bool = False) -> list[dict] | None:
+    """The messages of a row's conversation, None without one; with `full`, of a column that is not empty.
+
+    Other columns with conversations count as used where they say the same. Raises Refused where they do not.
+    """
+    names = message_columns(row, full)
+    if not names:
+        return None
+    messages = messages_of(row.take(names[0]), names[0], columns)
+    for name in names[1:]:
+        if not row.values[name]:
+            continue
+        if [_unnamed(one) for one in messages_of(row.values[name], name, columns)] != [_unnamed(one) for one in messages]:
+            both = f"{row.shown[names[0]]} and {row.shown[name]}"
+            raise Refused(f"{both} hold two conversations that differ: say with --columns messages=NAME which is meant")
+        row.take(name)
+        row.notes.append(f"two columns with conversations: {row.shown[names[0]]} taken, {row.shown[name]} says the same")
+    return messages
+
+
+def message_columns(row: Row, full: bool = False) -> list[str]:
+    """The names of the columns that hold conversations, also of Gemini's contents, whose messages have parts."""
+    names = row.found("messages", full)
+    if "contents" in row and "messages" not in row.named:
+        contents = json_of(row.values["contents"])
+        if isinstance(contents, list) and contents and all(isinstance(one, dict) and "parts" in one for one in contents):
+            names.append("contents")
+    return names
+
+
+def _unnamed(message: dict) -> dict:
+    """A message without its role as the row calls it."""
+    return {key: value for key, value in message.items() if key != "as"}
 
 
 def json_of(value):
@@ -269,7 +297,7 @@ def finished(messages: list[dict], train_on: str) -> list[dict]:
                 message["train"] = False
     if answers and not any(message.get("train", True) for message in answers):
         raise Refused("no answer of it is to be trained")
-    return [{key: value for key, value in message.items() if key != "as"} for message in messages]
+    return [_unnamed(message) for message in messages]
 
 
 def transcript(text: str) -> list[dict]:

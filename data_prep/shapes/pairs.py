@@ -6,7 +6,18 @@ from data_prep.shapes.beside import history, options_of, with_system
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import USUAL, Columns, Row, UnknownShape
 from data_prep.shapes.content_parts import text_of
-from data_prep.shapes.messages import Pair, as_context, check_order, clean, json_of, messages_column, messages_in, messages_of, transcript
+from data_prep.shapes.messages import (
+    Pair,
+    as_context,
+    check_order,
+    clean,
+    conversation,
+    json_of,
+    message_columns,
+    messages_in,
+    messages_of,
+    transcript,
+)
 from data_prep.shapes.thinking import whole_text
 from posttrain.data.parts import Refused
 
@@ -71,8 +82,8 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
     names = [name for name in QUESTIONS if name in row.found("prompt", full=True)]
     if len(names) > 1 and "input" in names:
         names.remove("input")  # which then is the context
-    if not names and (name := messages_column(row)) is not None:
-        return with_system(row, messages_of(row.take(name), name, columns))
+    if not names and (messages := conversation(row, columns)) is not None:
+        return with_system(row, messages)
     if not names:
         return with_system(row, []) or None
     first = names[0]
@@ -93,13 +104,13 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
 
 def _copy_of_answer(row: Row, pair: Pair, columns: Columns) -> None:
     """Count a messages column as used that repeats the prompt, with or without an answer to it."""
-    name = messages_column(row)
-    if name is None or name in row.taken:
-        return
-    seen = [message["content"] for message in messages_of(row.values[name], name, columns) if message["role"] != "system"]
     asked = [message["content"] for message in pair.prompt if message["role"] != "system"]
-    if seen[: len(asked)] == asked and len(seen) <= len(asked) + 1:
-        row.take_all([name])
+    for name in message_columns(row, full=True):
+        if name in row.taken:
+            continue
+        seen = [message["content"] for message in messages_of(row.values[name], name, columns) if message["role"] != "system"]
+        if seen[: len(asked)] == asked and len(seen) <= len(asked) + 1:
+            row.take_all([name])
 
 
 def _azure(row: Row, columns: Columns) -> Pair:
@@ -202,8 +213,7 @@ def _needed(row: Row, columns: Columns) -> list[dict]:
 
 def _swift(row: Row, columns: Columns) -> Pair:
     """Read ms-swift's messages, which end with the better answer, and the worse one in rejected_response."""
-    name = messages_column(row)
-    messages = messages_of(row.take(name), name, columns)
+    messages = conversation(row, columns)
     rejected = clean(row.take("rejected_response"), "rejected_response")
     if messages[-1]["role"] != "assistant":
         raise Refused("the last message is not the assistant's")
@@ -223,7 +233,7 @@ SHAPES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Columns], Pair]], ...]
     (_has("response1", "response2", "overall_preference", "context"), _two_responses),
     (_has("human_ref_a", "human_ref_b", "labels", "history"), _shp),
     (_has("response_j", "response_k"), _paired),
-    (lambda row: "rejected_response" in row and messages_column(row) is not None, _swift),
+    (lambda row: "rejected_response" in row and bool(message_columns(row)), _swift),
     (lambda row: any(isinstance(json_of(row.values.get(name)), list) for name in ("completions", "answers", "responses")), _several),
     (_is_ranking, _ranking),
 )
