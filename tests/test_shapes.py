@@ -527,6 +527,9 @@ def test_only_the_answers_that_the_user_names_are_trained():
     other = {"conversations": [*two["conversations"][:3], {"from": "model", "value": "a"}]}
     assert rows_of("sft", other, train_on="model") == [Chat([USER, UNTRAINED, USER, ASSISTANT])]
     assert str(rows_of("sft", two, train_on="model")[0]) == "no answer of it is to be trained"
+    speakers = {"messages": [USER, ASSISTANT | {"name": "Ann"}, USER, ASSISTANT | {"name": "bob"}]}
+    expected = [USER, ASSISTANT | {"name": "Ann"}, USER, UNTRAINED | {"name": "bob"}]
+    assert rows_of("sft", speakers, train_on="ann") == [Chat(expected)]
     assert rows_of("sft", two, train_on="assistant") == [Chat([USER, ASSISTANT, USER, ASSISTANT])]
 
 

@@ -6,7 +6,9 @@ import pytest
 from shown import shown
 from test_templates import LLAMA, byte_level
 
+from data_prep.examples import DPO
 from data_prep.shapes.calls import KEPT_NULLS, NULL_ARGUMENTS, NULLS
+from data_prep.shapes.function_calls import UNWRITTEN
 from posttrain.data.chat import ChatFormat
 
 START, STOP = "{{ '<|im_start|>' + m['role'] + '\n' }}", "{{ '<|im_end|>\n' }}"
@@ -180,6 +182,30 @@ def test_a_template_that_describes_tools_to_a_question_only_gets_an_example_for_
     texts, _ = shown(form(once.replace(START, asked + START)), row)
     assert [text.count("[[") for text in texts] == [1, 1]
     assert '"look", "parameters"' in texts[0]
+
+
+SPEAKER = "{{ '<|im_start|>' + m['role'] + (':' + m['name'] if m['name'] and m['role'] == 'user' else '') + '\n' }}"
+
+
+def test_names_of_messages_are_written_as_the_template_writes_them_or_told():
+    row = {"messages": [USER | {"name": "ann"}, FOX | {"name": "bob"}]}
+    bare = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[[the fox<|im_end|>]]\n"
+    for chat in (form(TOOLS), ChatFormat(byte_level(False))):
+        assert shown(chat, row) == ([bare], {UNWRITTEN.format(role=role): 1 for role in ("user", "assistant")})
+    chat = form(TOOLS.replace(START, SPEAKER))
+    (text,), changes = shown(chat, row)
+    assert text == bare.replace("user", "user:ann")
+    assert text.replace("[[", "").replace("]]", "") == chat.tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert changes == {UNWRITTEN.format(role="assistant"): 1}
+    tools = {"messages": [USER | {"name": "ann"}, calls(), result(name="look"), FOX], "tools": [LOOK]}
+    (text,), changes = shown(form(NAMED.replace(START, SPEAKER)), tools)
+    assert "user:ann\nhello" in text and "<look>blue" in text
+    assert not changes
+    assert shown(form(TOOLS), tools)[1] == {UNWRITTEN.format(role="user"): 1}
+    pair = {"chosen": row["messages"], "rejected": [USER | {"name": "ann"}, FOX | {"content": "world"}]}
+    (text,), changes = shown(chat, pair, DPO)
+    assert "user:ann" in text
+    assert changes == {"a name of an answer left out: pairs have none": 1}
 
 
 def test_nulls_that_a_table_filled_in_are_taken_out_and_counted():

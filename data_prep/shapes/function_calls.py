@@ -1,8 +1,9 @@
-"""Brings tools, calls and their results into the form that a template demands, where it refuses the row's own.
+"""Brings tools, calls and their results into the form that a template demands, where it refuses the row's own, and tells lost names.
 
 A template may want a description of a tool wrapped as {type: function}, call ids of nine letters or digits, or arguments as JSON text.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ CALL_ID = re.compile("[a-zA-Z0-9]{9}")
 DIGITS = "abcdefghijklmnopqrstuvwxyz0123456789"
 WRAPPED = "descriptions of tools wrapped as {type: function}, as the template expects them"
 NEW_IDS = "call ids made anew: the template demands nine letters or digits"
+UNWRITTEN = "names of messages left out, of the role {role}: the template does not write them"
 NAMED = "a tool's result named after its call"
 Item = Document | Chat | Pair
 
@@ -27,8 +29,25 @@ def fitted(chat: ChatFormat, item: Item, parts_of: Callable[[Item], list[list[Pa
     Raises Refused with the cause that the row has as it is, where no form can be written.
     """
     messages = _messages(item)
-    if isinstance(item, Document) or not (item.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages)):
+    if isinstance(item, Document) or not (item.tools or any(len(m) > 2 or m["role"] == "tool" for m in messages)):
         return item, parts_of(item)
+    if item.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+        item, parts = _with_tools(item, messages, parts_of)
+    else:
+        parts = parts_of(item)
+    for role in sorted({m["role"] for m in messages if "name" in m} - {"tool"}):
+        bare = _with_messages(item, [_nameless(m) if m["role"] == role else m for m in _messages(item)], UNWRITTEN.format(role=role))
+        with contextlib.suppress(Refused):  # of a template that demands names
+            item = bare if parts_of(bare) == parts else item
+    return item, parts
+
+
+def _nameless(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key != "name"}
+
+
+def _with_tools(item: Chat | Pair, messages: list[dict], parts_of) -> tuple[Item, list[list[Part]]]:
+    """Return a row with tools or calls of them as `fitted` does."""
     first = None
     for changed in _forms(item, messages):
         try:

@@ -1,6 +1,6 @@
 """Brings a row's messages into the one form that the chat format takes: {role, content}, and what else a message may say.
 
-Besides role and content these are tool_calls, reasoning_content, a tool's name and tool_call_id, and train: False for an answer that is
+Besides role and content these are tool_calls, reasoning_content, name, a tool's tool_call_id, and train: False for an answer that is
 context only. Whatever cannot be trained on raises Refused with the cause.
 """
 
@@ -215,6 +215,8 @@ def _message(message: dict, columns: Columns) -> dict | None:
     read = {"role": role, "as": name}
     if role == "tool":
         return read | _tool_result(message, content)
+    if isinstance(message.get("name"), str) and message["name"]:
+        read["name"] = clean(message["name"], "a message's name")
     if role == "assistant":
         read |= _train_flag(message)
         if thinking := [message[key] for key in THINKING if message.get(key)]:

@@ -274,6 +274,8 @@ def _answers(
         raise Refused("the last message of chosen or rejected is not the assistant's")
     if "tool_calls" in chosen[-1] or "tool_calls" in rejected[-1]:
         raise Refused("chosen or rejected is a tool call")
+    if "name" in chosen[-1] or "name" in rejected[-1]:
+        row.notes.append("a name of an answer left out: pairs have none")
     shared = chosen[:-1]
     if before is not None:
         before = as_context(before)
