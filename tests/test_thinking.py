@@ -115,12 +115,24 @@ def test_a_header_that_opens_thinking_lets_the_answer_close_it():
     ]
 
 
+@pytest.mark.parametrize("told", ["<think>\ntwo\n</think>\n\nthe fox", "two\n</think>\n\nthe fox", "<think>\n\n</think>\n\nthe fox"])
+def test_thinking_that_stands_in_a_field_and_in_the_text_is_trained_once(told):
+    for chat in FORMS.values():
+        both, once = ([USER, answer(content, "two")] for content in (told, "the fox"))
+        assert shown(chat, {"messages": both})[0] == shown(chat, {"messages": once})[0]
+        worse = [USER, answer("world", "four")]
+        assert shown(chat, {"chosen": both, "rejected": worse}, DPO)[0] == shown(chat, {"chosen": once, "rejected": worse}, DPO)[0]
+
+
 def test_thinking_that_would_be_lost_or_contradicted_is_refused():
     assert "knows no thinking" in shown(FORMS["plain"], {"messages": [USER, answer("fox", "two")]}, thinking="template")[0]
     off = {"messages": [USER, answer("fox", "two")], "chat_template_kwargs": {"enable_thinking": False}}
     assert "switch thinking off" in shown(FORMS["latest"], off)[0]
-    both = [USER, answer("<think>three</think>fox", "two")]
-    assert "other thinking in its text" in shown(FORMS["latest"], {"messages": both})[0]
+    for told in ("<think>three</think>fox", "three</think>fox", "so <think>three</think> fox", "<think>two</think>three</think>fox"):
+        for name in FORMS:
+            row = [USER, answer(told, "two")]
+            assert "other thinking in its text" in shown(FORMS[name], {"messages": row})[0]
+            assert "other thinking in its text" in shown(FORMS[name], {"chosen": [USER, answer("fox")], "rejected": row}, DPO)[0]
 
 
 def test_an_empty_thought_is_not_taught():

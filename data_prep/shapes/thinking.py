@@ -35,13 +35,13 @@ def split_thinking(message: dict, opened: bool) -> tuple[dict, str | None]:
         note = None if inner.strip() else EMPTY
     elif content.lstrip().startswith(OPEN):
         raise Refused(f"an answer opens {OPEN} and does not close it")
-    elif CLOSE in content and OPEN not in content and not given:
-        if not opened:
+    elif CLOSE in content and OPEN not in content:
+        if not opened and not given:
             raise Refused(f"an answer has {CLOSE} without {OPEN}, and the template's header of an answer does not open it")
         inner, _, content = content.partition(CLOSE)
         inner, content = inner.strip("\n"), content.lstrip("\n")
     inner = inner if inner.strip() else ""
-    if given.strip() and inner and given.strip() != inner.strip():
+    if given.strip() and (CLOSE in content or (inner and given.strip() != inner.strip())):
         raise Refused("an answer has thinking in a field of its own and other thinking in its text")
     reasoning = given if given.strip() else inner
     if not content.strip() and (found or reasoning) and not message.get("tool_calls"):
@@ -90,8 +90,11 @@ def answered(chat: ChatFormat, item: Pair, answer: str, mode: str) -> dict:
 
 
 def whole_text(message: dict) -> str:
-    """Return an answer's text with its thinking in it."""
-    return thought(message["reasoning_content"], message["content"]) if reasoning_of(message) else message["content"]
+    """Return an answer's text with its thinking in it. Raises Refused where it says other thinking, too."""
+    if not reasoning_of(message):
+        return message["content"]
+    message, _ = split_thinking(message, opened=True)
+    return thought(message["reasoning_content"], message["content"])
 
 
 def _answer(text: str) -> dict:
