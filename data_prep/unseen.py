@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from data_prep.shapes.columns import Columns
 from data_prep.shapes.conversations import TREE_COLUMNS
-from data_prep.shapes.messages import json_of
+from data_prep.shapes.structures import structure_of
 from data_prep.sources import Source
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
@@ -81,8 +81,8 @@ def _names(row: dict, columns: Columns, kinds: set[str]) -> Iterator[tuple[str, 
 
 
 def _objects(value) -> Iterator[dict]:
-    """Yield every object in a value, whatever it lies in; a text of JSON is read."""
-    value = json_of(value)
+    """Yield every object in a value, whatever it lies in; a text of JSON or of Python is read."""
+    value = structure_of(value)
     if isinstance(value, dict):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

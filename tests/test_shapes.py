@@ -12,6 +12,7 @@ from data_prep.shapes.calls import OTHER_FORM
 from data_prep.shapes.columns import USUAL, Columns
 from data_prep.shapes.conversations import KEPT, best_paths, conversations, read_row
 from data_prep.shapes.messages import Chat, Document, Pair
+from data_prep.shapes.structures import PYTHON
 from posttrain.data.parts import Refused
 
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "q"), ("assistant", "a")))
@@ -365,7 +366,15 @@ MALFORMED_SFT = [
     (chat(USER, {**ASSISTANT, "loss_scale": 0.0}), "no answer of it is to be trained"),
     ({"question": "q", "options": {"A": "x"}, "answer": "A"}, "column options would be lost"),
     ({"text": "a document", "summary": "x"}, "column summary would be lost"),
-    ({"messages": "[{'role': 'user'}]"}, "messages is not a list of messages, but a text that is no JSON"),
+    ({"messages": "[{'role': 'user'}]"}, "a message is null"),
+    ({"messages": "[{'role': 'user'"}, "but a text that is neither JSON nor Python's: write it as JSON"),
+    ({"messages": "[f(x)]"}, "but a text that is neither JSON nor Python's"),
+    ({"messages": "[" * 100_000}, "but a text that is neither JSON nor Python's"),
+    (
+        {"messages": "[{'from': 'human', 'value': 'q'}\n {'from': 'gpt', 'value': 'a'}]"},
+        "but a text as numpy prints objects, without commas",
+    ),
+    ({"messages": "['q' 'a']"}, "but a text that is neither JSON nor Python's"),
     (chat(USER, ASSISTANT, loss_mask=[0, 1, 1]), "loss_mask is not a list of 0 or 1"),
     ({"instruction": "q", "query": "other", "output": "a"}, "instruction and query hold two questions"),
     ({"instruction": "q", "input": "", "output": "a", "history": 5}, "history is not a list"),
@@ -508,6 +517,24 @@ def test_two_columns_with_one_conversation_are_read_once_and_two_conversations_r
     pair = {"messages": [USER], "conversations": shared[:1], "chosen": "a", "rejected": "b"}
     assert rows_of("dpo", pair)[0]._replace(notes=()) == Pair([USER], "a", "b")
     assert str(rows_of("dpo", pair | {"conversations": shared})[0]) == differs
+
+
+def test_columns_as_python_writes_them_are_read_and_told():
+    messages = [USER | {"content": 'it\'s \u00e9\\d\n"q"'}, ASSISTANT]
+    expected = Chat(messages, notes=(PYTHON,))
+    assert rows_of("sft", {"messages": str(messages)}) == [expected]
+    assert rows_of("sft", {"messages": json.dumps(messages)}) == [expected._replace(notes=())]
+    assert rows_of("sft", {"prompt": str(messages[:1]), "completion": str([ASSISTANT]), "tools": str(TOOLS)}) == [
+        expected._replace(tools=TOOLS)
+    ]
+    assert rows_of("sft", {"prompt": "q", "response": "a", "history": "[['q', 'a']]"}) == [Chat([USER, ASSISTANT] * 2, notes=(PYTHON,))]
+    assert rows_of("sft", {"data": "['q', 'a']"}) == [Chat([USER, ASSISTANT], notes=(PYTHON,))]
+    code = {"prompt": "[{'x': 1}]", "response": "['a']"}  # texts that only look so
+    assert rows_of("sft", code) == [Chat([USER | {"content": code["prompt"]}, ASSISTANT | {"content": code["response"]}])]
+    pair = {"chosen": str([USER, ASSISTANT]), "rejected": str([USER, OTHER])}
+    assert rows_of("dpo", pair) == [Pair([USER], "a", "b", notes=(PYTHON,))]
+    several = {"prompt": "q", "answers": str([{"answer": c, "rank": n} for n, c in enumerate("ab")])}
+    assert rows_of("dpo", several) == [Pair([USER], "a", "b", notes=(PYTHON,))]
 
 
 def test_texts_in_turn_are_read_where_the_user_says_so():

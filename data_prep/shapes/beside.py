@@ -2,7 +2,7 @@
 
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import text_of
-from data_prep.shapes.messages import clean, json_of, messages_of
+from data_prep.shapes.messages import clean, messages_of
 from posttrain.data.parts import Refused
 
 EXCHANGES = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))  # keys of an object
@@ -26,7 +26,7 @@ def history(row: Row, columns: Columns) -> list[dict]:
     name = row.find("history", full=True)
     if name is None:
         return []
-    exchanges = json_of(row.take(name))
+    exchanges = row.structure(name)
     if not isinstance(exchanges, list):
         raise Refused(f"{name} is not a list of [question, answer]")
     if all(isinstance(one, dict) for one in exchanges):
@@ -44,7 +44,7 @@ def options_of(row: Row) -> dict | None:
     """Return the row's arguments for the template, None without any."""
     if "chat_template_kwargs" not in row:
         return None
-    options = json_of(row.take("chat_template_kwargs"))
+    options = row.structure("chat_template_kwargs")
     if not isinstance(options, dict):
         raise Refused("chat_template_kwargs is not an object")
     return {name: value for name, value in options.items() if value not in (None, [], {}, "")} or None

@@ -23,7 +23,7 @@ def is_xlam(row: Row) -> bool:
 def xlam(row: Row) -> list[dict]:
     """Read a question and the calls that answer it. Raises Refused."""
     question = {"role": "user", "content": clean(row.take("query"), "query")}
-    return [question, {"role": "assistant", "content": "", "tool_calls": calls_of(row.take("answers"))}]
+    return [question, {"role": "assistant", "content": "", "tool_calls": calls_of(row.structure("answers"))}]
 
 
 def is_glaive(row: Row) -> bool:

@@ -42,7 +42,7 @@ def calls_of(value) -> list[dict]:
 def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
-    given = (_parsed(row.take(name), name) if name else None) or []
+    given = (_parsed(row.structure(name), name) if name else None) or []
     tools = _in_openais_form(given)
     if tools != given:
         row.notes.append(OTHER_FORM)

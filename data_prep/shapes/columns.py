@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.shapes.structures import PYTHON, json_of, python_of
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
 
@@ -155,6 +156,14 @@ class Row:
         if name not in self.values:
             raise Refused(f"{self.shown.get(name, name)} is null" if name in self.empty else f"column {name!r} is missing")
         return self.values[name]
+
+    def structure(self, name: str):
+        """Take a column; return the list or object that it holds as text, or its value. It is noted where Python has written it."""
+        value = json_of(self.take(name))
+        found = python_of(value)
+        if found is not value and PYTHON not in self.notes:
+            self.notes.append(PYTHON)
+        return found
 
     def take_all(self, names: Iterable[str]) -> None:
         """Count columns as used."""

@@ -21,12 +21,12 @@ from data_prep.shapes.messages import (
     clean,
     conversation,
     finished,
-    json_of,
     message_columns,
     messages_in,
     messages_of,
 )
 from data_prep.shapes.pairs import pair_of
+from data_prep.shapes.structures import structure_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
@@ -130,8 +130,8 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
         return _exchange(row, prompts, answers, columns)
     if names := message_columns(row):
         raise Refused(f"{names[0]} is not a list of messages")
-    if is_texts(row.values.get(TURNS)):
-        return _chat(with_system(row, messages_of(row.take(TURNS), TURNS, columns)), row, columns)
+    if is_texts(structure_of(row.values.get(TURNS))):
+        return _chat(with_system(row, messages_of(row.structure(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
         return Document(clean(row.take(name), name))
     if (name := _null(row)) is not None:
@@ -151,8 +151,9 @@ def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns
     contexts = [name for name in row.found("context", full=True) if name not in answers and name != prompts[0]]
     prompt = _one_of(row, "prompt", [name for name in prompts if name not in contexts])
     earlier = history(row, columns)
-    asked, answered = messages_in(row.take(prompt)), row.take(answer)
-    answered = messages_in(answered) if isinstance(asked, list) else answered  # after a question that is a text, JSON is the answer
+    asked = messages_in(row, prompt)
+    # after a question that is a text, JSON is the answer
+    answered = messages_in(row, answer) if isinstance(asked, list) else row.take(answer)
     if isinstance(answered, list) and len(answered) > 1 and all(isinstance(text, str) for text in answered):
         raise UnknownShape(f"{answer} holds several answers")
     if isinstance(asked, list):  # of messages
@@ -243,7 +244,7 @@ def _mask(row: Row, messages: list[dict]) -> None:
         row.take_all(["weight"])
     if "loss_mask" not in row:
         return
-    mask, answers = json_of(row.take("loss_mask")), [message for message in messages if message["role"] == "assistant"]
+    mask, answers = row.structure("loss_mask"), [message for message in messages if message["role"] == "assistant"]
     if isinstance(mask, list) and len(mask) == len(messages) - 1 and messages[0]["role"] == "system":
         messages = messages[1:]  # the system message stood in a column of its own
     if not isinstance(mask, list) or any(value not in (0, 1) for value in mask) or len(mask) not in (len(messages), len(answers)):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data_prep.shapes.calls import SURROGATE, calls_of
 from data_prep.shapes.columns import MEDIA, Columns, Row
 from data_prep.shapes.content_parts import in_messages, text_of
+from data_prep.shapes.structures import json_of, structure_of
 from posttrain.data.parts import Refused
 
 ROLES = {
@@ -43,6 +44,7 @@ SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool
 METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
 METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
 METADATA |= {"usage", "finish_reason", "source", "provider"}
+NUMPY = re.compile(r"\}\s+\{")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -81,7 +83,8 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
     """
     value = json_of(value)
     if isinstance(value, str):
-        raise Refused(f"{column} is not a list of messages, but a text that is no JSON")
+        how = "as numpy prints objects, without commas between them" if NUMPY.search(value) else "that is neither JSON nor Python's"
+        raise Refused(f"{column} is not a list of messages, but a text {how}: write it as JSON")
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         value = _in_turns(value, column, columns)
     if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
@@ -129,14 +132,13 @@ def conversation(row: Row, columns: Columns, full: bool = False) -> list[dict] |
     names = message_columns(row, full)
     if not names:
         return None
-    messages = messages_of(row.take(names[0]), names[0], columns)
+    messages = messages_of(row.structure(names[0]), names[0], columns)
     for name in names[1:]:
         if not row.values[name]:
             continue
-        if [_unnamed(one) for one in messages_of(row.values[name], name, columns)] != [_unnamed(one) for one in messages]:
+        if [_unnamed(one) for one in messages_of(row.structure(name), name, columns)] != [_unnamed(one) for one in messages]:
             both = f"{row.shown[names[0]]} and {row.shown[name]}"
             raise Refused(f"{both} hold two conversations that differ: say with --columns messages=NAME which is meant")
-        row.take(name)
         row.notes.append(f"two columns with conversations: {row.shown[names[0]]} taken, {row.shown[name]} says the same")
     return messages
 
@@ -145,7 +147,7 @@ def message_columns(row: Row, full: bool = False) -> list[str]:
     """The names of the columns that hold conversations, also of Gemini's contents, whose messages have parts."""
     names = row.found("messages", full)
     if "contents" in row and "messages" not in row.named:
-        contents = json_of(row.values["contents"])
+        contents = structure_of(row.values["contents"])
         if isinstance(contents, list) and contents and all(isinstance(one, dict) and "parts" in one for one in contents):
             names.append("contents")
     return names
@@ -156,21 +158,16 @@ def _unnamed(message: dict) -> dict:
     return {key: value for key, value in message.items() if key != "as"}
 
 
-def json_of(value):
-    """Return what a text holds that is a JSON list or object; any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+def messages_in(row: Row, name: str):
+    """Take a column; return the messages that it holds as text, or its value: also a text that is only like a list of messages."""
+    value, notes = row.take(name), list(row.notes)
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return value
+    found = row.structure(name)
+    if isinstance(found, list) and found and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found):
+        return found
+    row.notes = notes
     return value
-
-
-def messages_in(value):
-    """Return the messages that a text holds as JSON; any other value, a text that is only like it included, as it is."""
-    found = json_of(value)
-    is_messages = isinstance(found, list) and found and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found)
-    return found if is_messages else value
 
 
 def _of_parts(message: dict, columns: Columns) -> list[dict]:

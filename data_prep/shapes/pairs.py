@@ -12,12 +12,12 @@ from data_prep.shapes.messages import (
     check_order,
     clean,
     conversation,
-    json_of,
     message_columns,
     messages_in,
     messages_of,
     transcript,
 )
+from data_prep.shapes.structures import structure_of
 from data_prep.shapes.thinking import whole_text
 from posttrain.data.parts import Refused
 
@@ -48,10 +48,9 @@ def _has(*names: str) -> Callable[[Row], bool]:
 def _chosen(row: Row, columns: Columns) -> Pair:
     """Read chosen and rejected, as texts or messages; the prompt stands in columns of its own, or before the answers."""
     better, worse = row.find("chosen"), row.find("rejected")
-    texts = row.take(better), row.take(worse)
-    both = [messages_in(text) for text in texts]
+    texts, both = [row.take(name) for name in (better, worse)], [messages_in(row, name) for name in (better, worse)]
     if any(isinstance(one, str) for one in both):  # JSON that is no list of messages, or one answer of which only looks so, is text
-        both = list(texts)
+        both = texts
     _refuse_tie(row)
     asked = _prompt_columns(row, columns)
     if all(isinstance(one, str) for one in both):
@@ -91,7 +90,7 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
         if row.values[name] != row.values[first]:
             raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
         row.take_all([name])
-    value = messages_in(row.take(first))
+    value = messages_in(row, first)
     if isinstance(value, list):
         return with_system(row, messages_of(value, first, columns))
     content = clean(value, first)
@@ -119,7 +118,7 @@ def _azure(row: Row, columns: Columns) -> Pair:
     if not isinstance(given, dict) or "messages" not in given:
         raise Refused("input has no messages")
     prompt = messages_of(given["messages"], "input.messages", columns)
-    chosen, rejected = (messages_of(row.take(name), name, columns) for name in ("preferred_output", "non_preferred_output"))
+    chosen, rejected = (messages_of(row.structure(name), name, columns) for name in ("preferred_output", "non_preferred_output"))
     return _answers(prompt, chosen, rejected, row, tools=tools_of(Row(given, USUAL)))
 
 
@@ -131,7 +130,7 @@ def _two_responses(row: Row, columns: Columns) -> Pair:
         raise Refused("overall_preference is not a number")
     if preference == 0:
         raise Refused("tied: overall_preference is 0")
-    context = json_of(row.take("context"))
+    context = row.structure("context")
     is_text = not isinstance(context, list)
     prompt = [{"role": "user", "content": clean(context, "context")}] if is_text else messages_of(context, "context", columns)
     chosen, rejected = answers[::-1] if preference > 0 else answers
@@ -159,7 +158,7 @@ def _paired(row: Row, columns: Columns) -> Pair:
 def _several(row: Row, columns: Columns) -> Pair:
     """Read several answers with a rank (1 is the best) or a score (the highest is the best): the best beside the worst."""
     name = next(name for name in ("completions", "answers", "responses") if name in row)
-    answers = json_of(row.take(name))
+    answers = row.structure(name)
     if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
         raise Refused(f"{name} is not a list of answers with a rank or a score")
     ranked = [(_rank(one), _text(one, name)) for one in answers]
@@ -198,7 +197,7 @@ def _ranking(row: Row, columns: Columns) -> Pair:
 
 def _trajectory(row: Row, columns: Columns) -> Pair:
     """Read UltraInteract's trajectory, the turns before the answers chosen and rejected."""
-    prompt = messages_of(row.take("trajectory"), "trajectory", columns)
+    prompt = messages_of(row.structure("trajectory"), "trajectory", columns)
     chosen, rejected = (clean(row.take(name), name) for name in ("chosen", "rejected"))
     return _checked(with_system(row, prompt), chosen, rejected, row)
 
@@ -234,7 +233,7 @@ SHAPES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Columns], Pair]], ...]
     (_has("human_ref_a", "human_ref_b", "labels", "history"), _shp),
     (_has("response_j", "response_k"), _paired),
     (lambda row: "rejected_response" in row and bool(message_columns(row)), _swift),
-    (lambda row: any(isinstance(json_of(row.values.get(name)), list) for name in ("completions", "answers", "responses")), _several),
+    (lambda row: any(isinstance(structure_of(row.values.get(name)), list) for name in ("completions", "answers", "responses")), _several),
     (_is_ranking, _ranking),
 )
 
