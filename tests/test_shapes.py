@@ -537,6 +537,22 @@ def test_columns_as_python_writes_them_are_read_and_told():
     assert rows_of("dpo", several) == [Pair([USER], "a", "b", notes=(PYTHON,))]
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_question_is_found_alike_beside_one_answer_and_two(kind):
+    answers = {"sft": {"output": "a"}, "dpo": {"chosen": "a", "rejected": "b"}}[kind]
+
+    def asked(**row):
+        (item,) = rows_of(kind, row | answers)
+        return item if isinstance(item, Refused) else (item.messages[:-1] if kind == "sft" else item.prompt, item.notes)
+
+    same = "two columns with prompts: instruction taken, query says the same"
+    assert asked(query="q", instruction="q", input="") == ([USER], (same,))
+    assert asked(question="q", input="x", context="y") == ([USER | {"content": "q\n\nx\n\ny"}], ())
+    assert asked(input="q", context="y") == ([USER | {"content": "q\n\ny"}], ())
+    assert asked(prompt=[USER], history=[["q", "a"]]) == ([USER, ASSISTANT, USER], ())
+    assert str(asked(query="q", problem="p")).startswith("query and problem hold two questions: say with --columns prompt=NAME")
+
+
 def test_texts_in_turn_are_read_where_the_user_says_so():
     row = {"id": "1", "dialogue": ["q", "a", "q", "a"], "topic": ["fruit"]}
     with pytest.raises(ValueError, match="This would probably read them: --columns messages=dialogue$"):

@@ -1,8 +1,8 @@
-"""Reads what may stand beside a row's messages in columns of its own: a system message, earlier exchanges, arguments for the template."""
+"""Reads what stands in columns of their own: a question, a system message, earlier exchanges, arguments for the template."""
 
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import text_of
-from data_prep.shapes.messages import clean, messages_of
+from data_prep.shapes.messages import clean, messages_in, messages_of
 from posttrain.data.parts import Refused
 
 EXCHANGES = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))  # keys of an object
@@ -38,6 +38,36 @@ def history(row: Row, columns: Columns) -> list[dict]:
         raise Refused(f"{name} is not a list of [question, answer]")
     roles = ("user", "assistant")
     return [{"role": role, "content": clean(text, name)} for one in exchanges for role, text in zip(roles, one, strict=True)]
+
+
+def asked(row: Row, names: list[str], columns: Columns) -> tuple[list[dict], bool]:
+    """Read the question that one of the columns `names` holds, after earlier exchanges, and whether it is a text, which a context ends.
+
+    The first of the names may not hold a context, as `input` does beside an instruction. Raises Refused for two questions.
+    """
+    contexts = [name for name in row.found("context", full=True) if name != names[0]]
+    prompt = one_of(row, "prompt", [name for name in names if name not in contexts])
+    earlier, question = history(row, columns), messages_in(row, prompt)
+    if isinstance(question, list):
+        return earlier + messages_of(question, prompt, columns), False
+    texts = [clean(question, prompt), *(clean(row.take(name), name) for name in contexts)]
+    return [*earlier, {"role": "user", "content": "\n\n".join(texts)}], True
+
+
+def one_of(row: Row, what: str, names: list[str]) -> str:
+    """Choose the column that holds `what`: the first that is not empty. Others that say the same are used; an answer that differs is told.
+
+    Raises Refused for two prompts that differ.
+    """
+    full = [name for name in names if name in row.found(what, full=True)] or names[:1]
+    first, *others = full
+    for name in others:
+        same = row.values[name] == row.values[first]
+        if not same and what == "prompt":
+            raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
+        row.take_all([name])
+        row.notes.append(f"two columns with {what}s: {row.shown[first]} taken, {row.shown[name]} {'says the same' if same else 'left out'}")
+    return first
 
 
 def options_of(row: Row) -> dict | None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
-from data_prep.shapes.beside import history, options_of, with_system
+from data_prep.shapes.beside import asked, one_of, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, is_texts, likely
@@ -147,43 +147,16 @@ def _null(row: Row) -> str | None:
 
 def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns) -> Chat:
     """Read a question and an answer that stand in columns of their own, with context, system message and earlier exchanges."""
-    answer = _one_of(row, "answer", answers)
-    contexts = [name for name in row.found("context", full=True) if name not in answers and name != prompts[0]]
-    prompt = _one_of(row, "prompt", [name for name in prompts if name not in contexts])
-    earlier = history(row, columns)
-    asked = messages_in(row, prompt)
-    # after a question that is a text, JSON is the answer
-    answered = messages_in(row, answer) if isinstance(asked, list) else row.take(answer)
+    answer = one_of(row, "answer", answers)
+    messages, is_text = asked(row, prompts, columns)
+    answered = row.take(answer) if is_text else messages_in(row, answer)  # after a question that is a text, JSON is the answer
     if isinstance(answered, list) and len(answered) > 1 and all(isinstance(text, str) for text in answered):
         raise UnknownShape(f"{answer} holds several answers")
-    if isinstance(asked, list):  # of messages
-        messages = earlier + messages_of(asked, prompt, columns)
-    else:
-        content = clean(asked, prompt)
-        for name in contexts[:1]:
-            content += "\n\n" + clean(row.take(name), name)
-        messages = [*earlier, {"role": "user", "content": content}]
     if isinstance(answered, list) and all(isinstance(message, dict) for message in answered):
         messages = messages + messages_of(answered, answer, columns)
     else:
         messages = [*messages, {"role": "assistant", "content": clean(answered, answer)} | _thinking(row)]
     return _chat(with_system(row, messages), row, columns)
-
-
-def _one_of(row: Row, what: str, names: list[str]) -> str:
-    """Choose the column that holds `what`: the first that is not empty. Others that say the same are used; an answer that differs is told.
-
-    Raises Refused for two prompts that differ.
-    """
-    full = [name for name in names if name in row.found(what, full=True)] or names[:1]
-    first, *others = full
-    for name in others:
-        same = row.values[name] == row.values[first]
-        if not same and what == "prompt":
-            raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
-        row.take_all([name])
-        row.notes.append(f"two columns with {what}s: {row.shown[first]} taken, {row.shown[name]} {'says the same' if same else 'left out'}")
-    return first
 
 
 def _thinking(row: Row) -> dict:
@@ -202,7 +175,7 @@ def _with_answer(row: Row, messages: list[dict]) -> list[dict]:
     """The messages with an answer that stands in a column of its own, where they end without one, and the thinking before the last."""
     *before, last = messages
     if last["role"] in ("user", "tool") and (names := row.found("answer", full=True)):
-        name = _one_of(row, "answer", names)
+        name = one_of(row, "answer", names)
         return [*messages, {"role": "assistant", "content": clean(row.take(name), name)} | _thinking(row)]
     if last["role"] != "assistant" or "reasoning_content" in last:
         return messages

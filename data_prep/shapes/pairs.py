@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from data_prep.shapes.beside import history, options_of, with_system
+from data_prep.shapes.beside import asked, options_of, with_system
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import USUAL, Columns, Row, UnknownShape
 from data_prep.shapes.content_parts import text_of
@@ -26,7 +26,6 @@ RATINGS = (
     *(("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected")),
     *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_avg_rating", "rejected_avg_rating")),
 )
-QUESTIONS = ("question", "prompt", "instruction", "query", "inputs", "problem", "input")
 SCORES = ("overall_score", "score", "rating", "fine-grained_score", "pm_score")  # of one of several answers, the higher the better
 ANSWERS = ("answer", "response", "text", "answer_text", "content", "completion", "output")  # keys of its text
 
@@ -78,27 +77,16 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
 
     With a prompt column, messages beside it are looked at later: they are a copy, or refused.
     """
-    names = [name for name in QUESTIONS if name in row.found("prompt", full=True)]
-    if len(names) > 1 and "input" in names:
-        names.remove("input")  # which then is the context
+    names = row.found("prompt", full=True)
     if not names and (messages := conversation(row, columns)) is not None:
         return with_system(row, messages)
     if not names:
         return with_system(row, []) or None
-    first = names[0]
-    for name in names[1:]:
-        if row.values[name] != row.values[first]:
-            raise Refused(f"{row.shown[first]} and {row.shown[name]} hold two questions: say with --columns prompt=NAME which is asked")
-        row.take_all([name])
-    value = messages_in(row, first)
-    if isinstance(value, list):
-        return with_system(row, messages_of(value, first, columns))
-    content = clean(value, first)
-    if content.startswith("\n\nHuman:") or (content.startswith("Human:") and "\n\nAssistant:" in content):
-        return with_system(row, transcript(content.rstrip().removesuffix("\n\nAssistant:")))
-    for name in [name for name in row.found("context", full=True) if name != first]:
-        content += "\n\n" + clean(row.take(name), name)
-    return with_system(row, [*history(row, columns), {"role": "user", "content": content}])
+    messages, is_text = asked(row, names, columns)
+    content = messages[-1]["content"]
+    if is_text and (content.startswith("\n\nHuman:") or (content.startswith("Human:") and "\n\nAssistant:" in content)):
+        messages = [*messages[:-1], *transcript(content.rstrip().removesuffix("\n\nAssistant:"))]
+    return with_system(row, messages)
 
 
 def _copy_of_answer(row: Row, pair: Pair, columns: Columns) -> None:
