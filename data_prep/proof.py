@@ -1,11 +1,34 @@
 """Proves that a row's trained tokens read as the texts that they were made from, and hashes the texts by which rows are compared."""
 
 import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from posttrain.data.chat import ChatFormat
+from posttrain.data.chat import ChatFormat, encode_parts
+from posttrain.data.encoded import Encoded, Row, rows_of, trained_spans
 from posttrain.data.encoding import decode_after, decode_texts, encode_text
-from posttrain.data.parts import Encoded, trained_spans
+from posttrain.data.parts import Part
 from posttrain.data.spelling import spelling_of
+
+
+class Proven(NamedTuple):
+    """A conversation's row, and what is known about it."""
+
+    row: Row
+    texts: list[str] | None  # what its trained tokens read as, a text for each part; None where it is not what they were made from
+    lacks_trained: bool  # a text that is trained has characters for which the vocabulary has only its unknown token
+    lacks_read: bool  # a text that is not trained has some
+    apart: bool  # an answer was encoded apart from its header
+
+
+def encode(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[Proven]:
+    """Encode conversations, and prove them."""
+    encoded = encode_parts(chat, conversations)
+    proven = []
+    for row, parts, texts in zip(rows_of(encoded), encoded, prove(chat, encoded), strict=True):
+        lacks = {part.trained for part in parts if part.lacks} if chat.unknown_ids else ()
+        proven.append(Proven(row, texts, True in lacks, False in lacks, any(part.apart for part in parts)))
+    return proven
 
 
 def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str] | None]:
@@ -15,10 +38,11 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
     """
     spelling = spelling_of(chat.tokenizer)
     bodies = [part for encoded in conversations for part in encoded if part.text is not None]
-    same = [spelling is not None and spelling.reads_as(part.ids, part.text) for part in bodies]
+    texts = [part.text for part in bodies]
+    same = spelling.reads_as([part.ids for part in bodies], texts) if spelling else [False] * len(bodies)
     others = [part for part, is_same in zip(bodies, same, strict=True) if not is_same]
-    decoded = iter(decode_after(chat.tokenizer, [part.header for part in others], [part.ids for part in others]))
-    read = iter([part.text if is_same else next(decoded) for part, is_same in zip(bodies, same, strict=True)])
+    decoded = iter(decode_after(chat.tokenizer, [part.header.tolist() for part in others], [part.ids.tolist() for part in others]))
+    read = iter([text if is_same else next(decoded) for text, is_same in zip(texts, same, strict=True)])
     result: list[list[str] | None] = []
     for encoded in conversations:
         pairs = [(part, next(read)) for part in encoded if part.text is not None]
@@ -32,12 +56,6 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
 def _normalised(tokenizer, text: str) -> str:
     """The text as it comes back from the tokenizer."""
     return decode_texts(tokenizer, [encode_text(tokenizer, text)])[0]
-
-
-def lacks_characters(chat: ChatFormat, conversations: list[list[Encoded]], *, trained: bool) -> bool:
-    """Whether a text, trained or not as asked, has characters for which the vocabulary has only its unknown token."""
-    unknown = chat.unknown_id
-    return unknown is not None and any(unknown in part.ids for encoded in conversations for part in encoded if part.trained is trained)
 
 
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:
