@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from data_prep import overlap, report
 from data_prep.blocks import Block, Item, blocks
-from data_prep.examples import DPO, SFT, UNPROVEN, Example
-from data_prep.proof import encode
+from data_prep.examples import DPO, SFT, Example
+from data_prep.proof import REFUSED, encode
 from data_prep.shapes.function_calls import fitted
 from data_prep.shapes.thinking import with_thinking
 from data_prep.sources import Source
@@ -23,9 +23,6 @@ from posttrain.common.visible import UNSEEN
 from posttrain.data.chat import ChatFormat
 from posttrain.data.faster import Faster
 from posttrain.data.parts import Refused, Text
-
-LACKING = "the vocabulary lacks characters of it"
-APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
 
 
 class Encoding(NamedTuple):
@@ -131,25 +128,18 @@ def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, changes: Counter[str]) -
         if isinstance(item, Refused):
             yield number, item
             continue
-        if any(one.lacks_trained for one in mine):
-            yield number, Refused(LACKING)
-            continue
-        if any(one.texts is None for one in mine):
-            yield number, Refused(UNPROVEN)
-            continue
+        flaws = mine[0].flaws if len(mine) == 1 else {flaw for one in mine for flaw in one.flaws}
         try:
+            for flaw in REFUSED if flaws else ():
+                if flaw in flaws:
+                    raise Refused(flaw)
             for example in [*kind.examples(item, mine, changes)]:
                 yield number, example
         except Refused as cause:
             yield number, Refused(str(cause))
             continue
-        if item.notes:
-            changes.update(item.notes)
-        if any(one.lacks_read for one in mine):
-            changes[f"{LACKING}: in what is read, not trained"] += 1
-        if any(one.apart for one in mine):
-            changes[APART] += 1
-        changes.update(strange.get(index, ()))
+        for what in (*item.notes, *flaws, *strange.get(index, ())):
+            changes[what] += 1
         if number in chunk.given:
             changes["given --system_prompt"] += 1
 

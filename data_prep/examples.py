@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.proof import Proven, answer_texts, encode, is_prefix, proof, span_texts
+from data_prep.proof import UNPROVEN, Proven, answer_texts, encode, is_prefix, proof, span_texts
 from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.shapes.thinking import answered
 from posttrain.data.chat import ChatFormat, document_parts, encode_parts
@@ -19,7 +19,6 @@ from posttrain.data.parts import IGNORE, Refused, Text, trained_range
 from posttrain.data.thinking import only_trained
 
 SEVERAL = "trained as several examples: the template writes an answer otherwise once another follows it"
-UNPROVEN = "its trained tokens do not read as its text"
 
 
 class Settings(NamedTuple):
@@ -105,22 +104,21 @@ class SFT:
         """The messages that each of a row's examples adds to those before it, by which it is compared."""
         if isinstance(item, Document):
             return [[]]
-        ends = [len(messages) for messages in self._groups(item)] if count > 1 else [len(item.messages)]
+        if count == 1:
+            return [item.messages]
+        ends = [len(messages) for messages in self._groups(item)]
         return [item.messages[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _example(self, item, row: Row, texts: list[str] | None, shown: list[dict]) -> Example:
-        """The example of a row that is not too long. Raises Refused where nothing is trained, or where it is not proven."""
-        if texts is None:
-            raise Refused(UNPROVEN)
-        length, trained = len(row.input_ids), np.count_nonzero(row.labels[1:] != IGNORE)  # nothing predicts a row's first token
-        if trained <= 0:
+    def _example(self, item, row: Row, texts: list[str], shown: list[dict]) -> Example:
+        """The example of a row that is not too long. Raises Refused where nothing is trained."""
+        if not row.trained:
             raise Refused("nothing to train on")
         if isinstance(item, Document):
             prompt = text = item.text
         else:
-            prompt = _asked(item.messages)
-            text = "\n".join([text for message in shown for text in _texts(message) if text])
-        return Example(row._asdict(), length, trained, prompt, text, proof(texts))
+            prompt, text = _asked(item.messages), "\n".join(_texts(shown))
+        columns = {"input_ids": row.input_ids, "labels": row.labels}
+        return Example(columns, len(row.input_ids), row.trained, prompt, text, proof(texts))
 
     def _cut(self, item, proven: Proven, shown: list[dict], changes: Counter[str]) -> Example:
         """The example of the first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
@@ -128,7 +126,7 @@ class SFT:
         if (row.labels == IGNORE).all():
             raise Refused("nothing trained is left within --max_length")
         read = span_texts(self.chat, row.input_ids.tolist(), row.labels.tolist())
-        if not all(is_prefix(cut, whole) for cut, whole in zip(read, proven.texts or [], strict=False)):
+        if not all(is_prefix(cut, whole) for cut, whole in zip(read, proven.texts, strict=False)):
             raise Refused("its tokens, once cut, do not read as the start of its text")
         example = self._example(item, row, read, shown)
         changes["cut to --max_length"] += 1
@@ -159,6 +157,8 @@ class SFT:
             for one, shown in zip(proven, self._shown(part, len(proven)), strict=True):
                 if len(one.row.input_ids) > self.settings.max_length:
                     raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
+                if UNPROVEN in one.flaws:
+                    raise Refused(UNPROVEN)
                 examples.append(self._example(part, one.row, one.texts, shown))
         changes["split at turns"] += 1
         yield from examples
@@ -203,12 +203,11 @@ class DPO:
 
         `proven`: the conversations of `parts`, encoded.
         """
-        ids, labels = proven[0].row
-        prompt = ids[labels == IGNORE]
+        first = proven[0].row
+        prompt = first.input_ids[first.labels == IGNORE]
         chosen, rejected = (one.row.input_ids[one.row.labels != IGNORE] for one in proven)
-        texts = [one.texts or [] for one in proven]
-        answers = [several[0] for several in texts]
-        if any(len(several) > 1 for several in texts):  # special tokens stand between the texts of an answer
+        answers = [one.texts[0] for one in proven]
+        if any(len(one.texts) > 1 for one in proven):  # special tokens stand between the texts of an answer
             answers = self._answers(prompt, chosen, rejected)
         limit = self.settings.max_length
         if len(prompt) + max(len(chosen), len(rejected)) > limit:
@@ -241,10 +240,13 @@ class DPO:
 KINDS = {kind.name: kind for kind in (SFT, DPO)}
 
 
-def _texts(message: dict) -> tuple[str | None, ...]:
-    """What a message says: its thinking, its text and its calls, each of which may not be there."""
-    calls = message.get("tool_calls")
-    return message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None
+def _texts(messages: list[dict]) -> list[str]:
+    """What messages say: the thinking of each, its text and its calls, as far as it has them."""
+    texts = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        texts += [message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None]
+    return [text for text in texts if text]
 
 
 def _system(prompt: str) -> dict:

@@ -202,14 +202,15 @@ def _lists_of(rows: list[np.ndarray]) -> pa.ListArray:
 
 def _row_hashes(columns: list[pa.ListArray]) -> np.ndarray:
     """A uint64 for each row, equal for rows with the same ids in all columns."""
-    flat = [(column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]
-    hashes = np.empty(len(columns[0]), np.uint64)
-    for row in range(len(hashes)):
+    flat = [(column.values.to_numpy().view(np.uint8).data, (4 * column.offsets.to_numpy()).tolist()) for column in columns]
+    hashes = []
+    for row in range(len(columns[0])):
         digest = hashlib.blake2b(digest_size=8)
-        for values, starts in flat:
-            digest.update(values[starts[row] : starts[row + 1]].tobytes() + b"|")
-        hashes[row] = int.from_bytes(digest.digest(), "little")
-    return hashes
+        for ids, starts in flat:
+            digest.update(ids[starts[row] : starts[row + 1]])
+            digest.update(b"|")
+        hashes.append(digest.digest())
+    return np.frombuffer(b"".join(hashes), "<u8")
 
 
 def column(chunks: list[Chunk], name: str) -> np.ndarray:

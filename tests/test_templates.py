@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.convert import APART
 from data_prep.prepare import prepare
-from data_prep.proof import encode, prove
+from data_prep.proof import APART, LACKING, LACKING_READ, encode, prove
 from posttrain.data.chat import ChatFormat, encode_parts, render, render_prompt
 from posttrain.data.encoded import joined, trained_spans
 from posttrain.data.parts import IGNORE, Refused
@@ -308,8 +307,7 @@ def test_an_answer_with_characters_that_the_vocabulary_lacks_is_refused(user, an
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
     chat = ChatFormat(tokenizer, "tokenizer")
     (proven,) = encode(chat, [chat.parts([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])])
-    assert proven.lacks_trained is (seen is True)
-    assert proven.lacks_read is (seen is False)
+    assert proven.flaws == {True: (LACKING,), False: (LACKING_READ,), None: ()}[seen]
 
 
 def test_of_several_templates_by_name_the_default_is_taken():

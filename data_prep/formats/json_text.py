@@ -13,6 +13,8 @@ from posttrain.common.errors import shown
 from posttrain.common.files import KeySetTwice, unique_keys
 from posttrain.data.parts import Refused
 
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_SIGN = 16  # characters of what JSON reads at once, but texts and numbers: true, -Infinity, \\ud83d\\ude42
 # keys under which the only object of a file may hold the rows; those of splits too
@@ -70,7 +72,6 @@ class _Text:
         self.decoder, self.read = codecs.getincrementaldecoder("utf-8")(), 0  # how many bytes it has decoded
         self.text, self.line = "", line  # what is not let go yet, and the number of the line in which it begins
         self.row, self.begin, self.at = 1, 0, 0  # the row's number, where it begins in the text, and how far it is read
-        self.json = json.JSONDecoder(object_pairs_hook=unique_keys)
 
     def grow(self) -> bool:
         """Read as much again as there is of the row; return whether there was more. Raises ValueError for a row that is too long."""
@@ -105,7 +106,7 @@ class _Text:
         self.sign()
         while True:
             try:
-                value, self.at = self.json.raw_decode(self.text, self.at)
+                value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except KeySetTwice as error:
                 raise self.wrong(f"the key {error.key!r} is there twice") from None
@@ -181,7 +182,7 @@ def json_lines(file: File, lines: Iterable[bytes], start: int) -> Iterator[Row]:
             yield Refused("not UTF-8")
             continue
         try:
-            row = json.loads(text, object_pairs_hook=unique_keys)
+            row = DECODER.decode(text)
         except KeySetTwice as error:
             yield Refused(f"the key {error.key!r} is there twice")
             continue

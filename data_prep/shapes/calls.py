@@ -41,6 +41,8 @@ def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
     tools = (_parsed(row.take(name), name) if name else None) or []
+    if not tools and not any("tool_calls" in message for message in messages):
+        return None
     if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise Refused("tools is not a list of objects")
     _refuse_halves(tools, "a description of tools")

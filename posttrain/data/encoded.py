@@ -34,28 +34,34 @@ class Row(NamedTuple):
 
     input_ids: np.ndarray  # (tokens,) int32
     labels: np.ndarray  # the same shape; IGNORE where the token is not trained, else the token itself
+    trained: int  # how many labels have a loss: nothing predicts the first token
 
     def cut(self, most: int) -> "Row":
         """The first so many tokens of it."""
-        return Row(self.input_ids[:most], self.labels[:most])
+        labels = self.labels[:most]
+        return Row(self.input_ids[:most], labels, int(np.count_nonzero(labels[1:] != IGNORE)))
 
 
 def rows_of(conversations: list[list[Encoded]]) -> list[Row]:
     """Join the parts of each conversation to a row."""
     parts = [part for encoded in conversations for part in encoded]
     if not parts:
-        return [Row(NONE, NONE) for _ in conversations]
+        return [Row(NONE, NONE, 0) for _ in conversations]
     ids = np.concatenate([part.ids for part in parts])
     sizes = np.fromiter((len(part.ids) for part in parts), np.int64, len(parts))
     trained = np.repeat(np.fromiter((part.trained for part in parts), bool, len(parts)), sizes)
     labels = np.where(trained, ids, np.int32(IGNORE))
-    ends = np.concatenate([[0], np.cumsum(sizes)])[np.cumsum([0, *map(len, conversations)])].tolist()
-    return [Row(ids[begin:end], labels[begin:end]) for begin, end in itertools.pairwise(ends)]
+    bounds = np.concatenate([[0], np.cumsum(sizes)])[np.cumsum([0, *map(len, conversations)])]
+    before = np.concatenate([[0], np.cumsum(trained)])
+    losses = (before[bounds[1:]] - before[np.minimum(bounds[:-1] + 1, bounds[1:])]).tolist()
+    places = zip(itertools.pairwise(bounds.tolist()), losses, strict=True)
+    return [Row(ids[begin:end], labels[begin:end], count) for (begin, end), count in places]
 
 
 def joined(parts: list[Encoded]) -> Rendered:
     """Join the parts of one conversation to its ids and labels, as lists."""
-    return Rendered(*(column.tolist() for column in rows_of([parts])[0]))
+    row = rows_of([parts])[0]
+    return Rendered(row.input_ids.tolist(), row.labels.tolist())
 
 
 def trained_spans(labels: list[int] | np.ndarray) -> list[tuple[int, int]]:
