@@ -18,7 +18,7 @@ from posttrain.common.errors import shown
 from posttrain.common.hub import snapshot_in
 
 CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what map() of datasets keeps beside the rows
-BESIDE = tuple(".md .py .ipynb .yaml .yml .toml .cfg .lock .sh .png .jpg .jpeg .gif .svg .html .pdf".split())  # of what lies beside rows
+BESIDE = re.compile(r".*\.(md|py|ipynb|yaml|yml|toml|cfg|lock|sh|png|jpg|jpeg|gif|svg|html|pdf)", re.IGNORECASE)  # what lies beside rows
 MOST_SHARDS = 10_000  # of which names are looked for
 ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # files that describe the rows
 
@@ -232,7 +232,7 @@ def _left_out(place: str, entries: dict[str, File], names: list[str]) -> list[st
 
 def _is_beside(last: str) -> bool:
     """Whether a file is of the kinds that people keep beside rows: a licence, code, pictures, what describes or caches rows."""
-    return last in ABOUT or bool(CACHED.fullmatch(last)) or last.lower() in NO_DATA or last.lower().endswith(BESIDE)
+    return last in ABOUT or bool(CACHED.fullmatch(last)) or last.lower() in NO_DATA or bool(BESIDE.fullmatch(last))
 
 
 def _lacking(names: list[str]) -> list[str]:
