@@ -258,6 +258,15 @@ def test_arrow_batches_of_many_rows_are_in_memory_for_few(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_line_that_is_alone_is_a_row(tmp_path):
+    for number, line in enumerate(('{"messages": [{"speaker": "a"}]}', '{"ids": [1, 2], "labels": [3, 4]}', '{"a": [null]}')):
+        (tmp_path / f"{number}.jsonl").write_text(line)
+        assert list(file_rows(tmp_path / f"{number}.jsonl")) == [json.loads(line)]
+    (tmp_path / "columns.jsonl").write_text('{"prompt": ["a", "b"], "response": ["c", "d"]}')
+    with pytest.raises(ValueError, match="as lists, not rows"):
+        list(file_rows(tmp_path / "columns.jsonl"))
+
+
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
 def test_a_file_cut_after_its_first_rows_is_named_where_it_is_read_in_pieces(tmp_path, name):
     lines = b"".join(b'{"text": "%s"}\n' % hashlib.sha256(b"%d" % number).hexdigest().encode() for number in range(20_000))

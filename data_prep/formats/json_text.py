@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats import opening
-from data_prep.formats.opening import File, Row, open_text, too_long
+from data_prep.formats.opening import File, Row, open_text, too_long, unpacked_name
 from posttrain.common.errors import shown
 from posttrain.common.files import KeySetTwice, unique_keys
 from posttrain.data.parts import Refused
@@ -210,11 +210,17 @@ def _unwrapped(file: File, only: dict) -> list[dict]:
     if isinstance(only.get("columns"), list) and isinstance(only.get("data"), list):
         raise ValueError(f"{file} holds columns and data apart, not rows: {AS_ROWS}")
     lists = [value for value in only.values() if isinstance(value, list) and value and not _is_table(value, messages=True)]
-    if lists and len(lists) == len(only) and len(set(map(len, lists))) == 1:
+    is_row = _is_line(file) and (len(lists) < 2 or not all(isinstance(one, str) for several in lists for one in several))
+    if lists and len(lists) == len(only) and len(set(map(len, lists))) == 1 and not is_row:
         raise ValueError(f"{file} holds the columns {shown(list(only))} as lists, not rows: {AS_ROWS}")
     if only and all(isinstance(value, dict) and value and all(key.isdigit() for key in value) for value in only.values()):
         raise ValueError(f"{file} holds the columns {shown(list(only))} as objects, not rows: {AS_ROWS}")
     return [only]
+
+
+def _is_line(file: File) -> bool:
+    """Whether each line of a file is a row, by its name, also where there is one."""
+    return unpacked_name(file.name).lower().endswith((".jsonl", ".ndjson"))
 
 
 def _refuse_lost(file: File, name: str, around: dict) -> None:
