@@ -14,6 +14,7 @@ from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, likely
 from data_prep.shapes.messages import Chat, Document, Pair, check_order, clean, finished, json_of, messages_in, messages_of
 from data_prep.shapes.pairs import pair_of
+from data_prep.shapes.plain import plain_chat
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
@@ -53,6 +54,8 @@ def conversations(kind: str, rows: Iterable[FileRow], columns: Columns = USUAL) 
 
 def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair | Refused:
     """Read one row; a Refused says why it cannot be used."""
+    if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
+        return plain
     row = Row(given, columns)
     try:
         if columns.keep:
