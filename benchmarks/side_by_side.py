@@ -74,7 +74,7 @@ class Given(NamedTuple):
 
 def draw_rows(file: Path, tokenizer: str, count: int, longest: int) -> Given:
     """Draw so many rows of at most `longest` tokens that SFT can train on, the same ones each time. Raises ValueError where few are."""
-    from data_prep.convert import encode, examples_of_rows, parts_of_rows
+    from data_prep.convert import examples_of_rows, parts_of_rows
     from data_prep.examples import SFT, Settings
     from data_prep.formats.rows import file_rows
     from data_prep.shapes.conversations import conversations
@@ -86,7 +86,7 @@ def draw_rows(file: Path, tokenizer: str, count: int, longest: int) -> Given:
     loaded = load_tokenizer(tokenizer)
     kind = SFT(ChatFormat(loaded), Settings(longest))
     chunk = parts_of_rows(kind, enumerate(conversations("sft", rows)))
-    examples = examples_of_rows(kind, chunk, *encode(kind.chat, chunk), Counter())
+    examples = examples_of_rows(kind, chunk, Counter())
     tokens = {number: result.length for number, result in examples if not isinstance(result, Refused)}
     if len(tokens) < count:
         raise ValueError(f"the race needs {count:,} rows of at most {longest:,} tokens that SFT can train on; {file} has {len(tokens):,}")

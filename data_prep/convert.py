@@ -12,20 +12,17 @@ from typing import NamedTuple
 
 from data_prep import overlap, report
 from data_prep.blocks import Block, Item, blocks
-from data_prep.examples import DPO, SFT, UNPROVEN, Example
-from data_prep.proof import lacks_characters, prove
+from data_prep.examples import DPO, SFT, Example
+from data_prep.proof import REFUSED, encode
 from data_prep.shapes.function_calls import fitted
 from data_prep.shapes.thinking import with_thinking
 from data_prep.sources import Source
 from data_prep.staging import HIDDEN, SPELLED, Staging, table_of
 from data_prep.workers import work_on
 from posttrain.common.visible import UNSEEN
-from posttrain.data.chat import ChatFormat, encode_parts
+from posttrain.data.chat import ChatFormat
 from posttrain.data.faster import Faster
-from posttrain.data.parts import Encoded, Refused, Text
-
-LACKING = "the vocabulary lacks characters of it"
-APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
+from posttrain.data.parts import Refused, Text
 
 
 class Encoding(NamedTuple):
@@ -72,7 +69,7 @@ def _write_chunk(encoding: Encoding, chunk: tuple[int, int], source, staging, be
     assert len(unencoded.numbers) == block.count, "a block does not hold the rows that were counted"
     changes: Counter[str] = Counter()
     examples, dropped = [], {}
-    for row, result in examples_of_rows(kind, unencoded, *encode(kind.chat, unencoded), changes):
+    for row, result in examples_of_rows(kind, unencoded, changes):
         if not isinstance(result, Refused) and (quoted := benchmarks.quoted(result.text)):
             result = Refused(f"{overlap.QUOTES} {quoted}")
         if isinstance(result, Refused):
@@ -120,43 +117,43 @@ def parts_of_rows(kind: SFT | DPO, numbered: Iterable[tuple[int, Item]]) -> Unen
     return chunk
 
 
-def encode(chat: ChatFormat, chunk: Unencoded) -> tuple[list[list[Encoded]], list[list[str] | None]]:
-    """Encode the parts of a chunk and prove them (see proof.prove)."""
-    encoded = encode_parts(chat, (parts for several in chunk.parts for parts in several))
-    return encoded, prove(chat, encoded)
-
-
-def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, encoded, texts, changes: Counter[str]) -> Iterator[tuple[int, Example | Refused]]:
-    """Yield (row number, example or why there is none) in the order of the rows; `encoded` and `texts` are what encode returned."""
+def examples_of_rows(kind: SFT | DPO, chunk: Unencoded, changes: Counter[str]) -> Iterator[tuple[int, Example | Refused]]:
+    """Encode a chunk and prove it; yield (row number, example or why there is none) in the order of the rows."""
+    proven = encode(kind.chat, [parts for several in chunk.parts for parts in several])
+    strange = _strange(kind.chat, chunk)
     at = 0
-    for number, item, parts in zip(chunk.numbers, chunk.items, chunk.parts, strict=True):
-        mine = slice(at, at + len(parts))
+    for index, (number, item, parts) in enumerate(zip(chunk.numbers, chunk.items, chunk.parts, strict=True)):
+        mine = proven[at : at + len(parts)]
         at += len(parts)
         if isinstance(item, Refused):
             yield number, item
             continue
-        if lacks_characters(kind.chat, encoded[mine], trained=True):
-            yield number, Refused(LACKING)
-            continue
-        if None in texts[mine]:
-            yield number, Refused(UNPROVEN)
-            continue
+        flaws = mine[0].flaws if len(mine) == 1 else {flaw for one in mine for flaw in one.flaws}
         try:
-            examples = list(kind.examples(item, encoded[mine], texts[mine], changes))
-            changes.update(item.notes)
-            if lacks_characters(kind.chat, encoded[mine], trained=False):
-                changes[f"{LACKING}: in what is read, not trained"] += 1
-            if any(part.apart for parts in encoded[mine] for part in parts):
-                changes[APART] += 1
-            yield from ((number, example) for example in examples)
-            if any(_hides(part.before + part.body) for several in parts for part in several if isinstance(part, Text)):
-                changes[HIDDEN] += 1
-            if any(kind.chat.spells_special(part.before + part.body) for several in parts for part in several if isinstance(part, Text)):
-                changes[SPELLED] += 1
-            if number in chunk.given:
-                changes["given --system_prompt"] += 1
+            for flaw in REFUSED if flaws else ():
+                if flaw in flaws:
+                    raise Refused(flaw)
+            for example in [*kind.examples(item, mine, changes)]:
+                yield number, example
         except Refused as cause:
             yield number, Refused(str(cause))
+            continue
+        for what in (*item.notes, *flaws, *strange.get(index, ())):
+            changes[what] += 1
+        if number in chunk.given:
+            changes["given --system_prompt"] += 1
+
+
+def _strange(chat: ChatFormat, chunk: Unencoded) -> dict[int, list[str]]:
+    """Which of the rows, by their place in the chunk, hold hidden characters, or spell special tokens as text."""
+    said = [[part.before + part.body for one in parts for part in one if isinstance(part, Text)] for parts in chunk.parts]
+    found: dict[int, list[str]] = {}
+    for what, is_so in ((HIDDEN, _hides), (SPELLED, chat.spells_special)):
+        if is_so("\n".join(["\n".join(texts) for texts in said])):  # of hardly any chunk, which saves asking each row
+            for index, texts in enumerate(said):
+                if any(map(is_so, texts)):
+                    found.setdefault(index, []).append(what)
+    return found
 
 
 def _hides(text: str) -> bool:

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_prep.proof import answer_texts, is_prefix, proof, prove, span_texts
+import numpy as np
+
+from data_prep.proof import UNPROVEN, Proven, answer_texts, encode, is_prefix, proof, span_texts
 from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.shapes.thinking import answered
 from posttrain.data.chat import ChatFormat, document_parts, encode_parts
-from posttrain.data.parts import IGNORE, Encoded, Refused, Rendered, Text, joined, trained_range
+from posttrain.data.encoded import Row
+from posttrain.data.parts import IGNORE, Refused, Text, trained_range
 from posttrain.data.thinking import only_trained
 
 SEVERAL = "trained as several examples: the template writes an answer otherwise once another follows it"
-UNPROVEN = "its trained tokens do not read as its text"
 
 
 class Settings(NamedTuple):
@@ -31,7 +33,7 @@ class Settings(NamedTuple):
 class Example(NamedTuple):
     """A row of the prepared data, and what deciding about it needs."""
 
-    columns: dict[str, list[int]]  # token ids or labels, as they are stored
+    columns: dict[str, np.ndarray]  # token ids or labels, as they are stored, (tokens,) int32
     length: int  # tokens that the example takes
     trained: int  # tokens with a loss
     prompt: str  # examples that share it go to the same split
@@ -68,30 +70,28 @@ class SFT:
             raise ValueError("--system_prompt has no place in plain documents (rows with a text column); leave it out")
         return item if item.messages[0]["role"] == "system" else item._replace(messages=[_system(prompt), *item.messages])
 
-    def examples(
-        self, item: Document | Chat, encoded: list[list[Encoded]], texts: list[list[str]], changes: Counter[str]
-    ) -> Iterator[Example]:
+    def examples(self, item: Document | Chat, proven: list[Proven], changes: Counter[str]) -> Iterator[Example]:
         """Yield the row's examples: one, or with split_turns several; `changes` counts what was done to it. Raises Refused.
 
-        `encoded` and `texts`: the row's parts as ids, and what the trained ones read as.
+        `proven`: the conversations of `parts`, encoded.
         """
-        rows = [joined(parts) for parts in encoded]
-        if any(len(row.input_ids) > self.settings.max_length for row in rows) and self.settings.too_long != "cut":
+        too_long = [len(one.row.input_ids) > self.settings.max_length for one in proven]
+        if True in too_long and self.settings.too_long != "cut":
             if self.settings.too_long == "drop":
                 raise Refused(f"longer than --max_length {self.settings.max_length}")
             if isinstance(item, Document):
                 raise Refused(f"a document longer than --max_length {self.settings.max_length}")
             yield from self._split(item, changes)
             return
-        if len(rows) > 1:
+        if len(proven) > 1:
             changes[SEVERAL] += 1
         found, refused = [], []
-        for row, read, shown in zip(rows, texts, self._shown(item, len(rows)), strict=True):
-            if len(row.input_ids) <= self.settings.max_length:
-                found.append(self._example(item, row, read, shown))
+        for one, is_too_long, shown in zip(proven, too_long, self._shown(item, len(proven)), strict=True):
+            if not is_too_long:
+                found.append(self._example(item, one.row, one.texts, shown))
                 continue
             try:
-                found.append(self._cut(item, row, read, shown, changes))
+                found.append(self._cut(item, one, shown, changes))
             except Refused as cause:
                 refused.append(str(cause))
         if not found:
@@ -104,29 +104,29 @@ class SFT:
         """The messages that each of a row's examples adds to those before it, by which it is compared."""
         if isinstance(item, Document):
             return [[]]
-        ends = [len(messages) for messages in self._groups(item)] if count > 1 else [len(item.messages)]
+        if count == 1:
+            return [item.messages]
+        ends = [len(messages) for messages in self._groups(item)]
         return [item.messages[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _example(self, item, row: Rendered, texts: list[str], shown: list[dict]) -> Example:
+    def _example(self, item, row: Row, texts: list[str], shown: list[dict]) -> Example:
         """The example of a row that is not too long. Raises Refused where nothing is trained."""
-        length = len(row.input_ids)
-        trained = length - 1 - row.labels[1:].count(IGNORE)  # nothing predicts a row's first token
-        if trained <= 0:
+        if not row.trained:
             raise Refused("nothing to train on")
         if isinstance(item, Document):
             prompt = text = item.text
         else:
-            prompt = _asked(item.messages)
-            text = "\n".join(text for message in shown for text in _texts(message) if text)
-        return Example(row._asdict(), length, trained, prompt, text, proof(texts))
+            prompt, text = _asked(item.messages), "\n".join(_texts(shown))
+        columns = {"input_ids": row.input_ids, "labels": row.labels}
+        return Example(columns, len(row.input_ids), row.trained, prompt, text, proof(texts))
 
-    def _cut(self, item, row: Rendered, texts: list[str], shown: list[dict], changes: Counter[str]) -> Example:
+    def _cut(self, item, proven: Proven, shown: list[dict], changes: Counter[str]) -> Example:
         """The example of the first max_length tokens. The answer at the edge loses its end token: it is not taught to stop there."""
-        row = Rendered(*(column[: self.settings.max_length] for column in row))
-        if row.labels.count(IGNORE) == len(row.labels):
+        row = proven.row.cut(self.settings.max_length)
+        if (row.labels == IGNORE).all():
             raise Refused("nothing trained is left within --max_length")
-        read = span_texts(self.chat, *row)
-        if not all(is_prefix(cut, whole) for cut, whole in zip(read, texts, strict=False)):
+        read = span_texts(self.chat, row.input_ids.tolist(), row.labels.tolist())
+        if not all(is_prefix(cut, whole) for cut, whole in zip(read, proven.texts, strict=False)):
             raise Refused("its tokens, once cut, do not read as the start of its text")
         example = self._example(item, row, read, shown)
         changes["cut to --max_length"] += 1
@@ -153,15 +153,13 @@ class SFT:
             if not any(message["role"] == "assistant" and message.get("train", True) for message in piece):
                 continue
             part = item._replace(messages=system + piece)
-            encoded = encode_parts(self.chat, self.parts(part))
-            texts = prove(self.chat, encoded)
-            for parts, read, shown in zip(encoded, texts, self._shown(part, len(encoded)), strict=True):
-                row = joined(parts)
-                if len(row.input_ids) > self.settings.max_length:
+            proven = encode(self.chat, self.parts(part))
+            for one, shown in zip(proven, self._shown(part, len(proven)), strict=True):
+                if len(one.row.input_ids) > self.settings.max_length:
                     raise Refused(f"one exchange is longer than --max_length {self.settings.max_length}")
-                if read is None:
+                if UNPROVEN in one.flaws:
                     raise Refused(UNPROVEN)
-                examples.append(self._example(part, row, read, shown))
+                examples.append(self._example(part, one.row, one.texts, shown))
         changes["split at turns"] += 1
         yield from examples
 
@@ -200,16 +198,17 @@ class DPO:
             raise Refused("the template writes another prompt for the rejected answer than for the chosen one")
         return [chosen[:end], rejected[other_start:other_end]]
 
-    def examples(self, item: Pair, encoded: list[list[Encoded]], texts: list[list[str]], changes: Counter[str]) -> Iterator[Example]:
+    def examples(self, item: Pair, proven: list[Proven], changes: Counter[str]) -> Iterator[Example]:
         """Yield the pair as one example; `changes` counts what was done to it. Raises Refused.
 
-        `encoded` and `texts`: the pair's parts as ids, and what the trained ones read as.
+        `proven`: the conversations of `parts`, encoded.
         """
-        prompt = [token for part in encoded[0] if not part.trained for token in part.ids]
-        chosen, rejected = ([token for part in parts if part.trained for token in part.ids] for parts in encoded)
-        answers = [texts[0][0], texts[1][0]]
-        if len(texts[0]) > 1 or len(texts[1]) > 1:  # special tokens stand between the texts of an answer
-            answers = answer_texts(self.chat, prompt, [chosen, rejected])
+        first = proven[0].row
+        prompt = first.input_ids[first.labels == IGNORE]
+        chosen, rejected = (one.row.input_ids[one.row.labels != IGNORE] for one in proven)
+        answers = [one.texts[0] for one in proven]
+        if any(len(one.texts) > 1 for one in proven):  # special tokens stand between the texts of an answer
+            answers = self._answers(prompt, chosen, rejected)
         limit = self.settings.max_length
         if len(prompt) + max(len(chosen), len(rejected)) > limit:
             if self.settings.too_long == "drop":
@@ -218,14 +217,14 @@ class DPO:
             if room < 1:
                 raise Refused(f"the prompt alone fills --max_length {limit}")
             chosen, rejected = chosen[:room], rejected[:room]
-            kept = answer_texts(self.chat, prompt, [chosen, rejected])
+            kept = self._answers(prompt, chosen, rejected)
             if not all(map(is_prefix, kept, answers)):
                 raise Refused("its tokens, once cut, do not read as the start of its text")
             answers = kept
-            if chosen == rejected:
+            if np.array_equal(chosen, rejected):
                 raise Refused("chosen equals rejected once cut")
             changes["cut to --max_length"] += 1
-        if chosen == rejected:
+        if np.array_equal(chosen, rejected):
             raise Refused("chosen equals rejected once tokenized")
         context = "\n".join(message["content"] for message in item.prompt)
         columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -233,14 +232,21 @@ class DPO:
         text = "\n".join([context, item.chosen, item.rejected])
         yield Example(columns, length, len(chosen) + len(rejected), _asked(item.prompt), text, proof(answers))
 
+    def _answers(self, prompt: np.ndarray, *answers: np.ndarray) -> list[str]:
+        """What answers read as after their prompt."""
+        return answer_texts(self.chat, prompt.tolist(), [answer.tolist() for answer in answers])
+
 
 KINDS = {kind.name: kind for kind in (SFT, DPO)}
 
 
-def _texts(message: dict) -> tuple[str | None, ...]:
-    """What a message says: its thinking, its text and its calls, each of which may not be there."""
-    calls = message.get("tool_calls")
-    return message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None
+def _texts(messages: list[dict]) -> list[str]:
+    """What messages say: the thinking of each, its text and its calls, as far as it has them."""
+    texts = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        texts += [message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None]
+    return [text for text in texts if text]
 
 
 def _system(prompt: str) -> dict:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.cards import files_of_card
-from data_prep.formats.opening import KINDS, READ, File, advice, kind_of, refuse_pointer, unpacked_name
+from data_prep.formats.opening import KINDS, NO_DATA, READ, File, advice, kind_of, refuse_pointer, unpacked_name
 from data_prep.formats.remote import is_address, listed, shown_address
 from data_prep.splits import MANY, SHARD_NUMBER, choose, listing, split_of, stem
 from posttrain.common.errors import shown
 from posttrain.common.hub import snapshot_in
 
 CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what map() of datasets keeps beside the rows
+BESIDE = re.compile(r".*\.(md|py|ipynb|yaml|yml|toml|cfg|lock|sh|png|jpg|jpeg|gif|svg|html|pdf)", re.IGNORECASE)  # what lies beside rows
+MOST_SHARDS = 10_000  # of which names are looked for
 ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # files that describe the rows
 
 
@@ -61,6 +63,10 @@ def find_files(place: str, wanted: Wanted | None = None) -> Found:
         refuse_pointer(entries[name])
     notes += [f"{place}: {shown(unnamed[:MANY])} left out, which its card does not name"] if unnamed else []
     notes += _left_out(place, entries, names)
+    if lacking := listing(_lacking([*training, *held_out])):
+        if not glob.has_magic(place):
+            raise ValueError(f"{place} lacks {lacking}, as other names say: download the rest, or give those that are there by a pattern")
+        notes.append(f"{place}: {lacking} not among them, as their names say")
     if len(parts := _parts(training)) > 1 and not card:
         notes.append(f"{place}: the rows of its folders {listing(parts)} are taken together; --config NAME takes one")
     if held_out:
@@ -217,5 +223,27 @@ def _left_out(place: str, entries: dict[str, File], names: list[str]) -> list[st
     """Return a note about files that may hold rows and are not read."""
     texts = [name for name in entries if unpacked_name(name).lower().endswith(".txt") and not _is_hidden(name) and name not in names]
     marked = [name for name in entries if re.search(r"(^|/)_(?!_|SUCCESS)", name) and unpacked_name(name).lower().endswith(tuple(KINDS))]
+    known = {*names, *texts, *marked}
+    others = [name for name in entries if name not in known and not _is_hidden(name) and not _is_beside(name.rpartition("/")[2])]
     notes = [f"{place}: {listing(texts)} not read: a text beside other rows is not taken for data"] if texts else []
-    return notes + ([f"{place}: {listing(marked)} not read: a name that begins with _ is not taken for data"] if marked else [])
+    notes += [f"{place}: {listing(marked)} not read: a name that begins with _ is not taken for data"] if marked else []
+    return notes + ([f"{place}: {listing(others)} not read: of no kind that is read"] if others else [])
+
+
+def _is_beside(last: str) -> bool:
+    """Whether a file is of the kinds that people keep beside rows: a licence, code, pictures, what describes or caches rows."""
+    return last in ABOUT or bool(CACHED.fullmatch(last)) or last.lower() in NO_DATA or bool(BESIDE.fullmatch(last))
+
+
+def _lacking(names: list[str]) -> list[str]:
+    """Return the names of files that are not there, of those that say how many there are, as train-00001-of-00003.parquet does."""
+    shards: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        if found := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(.*)", name):
+            shards.setdefault((found[1], found[3], found[4]), set()).add(int(found[2]))
+    return [
+        f"{start}{number:05d}-of-{of}{end}"
+        for (start, of, end), seen in shards.items()
+        for number in range(min(int(of), MOST_SHARDS))
+        if number not in seen
+    ]

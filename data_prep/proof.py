@@ -1,11 +1,50 @@
 """Proves that a row's trained tokens read as the texts that they were made from, and hashes the texts by which rows are compared."""
 
 import hashlib
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from posttrain.data.chat import ChatFormat
+from posttrain.data.chat import ChatFormat, encode_parts
+from posttrain.data.encoded import Encoded, Row, rows_of, trained_spans
 from posttrain.data.encoding import decode_after, decode_texts, encode_text
-from posttrain.data.parts import Encoded, trained_spans
+from posttrain.data.parts import Part
 from posttrain.data.spelling import spelling_of
+
+UNPROVEN = "its trained tokens do not read as its text"
+LACKING = "the vocabulary lacks characters of it"
+LACKING_READ = f"{LACKING}: in what is read, not trained"
+APART = "white space at an answer's start kept apart from the template's"  # apply_chat_template would give it other ids
+REFUSED = (LACKING, UNPROVEN)
+FLAWS = (*REFUSED, LACKING_READ, APART)
+
+
+class Proven(NamedTuple):
+    """A conversation's row, and what is known about it."""
+
+    row: Row
+    texts: list[str]  # what its trained tokens read as, a text for each part
+    flaws: tuple[str, ...] = ()  # some of FLAWS; with one of REFUSED it is not trained
+
+
+def encode(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[Proven]:
+    """Encode conversations, and prove them."""
+    encoded = encode_parts(chat, conversations)
+    read = zip(rows_of(encoded), prove(chat, encoded), strict=True)
+    proven = [Proven(row, [], (UNPROVEN,)) if texts is None else Proven(row, texts) for row, texts in read]
+    if any(part.lacks or part.apart for parts in encoded for part in parts):  # of hardly any block, which saves asking each conversation
+        proven = [one._replace(flaws=_flaws(one, parts)) for one, parts in zip(proven, encoded, strict=True)]
+    return proven
+
+
+def _flaws(proven: Proven, parts: list[Encoded]) -> tuple[str, ...]:
+    found = {*proven.flaws}
+    for part in parts:
+        if part.lacks:
+            found.add(LACKING if part.trained else LACKING_READ)
+        if part.apart:
+            found.add(APART)
+    return tuple(flaw for flaw in FLAWS if flaw in found)
 
 
 def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str] | None]:
@@ -15,29 +54,25 @@ def prove(chat: ChatFormat, conversations: list[list[Encoded]]) -> list[list[str
     """
     spelling = spelling_of(chat.tokenizer)
     bodies = [part for encoded in conversations for part in encoded if part.text is not None]
-    same = [spelling is not None and spelling.reads_as(part.ids, part.text) for part in bodies]
+    texts = [part.text for part in bodies]
+    same = spelling.reads_as([part.ids for part in bodies], texts) if spelling else [False] * len(bodies)
     others = [part for part, is_same in zip(bodies, same, strict=True) if not is_same]
-    decoded = iter(decode_after(chat.tokenizer, [part.header for part in others], [part.ids for part in others]))
-    read = iter([part.text if is_same else next(decoded) for part, is_same in zip(bodies, same, strict=True)])
+    decoded = iter(decode_after(chat.tokenizer, [part.header.tolist() for part in others], [part.ids.tolist() for part in others]))
+    read = iter(texts if not others else [text if is_same else next(decoded) for text, is_same in zip(texts, same, strict=True)])
     result: list[list[str] | None] = []
     for encoded in conversations:
-        pairs = [(part, next(read)) for part in encoded if part.text is not None]
-        sound = all(part.sound for part in encoded) and all(
-            text == part.text or text == _normalised(chat.tokenizer, part.text) for part, text in pairs
+        made = [part.text for part in encoded if part.text is not None]
+        mine = list(itertools.islice(read, len(made)))
+        sound = not [part for part in encoded if not part.sound] and (
+            mine == made or all(text == one or text == _normalised(chat.tokenizer, one) for one, text in zip(made, mine, strict=True))
         )
-        result.append([text for _, text in pairs] if sound else None)
+        result.append(mine if sound else None)
     return result
 
 
 def _normalised(tokenizer, text: str) -> str:
     """The text as it comes back from the tokenizer."""
     return decode_texts(tokenizer, [encode_text(tokenizer, text)])[0]
-
-
-def lacks_characters(chat: ChatFormat, conversations: list[list[Encoded]], *, trained: bool) -> bool:
-    """Whether a text, trained or not as asked, has characters for which the vocabulary has only its unknown token."""
-    unknown = chat.unknown_id
-    return unknown is not None and any(unknown in part.ids for encoded in conversations for part in encoded if part.trained is trained)
 
 
 def span_texts(chat: ChatFormat, ids: list[int], labels: list[int]) -> list[str]:

@@ -16,9 +16,10 @@ from data_prep.proof import answer_texts, proof, span_texts, without_ends
 from posttrain.common.visible import visible
 from posttrain.data import tokenization
 from posttrain.data.chat import ChatFormat
+from posttrain.data.encoded import trained_spans
 from posttrain.data.encoding import decode_after
 from posttrain.data.manifest import read_manifest, unused_columns
-from posttrain.data.parts import IGNORE, trained_spans
+from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import Split, fingerprint_file, load_prepared
 
 HOW = "prepare_sft.py or prepare_dpo.py"  # makes a folder that can be shown

@@ -224,8 +224,8 @@ MUTATIONS = {
     ),
     "end_token_not_trained": Mutation(
         "posttrain/data/chatml.py",
-        "[Encoded([self.end_id], True)",
-        "[Encoded([self.end_id], False)",
+        "[Fixed((self.end_id,), True)",
+        "[Fixed((self.end_id,), False)",
         "tests/test_chat.py::test_trained_tokens_are_the_answers_and_their_end_tokens",
     ),
     "chosen_and_rejected_swapped": Mutation(

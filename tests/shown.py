@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from data_prep.convert import encode, examples_of_rows, parts_of_rows
+from data_prep.convert import examples_of_rows, parts_of_rows
 from data_prep.examples import SFT, Settings
 from data_prep.shapes.columns import USUAL
 from data_prep.shapes.conversations import read_row
@@ -16,12 +16,12 @@ def shown(chat: ChatFormat, row: dict, kind=SFT, **settings) -> tuple[list[str] 
     made, changes = kind(chat, Settings(4096, **settings)), Counter()
     chunk = parts_of_rows(made, [(0, read_row(made.name, row, USUAL))])
     texts = []
-    for _, example in examples_of_rows(made, chunk, *encode(chat, chunk), changes):
+    for _, example in examples_of_rows(made, chunk, changes):
         if isinstance(example, Refused):
             return str(example), changes
-        stored = example.columns | {"proof": example.proof, "num_trained": example.trained}
-        assert not list(failures(chat, made.name, stored, 4096))
-        texts.append("".join(_marked(block) for block in blocks(chat, made.name, example.columns)))
+        stored = {name: ids.tolist() for name, ids in example.columns.items()}
+        assert not list(failures(chat, made.name, stored | {"proof": example.proof, "num_trained": example.trained}, 4096))
+        texts.append("".join(_marked(block) for block in blocks(chat, made.name, stored)))
     return texts, changes
 
 

@@ -103,7 +103,7 @@ def test_a_content_that_would_merge_with_its_header_keeps_the_header_apart(tiny)
 
 def test_a_document_is_trained_whole_and_ends(tiny):
     (parts,) = encode_parts(tiny.chat, [document_parts(tiny.chat, "ta ke")])
-    assert [part.trained for part in parts if part.ids] == [True, True]
+    assert [part.trained for part in parts if len(part.ids)] == [True, True]
     assert tiny.tokenizer.decode([token for part in parts for token in part.ids]) == "ta ke" + tiny.tokenizer.eos_token
 
 

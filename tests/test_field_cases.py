@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.prepare import prepare
-from posttrain.data.parts import trained_spans
+from posttrain.data.encoded import trained_spans
 from posttrain.data.prepared import load_prepared
 from posttrain.data.tokenization import load_tokenizer
 

@@ -131,6 +131,12 @@ REFUSED = {
         {"manifest_json": "{}", "tokenizer__tokenizer_config_json": "{}"},
         "is a prepared folder",
     ),
+    "a shard not downloaded": (
+        ["data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet"],
+        {},
+        "lacks data/train-00001-of-",
+    ),
+    "the only shard": (["train-00001-of-00002.jsonl"], {}, "lacks train-00000-of-00002.jsonl.*give those that are there by a pattern"),
     "a lost shard": ([], {"state_json": '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'}, "lacks data-00000-of-00001.arrow"),
 }
 
@@ -149,6 +155,11 @@ def test_what_is_left_out_is_said(tmp_path):
     found = find_files(str(tmp_path), SFT)
     assert names_in(tmp_path, found) == [["train.jsonl"], []]
     told = "\n".join(found.notes)
+    for name in ("rows.zip", "old.jsonl~", "rows.jsonl.lz4", "LICENSE", "card.md", "._old.jsonl.bak"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [note for note in find_files(str(tmp_path), SFT).notes if "of no kind" in note] == [
+        f"{tmp_path}: old.jsonl~, rows.jsonl.lz4, rows.zip not read: of no kind that is read"
+    ]
     assert "splits train taken, code not" in told and "notes.txt not read" in told and "_more.jsonl not read" in told
     assert names_in(tmp_path, find_files(str(tmp_path), Wanted("sft", split="code,code")))[0] == ["data/code-00000-of-00001.parquet"]
     with pytest.raises(ValueError, match="--split ',' names no split"):

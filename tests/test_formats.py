@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import datetime
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from bases import parquet
 
+from data_prep.formats.pieces import pieces
 from data_prep.formats.rows import file_rows
 from posttrain.data.parts import Refused
 
@@ -254,3 +256,21 @@ def test_arrow_batches_of_many_rows_are_in_memory_for_few(tmp_path):
     assert sum(len(row["a"]) for row in file_rows(tmp_path / "a.arrow")) == 2000 * 2**16
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+def test_a_line_that_is_alone_is_a_row(tmp_path):
+    for number, line in enumerate(('{"messages": [{"speaker": "a"}]}', '{"ids": [1, 2], "labels": [3, 4]}', '{"a": [null]}')):
+        (tmp_path / f"{number}.jsonl").write_text(line)
+        assert list(file_rows(tmp_path / f"{number}.jsonl")) == [json.loads(line)]
+    (tmp_path / "columns.jsonl").write_text('{"prompt": ["a", "b"], "response": ["c", "d"]}')
+    with pytest.raises(ValueError, match="as lists, not rows"):
+        list(file_rows(tmp_path / "columns.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
+def test_a_file_cut_after_its_first_rows_is_named_where_it_is_read_in_pieces(tmp_path, name):
+    lines = b"".join(b'{"text": "%s"}\n' % hashlib.sha256(b"%d" % number).hexdigest().encode() for number in range(20_000))
+    packed = gzip.compress(lines, mtime=0) if name.endswith(".gz") else zstd(lines)
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read to its end, is it whole\?"):
+        list(pieces(tmp_path / name, 2000, 8_000_000) or ())

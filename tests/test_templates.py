@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.convert import APART
 from data_prep.prepare import prepare
-from data_prep.proof import lacks_characters, prove
+from data_prep.proof import APART, LACKING, LACKING_READ, encode, prove
 from posttrain.data.chat import ChatFormat, encode_parts, render, render_prompt
-from posttrain.data.parts import IGNORE, Refused, joined, trained_spans
+from posttrain.data.encoded import joined, trained_spans
+from posttrain.data.parts import IGNORE, Refused
 from posttrain.data.tokenization import fingerprint, load_tokenizer
 
 LLAMA = (
@@ -181,7 +181,7 @@ def test_tool_calls_are_trained_and_their_results_are_not():
     (encoded,) = encode_parts(chat, [chat.parts(messages, [{"name": "f"}])])
     shown = '<call>{"name": "f", "arguments": {"x": 1}}</call>'
     assert prove(chat, [encoded]) == [[shown, "the fox" + shown, "world"]]
-    assert [part.ids for part in encoded if part.trained and part.text is None] == [[chat.end_id]] * 3
+    assert [[*part.ids] for part in encoded if part.trained and part.text is None] == [[chat.end_id]] * 3
     with pytest.raises(Refused, match="tool calls need the tokenizer's own template"):
         render(ChatFormat(tokenizer), messages)
     call["function"]["arguments"]["x"] = "<|im_end|>"
@@ -306,9 +306,8 @@ def test_an_answer_with_characters_that_the_vocabulary_lacks_is_refused(user, an
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
     chat = ChatFormat(tokenizer, "tokenizer")
-    (encoded,) = encode_parts(chat, [chat.parts([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])])
-    assert lacks_characters(chat, [encoded], trained=True) is (seen is True)
-    assert lacks_characters(chat, [encoded], trained=False) is (seen is False)
+    (proven,) = encode(chat, [chat.parts([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])])
+    assert proven.flaws == {True: (LACKING,), False: (LACKING_READ,), None: ()}[seen]
 
 
 def test_of_several_templates_by_name_the_default_is_taken():

@@ -10,7 +10,7 @@ from data_prep.examples import DPO, SEVERAL
 from data_prep.prepare import prepare
 from data_prep.shapes.thinking import DROPPED, EMPTY, KEPT
 from posttrain.data.chat import ChatFormat, encode_parts, render_prompt
-from posttrain.data.parts import joined, trained_spans
+from posttrain.data.encoded import joined, trained_spans
 from posttrain.data.prepared import load_prepared
 from posttrain.data.thinking import only_trained
 from posttrain.data.tokenization import load_tokenizer

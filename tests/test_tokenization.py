@@ -7,6 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
@@ -310,11 +311,11 @@ def test_a_difference_in_the_data_itself_encodes_everything_again(tiny, tmp_path
 
 @needs_fastokens
 def test_which_texts_of_the_data_are_compared(tiny, monkeypatch):
-    """The first 200 of a data set, and one of 50 after them, whatever was encoded before."""
+    """The first 200 of a data set, and one of 200 after them, whatever was encoded before."""
     monkeypatch.setattr(faster, "hard_texts", lambda added: ["lo"])
     found, _ = faster.find(tiny.tokenizer)
     assert found
-    for place, first, is_seen in ((199, True, True), (200, True, True), (201, True, False), (7, False, False), (450, False, True)):
+    for place, first, is_seen in ((199, True, True), (200, True, True), (201, True, False), (7, False, False), (400, False, True)):
         found.begin(first)
         several = ["lo"] * place + ["a </s> b"] + ["lo"] * 300
         if is_seen:
@@ -333,12 +334,14 @@ def test_ids_are_read_byte_by_byte_as_they_are_decoded():
         several = [*texts(200), *faster.hard_texts(["</s>", "<s>", "two words", "日本 é"])]
         ids = encode_plainly(tokenizer, several)
         decoded = decode_texts(tokenizer, ids)
-        assert all(spelling.reads_as(line, text) for line, text in zip(ids, decoded, strict=True))
-        assert [spelling.reads_as(line, text) for line, text in zip(ids, several, strict=True)] == [
-            text == read for text, read in zip(several, decoded, strict=True)
-        ]
-        assert not any(spelling.reads_as(line[:-1], text) for line, text in zip(ids, decoded, strict=True) if line)
-        assert spelling.reads_as(tokenizer.convert_tokens_to_ids(["<s>", "</s>"]), "<s></s>")
+        lines = [np.array(line, np.int32) for line in ids]
+        assert all(spelling.reads_as(lines, decoded))
+        assert spelling.reads_as(lines, several) == [text == read for text, read in zip(several, decoded, strict=True)]
+        assert not any(
+            is_same for is_same, line in zip(spelling.reads_as([line[:-1] for line in lines], decoded), ids, strict=True) if line
+        )
+        assert spelling.reads_as([np.array(tokenizer.convert_tokens_to_ids(["<s>", "</s>"]))], ["<s></s>"]) == [True]
+        assert spelling.reads_as([], []) == [] and spelling.reads_as([np.zeros(0, np.int32)], [""]) == [True]
 
 
 def test_a_tokenizer_of_another_kind_is_not_read_byte_by_byte(tiny):

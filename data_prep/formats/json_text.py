@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats import opening
-from data_prep.formats.opening import File, Row, open_text, too_long
+from data_prep.formats.opening import File, Row, open_text, too_long, unpacked_name
 from posttrain.common.errors import shown
 from posttrain.common.files import KeySetTwice, unique_keys
 from posttrain.data.parts import Refused
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_SIGN = 16  # characters of what JSON reads at once, but texts and numbers: true, -Infinity, \\ud83d\\ude42
@@ -70,7 +72,6 @@ class _Text:
         self.decoder, self.read = codecs.getincrementaldecoder("utf-8")(), 0  # how many bytes it has decoded
         self.text, self.line = "", line  # what is not let go yet, and the number of the line in which it begins
         self.row, self.begin, self.at = 1, 0, 0  # the row's number, where it begins in the text, and how far it is read
-        self.json = json.JSONDecoder(object_pairs_hook=unique_keys)
 
     def grow(self) -> bool:
         """Read as much again as there is of the row; return whether there was more. Raises ValueError for a row that is too long."""
@@ -105,7 +106,7 @@ class _Text:
         self.sign()
         while True:
             try:
-                value, self.at = self.json.raw_decode(self.text, self.at)
+                value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except KeySetTwice as error:
                 raise self.wrong(f"the key {error.key!r} is there twice") from None
@@ -181,7 +182,7 @@ def json_lines(file: File, lines: Iterable[bytes], start: int) -> Iterator[Row]:
             yield Refused("not UTF-8")
             continue
         try:
-            row = json.loads(text, object_pairs_hook=unique_keys)
+            row = DECODER.decode(text)
         except KeySetTwice as error:
             yield Refused(f"the key {error.key!r} is there twice")
             continue
@@ -209,11 +210,17 @@ def _unwrapped(file: File, only: dict) -> list[dict]:
     if isinstance(only.get("columns"), list) and isinstance(only.get("data"), list):
         raise ValueError(f"{file} holds columns and data apart, not rows: {AS_ROWS}")
     lists = [value for value in only.values() if isinstance(value, list) and value and not _is_table(value, messages=True)]
-    if lists and len(lists) == len(only) and len(set(map(len, lists))) == 1:
+    is_row = _is_line(file) and (len(lists) < 2 or not all(isinstance(one, str) for several in lists for one in several))
+    if lists and len(lists) == len(only) and len(set(map(len, lists))) == 1 and not is_row:
         raise ValueError(f"{file} holds the columns {shown(list(only))} as lists, not rows: {AS_ROWS}")
     if only and all(isinstance(value, dict) and value and all(key.isdigit() for key in value) for value in only.values()):
         raise ValueError(f"{file} holds the columns {shown(list(only))} as objects, not rows: {AS_ROWS}")
     return [only]
+
+
+def _is_line(file: File) -> bool:
+    """Whether each line of a file is a row, by its name, also where there is one."""
+    return unpacked_name(file.name).lower().endswith((".jsonl", ".ndjson"))
 
 
 def _refuse_lost(file: File, name: str, around: dict) -> None:

@@ -2,12 +2,16 @@
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import lzma
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.formats.remote import Address
+from posttrain.common.errors import first_line, is_mistake
 from posttrain.common.hub import LFS_POINTER, refuse_pointers
 from posttrain.data.parts import Refused
 
@@ -81,6 +85,19 @@ def refuse_pointer(file: File) -> None:
     """Raise ValueError for a git-lfs pointer, a short text that stands for a file not downloaded."""
     if isinstance(file, Path):
         refuse_pointers(file.parent, [file.name])
+
+
+@contextlib.contextmanager
+def told(file: File) -> Iterator[None]:
+    """Raise a ValueError that names the file for whatever goes wrong while it is read: it is cut, damaged, or far away."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:  # pyarrow's errors are OSErrors or ValueErrors
+        raise ValueError(f"{file} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
+    except Exception as error:  # the clients of other places raise errors of many types
+        if not isinstance(file, Address) or is_mistake(error):
+            raise
+        raise ValueError(f"{file} cannot be read to its end ({type(error).__name__}: {first_line(error)})") from error
 
 
 def too_long(file: File, place: str) -> ValueError:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from data_prep.formats import opening
 from data_prep.formats.arrow import parquet_batches, rows_of
 from data_prep.formats.json_text import json_lines
-from data_prep.formats.opening import File, Row, kind_of, open_text, refuse_pointer, unpacked_name
+from data_prep.formats.opening import File, Row, kind_of, open_text, refuse_pointer, told, unpacked_name
 
 BOM = b"\xef\xbb\xbf"
 
@@ -48,6 +48,17 @@ def pieces(path: File, rows: int, size: int) -> Iterator[tuple[int, int, Piece]]
     A piece ends with the row by which it exceeds `size` bytes. Raises ValueError while it is read.
     """
     refuse_pointer(path)
+    with told(path):
+        cut = _cut(path, rows, size)
+    return None if cut is None else _told(path, cut)
+
+
+def _told(path: File, cut: Iterator[tuple[int, int, Piece]]) -> Iterator[tuple[int, int, Piece]]:
+    with told(path):
+        yield from cut
+
+
+def _cut(path: File, rows: int, size: int) -> Iterator[tuple[int, int, Piece]] | None:
     if kind_of(path) == "parquet" and unpacked_name(path.name) == path.name:
         return _batches(path, rows, size)
     return _lines(path, rows, size) if _has_rows_as_lines(path) else None

@@ -4,17 +4,13 @@ A row that cannot be decoded comes as a Refused and is counted; a file that is c
 names the file and the line.
 """
 
-import lzma
-import zlib
 from collections.abc import Iterator
 
 from data_prep.formats.arrow import arrow_rows, parquet_rows
 from data_prep.formats.delimited import delimited_rows
 from data_prep.formats.json_text import json_rows
-from data_prep.formats.opening import BINARY, File, Row, advice, kind_of, refuse_pointer, unpacked_name
+from data_prep.formats.opening import BINARY, File, Row, advice, kind_of, refuse_pointer, told, unpacked_name
 from data_prep.formats.plain import text_rows
-from data_prep.formats.remote import Address
-from posttrain.common.errors import first_line, is_mistake
 
 __all__ = ["Row", "file_rows"]
 
@@ -35,11 +31,5 @@ def file_rows(file: File, txt: str = "line") -> Iterator[Row]:
     }
     if kind not in readers:
         raise ValueError(f"{file} {advice(file)}")
-    try:
+    with told(file):
         yield from readers[kind](file)
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:  # pyarrow's errors are OSErrors or ValueErrors
-        raise ValueError(f"{file} cannot be read to its end, is it whole? ({type(error).__name__}: {error})") from error
-    except Exception as error:  # the clients of other places raise errors of many types
-        if not isinstance(file, Address) or is_mistake(error):
-            raise
-        raise ValueError(f"{file} cannot be read to its end ({type(error).__name__}: {first_line(error)})") from error

@@ -43,6 +43,8 @@ def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
     given = (_parsed(row.structure(name), name) if name else None) or []
+    if not given and not any("tool_calls" in message for message in messages):
+        return None
     tools = _in_openais_form(given)
     if tools != given:
         row.notes.append(OTHER_FORM)

@@ -4,6 +4,7 @@ A reader takes columns by `Row.take`, and what none has taken at the end is not 
 refuses the row, any other is told as not used. A null column, or an empty one where it may be left out, is no column.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,11 @@ class Columns:
             keep=over.keep,
             train_on=over.train_on,
         )
+
+    @functools.cached_property
+    def are_usual(self) -> bool:
+        """Whether nothing is called otherwise than usual, and nothing asked for."""
+        return self == USUAL
 
 
 USUAL = Columns()
@@ -177,11 +183,11 @@ class Row:
         """Return the names of all columns that may hold `what`, the likeliest first."""
         if what in self.named:
             return [what] if what in self.values else []
-        return [name for name in NAMES[what] if name in self.values and not (full and _is_empty(self.values[name]))]
+        return [name for name in NAMES[what] if name in self.values and not (full and is_empty(self.values[name]))]
 
     def left(self) -> Iterator[str]:
         """Yield the columns that hold something and were not taken."""
-        return (name for name, value in self.values.items() if name not in self.taken and not _is_empty(value))
+        return (name for name, value in self.values.items() if name not in self.taken and not is_empty(value))
 
     def finish(self, missed: set[str]) -> tuple[str, ...]:
         """Return notes about the row, with one for each column that is not used. Raises Refused where it is one of `missed`."""
@@ -194,9 +200,11 @@ class Row:
         return tuple(self.notes)
 
 
-def _is_empty(value) -> bool:
-    """Whether a value says nothing: null, white space, or a list or an object without anything in it."""
-    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list | dict) and not value)
+def is_empty(value) -> bool:
+    """Whether a value says nothing: null, NaN, white space, or a list or an object without anything in it."""
+    return (
+        value is None or value != value or (isinstance(value, str) and not value.strip()) or (isinstance(value, list | dict) and not value)
+    )
 
 
 def describe(rows: Iterable[dict]) -> str:

@@ -26,6 +26,7 @@ from data_prep.shapes.messages import (
     messages_of,
 )
 from data_prep.shapes.pairs import pair_of
+from data_prep.shapes.plain import plain_chat
 from data_prep.shapes.structures import structure_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
@@ -66,6 +67,8 @@ def conversations(kind: str, rows: Iterable[FileRow], columns: Columns = USUAL) 
 
 def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair | Refused:
     """Read one row; a Refused says why it cannot be used."""
+    if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
+        return plain
     row = Row(given, columns)
     try:
         if columns.keep:

@@ -13,13 +13,16 @@ tokens of the template are inserted as ids; a message's text is encoded with spe
 import functools
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from posttrain.data.chatml import ChatML
-from posttrain.data.encoding import encode_text, encode_texts, special_tokens, text_prefix
+from posttrain.data.encoded import Encoded, Rendered, counted, joined
+from posttrain.data.encoding import Flat, encode_flat, encode_text, special_tokens, text_prefix
 from posttrain.data.manifest import TEMPLATES
 from posttrain.data.own_template import TODAY, OwnTemplate
-from posttrain.data.parts import Encoded, Part, Rendered, Text, joined, trained_range
+from posttrain.data.parts import Fixed, Part, Text, trained_range
 from posttrain.data.thinking import CLOSE, OPEN, only_trained
 
 THINKS = "asked_to_think"  # in tokenizer_config.json: the model was trained to think before it answers
@@ -43,16 +46,21 @@ class ChatFormat:
         self.special_starts = {text[:2] for text in spelled}  # in hardly any text, and found much faster
         self.special_ids = {*special_tokens(tokenizer).values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         unknown = tokenizer.unk_token_id  # a token that stands for others, too, is in ids for their sake
-        self.unknown_id = None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, self.end_id) else unknown
+        self.unknown_ids = [] if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, self.end_id) else [unknown]
         self.thinking_ids = {index for text, index in special_tokens(tokenizer).items() if text in (OPEN, CLOSE)}
         self.thinks = bool(tokenizer.init_kwargs.get(THINKS))  # answers begin with thinking, so they are asked for where it begins
         self.hash = hashlib.sha256(self.jinja.encode()).hexdigest()[:16]
         # few, as long as the template's markers are tokens; where they are not, a header holds the turns before it
-        self.header_ids = functools.lru_cache(64)(lambda text: encode_text(tokenizer, text))
+        self.header = functools.lru_cache(64)(lambda text: self.alone(encode_text(tokenizer, text)))
+        self.fixed = functools.lru_cache(256)(lambda part: self.alone(part.ids, part.trained))
 
     def spells_special(self, text: str) -> bool:
         """Whether a text spells a special token; it stays text."""
         return any(start in text for start in self.special_starts) and bool(self.special.search(text))
+
+    def alone(self, ids: Sequence[int], trained: bool = False) -> Encoded:
+        """Ids that do not depend on what is around them, as a part of a conversation."""
+        return Encoded(np.array(ids, np.int32), trained, lacks=not set(self.unknown_ids).isdisjoint(ids))
 
     def parts(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[Part]:
         """Split a conversation into parts, as the template writes it with `options`, its arguments. An answer with train: False is context.
@@ -95,29 +103,53 @@ class ChatFormat:
 def encode_parts(chat: ChatFormat, conversations: Iterable[list[Part]]) -> list[list[Encoded]]:
     """Encode the parts of many conversations, in one call of the tokenizer."""
     conversations = list(conversations)
-    texts = [part.before + part.body for parts in conversations for part in parts if isinstance(part, Text)]
-    ids = iter(encode_texts(chat.tokenizer, texts))
+    texts = [part for parts in conversations for part in parts if isinstance(part, Text)]
+    flat = encode_flat(chat.tokenizer, [part.before + part.body for part in texts])
+    special, unknown = (counted(among, flat.ids) for among in ([*chat.special_ids], chat.unknown_ids))
+    headers = [chat.header(part.before) if part.trained or part.answer else None for part in texts]
+    straddled = _straddled(flat, headers)
+    borders, sounds = flat.bounds.tolist(), (np.diff(special[flat.bounds]) == 0).tolist() if special is not None else [True] * len(texts)
     result: list[list[Encoded]] = []
+    number = 0
     for parts in conversations:
         encoded: list[Encoded] = []
         for part in parts:
-            if isinstance(part, Encoded):
-                encoded.append(part)
+            if isinstance(part, Fixed):
+                encoded.append(chat.fixed(part))
                 continue
-            together = next(ids)
-            sound = chat.special_ids.isdisjoint(together)
-            if not part.trained and not part.answer:
-                encoded.append(Encoded(together, False, sound=sound))
-                continue
-            # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
-            # newline, say): generation starts right after the header, so the header's ids must stand alone.
-            header = chat.header_ids(part.before)
-            straddles = together[: len(header)] != header
-            body = encode_text(chat.tokenizer, part.body) if straddles else together[len(header) :]
-            answer = Encoded(body, True, part.body, header, sound, straddles) if part.trained else Encoded(body, False, sound=sound)
-            encoded += [Encoded(header, False), answer]
+            begin, end, sound, header, apart = borders[number], borders[number + 1], sounds[number], headers[number], straddled[number]
+            number += 1
+            if header is not None:
+                # Encoded together, as apply_chat_template would, unless a token would straddle the border (a content that starts with a
+                # newline, say): generation starts right after the header, so the header's ids must stand alone.
+                encoded.append(header)
+                begin += len(header.ids)
+            ids, lacks = flat.ids[begin:end], unknown is not None and bool(unknown[end] > unknown[begin])
+            if apart:
+                ids, *_, lacks = chat.alone(encode_text(chat.tokenizer, part.body))
+            if part.trained and header is not None:
+                encoded.append(Encoded(ids, True, part.body, header.ids, sound, apart, lacks))
+            else:
+                encoded.append(Encoded(ids, False, sound=sound, lacks=lacks))
         result.append(encoded)
     return result
+
+
+def _straddled(flat: Flat, headers: list[Encoded | None]) -> list[bool]:
+    """Whether the ids of each text do not begin with those of its header, where it has one."""
+    answers = [number for number, header in enumerate(headers) if header is not None]
+    result = np.zeros(len(headers), bool)
+    if not answers:
+        return result.tolist()
+    wanted = [header.ids for header in headers if header is not None]
+    expected, sizes = np.concatenate(wanted), np.array([*map(len, wanted)])
+    begins, ends = flat.bounds[answers], flat.bounds[np.add(answers, 1)]
+    before = np.cumsum(sizes) - sizes
+    places = np.arange(len(expected)) + np.repeat(begins - before, sizes)
+    differs = flat.ids[np.minimum(places, len(flat.ids) - 1)] != expected if len(flat.ids) else np.ones(len(expected), bool)
+    wrong = np.concatenate([[0], np.cumsum(differs)])
+    result[answers] = (wrong[before + sizes] > wrong[before]) | (begins + sizes > ends)
+    return result.tolist()
 
 
 def render(chat: ChatFormat, messages: list[dict], tools: list | None = None, options: dict | None = None) -> Rendered:
@@ -138,7 +170,7 @@ def document_parts(chat: ChatFormat, text: str) -> list[Part]:
     end = chat.tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-text token, so a model trained on plain text could not end one")
-    return [Encoded(chat.prefix, False), Text("", text, True), Encoded([end], True)]
+    return [Fixed(tuple(chat.prefix), False), Text("", text, True), Fixed((end,), True)]
 
 
 def _check(message, position: int) -> None:

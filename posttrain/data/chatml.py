@@ -1,7 +1,7 @@
 """The built-in template, ChatML: <|im_start|>user\\nHow are you?<|im_end|>\\n<|im_start|>assistant\\nFine.<|im_end|>\\n"""
 
 from posttrain.data.encoding import encode_text
-from posttrain.data.parts import Encoded, Part, Refused, Text
+from posttrain.data.parts import Fixed, Part, Refused, Text
 from posttrain.data.pieces import Piece, Specials, join_pieces
 from posttrain.data.thinking import CLOSE, CONTENT, OPEN, is_trained, reasoning_of
 
@@ -15,11 +15,12 @@ class ChatML:
     """
 
     def __init__(self, tokenizer, prefix: list[int]):
-        self.prefix, self.specials = prefix, Specials(tokenizer)
+        self.specials = Specials(tokenizer)
         self.start_id, self.end_id = (_token_id(tokenizer, token) for token in (IM_START, IM_END))
-        to_next = [*encode_text(tokenizer, "\n"), self.start_id]
-        self.after_answer = [Encoded([self.end_id], True), Encoded(to_next, False)]
-        self.after_other = [Encoded([self.end_id, *to_next], False)]
+        to_next = (*encode_text(tokenizer, "\n"), self.start_id)
+        self.start = Fixed((*prefix, self.start_id), False)
+        self.after_answer = [Fixed((self.end_id,), True), Fixed(to_next, False)]
+        self.after_other = [Fixed((self.end_id, *to_next), False)]
         bos = "{{ bos_token }}" if prefix else ""
         self.jinja = (
             bos + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -32,7 +33,7 @@ class ChatML:
             raise Refused(f"chat_template_kwargs {min(options)} is not read by ChatML, so it would be lost")
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             raise Refused("tool calls need the tokenizer's own template (--template tokenizer)")
-        parts: list[Part] = [Encoded([*self.prefix, self.start_id], False)]
+        parts: list[Part] = [self.start]
         for message in messages:
             trained, answer, content = is_trained(message), message["role"] == "assistant", message["content"]
             if reasoning := reasoning_of(message):
@@ -42,7 +43,7 @@ class ChatML:
             else:
                 parts.append(Text(message["role"] + "\n", content, trained, answer and not trained))
             parts += self.after_answer if trained else self.after_other
-        parts[-1] = Encoded(parts[-1].ids[:-1], False)  # no turn follows
+        parts[-1] = Fixed(parts[-1].ids[:-1], False)  # no turn follows
         return parts
 
     def form(self, tools: list | None, options: dict | None) -> str:

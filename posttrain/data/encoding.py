@@ -1,10 +1,15 @@
 """Turns texts into token ids and back, without anything that a tokenizer would add or leave out."""
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
 
 # How many threads encode with each backend, by its id(). What is special in a text is a setting of the tokenizer's, not of a call's: it is
 # changed by the first of them and set back by the last, so that a short text need not wait for a long one.
@@ -14,15 +19,38 @@ _changed = threading.Condition()
 _faster: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+class Flat(NamedTuple):
+    """The ids of several texts, one after another."""
+
+    ids: np.ndarray  # (tokens,) int32
+    bounds: np.ndarray  # (texts + 1,) int64: where each text's ids begin, and where the last one's end
+
+    @classmethod
+    def of(cls, lists: list[list[int]]) -> "Flat":
+        """Join lists of ids."""
+        bounds = np.cumsum([0, *map(len, lists)])
+        return cls(np.fromiter(itertools.chain.from_iterable(lists), np.int32, bounds[-1]), bounds)
+
+    def lists(self) -> list[list[int]]:
+        """The ids of each text as a list."""
+        ids = self.ids.tolist()
+        return [ids[begin:end] for begin, end in pairwise(self.bounds.tolist())]
+
+
+def encode_flat(tokenizer, texts: list[str]) -> Flat:
     """The ids of texts as text: nothing is added around them, and no special token is recognised inside them."""
     if (faster := _faster.get(tokenizer)) is not None:
         return faster(texts)
-    return encode_plainly(tokenizer, texts)
+    return Flat.of(encode_plainly(tokenizer, texts))
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of texts as encode_flat gives them, as a list for each."""
+    return encode_flat(tokenizer, texts).lists()
 
 
 def encode_plainly(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of texts as encode_texts gives them, by the tokenizer itself, also where a faster encoder stands in for it."""
+    """The ids of texts as encode_flat gives them, by the tokenizer itself, also where a faster encoder stands in for it."""
     if not tokenizer.is_fast:
         return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
     with _as_text(tokenizer.backend_tokenizer) as backend:
@@ -31,8 +59,8 @@ def encode_plainly(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def encoding_by(tokenizer, faster: Callable[[list[str]], list[list[int]]] | None) -> Iterator[None]:
-    """Let encode_texts call `faster` in the place of this tokenizer within the block; None changes nothing."""
+def encoding_by(tokenizer, faster: Callable[[list[str]], Flat] | None) -> Iterator[None]:
+    """Let encode_flat call `faster` in the place of this tokenizer within the block; None changes nothing."""
     if faster is not None:
         _faster[tokenizer] = faster
     try:

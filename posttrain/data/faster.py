@@ -10,12 +10,11 @@ import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import pairwise
 
 import numpy as np
 
 from posttrain.common.errors import first_line
-from posttrain.data.encoding import encode_plainly
+from posttrain.data.encoding import Flat, encode_plainly
 from posttrain.data.spelling import spelling_of
 
 try:
@@ -23,7 +22,7 @@ try:
 except ImportError:  # there is no wheel of it for every machine
     fastokens = None
 
-COMPARED_FIRST, COMPARED_EVERY = 200, 50  # texts of a data set that both encode: so many of its first ones, and one of so many after them
+COMPARED_FIRST, COMPARED_EVERY = 200, 200  # texts of a data set that both encode: so many of its first ones, and one of so many after them
 SIGNS = (
     *(
         " ",
@@ -143,20 +142,21 @@ class Faster:
         """Begin a chunk of a data set, its first or a later one; which texts are compared depends on nothing else."""
         self.first, self.seen = COMPARED_FIRST if first else 0, 0
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> Flat:
         """The ids of texts as text. Raises Differs."""
         try:
-            ids = _encode(self.quick, texts)
+            flat = _encode(self.quick, texts)
         except BaseException as error:  # a panic of its Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise Differs(f"of {len(texts)} that it cannot encode ({first_line(error)})") from None
-        some = [at for at in range(len(texts)) if self.seen + at < self.first or (self.seen + at) % COMPARED_EVERY == 0]
+        few = range(min(len(texts), max(0, self.first - self.seen)))
+        some = [*few, *(at for at in range(-self.seen % COMPARED_EVERY, len(texts), COMPARED_EVERY) if at not in few)]
         self.seen += len(texts)
         for at, expected in zip(some, encode_plainly(self.tokenizer, [texts[at] for at in some]), strict=True):
-            if ids[at] != expected:
+            if flat.ids[flat.bounds[at] : flat.bounds[at + 1]].tolist() != expected:
                 raise Differs(_shown(texts[at]))
-        return ids
+        return flat
 
 
 def plain_name(tokenizer) -> str:
@@ -177,7 +177,7 @@ def find(tokenizer) -> tuple[Faster | None, str]:
         expected = encode_plainly(tokenizer, texts)
         try:
             quick = building.result()
-            ids = _encode(quick, texts)
+            ids = _encode(quick, texts).lists()
         except Exception as error:  # of a kind of its own for each thing that it does not know
             return None, f"fastokens cannot encode with this tokenizer: {first_line(error)}"
     for text, mine, others in zip(texts, ids, expected, strict=True):
@@ -186,10 +186,9 @@ def find(tokenizer) -> tuple[Faster | None, str]:
     return Faster(tokenizer, quick), ""
 
 
-def _encode(quick, texts: list[str]) -> list[list[int]]:
-    ids, ends = quick.encode_batch_flat(texts, False, True)
-    flat = np.frombuffer(ids, np.uint32).tolist()
-    return [flat[begin:end] for begin, end in pairwise(np.frombuffer(ends, np.uint64).tolist())]
+def _encode(quick, texts: list[str]) -> Flat:
+    ids, bounds = quick.encode_batch_flat(texts, False, True)
+    return Flat(np.frombuffer(ids, np.uint32).view(np.int32), np.frombuffer(bounds, np.uint64).astype(np.int64))
 
 
 def _shown(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken
 
-from posttrain.data.parts import Encoded, Part, Refused, Text
+from posttrain.data.parts import Fixed, Part, Refused, Text
 from posttrain.data.thinking import EMPTY_BLOCK, is_trained
 
 # what such tokens take away: Unicode's white space, which is less than Python's
@@ -102,7 +102,7 @@ class _Joining:
             self.body = self.body.rstrip(SPACE)
             self.before = self.before if self.body else self.before.rstrip(SPACE)
         self.flush()
-        self.parts.append(Encoded([self.specials.ids[token]], self.trained))
+        self.parts.append(Fixed((self.specials.ids[token],), self.trained))
         self.strips = token in self.specials.strips_right
         if self.specials.ids[token] == end_id:
             self.turn, self.trained = None, False

@@ -2,8 +2,10 @@
 
 import json
 import weakref
-from collections.abc import Sequence
-from operator import itemgetter
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
 
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -21,18 +23,23 @@ class Spelling:
     def __init__(self, tokenizer):
         vocabulary = tokenizer.get_vocab()
         as_byte = _AsByte({ord(character): byte for byte, character in enumerate(_characters())})
-        self.table = [b""] * (1 + max(vocabulary.values(), default=0))
+        table = [b""] * (1 + max(vocabulary.values(), default=0))
         for token, index in vocabulary.items():
             try:
-                self.table[index] = token.translate(as_byte).encode("latin-1")
+                table[index] = token.translate(as_byte).encode("latin-1")
             except UnicodeEncodeError:  # it has a character that stands for no byte: one of those added, which read as they are written
-                self.table[index] = token.encode()
+                table[index] = token.encode()
+        self.tokens = pa.array(table, pa.large_binary())
 
-    def reads_as(self, ids: Sequence[int], text: str) -> bool:
-        """Whether ids read as exactly this text."""
-        if len(ids) < 2:  # itemgetter gives no tuple then
-            return b"".join(self.table[index] for index in ids) == text.encode()
-        return b"".join(itemgetter(*ids)(self.table)) == text.encode()
+    def reads_as(self, ids: list[np.ndarray], texts: list[str]) -> list[bool]:
+        """Whether each line of ids, (tokens,) int32, reads as exactly its text."""
+        if not ids:
+            return []
+        read = self.tokens.take(pa.array(np.concatenate(ids)))
+        _, offsets, data = read.buffers()
+        ends = np.frombuffer(offsets, np.int64)[np.cumsum([0, *map(len, ids)])].tolist()
+        found = data.to_pybytes() if data else b""
+        return [found[begin:end] == text.encode() for (begin, end), text in zip(pairwise(ends), texts, strict=True)]
 
 
 def spelling_of(tokenizer) -> Spelling | None:
