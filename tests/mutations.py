@@ -53,6 +53,24 @@ STOPPED = PLANTED + "test_a_planted_fault_is_named_before_the_first_step"
 EXPORT = "tests/test_export.py::"
 
 MUTATIONS = {
+    "names_that_no_row_has_are_taken": Mutation(
+        "data_prep/prepare.py",
+        "    refuse_unseen([*sources.training, *sources.held_out])",
+        "    refuse_unseen([])",
+        "tests/test_unseen.py::test_it_is_refused_before_anything_is_encoded_and_by_the_same_command_again",
+    ),
+    "texts_without_a_comma_are_joined": Mutation(
+        "data_prep/shapes/structures.py",
+        "one == other == tokenize.STRING",
+        "one == other == tokenize.ENDMARKER",
+        "tests/test_shapes.py::test_texts_without_a_comma_are_no_list",
+    ),
+    "a_message_loses_its_name": Mutation(
+        "data_prep/shapes/messages.py",
+        """        read["name"] = clean(""",
+        """        read["nick"] = clean(""",
+        "tests/test_tools.py::test_names_of_messages_are_written_as_the_template_writes_them_or_told",
+    ),
     "gradients_of_a_micro_batch_overwritten_at_zero1": Mutation(
         "posttrain/engine/optimizer.py",
         "summed.add_(",

@@ -75,7 +75,7 @@ def test_a_circle_within_a_folder_is_found(tmp_path):
 
 def test_every_mutation_still_has_its_place(tmp_path):
     """tests/mutations.py, which takes minutes, changes code by its text: the text must be there, once."""
-    for folder in ("posttrain", "launch"):
+    for folder in ("posttrain", "data_prep", "launch"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for mutation in mutations.MUTATIONS.values():
         before = (tmp_path / mutation.file).read_text()

@@ -374,7 +374,6 @@ MALFORMED_SFT = [
         {"messages": "[{'from': 'human', 'value': 'q'}\n {'from': 'gpt', 'value': 'a'}]"},
         "but a text as numpy prints objects, without commas",
     ),
-    ({"messages": "['q' 'a']"}, "but a text that is neither JSON nor Python's"),
     (chat(USER, ASSISTANT, loss_mask=[0, 1, 1]), "loss_mask is not a list of 0 or 1"),
     ({"instruction": "q", "query": "other", "output": "a"}, "instruction and query hold two questions"),
     ({"instruction": "q", "input": "", "output": "a", "history": 5}, "history is not a list"),
@@ -517,6 +516,12 @@ def test_two_columns_with_one_conversation_are_read_once_and_two_conversations_r
     pair = {"messages": [USER], "conversations": shared[:1], "chosen": "a", "rejected": "b"}
     assert rows_of("dpo", pair)[0]._replace(notes=()) == Pair([USER], "a", "b")
     assert str(rows_of("dpo", pair | {"conversations": shared})[0]) == differs
+
+
+def test_texts_without_a_comma_are_no_list():
+    for text in ("['q' 'a']", "['q'\n 'a']"):  # as numpy prints arrays; Python reads one text
+        (item,) = rows_of("sft", {"messages": text}, names={"messages": "messages"})
+        assert str(item) == "messages is not a list of messages, but a text that is neither JSON nor Python's: write it as JSON"
 
 
 def test_columns_as_python_writes_them_are_read_and_told():
