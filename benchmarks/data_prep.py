@@ -1,11 +1,12 @@
 """Time and memory of data preparation on one file: posttrain's, the bare tokenizer, TRL's, and LLaMA-Factory's method.
 
-    python benchmarks/data_prep.py --tokenizer FOLDER [--rows 50000] [--sections encode,ours,trl,llamafactory]
+    python benchmarks/data_prep.py --tokenizer FOLDER [--rows 50000] [--short_rows 1000000] [--sections encode,ours,trl,llamafactory]
 
-The files are generated: conversations of one to three exchanges of random words, about 400 tokens a row, and as many rows of one short
+The files are generated: conversations of one to three exchanges of random words, about 290 tokens a row, and many rows of one short
 exchange, about 45 tokens (the first four of the sections). Every section runs in a process of its own; its time excludes starting Python
 and importing packages. Its memory is the largest resident size of the process and of one of its children, its CPU time that of the
-process and of all its children. The others are compared with `encode`: the tokenizer's own encode_batch over the same rows as ChatML
+process and of all its children. `serial_share` is what the times of one and of all processes leave for the part that only one does, by
+Amdahl's law, of the time of one. The others are compared with `encode`: the tokenizer's own encode_batch over the same rows as ChatML
 text, in chunks, without keeping anything.
 """
 
@@ -168,6 +169,9 @@ def measure_all(rows: int, short: bool, sections: list[str], tokenizer: str) -> 
     for section in found.values():
         if yardstick and "seconds" in section:
             section["times_encode_batch"] = round(section["seconds"] / yardstick, 2)
+    both = [found.get(name, {}).get("seconds") for name in ("ours", "one_worker")]
+    if all(both) and PROCESSES > 1:
+        found["ours"]["serial_share"] = round((PROCESSES * both[0] / both[1] - 1) / (PROCESSES - 1), 3)
     return {"rows": rows, "tokens": manifest["tokens"]["per_epoch"], "encoder": manifest["encoder"], "sections": found}
 
 
@@ -183,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--short_rows", type=int, default=1_000_000)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "data_prep.json"))
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -203,7 +208,7 @@ def main() -> None:
         "machine": f"{PROCESSES} cores, {platform.machine()}",
         "versions": {name: installed(name) for name in ("tokenizers", "fastokens", "transformers", "datasets", "trl")},
         "conversations": measure_all(options.rows, False, sections, options.tokenizer),
-        "short rows": measure_all(options.rows, True, [name for name in sections if name in OF_SHORT], options.tokenizer),
+        "short rows": measure_all(options.short_rows, True, [name for name in sections if name in OF_SHORT], options.tokenizer),
     }
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
