@@ -2,6 +2,7 @@
 
 import json
 import re
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -297,6 +298,34 @@ def test_dpo_shapes(row, expected):
 
 
 MALFORMED_SFT = [
+    *(
+        (chat(USER, ASSISTANT | {key: value}), f"a message has {key}, which may say that it is trained")
+        for key, value in {
+            "train_on_turn": False,
+            "loss_weight": 0.5,
+            "is_masked": True,
+            "compute_loss": False,
+            "deleted": True,
+            "skip": 1,
+        }.items()
+    ),
+    (chat(USER, ASSISTANT | {"recipient": "functions.look"}), "a message has recipient, which would be lost"),
+    (chat(USER, ASSISTANT | {"value": "b"}), "a message has content and value, which differ: name the one to take with --content_key"),
+    *(
+        (chat(USER, ASSISTANT, **{name: value}), f"column {name} would be lost")
+        for name, value in {
+            "weights": [0, 1],
+            "train_mask": [0],
+            "train": False,
+            "image_path": "a.png",
+            "pixel_values": [1],
+            "passage": "p",
+        }.items()
+    ),
+    (
+        chat(USER, ASSISTANT, is_correct=False),
+        "is_correct rates the answer (unpaired preferences): take the good ones with --keep is_correct=true",
+    ),
     ({"prompt": "q", "response": ""}, "response is empty"),
     ({"prompt": "q", "response": " \n\t"}, "response is empty"),
     ({"prompt": "", "response": "a"}, "prompt is empty"),
@@ -380,6 +409,12 @@ MALFORMED_SFT = [
     ({"text": "\n"}, "text is empty"),
 ]
 MALFORMED_DPO = [
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "2", "score_rejected": "10"}, "score_chosen is below score_rejected"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "5", "score_rejected": "5.0"}, "tied: score_chosen equals"),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": Decimal("1.5"), "score_rejected": Decimal("2.5")},
+        "score_chosen is below score_rejected",
+    ),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "column images would be lost"),
     ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "messages": [OTHER]}, "column messages would be lost"),
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": "x"}, "overall_preference is not a number"),

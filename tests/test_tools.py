@@ -8,7 +8,7 @@ from test_templates import LLAMA, byte_level
 
 from data_prep.examples import DPO
 from data_prep.shapes.calls import KEPT_NULLS, NULL_ARGUMENTS, NULLS
-from data_prep.shapes.function_calls import UNWRITTEN
+from data_prep.shapes.function_calls import BARE, UNWRITTEN
 from posttrain.data.chat import ChatFormat
 
 START, STOP = "{{ '<|im_start|>' + m['role'] + '\n' }}", "{{ '<|im_end|>\n' }}"
@@ -231,3 +231,19 @@ def test_data_sets_of_calls_are_read():
     row = {"query": "hello", "answers": json.dumps([call()["function"]] * 2), "tools": json.dumps([LOOK])}
     (text,), _ = shown(form(TOOLS), row)
     assert text.count('<call>{"name": "look"') == 2
+
+
+def test_results_that_are_wrapped_as_the_template_wraps_them_are_wrapped_once():
+    around = "{{ '<tool_response>' + m['content'] + '</tool_response>' if m['role'] == 'tool' else m['content'] }}"
+    template = TOOLS.replace("{{ m['content'] }}", around)
+    wrapped = "<tool_response>\n{}\n</tool_response>"
+    plain, told = shown(form(template), {"messages": [USER, calls(call()), result(wrapped.format("blue")), FOX], "tools": [LOOK]})
+    assert plain[0].count("tool_response>") == 2 and "<tool_response>blue</tool_response>" in plain[0] and told[BARE] == 1
+    two = wrapped.format("blue") + "\n" + wrapped.format("red")
+    both, _ = shown(form(template), {"messages": [USER, calls(call(), call()), result(two), FOX], "tools": [LOOK]})
+    assert both[0].count("<tool_response>") == 2 and "<tool_response>red</tool_response>" in both[0]
+    other, told = shown(form(TOOLS), {"messages": [USER, calls(call()), result(wrapped.format("blue")), FOX], "tools": [LOOK]})
+    assert "<tool_response>\nblue\n</tool_response>" in other[0] and BARE not in told
+    quoted = result("see <tool_response>x</tool_response>")
+    kept, told = shown(form(template), {"messages": [USER, calls(call()), quoted, FOX], "tools": [LOOK]})
+    assert "see <tool_response>x" in kept[0] and BARE not in told

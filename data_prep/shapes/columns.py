@@ -34,9 +34,25 @@ NAMES = {
     "text": ("text",),
 }
 # columns whose content would be missed, where no reader has taken them: all of the above, and these
-MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects")
-LABELS = ("label", "labels", "kto_tag", "is_desirable", "desirable")
-MISSED = {*MEDIA, *LABELS, "weight", "loss_mask", "chat_template_kwargs", "completions", "answers", "options", "choices", "summary"}
+MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects", "img", "image_path", "image_paths", "image_url", "image_urls")
+MEDIA += ("pixel_values", "audio_path", "video_path")
+LABELS = ("label", "labels", "kto_tag", "is_desirable", "desirable", "is_correct", "is_good", "accepted", "thumbs_up")
+MASKS = ("weights", "loss_masks", "train_mask", "assistant_mask", "assistant_masks", "assistant_only_mask", "loss", "train", "mask_history")
+PASSAGES = ("passage", "passages", "document", "documents", "article", "background", "knowledge")
+MISSED = {
+    *MEDIA,
+    *LABELS,
+    *MASKS,
+    *PASSAGES,
+    "weight",
+    "loss_mask",
+    "chat_template_kwargs",
+    "completions",
+    "answers",
+    "options",
+    "choices",
+    "summary",
+}
 MISSED |= {name for names in NAMES.values() for name in names}
 MISSED_OF_PAIRS = MISSED - {*NAMES["answer"], "text"}  # a third answer is of no use there, and so only told
 IGNORED = "column not used: "  # the start of a note about a column that carries no content, as far as its name says

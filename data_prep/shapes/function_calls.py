@@ -20,6 +20,8 @@ WRAPPED = "descriptions of tools wrapped as {type: function}, as the template ex
 NEW_IDS = "call ids made anew: the template demands nine letters or digits"
 UNWRITTEN = "names of messages left out, of the role {role}: the template does not write them"
 NAMED = "a tool's result named after its call"
+BARE = "<tool_response> taken off results of tools: the template writes it around them"
+RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 Item = Document | Chat | Pair
 
 
@@ -32,7 +34,8 @@ def fitted(chat: ChatFormat, item: Item, parts_of: Callable[[Item], list[list[Pa
     if isinstance(item, Document) or not (item.tools or any(len(m) > 2 or m["role"] == "tool" for m in messages)):
         return item, parts_of(item)
     if item.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
-        item, parts = _with_tools(item, messages, parts_of)
+        item = _bare_results(item, messages) if "<tool_response>" in getattr(chat.syntax, "tool_jinja", "") else item
+        item, parts = _with_tools(item, _messages(item), parts_of)
     else:
         parts = parts_of(item)
     for role in sorted({m["role"] for m in messages if "name" in m} - {"tool"}):
@@ -40,6 +43,16 @@ def fitted(chat: ChatFormat, item: Item, parts_of: Callable[[Item], list[list[Pa
         with contextlib.suppress(Refused):  # of a template that demands names
             item = bare if parts_of(bare) == parts else item
     return item, parts
+
+
+def _bare_results(item: Chat | Pair, messages: list[dict]) -> Chat | Pair:
+    """Take <tool_response> off results, as Hermes' data has it, for a template that writes it itself; several in one are several results."""
+    found: list[dict] = []
+    for message in messages:
+        blocks = [*RESPONSE.finditer(message["content"])] if message["role"] == "tool" else []
+        whole = "".join(block[0] for block in blocks) == message["content"]
+        found += [{**message, "content": block[1]} for block in blocks] if blocks and whole else [message]
+    return item if found == messages else _with_messages(item, found, BARE)
 
 
 def _nameless(message: dict) -> dict:

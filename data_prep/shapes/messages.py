@@ -38,11 +38,12 @@ TRAINED = {
     ),
     **dict.fromkeys(("masked", "ignore", "no_loss"), False),
 }
+MASKING = re.compile("loss|mask|train|weight|learn|skip|ignore|delete", re.IGNORECASE)  # in a key with a number or a truth value
 UNCLEAR = ("mask", "label")  # which mean one thing to some and the opposite to others
 # keys of a message that say nothing about its text; anything else that is not null would be lost
 SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *THINKING, *TRAINED}
 METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
-METADATA |= {"hashed_ip", "user-agent", "type", "recipient", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
+METADATA |= {"hashed_ip", "user-agent", "type", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
 METADATA |= {"usage", "finish_reason", "source", "provider"}
 NUMPY = re.compile(r"\}\s+\{")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -236,10 +237,14 @@ def _message(message: dict, columns: Columns) -> dict | None:
 
 def _refuse_lost(message: dict, columns: Columns) -> None:
     """Raise Refused for a message with something that would be lost."""
+    if not columns.content_key and None not in (both := (message.get("content"), message.get("value"))) and both[0] != both[1]:
+        raise Refused("a message has content and value, which differ: name the one to take with --content_key")
     for key, value in message.items():
-        if key in UNCLEAR and value is not None:
+        if value is not None and key not in SAID and (key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float))):
             raise Refused(f"a message has {key}, which may say that it is trained, or that it is not: write weight, 0 or 1")
         if value in (None, [], {}, "") or key in SAID or key in METADATA or key in (columns.role_key, columns.content_key):
+            continue
+        if key == "recipient" and value == "all":
             continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
             raise Refused(f"a message has {key}, which would be lost")

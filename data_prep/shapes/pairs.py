@@ -1,6 +1,7 @@
 """Reads rows with two answers, or with several that are ranked or scored, as preference pairs."""
 
 from collections.abc import Callable
+from decimal import Decimal
 
 from data_prep.shapes.beside import asked, options_of, with_system
 from data_prep.shapes.calls import tools_of
@@ -226,15 +227,23 @@ SHAPES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Columns], Pair]], ...]
 )
 
 
+def _number(value):
+    """A rating as a number where it is one, also as text, as in CSV, or as a decimal of a table; any other as it is."""
+    try:
+        return float(value) if isinstance(value, str | int | float | Decimal) else value
+    except (ValueError, OverflowError):
+        return value
+
+
 def _refuse_tie(row: Row) -> None:
     """Raise Refused where both answers are rated the same."""
     for better, worse in RATINGS:
         if better in row or worse in row:
             row.take_all([better, worse])
-            high, low = row.values.get(better), row.values.get(worse)
+            high, low = (_number(row.values.get(name)) for name in (better, worse))
             if high is not None and high == low:
                 raise Refused(f"tied: {better} equals {worse}")
-            if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+            if isinstance(high, float) and isinstance(low, float) and high < low:
                 raise Refused(f"{better} is below {worse}")
     rating = row.values.get("rating")
     if row.values.get("status") == "tie" or (isinstance(rating, list) and len(rating) == 2 and rating[0] == rating[1]):
