@@ -46,7 +46,7 @@ def fitted(chat: ChatFormat, item: Item, parts_of: Callable[[Item], list[list[Pa
 
 
 def _bare_results(item: Chat | Pair, messages: list[dict]) -> Chat | Pair:
-    """Take <tool_response> off results, as Hermes' data has it, for a template that writes it itself; several in one are several results."""
+    """Take <tool_response> off results, as Hermes' data has it, for a template that writes it; several in one are several results."""
     found: list[dict] = []
     for message in messages:
         blocks = [*RESPONSE.finditer(message["content"])] if message["role"] == "tool" else []
