@@ -14,7 +14,6 @@ from posttrain.common.files import KeySetTwice, unique_keys
 from posttrain.data.parts import Refused
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
-
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_SIGN = 16  # characters of what JSON reads at once, but texts and numbers: true, -Infinity, \\ud83d\\ude42
 # keys under which the only object of a file may hold the rows; those of splits too

@@ -6,8 +6,9 @@ What it reads it reads as conversations.sft_of does, which is tested row by row.
 import functools
 
 from data_prep.shapes.columns import IGNORED, MISSED, NAMES, is_empty
-from data_prep.shapes.messages import CONTROL, ROLES, SURROGATE, Chat
+from data_prep.shapes.messages import ROLES, Chat, clean
 from posttrain.common.errors import shown_name
+from posttrain.data.parts import Refused
 
 SPEAKERS = {name: ROLES[name] for name in ("user", "human", "assistant", "gpt", "system")}
 KNOWN = {*MISSED, "contents", *(name for names in NAMES.values() for name in names)}
@@ -52,7 +53,11 @@ def plain_chat(row: dict) -> Chat | None:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text says something, and nothing of it is to be refused."""
+    """Whether a text is one that `clean` takes, which is seen of most at once."""
     if text.isascii() and text.isprintable():
         return not (text.isspace() or not text)
-    return bool(text.strip()) and not CONTROL.search(text) and not SURROGATE.search(text)
+    try:
+        clean(text, "a message")
+    except Refused:
+        return False
+    return True
