@@ -9,7 +9,8 @@ import yaml
 
 from data_prep.catalogue import show
 from data_prep.formats.plain import UNITS
-from data_prep.shapes.columns import NAMES, Columns, names_of, roles_of
+from data_prep.shapes.columns import Columns, keep_of, names_of, roles_of
+from data_prep.shapes.names import NAMES
 from data_prep.sources import Sources, find_sources
 from data_prep.workers import cores
 from posttrain.common.options import Parser, place
@@ -113,8 +114,16 @@ def _add_columns(parser: Parser) -> None:
         metavar="WHAT=NAME,...",
         help=f"what columns hold, as in prompt=question,answer=solution; WHAT is one of {', '.join(NAMES)}",
     )
-    parser.add_argument("--ignore", default="", metavar="NAME,...", help="columns that are not to be trained on, whatever they hold")
-    parser.add_argument("--keep", metavar="COLUMN=VALUE", help="use only rows with this value, as in label=true")
+    parser.add_argument(
+        "--ignore", default="", metavar="NAME,...", help="columns, or keys of messages, that are left out, whatever they hold"
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="use only rows with this value, as in label=true, or 'score>=4'; !=, >, < and <= work too, and several --keep at once",
+    )
     parser.add_argument("--role_key", metavar="KEY", help="of a message, in the place of role or from")
     parser.add_argument("--content_key", metavar="KEY", help="of a message, in the place of content or value")
     parser.add_argument("--roles", default="", metavar="THEIRS=OURS,...", help="roles of messages, as in human=user,narrator=assistant")
@@ -123,19 +132,13 @@ def _add_columns(parser: Parser) -> None:
 
 def columns_of(options: argparse.Namespace) -> Columns:
     """Return what the command line says of columns and messages. Raises ValueError."""
-    keep = None
-    if options.keep is not None:
-        name, equals, value = options.keep.partition("=")
-        if not equals or not name or not value:
-            raise ValueError(f"--keep {options.keep}: expected COLUMN=VALUE, as in label=true")
-        keep = name, value
     return Columns(
         names=names_of(_parts(options.columns), "--columns"),
         roles=roles_of(_parts(options.roles), "--roles"),
         role_key=options.role_key,
         content_key=options.content_key,
         ignore=tuple(_parts(options.ignore)),
-        keep=keep,
+        keep=tuple(map(keep_of, options.keep)),
         train_on=options.train_on,
     )
 

@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,7 +72,8 @@ class Sources(NamedTuple):
 
         Raises ValueError for such a file that is wrong.
         """
-        return Sources(*([_with_columns(source, given) for source in sources] for sources in self))
+        held_out = [_with_columns(source, replace(given, held_out=True)) for source in self.held_out]
+        return Sources([_with_columns(source, given) for source in self.training], held_out)
 
 
 def _with_columns(source: Source, given: Columns) -> Source:

@@ -15,7 +15,7 @@ from posttrain.data.parts import Refused
 
 MOST_SEEN = 1000  # names of each kind that are remembered for the error
 MOST_SHOWN = 20  # in it
-WHERE = {"column": "row", "key": "message", "role": "message", "role or name": "message"}  # what has it
+WHERE = {"column": "row", "column or key": "row", "key": "message", "role": "message", "role or name": "message"}  # what has it
 
 
 def refuse_unseen(sources: list[Source]) -> None:
@@ -48,9 +48,9 @@ def _given(columns: Columns) -> Iterator[tuple[str, str, str]]:
     for what, name in columns.names.items():
         yield f"--columns {what}={name}", "column", name
     for name in columns.ignore:
-        yield f"--ignore {name}", "column", name
-    if columns.keep:
-        yield f"--keep {'='.join(columns.keep)}", "column", columns.keep[0]
+        yield f"--ignore {name}", "column or key", name
+    for keep in columns.keep:
+        yield f"--keep {keep}", "column", keep.column
     if columns.role_key:
         yield f"--role_key {columns.role_key}", "key", columns.role_key
     if columns.content_key:
@@ -66,12 +66,14 @@ def _names(row: dict, columns: Columns, kinds: set[str]) -> Iterator[tuple[str, 
     """Yield (kind, name) of the columns of a row, and of the keys and roles of its messages, as far as they are of the kinds."""
     for name in row:
         yield "column", str(name)
+        yield "column or key", str(name)
     if kinds == {"column"}:
         return
     of_a_tree = [row] if TREE_COLUMNS.issubset(row) else []
     for message in [*_objects(list(row.values())), *of_a_tree]:
         for key in message:
             yield "key", str(key)
+            yield "column or key", str(key)
         for key in (columns.role_key,) if columns.role_key else ("role", "from"):
             if isinstance(role := message.get(key), str):
                 yield "role", role.lower()

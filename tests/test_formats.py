@@ -52,6 +52,9 @@ SAME = {
     "blank.csv": b"\n\n" + TABLE.encode(),
     "semicolons.csv": TABLE.replace(",", ";").encode(),
     "excel.csv": b"sep=;\r\n" + TABLE.replace(",", ";").replace("\n", "\r\n").encode(),
+    "spaces.csv": TABLE.replace("prompt,response", " prompt , response ").encode(),
+    "viewer.json": json.dumps({"rows": [{"row_idx": n, "row": row, "truncated_cells": []} for n, row in enumerate(ROWS)]}).encode(),
+    "viewer.jsonl": "".join(json.dumps({"row_idx": n, "row": row}) + "\n" for n, row in enumerate(ROWS)).encode(),
     "tabs.csv": TABLE.replace(",", "\t").encode(),
     "table.tsv": TABLE.replace(",", "\t").encode(),
     "a.parquet": parquet(prompt=["é", "q"], response=["a", "b"]),
@@ -274,3 +277,13 @@ def test_a_file_cut_after_its_first_rows_is_named_where_it_is_read_in_pieces(tmp
     (tmp_path / name).write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=rf"{name} cannot be read to its end, is it whole\?"):
         list(pieces(tmp_path / name, 2000, 8_000_000) or ())
+
+
+def test_what_tables_write_for_a_missing_value_is_none(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b,c\nNaN,null,None\n<NA>,,none\n")
+    assert list(file_rows(tmp_path / "a.csv")) == [{"a": None, "b": None, "c": None}, {"a": None, "b": "", "c": "none"}]
+
+
+def test_cells_that_the_dataset_viewer_has_cut_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"rows": [{"row_idx": 0, "row": {"a": "b"}, "truncated_cells": ["a"]}]}))
+    assert [str(row) for row in file_rows(tmp_path / "a.json")] == ["the dataset viewer has cut its cells: download the dataset itself"]

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.formats.rows import file_rows
 from data_prep.shapes.calls import OTHER_FORM
-from data_prep.shapes.columns import USUAL, Columns
+from data_prep.shapes.columns import USUAL, Columns, keep_of
 from data_prep.shapes.conversations import KEPT, best_paths, conversations, read_row
 from data_prep.shapes.messages import Chat, Document, Pair
 from data_prep.shapes.structures import PYTHON
@@ -332,7 +332,7 @@ MALFORMED_SFT = [
     ({"prompt": None, "response": "a"}, "prompt is null"),
     ({"prompt": "q", "response": None}, "response is null"),
     ({"prompt": 3, "response": "a"}, "prompt is a int, not text"),
-    ({"prompt": "q", "response": ["a"]}, "response is a list, not text"),
+    ({"prompt": "q", "response": ["a", "b"]}, "response holds 2 answers, of which one can be trained"),
     ({"prompt": "q\x00", "response": "a"}, "prompt holds control characters"),
     ({"prompt": "q", "response": "a\x1b[31m"}, "response holds control characters"),
     ({"prompt": "q", "response": "\ud83d"}, "response holds half a surrogate pair"),
@@ -345,10 +345,10 @@ MALFORMED_SFT = [
     ({"messages": "hello"}, "messages is not a list of messages"),
     ({"messages": ["hello", 1]}, "messages is not a list of messages"),
     ({"conversations": ["q", "a"]}, "but of texts: --columns messages=conversations reads the user's and the assistant's in turn"),
-    ({"data": ["q", "a", "q"]}, "the last message is not the assistant's"),
+    ({"data": ["q", " "]}, "a message is empty"),
     ({"data": ["q", " "]}, "a message is empty"),
     (chat(USER), "last message is not the assistant's"),
-    (chat(USER, ASSISTANT, USER), "last message is not the assistant's"),
+    (chat(USER, {**ASSISTANT, "tool_calls": [CALL]}, said("tool", "b")), "last message is not the assistant's"),
     (chat(ASSISTANT), "wrong order of roles: assistant first"),
     (chat(ASSISTANT, USER, ASSISTANT), "wrong order of roles: assistant first"),
     (chat(USER, USER, ASSISTANT), "wrong order of roles: user after user"),
@@ -357,9 +357,9 @@ MALFORMED_SFT = [
     (chat(SYSTEM, SYSTEM, USER, ASSISTANT), "wrong order of roles: system after system"),
     (chat(USER, said("tool", "x"), ASSISTANT), "wrong order of roles: tool after user"),
     (chat(USER, said("robot", "a")), "unknown role 'robot'"),
-    (chat(USER, said(None, "a")), "unknown role None"),
+    (chat(USER, said(None, "a")), "the role of a message is null"),
     (chat(USER, said(["assistant"], "a")), "unknown role"),
-    (chat(USER, {"content": "a"}), "unknown role None"),
+    (chat(USER, {"content": "a"}), "does not say who speaks; it has content"),
     (chat(USER, {"role": "assistant"}), "a message is null"),
     (chat(USER, said("assistant", "")), "a message is empty"),
     (chat(USER, said("assistant", {"text": "a"})), "a message is a dict, not text"),
@@ -376,11 +376,14 @@ MALFORMED_SFT = [
     (chat(USER | {"tool_calls": [CALL]}, ASSISTANT), "a message of the role user has tool_calls, which would be lost"),
     (chat(USER, ASSISTANT | {"thinking": "t", "reasoning": "u"}), "thinking in two keys that differ (reasoning, thinking)"),
     ({"contents": [GEMINI[0], GEMINI[1] | {"content": "b"}]}, "a message has parts, which would be lost"),
-    (chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}), "no name or no arguments"),
-    (chat(USER, {"role": "assistant", "content": "", "tool_calls": ["f()"]}), "no name or no arguments"),
+    (
+        chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "argv": "x"}}]}),
+        "no arguments, and argv, which",
+    ),
+    (chat(USER, {"role": "assistant", "content": "", "tool_calls": ["f()"]}), "a tool call has no name"),
     (chat(USER, {"from": "function_call", "value": "{f"}), "a tool call: not valid JSON"),
     (chat(USER, ASSISTANT, tools="[{"), "tools: not valid JSON"),
-    (chat(USER, ASSISTANT, tools={"name": "f"}), "tools is not a list of objects"),
+    (chat(USER, ASSISTANT, tools={"f": "f"}), "tools is not a list of objects"),
     (chat(USER, {**ASSISTANT, "weight": 0}), "no answer of it is to be trained"),
     (chat(USER, {**ASSISTANT, "weight": 0.5}), "the weight 0.5; expected 0 or 1"),
     (chat(USER, {**ASSISTANT, "weight": 1, "train": False}), "says that it is trained, and that it is not (weight, train)"),
@@ -420,7 +423,7 @@ MALFORMED_DPO = [
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": "x"}, "overall_preference is not a number"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 9}, "chosen_score is below rejected_score"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": [9.0, 9.0], "status": "tie"}, "tied: both answers are rated the same"),
-    ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference is 0"),
+    ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "tied: overall_preference prefers none"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}, "tied: all answers have the same rank or score"),
     ({"question": "q", "answers": [{"text": c, "pm_score": 2} for c in "ab"]}, "tied: all answers have the same rank or score"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]}, "fewer than two answers with a rank or a score"),
@@ -601,7 +604,7 @@ def test_texts_in_turn_are_read_where_the_user_says_so():
     assert rows_of("sft", row, names={"messages": "dialogue"})[0].messages == expected
     assert rows_of("sft", {"dialogue": json.dumps(row["dialogue"])}, names={"messages": "dialogue"})[0].messages == expected
     (odd,) = rows_of("sft", {"messages": ["q", "a", "q"]}, names={"messages": "messages"})
-    assert str(odd) == "the last message is not the assistant's"
+    assert odd.messages == expected[:2]
 
 
 def test_only_the_answers_that_the_user_names_are_trained():
@@ -618,13 +621,19 @@ def test_only_the_answers_that_the_user_names_are_trained():
 
 def test_good_answers_alone_are_kept_of_rated_ones():
     rows = [{"prompt": "q", "completion": answer, "label": label} for answer, label in (("a", True), ("b", False), ("c", 1))]
-    found = list(conversations("sft", rows, Columns(keep=("label", "true"))))
+    found = list(conversations("sft", rows, Columns(keep=(keep_of("label=true"),))))
     assert [item.messages[-1]["content"] for item in found if isinstance(item, Chat)] == ["a", "c"]
-    assert (
-        len([item for item in conversations("sft", [{**rows[0], "label": 5.0}], Columns(keep=("label", "5"))) if isinstance(item, Chat)])
-        == 1
-    )
     assert str(found[1]) == f"{KEPT}label=true"
+    scored = [rows[0] | {"label": None, "score": score} for score in (5.0, "4", 1)]
+    for condition, kept in (("score>=4", 2), ("score=5", 1), ("score!=5", 2), ("score<4", 1)):
+        found = list(conversations("sft", scored, Columns(keep=(keep_of(condition),))))
+        assert sum(isinstance(item, Chat) for item in found) == kept, condition
+    assert "column score of --keep score>4 is 'good', which is no number" in str(
+        read_row("sft", rows[0] | {"score": "good"}, Columns(keep=(keep_of("score>4"),)))
+    )
+    for wrong in ("score", "=5", "score>high"):
+        with pytest.raises(ValueError, match="--keep"):
+            keep_of(wrong)
 
 
 def test_what_is_not_used_is_told_and_which_of_two_columns_was_taken():
@@ -645,9 +654,7 @@ def test_rows_of_no_known_shape_are_shown_with_the_option_that_would_read_them()
     assert isinstance(next(conversations("sft", rows, Columns(names=names))), Chat)
     # which of two answers is the better one is not guessed
     with pytest.raises(ValueError, match="rows have these columns") as error:
-        list(
-            conversations("dpo", [{"prompt": "How do plums ripen?", "response_0": "Not at all.", "response_1": "In the sun.", "better": 1}])
-        )
+        list(conversations("dpo", [{"prompt": "How do plums ripen?", "response_0": "Not at all.", "response_1": "In the sun.", "n": 1}]))
     assert "--columns" not in str(error.value)
     with pytest.raises(ValueError, match="preference pairs: use data_prep/prepare_dpo.py"):
         list(conversations("sft", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))

@@ -30,6 +30,7 @@ def refuse(folder, files: dict[str, list[dict]], *more: str) -> None:
     refuse_unseen([*sources.training, *sources.held_out])
 
 
+KEYS = "Seen are ask, reply, talk, label, who, said, notes, name"
 COLUMNS = "Seen are ask, reply, talk, label, notes"
 MISSPELT = [
     (
@@ -37,7 +38,7 @@ MISSPELT = [
         f"--columns prompt=aks: no row of rows.jsonl has the column aks. Did you mean ask? {COLUMNS}",
     ),
     (("--columns", "prompt=ASK"), f"--columns prompt=ASK: no row of rows.jsonl has the column ASK. Did you mean ask? {COLUMNS}"),
-    (("--ignore", "notes,lable"), f"--ignore lable: no row of rows.jsonl has the column lable. Did you mean label? {COLUMNS}"),
+    (("--ignore", "notes,lable"), f"--ignore lable: no row of rows.jsonl has the column or key lable. Did you mean label? {KEYS}"),
     (("--keep", "xyz=true"), f"--keep xyz=true: no row of rows.jsonl has the column xyz. {COLUMNS}"),
     (("--role_key", "wo"), "--role_key wo: no message of rows.jsonl has the key wo. Did you mean who? Seen are who, said, name"),
     (("--content_key", "sad"), "--content_key sad: no message of rows.jsonl has the key sad. Did you mean said? Seen are who, said, name"),
@@ -72,7 +73,7 @@ def test_a_name_that_one_row_has_is_taken_wherever_it_stands(tmp_path):
 
 def test_a_file_beside_the_rows_speaks_of_these_rows_alone(tmp_path):
     (tmp_path / "rows.jsonl.columns.yaml").write_text("columns: {prompt: ask}\nignore: [score]\n")
-    with pytest.raises(ValueError, match="--ignore score: no row of rows.jsonl has the column score"):
+    with pytest.raises(ValueError, match="--ignore score: no row of rows.jsonl has the column or key score"):
         refuse(tmp_path, {"rows.jsonl": ROWS, "other.jsonl": [{"prompt": "q", "response": "a", "score": 1}]})
 
 

@@ -12,6 +12,8 @@ from data_prep.formats.opening import File, Row, open_text, too_long
 from posttrain.common.errors import shown
 from posttrain.data.parts import Refused
 
+NULLS = ("NaN", "nan", "None", "null", "NULL", "<NA>")  # what tables write for a field without a value; an empty field stays empty
+
 
 def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
     """Yield the rows; without a delimiter, it is the comma, or what a header without a comma has: a semicolon or a tab.
@@ -38,7 +40,8 @@ def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
             delimiter, header = said[1], next(filled, "")
         reader = csv.DictReader(itertools.chain([header], filled), strict=True, delimiter=delimiter or _delimiter(header))
         try:
-            if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if len(set(reader.fieldnames)) < len(reader.fieldnames):
                 raise ValueError(f"{file}: two columns have the same name: {shown(reader.fieldnames)}")
             for row in reader:
                 size = 0
@@ -47,7 +50,7 @@ def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
                 elif any(isinstance(value, str) and undecodable(value) for value in row.values()):
                     yield Refused("not UTF-8")
                 else:
-                    yield row
+                    yield {name: None if value in NULLS else value for name, value in row.items()}
         except csv.Error as error:
             raise ValueError(f"{file}: line {reader.line_num} is not valid CSV: {error}") from None
 

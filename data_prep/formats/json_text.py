@@ -192,20 +192,27 @@ def json_lines(file: File, lines: Iterable[bytes], start: int) -> Iterator[Row]:
         yield _object(file, f"line {number}", row)
 
 
-def _object(file: File, place: str, row) -> dict:
+def _object(file: File, place: str, row) -> Row:
     """Return the row, if it is an object. Raises ValueError with its place."""
     if not isinstance(row, dict):
         raise ValueError(f"{file}: {place} is a {type(row).__name__}; expected an object with named columns")
-    return row
+    return _in_viewer(row)
 
 
-def _unwrapped(file: File, only: dict) -> list[dict]:
+def _in_viewer(row: dict) -> dict | Refused:
+    """The row that the hub's dataset viewer has put into an object with its number; any other row as it is."""
+    if not {"row_idx", "row"} <= row.keys() <= {"row_idx", "row", "truncated_cells"} or not isinstance(row["row"], dict):
+        return row
+    return Refused("the dataset viewer has cut its cells: download the dataset itself") if row.get("truncated_cells") else row["row"]
+
+
+def _unwrapped(file: File, only: dict) -> list[Row]:
     """Return the rows of a file that holds one object: the object, or the rows in it. Raises ValueError for columns in place of rows."""
     rows = {name: value for name, value in only.items() if _is_table(value) and name.lower() in WRAPPERS | SPLITS}
     if rows and not any(isinstance(value, list) and value for name, value in only.items() if name not in rows):
         name = next(iter(rows))
         _refuse_lost(file, name, only)
-        return rows[name]
+        return [_in_viewer(row) for row in rows[name]]
     if isinstance(only.get("columns"), list) and isinstance(only.get("data"), list):
         raise ValueError(f"{file} holds columns and data apart, not rows: {AS_ROWS}")
     lists = [value for value in only.values() if isinstance(value, list) and value and not _is_table(value, messages=True)]

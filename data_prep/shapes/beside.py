@@ -2,7 +2,7 @@
 
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import text_of
-from data_prep.shapes.messages import clean, messages_in, messages_of
+from data_prep.shapes.messages import clean, messages_in, messages_of, transcript
 from posttrain.data.parts import Refused
 
 EXCHANGES = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))  # keys of an object
@@ -48,9 +48,13 @@ def asked(row: Row, names: list[str], columns: Columns) -> tuple[list[dict], boo
     contexts = [name for name in row.found("context", full=True) if name != names[0]]
     prompt = one_of(row, "prompt", [name for name in names if name not in contexts])
     earlier, question = history(row, columns), messages_in(row, prompt)
+    if isinstance(question, dict) and isinstance(question.get("full_text"), str):  # WebGPT's
+        question = question["full_text"]
     if isinstance(question, list):
         return earlier + messages_of(question, prompt, columns), False
     texts = [clean(question, prompt), *(clean(row.take(name), name) for name in contexts)]
+    if texts[0].startswith("\n\nHuman:") or (texts[0].startswith("Human:") and "\n\nAssistant:" in texts[0]):  # Anthropic's HH
+        return [*earlier, *transcript("\n\n".join(texts).rstrip().removesuffix("\n\nAssistant:"))], True
     return [*earlier, {"role": "user", "content": "\n\n".join(texts)}], True
 
 

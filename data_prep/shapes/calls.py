@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterable
 
 from data_prep.shapes.columns import Row
+from data_prep.shapes.structures import python_of
 from posttrain.data.parts import Refused
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 NULLS = "nulls taken out of descriptions of tools: no schema has them, a table fills them in"
 NULL_ARGUMENTS = "null arguments taken out of tool calls: the function has none of that name, a table fills them in"
 OTHER_FORM = "descriptions of tools in the form of another API, brought into OpenAI's"
+ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "kwargs")  # names of a call's arguments
+ABOUT_CALLS = {"name", "type", "id", "index", "description"}  # what else a call may say
 TYPES = ("OBJECT", "ARRAY", "STRING", "NUMBER", "INTEGER", "BOOLEAN", "NULL")
 KEPT_NULLS = "a tool call has null arguments, which are trained as they are"
 
@@ -26,11 +29,13 @@ def calls_of(value) -> list[dict]:
         function = (call.get("function") or call) if isinstance(call, dict) else None
         if isinstance(function, str) and isinstance(call, dict):  # {function: name, arguments}
             function = {"name": function, "arguments": call.get("arguments")}
-        if isinstance(function, dict) and "arguments" not in function and "parameters" in function:  # Llama's
-            function = {**function, "arguments": function["parameters"]}
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
-            raise Refused("a tool call has no name or no arguments")
-        arguments = _parsed(function["arguments"], "a tool call's arguments") if function["arguments"] not in ("", None) else {}
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Refused("a tool call has no name")
+        name = next((key for key in ARGUMENTS if function.get(key) is not None), "arguments")
+        if name not in function and (lost := [key for key in function if key not in ABOUT_CALLS and function[key]]):
+            raise Refused(f"a tool call has no arguments, and {lost[0]}, which would be lost")
+        given = python_of(function.get(name))
+        arguments = _parsed(given, "a tool call's arguments") if given not in ("", None) else {}
         _refuse_halves([function["name"], arguments], "a tool call")
         known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **known})
@@ -45,6 +50,10 @@ def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     given = (_parsed(row.structure(name), name) if name else None) or []
     if not given and not any("tool_calls" in message for message in messages):
         return None
+    if isinstance(given, list):
+        given = [_parsed(tool, "tools") for tool in given]
+    elif isinstance(given, dict) and {"name", "function", "functionDeclarations"} & given.keys():
+        given = [given]
     tools = _in_openais_form(given)
     if tools != given:
         row.notes.append(OTHER_FORM)

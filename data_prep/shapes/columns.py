@@ -5,62 +5,66 @@ refuses the row, any other is told as not used. A null column, or an empty one w
 """
 
 import functools
-import json
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from data_prep.shapes.names import NAMES, is_content, near
 from data_prep.shapes.structures import PYTHON, json_of, python_of
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
 
-# What a column holds, and the names that public datasets and trainers give it, in the order in which they are looked for. A name may
-# stand in several lines: what it holds is then decided by the columns beside it.
-NAMES = {
-    "prompt": ("instruction", "prompt", "question", "query", "inputs", "problem", "input"),
-    "context": ("input", "context"),
-    # a short answer may stand beside its solution
-    "answer": ("output", "response", "completion", "solution", "answer", "targets"),
-    "system": ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction"),
-    "history": ("history",),
-    "messages": ("messages", "conversations", "conversation"),
-    "thinking": ("reasoning_content", "reasoning", "thinking", "complex_cot", "chain_of_thought"),
-    "chosen": ("chosen", "preferred_output"),
-    "rejected": ("rejected", "non_preferred_output"),
-    "tools": ("tools", "functions", "toolconfig"),
-    "text": ("text",),
-}
-# columns whose content would be missed, where no reader has taken them: all of the above, and these
-MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects", "img", "image_path", "image_paths", "image_url", "image_urls")
-MEDIA += ("pixel_values", "audio_path", "video_path")
-LABELS = ("label", "labels", "kto_tag", "is_desirable", "desirable", "is_correct", "is_good", "accepted", "thumbs_up")
-MASKS = ("weights", "loss_masks", "train_mask", "assistant_mask", "assistant_masks", "assistant_only_mask", "loss", "train", "mask_history")
-PASSAGES = ("passage", "passages", "document", "documents", "article", "background", "knowledge")
-MISSED = {
-    *MEDIA,
-    *LABELS,
-    *MASKS,
-    *PASSAGES,
-    "weight",
-    "loss_mask",
-    "chat_template_kwargs",
-    "completions",
-    "answers",
-    "options",
-    "choices",
-    "summary",
-}
-MISSED |= {name for names in NAMES.values() for name in names}
-MISSED_OF_PAIRS = MISSED - {*NAMES["answer"], "text"}  # a third answer is of no use there, and so only told
 IGNORED = "column not used: "  # the start of a note about a column that carries no content, as far as its name says
-EXAMPLE = 60  # characters of a value that an error shows
+
+
+SIGNS = {"=": operator.eq, "!=": operator.ne, ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 class UnknownShape(Refused):
     """A row whose columns are of no known shape."""
+
+
+class Keep(NamedTuple):
+    """A condition of --keep: rows without it are left out."""
+
+    column: str
+    sign: str  # a key of SIGNS
+    value: str
+
+    def __str__(self):
+        return "".join(self)
+
+    def holds(self, value) -> bool:
+        """Whether a row's value fulfils it; true and 1 and 1.0 are the same. Raises Refused for a text that should be above or below."""
+        seen, wanted = _comparable(value), _comparable(self.value)
+        if self.sign not in ("=", "!=") and not isinstance(seen, float):
+            raise Refused(f"column {self.column} of --keep {self} is {value!r}, which is no number")
+        return SIGNS[self.sign](seen, wanted)
+
+
+def _comparable(value) -> float | str:
+    """A value as a number, true and false included, else as text in small letters."""
+    text = str(value).lower()
+    try:
+        return float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def keep_of(text: str) -> Keep:
+    """Read a condition of --keep, as label=true or score>=4. Raises ValueError."""
+    found = re.fullmatch(r"(.+?)(>=|<=|!=|=|>|<)(.+)", text)
+    if not found:
+        raise ValueError(f"--keep {text}: expected COLUMN=VALUE, as in label=true, or !=, >, >=, <, <= in the place of =")
+    keep = Keep(*(part.strip() for part in found.groups()))
+    if keep.sign not in ("=", "!=") and not isinstance(_comparable(keep.value), float):
+        raise ValueError(f"--keep {text}: {keep.value!r} is no number")
+    return keep
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ class Columns:
     role_key: str | None = None  # of a message
     content_key: str | None = None
     ignore: tuple[str, ...] = ()  # columns that are not to be trained on
-    keep: tuple[str, str] | None = None  # a column and the value, as text, that a row must have there
+    keep: tuple[Keep, ...] = ()  # what a row must have
     train_on: str = "all"  # all, last, or the roles or names of assistants, separated by commas
+    held_out: bool = False  # rows of a validation or test split are asked for
 
     @classmethod
     def read(cls, path: Path, over: "Columns") -> "Columns":
@@ -103,6 +108,7 @@ class Columns:
             ignore=(*over.ignore, *_list_of(given.get("ignore"))),
             keep=over.keep,
             train_on=over.train_on,
+            held_out=over.held_out,
         )
 
     @functools.cached_property
@@ -208,12 +214,25 @@ class Row:
     def finish(self, missed: set[str]) -> tuple[str, ...]:
         """Return notes about the row, with one for each column that is not used. Raises Refused where it is one of `missed`."""
         named = {name for what in self.named for name in NAMES[what]}  # others that could be meant were not, as the user says
-        for name in self.left():
-            shown = shown_name(self.shown[name])
+        left, likely = [*self.left()], {}
+        for name in left:
+            what = near(self.shown[name])
             if name.strip() in missed - named:
-                raise Refused(f"column {shown} would be lost: name what it holds with --columns, or leave it out with --ignore {shown}")
-            self.notes.append(IGNORED + shown)
+                likely[name] = None
+            elif what and what not in self.named and is_content(what, self.values[name]):
+                likely[name] = what if what in NAMES else None
+        if likely:
+            raise Refused(self._lost(likely))
+        self.notes += [IGNORED + shown_name(self.shown[name]) for name in left]
         return tuple(self.notes)
+
+    def _lost(self, likely: dict[str, str | None]) -> str:
+        """The cause of a row of which columns would be lost; what each likely holds, where its name says so."""
+        names = [shown_name(self.shown[name]) for name in likely]
+        what = next((f"{what}={self.shown[name]}" for name, what in likely.items() if what), "")
+        named = f"name what {'it holds' if len(names) == 1 else 'they hold'} with --columns{' ' + what if what else ''}"
+        columns = f"column {names[0]}" if len(names) == 1 else f"columns {', '.join(names)}"
+        return f"{columns} would be lost: {named}, or leave {'it' if len(names) == 1 else 'them'} out with --ignore {','.join(names)}"
 
 
 def is_empty(value) -> bool:
@@ -221,64 +240,3 @@ def is_empty(value) -> bool:
     return (
         value is None or value != value or (isinstance(value, str) and not value.strip()) or (isinstance(value, list | dict) and not value)
     )
-
-
-def describe(rows: Iterable[dict]) -> str:
-    """Return the columns of some rows with a value of each as an example, a line each, for an error."""
-    examples: dict[str, object] = {}
-    for row in rows:
-        for name, value in row.items():
-            if examples.get(name) is None:
-                examples[name] = value
-    width = max((len(shown_name(name)) for name in examples), default=0)
-    return "\n".join(f"    {shown_name(name):{width}}  {_short(value)}" for name, value in examples.items())
-
-
-def _short(value) -> str:
-    """Return a value as JSON on one line, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= EXAMPLE else text[:EXAMPLE] + " ..."
-
-
-def is_texts(value) -> bool:
-    """Whether a value is a list of texts, which may be those of two speakers in turn."""
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
-
-
-def likely(rows: list[dict], kind: str) -> str:
-    """Return the --columns line that would probably read rows of no known shape; empty where nothing is likely."""
-    texts: dict[str, None] = {}  # names of columns that hold texts, in their order
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str) and value.strip() and not re.fullmatch(r"[\w./:-]{0,40}", value):
-                texts[name] = None
-            elif isinstance(value, list) and value and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in value):
-                return f"--columns messages={name}" if kind == "sft" else ""
-    wanted = ("prompt", "answer") if kind == "sft" else ("prompt", "chosen", "rejected")
-    common = [name for name in texts if all(name in row for row in rows)]
-    guessed = _guess(common, wanted)
-    if len(guessed) < len(wanted) and len(common) == len(wanted) == 2:  # no other way to read them, but the other way around
-        guessed = dict(zip(wanted, common, strict=True))
-    turns = [name for name in rows[0] if all(is_texts(row.get(name)) and len(row[name]) % 2 == 0 for row in rows)]
-    if len(guessed) < len(wanted) and len(turns) == 1 and kind == "sft":
-        return f"--columns messages={turns[0]}"
-    return "--columns " + ",".join(f"{what}={guessed[what]}" for what in wanted) if len(guessed) == len(wanted) else ""
-
-
-HINTS = {
-    "prompt": ("prompt", "question", "instruct", "query", "input", "user", "human", "ask", "task", "problem", "title", "source"),
-    "answer": ("answer", "respon", "output", "complet", "reply", "assistant", "target", "solution", "gpt", "model"),
-    "chosen": ("chosen", "better", "prefer", "win", "good", "best", "positive", "accept"),
-    "rejected": ("reject", "worse", "lose", "loss", "bad", "worst", "negative", "disprefer"),
-}  # parts of names, by what such a column likely holds
-
-
-def _guess(names: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
-    """Return which of the names likely holds what, by a part of the name."""
-    left, guessed = list(names), {}
-    for what in wanted:
-        by_name = next((name for hint in HINTS[what] for name in left if hint in name.lower()), None)
-        if by_name:
-            guessed[what] = by_name
-            left.remove(by_name)
-    return guessed

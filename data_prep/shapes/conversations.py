@@ -4,14 +4,16 @@ A reader returns a Document, a Chat or a Pair, or raises Refused with the cause 
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
+from data_prep.shapes.advice import describe, is_texts, readings
 from data_prep.shapes.beside import asked, one_of, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
-from data_prep.shapes.columns import IGNORED, LABELS, MISSED, MISSED_OF_PAIRS, USUAL, Columns, Row, UnknownShape, describe, is_texts, likely
+from data_prep.shapes.columns import IGNORED, USUAL, Columns, Keep, Row, UnknownShape
 from data_prep.shapes.messages import (
     TURNS,
     Chat,
@@ -25,15 +27,26 @@ from data_prep.shapes.messages import (
     messages_in,
     messages_of,
 )
+from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, refuse_rating
 from data_prep.shapes.pairs import pair_of
 from data_prep.shapes.plain import plain_chat
+from data_prep.shapes.ratings import number_of
 from data_prep.shapes.structures import structure_of
+from data_prep.splits import role_of
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
 SWITCHES = ("on", "off", "true", "false", "yes", "no", "none", "enabled", "disabled")  # of a column that says whether there is thinking
+# what a chat written as one text has: a speaker's name at the start of a line for each side, or the signs of a known chat form
+CHAT_MARKS = (
+    re.compile(r"^\W{0,5}(human|user|instruction|question|q|prompt|input)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
+    re.compile(r"(^|\s)\W{0,5}(assistant|gpt|response|answer|a|bot|model|output|ai)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
+)
+CHAT_SIGNS = re.compile(r"\[/INST\]|<\|?/?(im_start|start_header_id|start_of_turn|user|assistant)\|?>|<｜User｜>", re.IGNORECASE)
+LOOKED_AT = 2000  # characters of a text in which they are looked for
+IN_CHAT_FORM = "texts that look like a chat, trained whole, questions too: write chats as messages to train the answers alone"
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
 
@@ -71,8 +84,9 @@ def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair
         return plain
     row = Row(given, columns)
     try:
-        if columns.keep:
-            _refuse_unwanted(row, given, *columns.keep)
+        for keep in columns.keep:
+            _refuse_unwanted(row, given, keep)
+        _refuse_held_out(row, columns)
         if kind == "sft" and TREE_COLUMNS.issubset(given):
             raise Refused("a message of a tree among rows of other shapes: give the trees as a file of their own")
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
@@ -94,26 +108,33 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
             if kind == "sft"
             else "\nThese look like rows with one answer: use data_prep/prepare_sft.py"
         )
-    how = f"\nThis would probably read them: {line}" if not other and (line := likely(rows[:100], kind)) else ""
+    how = f"\nThis would probably read them: {line}" if not other and (line := _advice(kind, rows[:100])) else ""
     return f"rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
 
 
-def _refuse_unwanted(row: Row, given: dict, name: str, value: str) -> None:
-    """Raise Refused unless a column has a value; true and 1 and 1.0 are the same."""
-    if given.get(name) is None:
-        raise Refused(f"column {name} of --keep is null or missing")
-    row.take_all([name.lower()])
-    if _comparable(given[name]) != _comparable(value):
-        raise Refused(f"{KEPT}{name}={value}")
+def _advice(kind: str, rows: list[dict]) -> str:
+    """The options that read some of the rows, as on a command line; empty where none is known."""
+    for reading in readings(rows, kind):
+        if any(not isinstance(item := read_row(kind, row, reading.columns), Refused) or "unknown role" in str(item) for row in rows):
+            return reading.line
+    return ""
 
 
-def _comparable(value) -> float | str:
-    """A value as a number, true and false included, else as text in small letters."""
-    text = str(value).lower()
-    try:
-        return float({"true": "1", "false": "0"}.get(text, text))
-    except ValueError:
-        return text
+def _refuse_unwanted(row: Row, given: dict, keep: Keep) -> None:
+    """Raise Refused unless a row has what the user wants."""
+    if given.get(keep.column) is None:
+        raise Refused(f"column {keep.column} of --keep is null or missing")
+    row.take_all([keep.column.lower()])
+    if not keep.holds(given[keep.column]):
+        raise Refused(f"{KEPT}{keep}")
+
+
+def _refuse_held_out(row: Row, columns: Columns) -> None:
+    """Raise Refused for a row that says it is of a validation or test split, unless those are read."""
+    said = row.values.get("split")
+    if isinstance(said, str) and "split" not in row.taken and not columns.held_out and role_of(said.strip()) in ("validation", "test"):
+        name = row.shown["split"]
+        raise Refused(f"its {name} is {said}: take the others alone with --keep {name}=train, or all with --ignore {name}")
 
 
 def sft_of(row: Row, columns: Columns) -> Chat | Document:
@@ -136,10 +157,18 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_texts(structure_of(row.values.get(TURNS))):
         return _chat(with_system(row, messages_of(row.structure(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
-        return Document(clean(row.take(name), name))
+        return _document(clean(row.take(name), name), row)
     if (name := _null(row)) is not None:
         raise Refused(f"{name} is null")
     raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")
+
+
+def _document(text: str, row: Row) -> Document:
+    """A plain text; it is told where it looks like a chat, of which the questions would be trained, too."""
+    start = text[:LOOKED_AT]
+    if all(marks.search(start) for marks in CHAT_MARKS) or CHAT_SIGNS.search(start):
+        row.notes.append(IN_CHAT_FORM)
+    return Document(text)
 
 
 def _null(row: Row) -> str | None:
@@ -153,13 +182,23 @@ def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns
     answer = one_of(row, "answer", answers)
     messages, is_text = asked(row, prompts, columns)
     answered = row.take(answer) if is_text else messages_in(row, answer)  # after a question that is a text, JSON is the answer
-    if isinstance(answered, list) and len(answered) > 1 and all(isinstance(text, str) for text in answered):
-        raise UnknownShape(f"{answer} holds several answers")
+    if isinstance(answered, list) and answered and all(isinstance(text, str) for text in answered):
+        answered = _only_answer(row, answer, answered)
     if isinstance(answered, list) and all(isinstance(message, dict) for message in answered):
         messages = messages + messages_of(answered, answer, columns)
     else:
         messages = [*messages, {"role": "assistant", "content": clean(answered, answer)} | _thinking(row)]
     return _chat(with_system(row, messages), row, columns)
+
+
+def _only_answer(row: Row, name: str, answers: list[str]) -> str:
+    """The answer of a list that holds one. Raises Refused for several, and UnknownShape where they are LLaMA-Factory's pairs."""
+    shown = row.shown[name]
+    if len(set(answers)) > 1:
+        cause = f"{shown} holds {len(answers)} answers, of which one can be trained: write that one as a text, in a column of its own"
+        raise UnknownShape(cause) if name == "output" and len(answers) == 2 else Refused(cause)
+    row.notes.append(f"{shown} is a list of one text, which is taken")
+    return answers[0]
 
 
 def _thinking(row: Row) -> dict:
@@ -203,21 +242,25 @@ def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
     _mask(row, messages)
     messages = finished(messages, columns.train_on)
     check_order(messages)
+    if len(messages) > 1 and messages[-1]["role"] == "user":
+        messages = messages[:-1]
+        row.notes.append("a last message of the user left out, which has no answer")
     if messages[-1]["role"] != "assistant":
         raise Refused("the last message is not the assistant's")
-    for name in LABELS:
-        if name in row and name not in row.taken and isinstance(row.values[name], bool | int):
-            raise Refused(
-                f"{row.shown[name]} rates the answer (unpaired preferences): take the good ones with --keep {row.shown[name]}=true"
-            )
+    for name in row.left():
+        refuse_rating(name, row.shown[name], row.values[name])
     _take_copies(row, messages)
-    return Chat(messages, tools_of(row, messages), options_of(row))
+    tools = tools_of(row, messages)
+    if tools and messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]:
+        name = row.shown[row.find("tools")]
+        raise Refused(f"the system message describes tools, and so does {name}: leave one out, as with --ignore {name}")
+    return Chat(messages, tools, options_of(row))
 
 
 def _mask(row: Row, messages: list[dict]) -> None:
     """Take a row's loss_mask, a 0 or 1 for each message or for each answer, or its weight of 1."""
-    if "weight" in row and row.values["weight"] == 1:
-        row.take_all(["weight"])
+    if "weight" in row and number_of(row.take("weight")) != 1:
+        raise Refused(f"weight is {row.values['weight']!r}, and rows are trained by 1: --keep weight=1 takes those, --ignore weight all")
     if "loss_mask" not in row:
         return
     mask, answers = row.structure("loss_mask"), [message for message in messages if message["role"] == "assistant"]
@@ -249,7 +292,7 @@ def _trees(rows: list[FileRow], columns: Columns) -> Iterator[Document | Chat | 
             yield Refused("a tree without an answer")
             continue
         messages = [{"role": row.get("role"), "content": row.get("text")} for row in path]
-        kept = {columns.keep[0]: path[0].get(columns.keep[0])} if columns.keep else {}  # of the first message
+        kept = {keep.column: path[0].get(keep.column) for keep in columns.keep}  # of the first message
         yield read_row("sft", {"messages": messages, **kept}, columns)
 
 

@@ -10,9 +10,11 @@ import re
 from typing import NamedTuple
 
 from data_prep.shapes.calls import SURROGATE, calls_of
-from data_prep.shapes.columns import MEDIA, Columns, Row
+from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import in_messages, text_of
+from data_prep.shapes.names import MEDIA
 from data_prep.shapes.structures import json_of, structure_of
+from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
 ROLES = {
@@ -88,6 +90,9 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
         raise Refused(f"{column} is not a list of messages, but a text {how}: write it as JSON")
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         value = _in_turns(value, column, columns)
+    if columns.ignore:
+        kept = {"role", "from", "content", "value", columns.role_key, columns.content_key}
+        value = [{key: inner for key, inner in one.items() if key in kept or key not in columns.ignore} for one in value]
     if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
         value = [message for one in value for message in _exchange(one)]
     if any(isinstance(given.get(columns.content_key or "content"), list) or "parts" in given for given in value):
@@ -204,6 +209,11 @@ def _message(message: dict, columns: Columns) -> dict | None:
             return {"role": SPEAKERS[name], "as": name, "content": clean(content, "a message")}
     name, content = _first(message, columns.role_key, "role", "from"), _first(message, columns.content_key, "content", "value")
     role = columns.roles.get(name.lower(), ROLES.get(name.lower())) if isinstance(name, str) else None
+    if name is None and not {"role", "from", columns.role_key}.isdisjoint(message):
+        raise Refused("the role of a message is null")
+    if name is None:
+        keys = ", ".join(map(shown_name, message)) or "nothing"
+        raise Refused(f"a message does not say who speaks; it has {keys}: name the keys with --role_key and --content_key")
     if role is None:
         raise Refused(f"unknown role {name!r}: name it with --roles {name}=user, assistant, system or tool")
     _refuse_lost(message, columns)
@@ -240,14 +250,17 @@ def _refuse_lost(message: dict, columns: Columns) -> None:
     if not columns.content_key and None not in (both := (message.get("content"), message.get("value"))) and both[0] != both[1]:
         raise Refused("a message has content and value, which differ: name the one to take with --content_key")
     for key, value in message.items():
-        if value is not None and key not in SAID and (key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float))):
-            raise Refused(f"a message has {key}, which may say that it is trained, or that it is not: write weight, 0 or 1")
-        if value in (None, [], {}, "") or key in SAID or key in METADATA or key in (columns.role_key, columns.content_key):
+        if key in SAID or value in (None, [], {}, ""):
+            continue
+        if key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float)):
+            unclear = "which may say that it is trained, or that it is not"
+            raise Refused(f"a message has {key}, {unclear}: write weight, 0 or 1, or leave it out with --ignore {key}")
+        if key in METADATA or key in (columns.role_key, columns.content_key):
             continue
         if key == "recipient" and value == "all":
             continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
-            raise Refused(f"a message has {key}, which would be lost")
+            raise Refused(f"a message has {key}, which would be lost: leave it out with --ignore {key}")
 
 
 def _tool_result(message: dict, content) -> dict:

@@ -1,12 +1,10 @@
 """Reads rows with two answers, or with several that are ranked or scored, as preference pairs."""
 
 from collections.abc import Callable
-from decimal import Decimal
 
 from data_prep.shapes.beside import asked, options_of, with_system
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import USUAL, Columns, Row, UnknownShape
-from data_prep.shapes.content_parts import text_of
 from data_prep.shapes.messages import (
     Pair,
     as_context,
@@ -18,17 +16,11 @@ from data_prep.shapes.messages import (
     messages_of,
     transcript,
 )
-from data_prep.shapes.structures import structure_of
+from data_prep.shapes.ratings import number_of, refuse_tie
+from data_prep.shapes.structures import json_of
 from data_prep.shapes.thinking import whole_text
+from data_prep.shapes.two_answers import best_and_worst, list_of_answers, two_answers
 from posttrain.data.parts import Refused
-
-# columns with the ratings of the chosen and the rejected answer
-RATINGS = (
-    *(("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected")),
-    *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_avg_rating", "rejected_avg_rating")),
-)
-SCORES = ("overall_score", "score", "rating", "fine-grained_score", "pm_score")  # of one of several answers, the higher the better
-ANSWERS = ("answer", "response", "text", "answer_text", "content", "completion", "output")  # keys of its text
 
 
 def pair_of(row: Row, columns: Columns) -> Pair:
@@ -51,7 +43,7 @@ def _chosen(row: Row, columns: Columns) -> Pair:
     texts, both = [row.take(name) for name in (better, worse)], [messages_in(row, name) for name in (better, worse)]
     if any(isinstance(one, str) for one in both):  # JSON that is no list of messages, or one answer of which only looks so, is text
         both = texts
-    _refuse_tie(row)
+    refuse_tie(row)
     asked = _prompt_columns(row, columns)
     if all(isinstance(one, str) for one in both):
         chosen, rejected = both
@@ -83,10 +75,7 @@ def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:
         return with_system(row, messages)
     if not names:
         return with_system(row, []) or None
-    messages, is_text = asked(row, names, columns)
-    content = messages[-1]["content"]
-    if is_text and (content.startswith("\n\nHuman:") or (content.startswith("Human:") and "\n\nAssistant:" in content)):
-        messages = [*messages[:-1], *transcript(content.rstrip().removesuffix("\n\nAssistant:"))]
+    messages, _ = asked(row, names, columns)
     return with_system(row, messages)
 
 
@@ -111,27 +100,12 @@ def _azure(row: Row, columns: Columns) -> Pair:
     return _answers(prompt, chosen, rejected, row, tools=tools_of(Row(given, USUAL)))
 
 
-def _two_responses(row: Row, columns: Columns) -> Pair:
-    """Read HelpSteer3's response1 and response2, of which overall_preference, from -3 to 3, says the better one."""
-    preference = row.take("overall_preference")
-    answers = [clean(row.take(name), name) for name in ("response1", "response2")]
-    if not isinstance(preference, int | float) or preference != preference:
-        raise Refused("overall_preference is not a number")
-    if preference == 0:
-        raise Refused("tied: overall_preference is 0")
-    context = row.structure("context")
-    is_text = not isinstance(context, list)
-    prompt = [{"role": "user", "content": clean(context, "context")}] if is_text else messages_of(context, "context", columns)
-    chosen, rejected = answers[::-1] if preference > 0 else answers
-    return _checked(with_system(row, prompt), chosen, rejected, row)
-
-
 def _shp(row: Row, columns: Columns) -> Pair:
     """Read SHP's human_ref_A and human_ref_B; labels is 1 where A is the better one."""
-    label, answers = row.take("labels"), [clean(row.take(name), name) for name in ("human_ref_a", "human_ref_b")]
+    label, answers = number_of(row.take("labels")), [clean(row.take(name), name) for name in ("human_ref_a", "human_ref_b")]
     if label not in (0, 1):
         raise Refused(f"labels is {label!r}; expected 0 or 1")
-    if row.values.get("score_a") is not None and row.values.get("score_a") == row.values.get("score_b"):
+    if row.values.get("score_a") is not None and number_of(row.values["score_a"]) == number_of(row.values.get("score_b")):
         raise Refused("tied: score_A equals score_B")
     prompt = [{"role": "user", "content": clean(row.take("history"), "history")}]
     chosen, rejected = answers if label else answers[::-1]
@@ -144,40 +118,45 @@ def _paired(row: Row, columns: Columns) -> Pair:
     return _checked(_needed(row, columns), chosen, rejected, row)
 
 
+def _two(row: Row, columns: Columns) -> Pair:
+    """Read two answers, or conversations that end with one, in columns of their own, and what says which is the better one."""
+    found = two_answers(row)
+    names = (found.first, found.second)[:: -1 if found.winner(row) else 1]
+    chosen, rejected = (messages_in(row, name) for name in names)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = (messages_of(one, name, columns) for one, name in zip((chosen, rejected), names, strict=True))
+        return _answers([], chosen, rejected, row, before=_prompt_columns(row, columns))
+    has_prompt = row.found("prompt", full=True) or message_columns(row)
+    prompt = _prompt_columns(row, columns) if has_prompt else _context(row, columns)
+    if not prompt:
+        raise Refused("there is no prompt")
+    texts = [prompt[-1]["content"], clean(chosen, names[0]), clean(rejected, names[1])]
+    turns = [json_of(text) for text in texts]  # as the arena's tables have them
+    if all(isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in turns):
+        if any(len(one) > 1 for one in turns):
+            raise Refused(f"{names[0]} and {names[1]} differ before their last message")
+        texts = [clean(one, "a message") for (one,) in turns]
+        prompt = [*prompt[:-1], prompt[-1] | {"content": texts[0]}]
+    return _checked(prompt, *texts[1:], row)
+
+
+def _context(row: Row, columns: Columns) -> list[dict]:
+    """The prompt of HelpSteer3's context, messages or a text."""
+    context = row.structure("context")
+    is_text = not isinstance(context, list)
+    prompt = [{"role": "user", "content": clean(context, "context")}] if is_text else messages_of(context, "context", columns)
+    return with_system(row, prompt)
+
+
 def _several(row: Row, columns: Columns) -> Pair:
-    """Read several answers with a rank (1 is the best) or a score (the highest is the best): the best beside the worst."""
-    name = next(name for name in ("completions", "answers", "responses") if name in row)
-    answers = row.structure(name)
-    if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
-        raise Refused(f"{name} is not a list of answers with a rank or a score")
-    ranked = [(_rank(one), _text(one, name)) for one in answers]
-    ranked = [(rank, text) for rank, text in ranked if rank is not None]
-    if len(ranked) < 2:
-        raise Refused(f"{name} holds fewer than two answers with a rank or a score")
-    (best, chosen), (last, rejected) = (pick(ranked, key=lambda one: one[0]) for pick in (min, max))
-    if best == last:
-        raise Refused(f"tied: all {name} have the same rank or score")
-    row.take_all(name for name in ("models",) if name in row)
+    """Read a list of answers with a rank or a score each: the best beside the worst."""
+    chosen, rejected = best_and_worst(row, list_of_answers(row))
     return _checked(_needed(row, columns), chosen, rejected, row)
-
-
-def _rank(answer: dict) -> float | None:
-    """A number that is smaller for a better answer; None where it has neither rank nor score."""
-    rank, score = answer.get("rank"), next((answer[name] for name in SCORES if answer.get(name) is not None), None)
-    try:
-        return float(rank) if rank is not None else -float(score) if score is not None else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _text(answer: dict, column: str) -> str:
-    return clean(text_of(next((answer[name] for name in ANSWERS if answer.get(name) is not None), None)), f"an answer in {column}")
 
 
 def _ranking(row: Row, columns: Columns) -> Pair:
     """Read LLaMA-Factory's older form: output is [better, worse]."""
-    name = row.find("answer")
-    answers = row.take(name)
+    name, answers = "output", row.take("output")
     if len(answers) != 2:
         raise Refused(f"{name} holds {len(answers)} answers; expected the better and the worse one")
     chosen, rejected = (clean(text, name) for text in answers)
@@ -200,17 +179,25 @@ def _needed(row: Row, columns: Columns) -> list[dict]:
 
 
 def _swift(row: Row, columns: Columns) -> Pair:
-    """Read ms-swift's messages, which end with the better answer, and the worse one in rejected_response."""
-    messages = conversation(row, columns)
+    """Read ms-swift's messages, which end with the better answer, or its query and response, and the worse one in rejected_response."""
     rejected = clean(row.take("rejected_response"), "rejected_response")
+    if not message_columns(row):
+        name = row.find("answer")
+        return _checked(_needed(row, columns), clean(row.take(name), name), rejected, row)
+    messages = conversation(row, columns)
     if messages[-1]["role"] != "assistant":
         raise Refused("the last message is not the assistant's")
     return _checked(with_system(row, messages[:-1]), whole_text(messages[-1]), rejected, row)
 
 
+def _swift_messages(row: Row, columns: Columns) -> Pair:
+    """Read ms-swift's messages, which end with the better answer, and rejected_messages, which end with the worse one."""
+    rejected = messages_of(row.structure("rejected_messages"), "rejected_messages", columns)
+    return _answers(with_system(row, []), conversation(row, columns), rejected, row)
+
+
 def _is_ranking(row: Row) -> bool:
-    name = row.find("answer")
-    value = row.values.get(name) if name else None
+    value = row.values.get("output")
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
@@ -218,36 +205,14 @@ SHAPES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Columns], Pair]], ...]
     (_has("input", "preferred_output", "non_preferred_output"), _azure),
     (_has("trajectory", "chosen", "rejected"), _trajectory),
     (lambda row: bool(row.find("chosen") and row.find("rejected")), _chosen),
-    (_has("response1", "response2", "overall_preference", "context"), _two_responses),
     (_has("human_ref_a", "human_ref_b", "labels", "history"), _shp),
     (_has("response_j", "response_k"), _paired),
-    (lambda row: "rejected_response" in row and bool(message_columns(row)), _swift),
-    (lambda row: any(isinstance(structure_of(row.values.get(name)), list) for name in ("completions", "answers", "responses")), _several),
+    (lambda row: two_answers(row) is not None, _two),
+    (lambda row: "rejected_messages" in row and bool(message_columns(row)), _swift_messages),
+    (lambda row: "rejected_response" in row and bool(message_columns(row) or row.find("answer")), _swift),
+    (lambda row: list_of_answers(row) is not None, _several),
     (_is_ranking, _ranking),
 )
-
-
-def _number(value):
-    """A rating as a number where it is one, also as text, as in CSV, or as a decimal of a table; any other as it is."""
-    try:
-        return float(value) if isinstance(value, str | int | float | Decimal) else value
-    except (ValueError, OverflowError):
-        return value
-
-
-def _refuse_tie(row: Row) -> None:
-    """Raise Refused where both answers are rated the same."""
-    for better, worse in RATINGS:
-        if better in row or worse in row:
-            row.take_all([better, worse])
-            high, low = (_number(row.values.get(name)) for name in (better, worse))
-            if high is not None and high == low:
-                raise Refused(f"tied: {better} equals {worse}")
-            if isinstance(high, float) and isinstance(low, float) and high < low:
-                raise Refused(f"{better} is below {worse}")
-    rating = row.values.get("rating")
-    if row.values.get("status") == "tie" or (isinstance(rating, list) and len(rating) == 2 and rating[0] == rating[1]):
-        raise Refused("tied: both answers are rated the same")
 
 
 def _answers(

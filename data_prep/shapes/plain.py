@@ -5,13 +5,14 @@ What it reads it reads as conversations.sft_of does, which is tested row by row.
 
 import functools
 
-from data_prep.shapes.columns import IGNORED, MISSED, NAMES, is_empty
+from data_prep.shapes.columns import IGNORED, is_empty
 from data_prep.shapes.messages import ROLES, Chat, clean
+from data_prep.shapes.names import MISSED, NAMES, VERDICTS, near
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
 SPEAKERS = {name: ROLES[name] for name in ("user", "human", "assistant", "gpt", "system")}
-KNOWN = {*MISSED, "contents", *(name for names in NAMES.values() for name in names)}
+KNOWN = {*MISSED, *VERDICTS, "contents", "split"}
 
 
 @functools.lru_cache(64)
@@ -19,7 +20,8 @@ def _columns(names: tuple[str, ...]) -> tuple[str, dict[str, str]] | None:
     """The column of messages among others that carry no content, and the note about each of those; None for any other columns."""
     messages = [name for name in names if name in NAMES["messages"]]
     others = [name for name in names if name not in messages]
-    if len(messages) != 1 or any(name.lower() in KNOWN for name in others) or len({name.lower() for name in names}) < len(names):
+    alike = len({name.lower() for name in names}) < len(names)
+    if alike or len(messages) != 1 or any(name.lower() in KNOWN or near(name) for name in others):
         return None
     return messages[0], {name: IGNORED + shown_name(name) for name in others}
 
