@@ -23,7 +23,7 @@ sys.path[0] = str(ROOT)  # instead of benchmarks/, whose data_prep.py would be t
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from posttrain.data.packing import RowBuilder  # noqa: E402
-from posttrain.model.policy import Policy  # noqa: E402
+from posttrain.model.policy import Policy, fastest_policy  # noqa: E402
 from posttrain.objectives.answers import answer_sums  # noqa: E402
 from posttrain.operators.attention_segments import SEGMENTS  # noqa: E402
 from posttrain.training.start_checks import SAME_PRECOMPUTED  # noqa: E402
@@ -67,7 +67,7 @@ def sums(policy: Policy, rows: list[tuple], together: bool) -> tuple[torch.Tenso
 
 def measure(make, dtype: torch.dtype) -> dict[str, float]:
     """The largest quotients for one model in one dtype."""
-    policy = Policy(make().to(dtype), SEGMENTS)
+    policy = fastest_policy(make().to(dtype), SEGMENTS)
     rows = pairs(policy.model.config.vocab_size)
     alone, lengths = sums(policy, rows, together=False)
     packed, _ = sums(policy, rows, together=True)
@@ -76,7 +76,7 @@ def measure(make, dtype: torch.dtype) -> dict[str, float]:
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter += 1e-5 * torch.randn_like(parameter).sign()
-    other, _ = sums(Policy(moved.to(dtype), SEGMENTS), rows, together=False)
+    other, _ = sums(fastest_policy(moved.to(dtype), SEGMENTS), rows, together=False)
     return {
         "packed_differently": ((packed - alone).abs() / lengths.sqrt()).max().item(),
         "one_step_away": ((other - alone).abs() / lengths.sqrt()).max().item(),

@@ -29,6 +29,8 @@ class Mutation(NamedTuple):
     test: str  # must fail with it, and passes without
 
 
+ARCHITECTURES = "tests/test_architectures.py::"
+SEGMENTS = "posttrain/operators/attention_segments.py"
 SFT_PARITY = "tests/test_parity.py::test_sft_equals_transformers_and_cross_entropy_on_a_padded_batch"
 SFT_TRL = "tests/test_parity.py::test_sft_equals_trl"
 DPO_PARITY = "tests/test_parity.py::test_a_dpo_loss_equals_trl[sigmoid]"
@@ -285,11 +287,65 @@ MUTATIONS = {
         "type(module).forward(module, x,",
         "tests/test_positions.py::test_an_example_has_the_frequencies_that_it_has_alone[dynamic]",
     ),
-    "window_not_looked_at": Mutation(
-        "posttrain/training/inputs.py",
-        "if window and split.positions[index] > window:",
+    "window_off_by_one": Mutation(
+        SEGMENTS,
+        "key <= position - window",
+        "key < position - window",
+        ARCHITECTURES + "test_packed_rows_are_those_of_each_alone[a window]",
+    ),
+    "window_of_the_other_kernel_off_by_one": Mutation(
+        "posttrain/operators/attention_varlen.py",
+        "window_size=(rule.window - 1, 0)",
+        "window_size=(rule.window, 0)",
+        "tests/test_gpu_paths.py::test_windows_and_shared_prompts_are_those_of_every_score_in_memory",
+    ),
+    "sink_ignored": Mutation(
+        SEGMENTS,
+        "    if sinks is not None:\n        output *=",
+        "    if False:\n        output *=",
+        ARCHITECTURES + "test_packed_rows_are_those_of_each_alone[windows and sinks]",
+    ),
+    "sink_without_gradient": Mutation(
+        SEGMENTS,
+        "of_sinks = -(shares",
+        "of_sinks = (shares",
+        ARCHITECTURES + "test_a_window_and_sinks_on_the_cpu_equal_every_score_in_memory",
+    ),
+    "state_not_reset": Mutation(
+        "posttrain/operators/mixers.py",
+        "if packing is None:",
+        "if True:",
+        ARCHITECTURES + "test_packed_rows_are_those_of_each_alone[gated delta rule]",
+    ),
+    "state_of_the_prompt_not_handed_on": Mutation(
+        "posttrain/operators/mixers.py",
+        "rows = np.where(place < prefix, prefix_start + place,",
+        "rows = np.where(place < prefix, 0,",
+        ARCHITECTURES + "test_a_pair_that_shares_its_prompt_is_that_with_two_prompts[gated delta rule]",
+    ),
+    "scale_ignored": Mutation(
+        "posttrain/operators/logprob.py",
+        "if scale != 1.0:",
         "if False:",
-        "tests/test_positions.py::test_a_row_longer_than_the_window_is_named",
+        ARCHITECTURES + "test_packed_rows_are_those_of_each_alone[a scaled head]",
+    ),
+    "bound_without_its_derivative": Mutation(
+        "posttrain/operators/logprob.py",
+        "if ctx.cap:",
+        "if False:",
+        ARCHITECTURES + "test_the_head_differentiates_scale_bound_and_bias[64-1.0-2.0-False]",
+    ),
+    "gradients_not_looked_at": Mutation(
+        "posttrain/model/proof.py",
+        "if not worst <= limit else None",
+        "if False else None",
+        ARCHITECTURES + "test_a_gradient_that_is_wrong_is_seen_at_load",
+    ),
+    "windows_not_shortened": Mutation(
+        "posttrain/model/proof.py",
+        "setattr(holder, name, SHORT)",
+        "pass",
+        ARCHITECTURES + "test_the_proof_shortens_windows_so_that_its_rows_are_longer",
     ),
     "rejected_answer_sees_the_chosen_one": Mutation(
         "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
@@ -359,8 +415,8 @@ MUTATIONS = {
     ),
     "answers_see_all_of_their_segment": Mutation(
         "posttrain/operators/attention_varlen.py",
-        "window_size=(-1, 0)",
-        "window_size=(-1, -1)",
+        "window_size=(rule.window - 1, 0)",
+        "window_size=(rule.window - 1, -1)",
         "tests/test_gpu_paths.py::test_one_call_for_all_segments_equals_grouped_calls",
     ),
     "gradient_of_the_log_probs": Mutation("posttrain/operators/logprob.py", ".mul_(-grad[:, None])", ".mul_(grad[:, None])", SFT_PARITY),

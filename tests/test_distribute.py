@@ -10,7 +10,7 @@ from conftest import launch
 from test_plan import rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.model.policy import Policy
+from posttrain.model.policy import fastest_policy
 from posttrain.operators.attention_segments import SEGMENTS
 from posttrain.parallel import distribute
 from posttrain.planning.activations import LiveBytes
@@ -58,7 +58,7 @@ def test_no_rank_but_the_first_holds_more_than_its_part_and_one_weight(loaded):
 def test_a_model_computes_on_a_device_that_has_room_for_one_of_its_weights_at_a_time():
     """Which is the CPU here: weights are copied to it all the same, and what lives of the copies is counted."""
     cpu, batch, live = torch.device("cpu"), rows(1, 3, 2), LiveBytes()
-    policy = Policy(LlamaForCausalLM(LlamaConfig(**DEEP, vocab_size=99)), SEGMENTS)
+    policy = fastest_policy(LlamaForCausalLM(LlamaConfig(**DEEP, vocab_size=99)), SEGMENTS)
     live.leave_out(policy.parameters())
     before = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
     with torch.no_grad():

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import cpu_kernels
 import pytest
@@ -12,17 +13,17 @@ import torch.nn.functional as F
 from conftest import ROOT, free_port, launch, metrics, rank_environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from posttrain.common import gpus, terminal
 from posttrain.data.packing import RowBuilder
 from posttrain.engine.devices import Gpu, crowded, problems_of
 from posttrain.engine.start import settle_allocator, share_cores, start_distributed
-from posttrain.model.policy import Policy
+from posttrain.model.policy import build_policy, fastest_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.preference import DPO
 from posttrain.operators import attention, attention_segments, layers, logprob
-from posttrain.operators.attention_segments import _attend_anywhere, attend_segments
+from posttrain.operators.attention_segments import SEGMENTS, _attend_anywhere, attend_segments
 from posttrain.operators.attention_varlen import VARLEN, attend_varlen
 from posttrain.parallel.launched import take_gpu
 from posttrain.planning.activations import LiveBytes
@@ -42,7 +43,7 @@ def test_the_trial_of_a_layer_takes_memory_in_proportion_to_its_rows(monkeypatch
     """By the square of its rows, it failed on every GPU for want of memory, and liger-kernel's layers were passed over for that."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99))
-    anywhere = lambda query, key, value, segments, scaling: (_attend_anywhere(query, key, value, segments, scaling, 0.0),)  # noqa: E731
+    anywhere = lambda *inputs: (_attend_anywhere(*inputs[:5], 0.0),)  # noqa: E731
     monkeypatch.setattr(attention_segments, "attend_on_cpu", anywhere)
     most = []
     for rows in (1000, 4000):
@@ -95,6 +96,26 @@ def test_one_call_for_all_segments_equals_grouped_calls(flash_attention, kv_head
     assert layers.distances(expected, seen).max() < limit
 
 
+def test_windows_and_shared_prompts_are_those_of_every_score_in_memory(flash_attention):
+    """Also chunks, which cut the segments; and what the kernel lacks is refused, so that another is taken."""
+    packing, draw = pairs(share_prompt=True).packing, torch.Generator().manual_seed(0)
+    rows = int(packing.segments[-1, 1])
+    inputs = [torch.randn(1, heads, rows, 8, generator=draw) for heads in (4, 2, 2)]
+    chunked = types.SimpleNamespace(config=types.SimpleNamespace(layer_types=["chunked_attention"], attention_chunk_size=4), layer_idx=0)
+    for module, asked in ((None, {"sliding_window": 1}), (None, {"sliding_window": 3}), (None, {"sliding_window": 99}), (chunked, {})):
+        expected, seen = (one(module, *inputs, None, 0.3, packing, **asked)[0] for one in (attend_segments, attend_varlen))
+        torch.testing.assert_close(seen, expected)
+    for asked in ({"softcap": 2.0}, {"s_aux": torch.zeros(4)}):
+        with pytest.raises(ValueError, match="its attention has sinks or bounds its scores"):
+            attend_varlen(None, *inputs, None, 0.3, packing, **asked)
+    config = GptOssConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    policy = build_policy(GptOssForCausalLM(config).eval(), VARLEN, checks=True)
+    assert policy.way.attention == SEGMENTS
+    assert policy.why_slower.startswith(f"not {VARLEN}: its attention has sinks")
+
+
 def test_one_call_for_all_segments_is_traced_whole(flash_attention):
     """A break in the graph there would be one in every decoder layer that is compiled."""
     torch.compiler.reset()
@@ -110,7 +131,7 @@ def test_pairs_with_shared_prompts_are_those_with_a_prompt_each(flash_attention)
     outcomes = []
     for share_prompt in (False, True):
         torch.manual_seed(0)
-        policy = Policy(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99)).eval(), VARLEN)
+        policy = fastest_policy(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99)).eval(), VARLEN)
         logps = policy(pairs(share_prompt))
         (logps * torch.arange(len(logps))).sum().backward()
         outcomes.append([logps.detach(), *(parameter.grad for parameter in policy.parameters())])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.data import batches
 from posttrain.data.prepared import load_prepared
-from posttrain.model.policy import Policy
+from posttrain.model.policy import Policy, fastest_policy
 from posttrain.objectives.likelihood import SFT
 from posttrain.objectives.losses import LOSSES, PairLogps
 from posttrain.objectives.preference import DPO
@@ -103,7 +103,7 @@ def ours(objective, split) -> tuple[float, torch.Tensor]:
 
 
 def policy_and_reference(tiny) -> list[Policy]:
-    return [Policy(load(tiny.base, shaken=shaken), SEGMENTS) for shaken in (0.01, 0.0)]
+    return [fastest_policy(load(tiny.base, shaken=shaken), SEGMENTS) for shaken in (0.01, 0.0)]
 
 
 def dpo_recipe(**options) -> DPORecipe:
@@ -124,7 +124,7 @@ def test_sft_equals_transformers_and_cross_entropy_on_a_padded_batch(tiny, tmp_p
     batch = first_batch(sft_trainer(tiny, tmp_path, plain))
     outputs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
     outputs.loss.backward()
-    mine = ours(SFT(Policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
+    mine = ours(SFT(fastest_policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
     assert_same(mine, (outputs.loss.item(), gradients(plain)))
     expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert mine[0] == pytest.approx(expected.item(), rel=1e-5)
@@ -136,7 +136,7 @@ def test_sft_equals_trl(tiny, tmp_path):
     batch = first_batch(trainer)
     loss = trainer.compute_loss(model, dict(batch))
     loss.backward()
-    mine = ours(SFT(Policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
+    mine = ours(SFT(fastest_policy(load(tiny.base), SEGMENTS)), load_prepared(tiny.sft, "sft", "").train)
     assert_same(mine, (loss.item(), gradients(model)))
 
 

@@ -147,10 +147,26 @@ def test_heads_of_two_widths_are_counted_by_what_they_attend_to():
     assert 1.5 * few < many < 2.5 * few < 1e9
 
 
-def test_a_model_that_is_not_trained_is_not_counted():
-    config = AutoConfig.for_model("mamba", vocab_size=500, hidden_size=64, num_hidden_layers=2)
-    with pytest.raises(ValueError, match="MambaForCausalLM cannot be trained packed: it uses linear_attention"):
-        count_working(config, rows(4, 250, 20), BF16, "none", fused=False)
+def test_each_kind_of_layer_is_counted_as_often_as_there_are_such():
+    """Qwen3-Next's linear attention keeps more than its full attention does; by any one kind the model would be misjudged."""
+    shape = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    shape |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    shape |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    linear, full = ["linear_attention"], ["full_attention"]
+    most = {}
+    for kinds in (linear * 4, full * 4, (linear + full) * 2):
+        config = AutoConfig.for_model("qwen3_next", **shape, num_hidden_layers=4, layer_types=kinds)
+        most[tuple(kinds)] = count_working(config, rows(4, 250, 20), BF16, "none", fused=False).most
+    first, second, mixed = most.values()
+    assert first > 1.2 * second
+    assert mixed == pytest.approx((first + second) / 2, rel=0.1)
 
 
 def on_8_gpus(zero: Zero, count: int, has_reference: bool = False) -> Parts:

@@ -45,7 +45,7 @@ class Assistant(NamedTuple):
     @property
     def context_in_batches(self) -> int:
         """How many tokens texts may have that are read together: beyond them rotary frequencies may depend on each text's length."""
-        return min(self.context, same_frequencies_until(self.model.config) or self.context)
+        return min(self.context, same_frequencies_until(self.model.config.get_text_config()) or self.context)
 
 
 def quiet_libraries() -> None:
@@ -85,7 +85,7 @@ def load(place: str, name: str | None = None, tokenizer: str | None = None, dtyp
         system_prompt=_system_prompt(description),
         has_template=template == "tokenizer",
         stops=_stops(description, loaded, chat),
-        context=context_of(model.config),
+        context=context_of(model.config.get_text_config()),
         suggestions=_suggestions(Path(path).resolve()),
         folder=None if grown or notes or is_training_state or is_ckpt_pt(path) else path,
     )

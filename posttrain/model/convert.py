@@ -31,7 +31,7 @@ def convert(src: Path, dst: Path, tokenizer: str | None) -> None:
         raise ValueError("a ckpt.pt holds no tokenizer, so --tokenizer would not be read; remove it")
     transformers.utils.logging.disable_progress_bar()
     model = load_model(str(src), None, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
-    ids = torch.arange(24) * 7919 % model.config.vocab_size
+    ids = torch.arange(24) * 7919 % model.config.get_text_config().vocab_size
     expected = ckpt_pt_logits(ckpt_pt.read(src), ids) if is_ckpt_pt(src) else _logits(model, ids)
     dst.parent.mkdir(parents=True, exist_ok=True)
     with _removed_on_failure(dst):

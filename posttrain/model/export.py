@@ -146,7 +146,11 @@ def _open_again(folder: Path, name: str, dtype: torch.dtype, expected: torch.Ten
     computed_in = torch.float32 if is_slow and MEMORY * size * torch.float32.itemsize / dtype.itemsize < free else dtype
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
-        seen = torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config)]) if expected is not None else None
+        seen = (
+            torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config.get_text_config())])
+            if expected is not None
+            else None
+        )
     except Exception as error:  # of any kind: an architecture's code may fail anywhere
         raise AnotherModel(f"{name} was not written: transformers cannot open it ({reason(error)}); {ADVICE}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +19,15 @@ from transformers import PreTrainedModel
 from posttrain.common.errors import reason
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch
+from posttrain.model import proof
 from posttrain.model.forms import source_of
 from posttrain.model.loading import load_model
-from posttrain.model.sample_rows import packed_rows, plain_logps, sample_rows
+from posttrain.model.passes import Apart, Packed, PackedByItself, Whole
 from posttrain.model.weights import digest, hash_weights, scale_of_weights
-from posttrain.operators import attention, layers, positions
-from posttrain.operators.logprob import LogProbHead
-from posttrain.operators.positions import RowFrequencies
+from posttrain.operators import attention, layers
+from posttrain.operators.attention_segments import SEGMENTS
+from posttrain.operators.heads import scale_and_cap
+from posttrain.operators.logprob import LogProbHead, logps_of
 from posttrain.operators.saved_form import widen_feed_forward
 from posttrain.parallel import distribute
 from posttrain.parallel.ranks import on_rank_0
@@ -33,28 +36,27 @@ from posttrain.run.stored import read_facts
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # a decoder layer's feed-forward block, by architecture
 KNOWN = f"known to work: {', '.join(layers.ARCHITECTURES)}"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # nats per token by which packed and unpacked log-probs may differ, for rounding
-
+Way = Packed | Apart | Whole
+WAYS: dict[str, Callable[..., Way]] = {way.name: way for way in (Packed, PackedByItself, Apart, Whole)}
 ABSURD = 1e5  # nats per token that no model is surprised by, unless some of its weights are
 
 
 class Policy(nn.Module):
     """A causal language model that returns log-probs of a micro-batch's targets. Its `model` stays an ordinary transformers model."""
 
-    def __init__(self, model: PreTrainedModel, attention_name: str):
-        """Change the model's head, attention and rotary embedding in place. Raises ValueError where check_packable does."""
+    def __init__(self, model: PreTrainedModel, way: Way):
+        """Change the model's head in place; `way` is how it computes."""
         super().__init__()
-        check_packable(model)
-        head = model.get_output_embeddings()
         self.weights: dict[str, str] = {}  # hash of every tensor as loaded, by name
         self.fingerprint = ""  # one hash of all tensors of the model with which the run began
         self.is_from_checkpoint = False  # whether that model is gone, so that the weights loaded are those of the run's newest checkpoint
         self.scale = math.nan  # root mean square of all weight matrices as loaded
-        head.__class__ = LogProbHead
-        self.frequencies, self.window = RowFrequencies(model), positions.attention_window(model.config)
-        model.set_attn_implementation(attention_name)
+        self.way, self.why_slower = way, ""  # and why it is none that is faster, where there are any
         model.config.use_cache = False
         self.model = model
+        if not isinstance(way, Whole):
+            self.head.__class__ = LogProbHead
+            self.head.scale, self.head.cap = scale_and_cap(model.config.get_text_config())
 
     @property
     def head(self) -> LogProbHead:
@@ -63,16 +65,19 @@ class Policy(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return the targets' log-probs, (N,) in float32; for a micro-batch without targets the likeliest token after each of its rows."""
-        if self.window and batch.packing.max_k > self.window:
-            raise ValueError(
-                f"a row has {batch.packing.max_k:,} positions; packed attention knows no window, and the model's is {self.window:,}"
-            )
-        self.frequencies.packing = batch.packing
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
-        ).last_hidden_state
-        asked = hidden[0].index_select(0, batch.rows)
+        if isinstance(self.way, Whole):
+            logits = self.way.logits(batch)
+            return logits.argmax(-1) if batch.targets is None else logps_of(logits, batch.targets)
+        asked = self.way.hidden(batch)
         return self.head(asked).argmax(-1) if batch.targets is None else self.head(asked, batch.targets)
+
+
+def fastest_policy(model: PreTrainedModel, attention_name: str) -> Policy:
+    """Wrap a model as a Policy that computes in the fastest way which its code allows, without a comparison with transformers' own."""
+    for _, make in _ways(model, attention_name, {}):
+        with contextlib.suppress(ValueError):
+            return Policy(model, make())
+    raise AssertionError("a row at a time, with all logits, is possible with any model")
 
 
 class Facts(NamedTuple):
@@ -155,29 +160,32 @@ def _read(recipe: Recipe, tokenizer, device: torch.device, frozen: bool) -> tupl
 def _with_kernels(recipe: Recipe, model: PreTrainedModel, device: torch.device, sharded: bool) -> tuple[Policy, list[str]]:
     """Wrap a model as a Policy with the fastest kernels that are right on `device`; returns also which, and why. All ranks.
 
-    Where the model is to be `sharded`, rank 0, which has its weights, looks what is right, for all.
+    Rank 0 looks how the model computes rightly, for all; where the model is to be `sharded`, it alone has the weights.
     """
-    name, reason = attention.choose(recipe.kernels, device, getattr(torch, recipe.dtype), recipe.dropout, model.config)
+    name, reason = attention.choose(recipe.kernels, device, getattr(torch, recipe.dtype), recipe.dropout, model.config.get_text_config())
     built: list[Policy] = []
 
-    def build() -> None:
+    def build() -> tuple[str, str]:
         with distribute.computing_on(model, device) if sharded else contextlib.nullcontext():
             try:
                 built.append(build_policy(model, name, recipe.checks == "on", device))
             except ValueError as error:
                 raise ValueError(f"{source_of(recipe.model_path, recipe.out_dir)}: {error}") from error
+        return built[0].way.name, built[0].way.attention, built[0].why_slower
 
     if sharded:
         chosen, change = on_rank_0(lambda: layers.choose(model, recipe.kernels, recipe.compile, device))
         if change and dist.get_rank() > 0:
             change(model)
-        on_rank_0(build)
     else:
         chosen, _ = layers.choose(model, recipe.kernels, recipe.compile, device)
-        build()
-    policy = built[0] if built else Policy(model, name)
-    head = policy.head.choose(recipe.kernels, device, model.num_parameters() * model.dtype.itemsize)
-    return policy, [f"attention: {name} ({reason})", f"layers: {chosen}", f"head: {head}"]
+    way, name, why_slower = on_rank_0(build)
+    policy = built[0] if built else Policy(model, WAYS[way](model, name))
+    head = "transformers' own, all logits at once"
+    if not isinstance(policy.way, Whole):
+        head = policy.head.choose(recipe.kernels, device, model.num_parameters() * model.dtype.itemsize)
+    said = f"{name} ({why_slower or reason})" if policy.way.is_packed else f"transformers' own, {way}, which is slower ({why_slower})"
+    return policy, [f"attention: {said}", f"layers: {chosen}", f"head: {head}"]
 
 
 def set_dropout(model: PreTrainedModel, dropout: float) -> None:
@@ -210,60 +218,66 @@ def still(model: PreTrainedModel) -> str:
     return " and ".join(found)
 
 
-def check_packable(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose attention cannot be replaced by one that sees all, or whose head is not a plain linear one."""
-    head, why_not = model.get_output_embeddings(), positions.unsupported_attention(model.config)
-    if why_not is None and not model.is_backend_compatible():
-        why_not = "its attention is its own, and packing needs one that can be replaced"
-    elif why_not is None and (type(head) is not nn.Linear or head.bias is not None):
-        seen = "no head" if head is None else f"a head of type {type(head).__name__}{' with a bias' * (type(head) is nn.Linear)}"
-        why_not = f"it has {seen}; expected a linear one without a bias"
-    elif why_not is None and getattr(model.config, "final_logit_softcapping", None):
-        why_not = "its head bounds the logits (final_logit_softcapping), which the log-probs here are not"
-    if why_not:
-        raise ValueError(f"{type(model).__name__} cannot be trained packed: {why_not}; {KNOWN}")
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the model's head is a linear layer, of which log-probs are computed without all logits at once."""
+    return type(model.get_output_embeddings()) in (nn.Linear, LogProbHead)
 
 
 def build_policy(model: PreTrainedModel, attention_name: str, checks: bool, device: torch.device | None = None) -> Policy:
     """Wrap a model as a Policy. `device`: where it computes, if not where its weights are.
 
-    With `checks`, or if its architecture is not in ARCHITECTURES, its packed log-probs are compared with transformers' own. Raises
-    ValueError where they differ or are not finite, where packing fails, and for attention that no row would see whole.
+    With `checks`, or if its architecture is not in ARCHITECTURES, its log-probs and gradients are compared with transformers' own, and the
+    fastest way that agrees is taken: one that does not agree packed is computed a row at a time. `policy.why_slower` says why. Raises
+    ValueError where no way agrees, or log-probs are not finite.
     """
     kind = type(model).__name__
-    known = kind in layers.ARCHITECTURES
-    check_packable(model)
-    if known and not checks:
-        return Policy(model, attention_name)
-    try:
-        plain, packed, policy = _both_ways(model, attention_name, device or model.device)
-    except Exception as error:
-        if known:
-            raise
-        # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
-        own = str(error) if isinstance(error, ValueError) else f"transformers' code of it does not take packed rows ({reason(error)})"
-        raise ValueError(f"{kind} cannot be trained packed: {own}; {KNOWN}") from error
-    if not plain.abs().max() < ABSURD:
-        seen = f"of {plain.abs().max():.1g} nats" if plain.isfinite().all() else "that are not finite"
+    if kind in layers.ARCHITECTURES and not checks:
+        return fastest_policy(model, attention_name)
+    device = device or model.device
+    plain = proof.plain(model, device)
+    if not plain.logps.abs().max() < ABSURD:
+        seen = f"of {plain.logps.abs().max():.1g} nats" if plain.logps.isfinite().all() else "that are not finite"
         raise ValueError(f"the {kind} gives log-probs {seen}: its weights are damaged, or its training diverged")
-    difference = (plain - packed).abs().max().item()
-    if not difference <= TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"{kind}: the packed forward pass differs from transformers' own by {difference:.3g} nats per token "
-            f"(limit {TOLERANCE[model.dtype]}). Its attention or head does something that packing does not reproduce, so it is refused; "
-            f"{KNOWN}"
-        )
-    return policy
+    tried: dict[str, str] = {}  # the way first found not to work, by the reason
+    for name, make in _ways(model, attention_name, tried):
+        try:
+            policy = Policy(model, way := make())
+        except Exception as error:
+            if kind in layers.ARCHITECTURES:
+                raise
+            tried.setdefault(reason(error), name)
+            continue
+        # whatever the code of an architecture raises that does not expect packed rows, or another attention than its own
+        try:
+            why_not = proof.difference(policy, plain, device)
+        except Exception as error:
+            if kind in layers.ARCHITECTURES:
+                raise
+            why_not = str(error) if isinstance(error, ValueError) else f"transformers' code of it does not take it ({reason(error)})"
+        if why_not is None:
+            policy.why_slower = "" if way.attention == attention_name else _said(tried)
+            return policy
+        tried.setdefault(why_not, name)
+        way.restore()
+    raise ValueError(f"{kind} cannot be trained: no way to compute it agrees with transformers' own ({_said(tried)}); {KNOWN}")
 
 
-@torch.no_grad()
-def _both_ways(model: PreTrainedModel, attention_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Policy]:
-    """Return log-probs of sample rows by transformers' own forward pass, those by the packed one, twice in two orders, and the Policy."""
-    rows = sample_rows(model.config)
-    plain = [plain_logps(model, row, device) for row in rows]
-    policy = Policy(model, attention_name)
-    packed = [policy(packed_rows(order).to(device)).cpu() for order in (rows, rows[::-1])]
-    return torch.cat([*plain, *plain[::-1]]), torch.cat(packed), policy
+def _said(tried: dict[str, str]) -> str:
+    """Say which ways were tried, and why they are not taken."""
+    return "; ".join(f"not {way}: {why}" for why, way in tried.items())
+
+
+def _ways(model: PreTrainedModel, fastest: str, tried: dict[str, str]) -> Iterator[tuple[str, Callable[[], Way]]]:
+    """Yield the ways in which a model may compute, the fastest first, with their names; what is known not to work is noted in `tried`."""
+    if not has_plain_head(model):
+        tried[f"its head is a {type(model.get_output_embeddings()).__name__}, not a linear layer"] = Packed.name
+        yield Whole.name, partial(Whole, model)
+        return
+    for attention_name in dict.fromkeys((fastest, SEGMENTS)):
+        for make in (Packed, PackedByItself):
+            yield make.name if attention_name == SEGMENTS else attention_name, partial(make, model, attention_name)
+    yield Apart.name, partial(Apart, model)
+    yield Whole.name, partial(Whole, model)
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str, deepspeed_checkpoint=None) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from posttrain.data.packing import MicroBatch, RowBuilder
-from posttrain.operators.positions import longest_row, same_frequencies_until
+from posttrain.operators.positions import longest_position, same_frequencies_until
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def sample_rows(config) -> list[SampleRow]:
 
     In this order transformers' `dynamic` (5.23), which keeps the frequencies of the longest row so far, has those of each row.
     """
-    most, end = longest_row(config) or 13, same_frequencies_until(config)
+    most, end = longest_position(config) or 13, same_frequencies_until(config)
     lengths = [(n, n) for n in (min(5, most), min(8, most), min(13, most))]
     if end:
         lengths += [(min(7, end), end), (6, end + 6), (9, 2 * end + 9)]
@@ -43,7 +43,7 @@ def plain_logps(model: PreTrainedModel, row: SampleRow, device: torch.device = C
     """
     ids = row.ids
     given = {} if row.length == len(ids) else {"position_ids": row.positions[None].to(device)}
-    logits = model(input_ids=ids[None].to(device), **given).logits[0, :-1].float().cpu()
+    logits = model(input_ids=ids[None].to(device), use_cache=False, **given).logits[0, :-1].float().cpu()
     return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
 
 

@@ -47,12 +47,17 @@ class LogProbHead(nn.Linear):
     """
 
     way = PLAIN
+    scale = 1.0  # by which the logits are multiplied (Cohere, Granite)
+    cap = 0.0  # to which they are bounded after that, by cap * tanh(logit / cap) (Gemma 2); 0 for no bound
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the float32 log-probs (N,) of `targets` (N,) for hidden states (N, D); without targets the ordinary logits (N, V)."""
+        """Return the float32 log-probs (N,) of `targets` (N,) for hidden states (N, D).
+
+        Without targets, as transformers calls it, these are the logits (N, V) before scale and bound.
+        """
         if targets is None:
             return super().forward(hidden)
-        return token_logps(hidden, self.weight, targets, self.way)
+        return token_logps(hidden, self.weight, targets, self.way, self.bias, self.scale, self.cap)
 
     def choose(self, kernels: str, device: torch.device, weights: float) -> str:
         """Take the fastest way that is right on `device`, beside a model whose weights are `weights` bytes.
@@ -73,41 +78,58 @@ class LogProbHead(nn.Linear):
         return f"in pieces, never all logits at once (not compiled: {why_not})"
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: Way = PLAIN) -> torch.Tensor:
-    """Return the float32 log-probs (N,) of `targets` (N,), given hidden (N, D) and the head's weight (V, D); differentiable in both."""
+def token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    way: Way = PLAIN,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    cap: float = 0.0,
+) -> torch.Tensor:
+    """Return the float32 log-probs (N,) of `targets` (N,), given hidden (N, D) and the head's weight (V, D) and bias (V,).
+
+    They are differentiable in these. `scale` and `cap` are those of LogProbHead.
+    """
     if len(targets) < 2:  # torch.compile would compile anew for a single row
         way = way._replace(compiled=False)
-    return _TokenLogProbs.apply(hidden, weight, targets, way)
+    if scale != 1.0:  # of the few states in place of the many logits
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    return _TokenLogProbs.apply(hidden, weight, targets, way, bias, cap)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Computes token_logps in pieces, forward by rows and backward by columns."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, way):
+    def forward(ctx, hidden, weight, targets, way, bias, cap):
         logps, kept = hidden.new_empty(len(targets), dtype=torch.float32), None
         normalizers, chunks = torch.empty_like(logps), pieces(len(targets), weight.shape[0], way.piece)
         of_rows = compiled_parts()[0] if way.compiled else _logps_of_rows
         all_weights = workable(weight)
         for rows in chunks:
-            logits = workable(hidden[rows]) @ all_weights.t()
+            logits = _finished(workable(hidden[rows]) @ all_weights.t(), bias, cap)
             kept = logits if len(chunks) == 1 else None
             logps[rows], normalizers[rows] = of_rows(logits, targets[rows])
-        ctx.save_for_backward(hidden, weight, targets, normalizers, kept)
-        ctx.way = way
+        ctx.save_for_backward(hidden, weight, targets, normalizers, kept, bias)
+        ctx.way, ctx.cap = way, cap
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, normalizers, kept = ctx.saved_tensors
+        hidden, weight, targets, normalizers, kept, bias = ctx.saved_tensors
         grad = grad.contiguous()  # the gradient of a sum is one number expanded, for which torch.compile would compile anew
         states, grad_hidden = workable(hidden), hidden.new_zeros(hidden.shape, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight, grad_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         gradient = compiled_parts()[1] if ctx.way.compiled else _gradient_of_columns
         for columns in pieces(weight.shape[0], len(targets), ctx.way.piece) if kept is None else [slice(0, weight.shape[0])]:
             of_columns = workable(weight[columns])
-            logits = states @ of_columns.t() if kept is None else kept
+            logits = _finished(states @ of_columns.t(), None if bias is None else bias[columns], ctx.cap) if kept is None else kept
             grad_logits = gradient(logits, normalizers, grad, targets - columns.start)
+            if ctx.cap:  # the derivative of cap * tanh(x / cap), by its own value
+                grad_logits = grad_logits * (1 - (logits / ctx.cap) ** 2)
+            if grad_bias is not None:
+                grad_bias[columns] = grad_logits.sum(0, dtype=torch.float32).to(grad_bias.dtype)
             if ctx.way.adds_products and grad_logits.dtype != torch.float32:
                 torch.addmm(grad_hidden, grad_logits, of_columns, out_dtype=torch.float32, out=grad_hidden)
             else:
@@ -116,12 +138,24 @@ class _TokenLogProbs(torch.autograd.Function):
                 torch.mm(grad_logits.t(), states, out=grad_weight[columns])
             else:
                 grad_weight[columns] = grad_logits.t() @ states
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, grad_bias, None
+
+
+def _finished(logits: torch.Tensor, bias: torch.Tensor | None, cap: float) -> torch.Tensor:
+    """Return a product's logits with the head's bias, and bounded to `cap`; in place."""
+    if bias is not None:
+        logits += bias
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def logps_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the float32 log-probs (N,) of `targets` (N,), given all logits (N, V)."""
+    return logits.log_softmax(-1, torch.float32).gather(1, targets[:, None]).squeeze(1)
 
 
 def _logps_of_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the targets' log-probs and the logarithms of the normalizers, each (rows,), in float32."""
-    logps = logits.log_softmax(-1, torch.float32).gather(1, targets[:, None]).squeeze(1)
+    logps = logps_of(logits, targets)
     return logps, logits.gather(1, targets[:, None]).squeeze(1) - logps
 
 

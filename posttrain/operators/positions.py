@@ -37,32 +37,6 @@ def longest_position(config) -> int | None:
     return max(stated, int(rope["factor"] * original))
 
 
-def attention_window(config) -> int | None:
-    """Return how many positions every layer sees at least, itself included; None for a model that has full attention only."""
-    return min((width for width in _windows(config).values() if width), default=None)
-
-
-def unsupported_attention(config) -> str | None:
-    """Say which kind of layer hides tokens in rows of any length, since packed attention does not support it; None where none does."""
-    kind = next((kind for kind, width in sorted(_windows(config).items()) if not width), None)
-    return kind and f"it uses {kind}, which packed attention does not support"
-
-
-def _windows(config) -> dict[str, int | None]:
-    """Return the kinds of layers that are not of full attention, each with its width; None: it is no window."""
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention"] if window and getattr(config, "use_sliding_window", True) else []
-    widths = {"sliding_attention": window, "chunked_attention": chunk}
-    return {kind: widths.get(kind) for kind in kinds if kind != "full_attention"}
-
-
-def longest_row(config) -> int | None:
-    """Return how many positions a packed row may have: none that the model was not made for, and none that a window would hide."""
-    return min((most for most in (longest_position(config), attention_window(config)) if most), default=None)
-
-
 def context_of(config) -> int:
     """Return how many tokens a model reads, prompt and answer together."""
     return longest_position(config) or ASSUMED_CONTEXT
@@ -113,6 +87,11 @@ class RowFrequencies:
         self.changed = [module for module in model.modules() if _depends_on_row(module)]
         for module in self.changed:
             module.forward = partial(self._forward, module)
+
+    def restore(self) -> None:
+        """Undo the changes."""
+        for module in self.changed:
+            del module.forward
 
     def _forward(self, module: nn.Module, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None):
         """Return cos and sin, (1, T, head dimension) each, for position_ids (1, T), as `module` gives them to each example alone."""

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import sys
 import weakref
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from posttrain.common.errors import first_line
 from posttrain.data.packing import MicroBatch
-from posttrain.model.policy import Policy, checkpoint_activations, set_dropout
+from posttrain.model.policy import Policy, checkpoint_activations, fastest_policy, set_dropout
 from posttrain.operators import logprob
 from posttrain.operators.attention_segments import SEGMENTS
 from posttrain.operators.positions import same_frequencies_until
@@ -156,10 +157,10 @@ class Peaks(NamedTuple):
     embedding: int  # afterwards: gradients as large as the embedding, whatever the number of layers
 
 
-def peak_bytes(config, layers: int, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Peaks:
-    """Count the bytes that forward and backward of `config`'s model with `layers` layers take at their peaks."""
+def peak_bytes(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Peaks:
+    """Count the bytes that forward and backward of `config`'s model take at their peaks."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        policy = policy_without_values(_with_layers(config, layers), dtype, checkpointing, fused, head)
+        policy = policy_without_values(config, dtype, checkpointing, fused, head)
         for parameter in filter(lambda one: one.requires_grad, policy.parameters()):  # some routers' bias is a frozen parameter
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         live = LiveBytes()
@@ -184,7 +185,7 @@ def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused:
     """Build a policy of a transformers config whose weights, within a FakeTensorMode, have shapes and no values."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
     set_dropout(model, 0.0)
-    policy = Policy(model, SEGMENTS)
+    policy = fastest_policy(model, SEGMENTS)
     policy.head.way = head
     if fused:
         _take_memory_of_fused_kernels(model)
@@ -220,8 +221,12 @@ def count_working(
     """
     head = head._replace(adds_products=False)  # which has no product without values, and takes no memory of its own
     with matmuls_without_copies() if fused or on_gpu else contextlib.nullcontext():
+        kept, besides = 0, []  # bytes that the layers keep, and the most that is there besides, by kind of layer
         try:
-            one, two = (peak_bytes(config, layers, batch, dtype, checkpointing, fused, head) for layers in (1, 2))
+            for layer, count in _kinds_of_layers(config).items():
+                one, two = (peak_bytes(_with_layers(config, [layer] * n), batch, dtype, checkpointing, fused, head) for n in (1, 2))
+                kept += count * (two.layers - one.layers)
+                besides.append(Peaks(2 * one.layers - two.layers, one.embedding))
         except Exception as error:
             if isinstance(error, ValueError):
                 raise
@@ -230,7 +235,7 @@ def count_working(
                 f"the memory that a {architecture_of(config)} takes cannot be counted ({first_line(error)}), so neither plan.py nor "
                 "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
             ) from error
-        most = max(one.layers + (config.num_hidden_layers - 1) * (two.layers - one.layers), one.embedding)
+        most = max(kept + max(peaks.layers for peaks in besides), *(peaks.embedding for peaks in besides))
         return Working(most, peak_bytes_of_head(config, len(batch.rows), dtype, head))
 
 
@@ -239,20 +244,39 @@ def possible_ways(config, ways) -> list[str]:
     found = []
     for way in ways:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_with_layers(config, 1), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(_with_layers(config, [0]), trust_remote_code=False)
         with contextlib.suppress(ValueError):
             checkpoint_activations(model, way)
             found.append(way)
     return found
 
 
-def _with_layers(config, layers: int):
-    """Return a copy of a config for a model with `layers` layers whose forward pass asks for no values."""
+def _kinds_of_layers(config) -> dict[int, int]:
+    """Return, by the number of the first layer of each kind, how many layers of that kind a model has."""
+    of_layers = list(zip(*_lists_of_layers(config).values(), strict=True)) or [()] * config.num_hidden_layers
+    counts = Counter(of_layers)
+    return {of_layers.index(kind): count for kind, count in counts.items()}
+
+
+def _lists_of_layers(config) -> dict[str, list]:
+    """Return those attributes of a config that say something of each layer: which attention it has, or whether it has experts."""
+    named = {*vars(config), "layer_types", "layers_block_type"}  # which some configs derive
+    found = {name: getattr(config, name, None) for name in sorted(named)}
+    return {
+        name: value
+        for name, value in found.items()
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+    }
+
+
+def _with_layers(config, numbers: list[int]):
+    """Return a copy of a config for a model with some of the layers, by their numbers, whose forward pass asks for no values."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
+    of_layers = _lists_of_layers(config)
+    config.num_hidden_layers = len(numbers)
+    for name, values in of_layers.items():
         with contextlib.suppress(AttributeError):  # of a config that derives them, as Mamba's
-            config.layer_types = config.layer_types[:layers]
+            setattr(config, name, [values[number] for number in numbers])
     if same_frequencies_until(config):  # which frequencies a row gets is read from its positions
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     return config

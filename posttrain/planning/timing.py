@@ -20,7 +20,7 @@ from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.ds_config import read_ds_config
 from posttrain.engine.start import current_device, start_distributed
 from posttrain.engine.update import free_engine
-from posttrain.model.policy import Policy, checkpoint_activations
+from posttrain.model.policy import Policy, checkpoint_activations, fastest_policy
 from posttrain.operators import attention, layers
 from posttrain.parallel import watchdog
 from posttrain.planning.planner import MANY, Planner, Seconds
@@ -111,7 +111,7 @@ def _random_policy(planner: Planner, depth: int, mode: str, device: torch.device
         model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype, trust_remote_code=False).train()
     name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
     layers.choose(model, planner.recipe.kernels, compiled=False, device=device)
-    policy = Policy(model, name)
+    policy = fastest_policy(model, name)
     policy.head.choose(planner.recipe.kernels, device, planner.dtype.itemsize * planner.count)
     if mode != "reference":
         checkpoint_activations(model, mode)

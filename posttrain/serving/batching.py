@@ -220,7 +220,7 @@ def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
 
     A model that is small gets less than `size`, however many positions its config.json claims, and none gets half of the free memory.
     """
-    config, pages = assistant.model.config, -(-assistant.context_in_batches // PAGE)
+    config, pages = assistant.model.config.get_text_config(), -(-assistant.context_in_batches // PAGE)
     heads, head = config.num_attention_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     of_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head + CPU_BATCH_TOKENS
     weights = sum(weight.nbytes for weight in assistant.model.parameters())

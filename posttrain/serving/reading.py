@@ -156,7 +156,7 @@ class PromptReaders:
     def __init__(self, assistant: Assistant):
         work = partial(read_prompt, assistant, text_prefix(assistant.tokenizer))
         self.context, self.longest = assistant.context, max(map(len, assistant.tokenizer.get_vocab()))
-        self.vocabulary = assistant.model.config.vocab_size
+        self.vocabulary = assistant.model.config.get_text_config().vocab_size
         self.short, self.long = Reader(work), Reader(work)
 
     def stop(self) -> None:

@@ -68,7 +68,7 @@ def build_training(recipe: Recipe, inputs: Inputs, device: torch.device) -> tupl
     beside = frozen() if compares and not precomputes else None
     recompute = checkpoint_function(recipe, ds_config)
     policy, choices = load_policy(recipe, tokenizer, device, sharded=is_sharded(ds_config), checkpoint_function=recompute)
-    check_positions(data, policy.model.config)
+    check_positions(data, policy.model.config.get_text_config())
     if precomputes:
         choices.append(("reference", reference.attach(recipe, max_tokens, data, policy.fingerprint, device, frozen)))
     engine = build_engine(policy, recipe, ds_config)

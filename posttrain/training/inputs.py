@@ -89,10 +89,10 @@ def _check_template(chat: ChatFormat, recipe: Recipe) -> None:
 def check_positions(data: PreparedData, config) -> None:
     """Raise ValueError naming an example that the model cannot be given packed.
 
-    It has more positions than the model was made for, which would extrapolate its position encoding, or than its window of attention shows,
-    or it is a pair whose prompt would have other rotary frequencies with each answer.
+    It has more positions than the model was made for, which would extrapolate its position encoding, or it is a pair whose prompt would
+    have other rotary frequencies with each answer. `config` is that of the part that reads text.
     """
-    most, window = positions.longest_position(config), positions.attention_window(config)
+    most = positions.longest_position(config)
     for name, split in (("training", data.train), ("validation", data.validation)):
         if not len(split):
             continue
@@ -100,11 +100,6 @@ def check_positions(data: PreparedData, config) -> None:
         which = f"{name} example {index} ({split[index]['source']}) has {split.positions[index]}"
         if most and split.positions[index] > most:
             raise ValueError(f"{which} positions, the model was made for at most {most}; prepare the data with --max_length {most}")
-        if window and split.positions[index] > window:
-            raise ValueError(
-                f"{which} positions; the model's attention has a window of {window}, which packed attention does not "
-                f"support in longer rows: prepare the data with --max_length {window}"
-            )
         if split.kind == "dpo" and split.share_prompt:
             _check_shared_prompts(name, split, config)
 

@@ -75,7 +75,7 @@ def _start(training: Training, chat: ChatFormat, run: Run, saving: Saving, done:
         copies=data.manifest.get("copies", 0),
         weight_scale=training.engine.module.scale,
         answer_tokens=float(data.train.answer_tokens.mean()),
-        vocabulary=model.config.vocab_size,
+        vocabulary=model.config.get_text_config().vocab_size,
     )
     zero = memory.Zero.of(read_ds_config(training.recipe.ds_config))
     layout = memory.Layout(zero, dist.get_world_size(), model.dtype, training.device.type == "cuda")

@@ -61,7 +61,7 @@ class Training:
     @property
     def context(self) -> int:
         """How many tokens a text that the model reads, or writes, may have in all."""
-        return positions.longest_row(self.model.config) or positions.ASSUMED_CONTEXT
+        return positions.context_of(self.model.config.get_text_config())
 
     def set_max_tokens(self, max_tokens: int) -> None:
         """Limit micro-batches to `max_tokens` tokens from now on."""

@@ -93,7 +93,7 @@ def evaluate(training: Training) -> tuple[dict[str, float], dict[str, np.ndarray
 def sampled_logps(training: Training) -> torch.Tensor:
     """Return the policy's log-probs of sample_rows, (N,) in float32 on the CPU. All ranks."""
     training.engine.eval()
-    logps = training.engine(packed_rows(sample_rows(training.model.config)).to(training.device)).float().cpu()
+    logps = training.engine(packed_rows(sample_rows(training.model.config.get_text_config())).to(training.device)).float().cpu()
     training.engine.train()
     return logps
 

@@ -1,0 +1,88 @@
+"""Builds a small random model of every family of causal language models that the installed transformers has.
+
+A family is a model type of AutoModelForCausalLM. Sizes are set by the names of a config's attributes, which are much the same everywhere;
+what a family needs besides is in OWN.
+"""
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 128
+# models that are not asked for text alone: decoders of encoder-decoder models, encoders with a head, models of sound
+OTHERS = """
+bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cpmant ctrl data2vec-text electra ernie
+git marian mbart megatron-bert mllama moshi moss_transcribe_diarize musicgen musicgen_melody mvp pegasus plbart prophetnet rembert
+roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod reformer emu3 fuyu got_ocr2
+aria_text gemma4_assistant gemma4_unified_assistant phi4_multimodal
+"""
+LAYERS = 4
+# by the names of attributes (transformers 5.23); those that a config lacks are left out
+SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size", "dense_intermediate_size"), 48
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "attention_num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "d_kv", "global_head_dim"), 8),
+    **dict.fromkeys(("kv_lora_rank",), 16),
+    **dict.fromkeys(("q_lora_rank",), 24),
+    **dict.fromkeys(("qk_rope_head_dim",), 4),
+    **dict.fromkeys(("qk_nope_head_dim",), 4),
+    **dict.fromkeys(("v_head_dim",), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "experts_top_k", "moe_top_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx"), 256),
+    **dict.fromkeys(("sliding_window", "attention_window_size"), 8),
+    **dict.fromkeys(("attention_chunk_size",), 8),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_num_value_heads",), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 2),
+    **dict.fromkeys(("initializer_range",), 0.2),
+}
+OWN: dict[str, dict] = {}
+
+
+def families() -> list[str]:
+    """Return the model types whose models read and write text."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(OTHERS.split()))
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    """Return the config of a small model of a family."""
+    config = CONFIG_MAPPING[kind]()
+    text = config.get_text_config()
+    given = sized(text) | OWN.get(kind, OWN.get(text.model_type, {}))
+    made = type(text)(**given)
+    if text is config:
+        return made
+    name = next(name for name, value in vars(config).items() if value is text)
+    return type(config)(**{name: made})
+
+
+def sized(config: PreTrainedConfig) -> dict:
+    """Return small sizes for those attributes that a config has."""
+    there = set(config.to_dict()) | set(config.attribute_map)
+    given = {name: size for name, size in SIZES.items() if name in there and getattr(config, name, None) is not None}
+    return given | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """Return a small random model of a family, in float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32, trust_remote_code=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # many start at ones and zeros, with which a wrong one would not show
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model.eval()

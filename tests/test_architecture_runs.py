@@ -1,0 +1,116 @@
+"""Runs of other architectures than Llama's, through the real commands: two ranks, ZeRO-3, resumed, and opened by plain transformers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import last_of_each, launch, metrics
+from test_architectures import EXPERTS, GATED, SMALL
+from transformers import AutoModelForCausalLM
+
+from posttrain.data.parts import IGNORE
+from posttrain.data.prepared import load_prepared
+
+LONG = {"max_position_embeddings": 256}
+KINDS = {
+    "windows and sinks": lambda small: transformers.GptOssConfig(
+        **small, head_dim=8, **LONG, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    ),
+    "windows, bounds": lambda small: transformers.Gemma2Config(**small, head_dim=8, **LONG, sliding_window=8, query_pre_attn_scalar=8),
+    "a scaled head": lambda small: transformers.CohereConfig(**small, **LONG, logit_scale=0.5),
+    "gated delta rule": lambda small: transformers.Qwen3NextConfig(
+        **small, head_dim=8, **LONG, **GATED, **EXPERTS, layer_types=["linear_attention", "full_attention"]
+    ),
+    "Mamba": lambda small: transformers.FalconH1Config(
+        **small, head_dim=8, **LONG, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, mamba_d_state=8, mamba_n_groups=1
+    ),
+    "an attention of its own": lambda small: transformers.BloomConfig(
+        vocab_size=small["vocab_size"], hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+    ),
+}
+NUMBERS = [
+    "--max_iters=5",
+    "--global_batch_size=16",
+    "--warmup_iters=0",
+    "--learning_rate=1e-3",
+    "--dtype=float32",
+    "--max_tokens_per_gpu=300",
+]
+NUMBERS += ["--eval_interval=0", "--grad_clip=0", "--log_interval=1"]
+
+
+@pytest.fixture(scope="module")
+def bases(tiny, tmp_path_factory) -> dict[str, str]:
+    """A small random model of each kind."""
+    folder = tmp_path_factory.mktemp("bases")
+    for number, make in enumerate(KINDS.values()):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(make(SMALL | {"vocab_size": len(tiny.tokenizer)}))
+        model.save_pretrained(folder / str(number))
+        tiny.tokenizer.save_pretrained(folder / str(number))
+    return {kind: str(folder / str(number)) for number, kind in enumerate(KINDS)}
+
+
+def first_step(base: str, split) -> tuple[float, float]:
+    """The loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
+    for index in range(len(split)):
+        ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_steps_on_two_ranks_at_zero_3(kind, tiny, bases, tmp_path):
+    """The first step's numbers are transformers' own, and final/ holds what was trained."""
+    split = load_prepared(tiny.sft, "sft", "").train
+    everything = ["--ds_config=ds_configs/zero3.json", f"--global_batch_size={len(split)}"]
+    arguments = [f"--checkpoint_path={bases[kind]}", f"--sft_data_dir={tiny.sft}", f"--out_dir={tmp_path}/run", *NUMBERS, *everything]
+    done = launch("posttrain/sft.py", *arguments)
+    assert done.returncode == 0, done.stdout
+    assert ("a row at a time" in done.stdout) == (kind == "an attention of its own")
+    rows = metrics(tmp_path / "run")
+    loss, norm = first_step(bases[kind], split)
+    assert rows[0]["loss"] == pytest.approx(loss, abs=2e-4)
+    assert rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.01
+    trained, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", output_loading_info=True)
+    assert not any(report.values())
+    base = AutoModelForCausalLM.from_pretrained(bases[kind])
+    assert type(trained) is type(base)
+    assert all((new != old).any() for new, old in zip(trained.parameters(), base.parameters(), strict=True) if new.requires_grad)
+
+
+def train_pairs(base: str, tiny, out_dir: Path, *more: str):
+    paths = [f"--sft_checkpoint_path={base}", f"--dpo_data_dir={tiny.dpo}", f"--out_dir={out_dir}"]
+    numbers = [*NUMBERS, "--max_iters=4", "--save_interval=2", "--beta=0.3"]
+    return launch("posttrain/dpo.py", *last_of_each([*paths, *numbers, *more]))
+
+
+@pytest.mark.parametrize("kind", ["windows and sinks", "gated delta rule"])
+def test_pairs_with_shared_prompts_give_the_curve_of_pairs_with_two_and_go_on_bit_for_bit(kind, tiny, bases, tmp_path):
+    curves = []
+    for shares in (True, False):
+        done = train_pairs(bases[kind], tiny, tmp_path / f"shares_{shares}", f"--share_prompt={shares}")
+        assert done.returncode == 0, done.stdout
+        curves.append([[row["loss"], row["grad_norm"]] for row in metrics(tmp_path / f"shares_{shares}")])
+    assert curves[0][0][0] == pytest.approx(0.693147, abs=1e-5)
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    whole, half = tmp_path / "shares_True", tmp_path / "half"
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "final")
+    shutil.rmtree(half / "checkpoints" / "step_000004")
+    done = train_pairs(bases[kind], tiny, half)
+    assert "continuing after step 2" in done.stdout
+    assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
+    assert (half / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
