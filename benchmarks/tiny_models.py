@@ -50,7 +50,50 @@ SIZES = {
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 2),
     **dict.fromkeys(("initializer_range",), 0.2),
 }
-OWN: dict[str, dict] = {}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+OWN: dict[str, dict] = {
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in WINDOWS[:2]}},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "per_layer_config": {},
+        "index_head_dim": 8,
+        "index_n_heads": 4,
+        "shared_experts_intermediate_size": 16,
+        "head_dim": 8,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "layer_types": WINDOWS,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "intermediate_size": [48] * LAYERS,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 4},
+    "mamba2": {"head_dim": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 100,
+        "output_gate_type": "sigmoid",
+    },
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def families() -> list[str]:
@@ -62,18 +105,22 @@ def tiny_config(kind: str) -> PreTrainedConfig:
     """Return the config of a small model of a family."""
     config = CONFIG_MAPPING[kind]()
     text = config.get_text_config()
-    given = sized(text) | OWN.get(kind, OWN.get(text.model_type, {}))
-    made = type(text)(**given)
+    made = type(text)(**sized(text) | OWN.get(text.model_type, {}))
     if text is config:
         return made
+    parts = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and value is not text}
     name = next(name for name, value in vars(config).items() if value is text)
-    return type(config)(**{name: made})
+    return type(config)(**{name: made}, **{name: type(part)(**sized(part)) for name, part in parts.items()})
 
 
 def sized(config: PreTrainedConfig) -> dict:
     """Return small sizes for those attributes that a config has."""
-    there = set(config.to_dict()) | set(config.attribute_map)
-    given = {name: size for name, size in SIZES.items() if name in there and getattr(config, name, None) is not None}
+    values = config.to_dict()
+    there = set(values) | set(config.attribute_map)
+    given = {name: size for name, size in SIZES.items() if name in there and (name != "sliding_window" or values.get(name))}
+    if "kv_lora_rank" in there:  # each head has keys of its own, of a width that follows from others
+        given["num_key_value_heads"] = given["num_attention_heads"]
+        given.pop("head_dim", None)
     return given | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

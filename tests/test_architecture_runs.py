@@ -9,10 +9,10 @@ import torch
 import transformers
 from conftest import last_of_each, launch, metrics
 from test_architectures import EXPERTS, GATED, SMALL
-from transformers import AutoModelForCausalLM
 
 from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
+from posttrain.model.classes import class_in, class_of
 
 LONG = {"max_position_embeddings": 256}
 KINDS = {
@@ -26,6 +26,10 @@ KINDS = {
     ),
     "Mamba": lambda small: transformers.FalconH1Config(
         **small, head_dim=8, **LONG, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, mamba_d_state=8, mamba_n_groups=1
+    ),
+    "pictures, too": lambda small: transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**small, head_dim=8, **LONG, sliding_window=8).to_dict(),
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
     ),
     "an attention of its own": lambda small: transformers.BloomConfig(
         vocab_size=small["vocab_size"], hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
@@ -48,15 +52,16 @@ def bases(tiny, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
     for number, make in enumerate(KINDS.values()):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(make(SMALL | {"vocab_size": len(tiny.tokenizer)}))
-        model.save_pretrained(folder / str(number))
+        config = make(SMALL | {"vocab_size": len(tiny.tokenizer)})
+        class_of(config)(config).save_pretrained(folder / str(number))
+        (folder / str(number) / "preprocessor_config.json").write_text('{"image_size": 28}')
         tiny.tokenizer.save_pretrained(folder / str(number))
     return {kind: str(folder / str(number)) for number, kind in enumerate(KINDS)}
 
 
 def first_step(base: str, split) -> tuple[float, float]:
     """The loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    model = class_in(base).from_pretrained(base, dtype=torch.float32).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -84,11 +89,18 @@ def test_five_steps_on_two_ranks_at_zero_3(kind, tiny, bases, tmp_path):
     assert rows[0]["loss"] == pytest.approx(loss, abs=2e-4)
     assert rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.01
-    trained, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", output_loading_info=True)
+    kind_of_model = class_in(bases[kind])
+    trained, report = kind_of_model.from_pretrained(tmp_path / "run" / "final", output_loading_info=True)
     assert not any(report.values())
-    base = AutoModelForCausalLM.from_pretrained(bases[kind])
-    assert type(trained) is type(base)
-    assert all((new != old).any() for new, old in zip(trained.parameters(), base.parameters(), strict=True) if new.requires_grad)
+    base, pictures = dict(kind_of_model.from_pretrained(bases[kind]).named_parameters()), []
+    for name, new in trained.named_parameters():
+        if "vision" in name or "multi_modal" in name:
+            pictures.append(name)
+            assert torch.equal(new, base[name])
+        elif new.requires_grad:
+            assert (new != base[name]).any(), name
+    assert bool(pictures) == (kind == "pictures, too") == ("which do not read text" in done.stdout)
+    assert (tmp_path / "run" / "final" / "preprocessor_config.json").read_text() == '{"image_size": 28}'
 
 
 def train_pairs(base: str, tiny, out_dir: Path, *more: str):
@@ -97,7 +109,7 @@ def train_pairs(base: str, tiny, out_dir: Path, *more: str):
     return launch("posttrain/dpo.py", *last_of_each([*paths, *numbers, *more]))
 
 
-@pytest.mark.parametrize("kind", ["windows and sinks", "gated delta rule"])
+@pytest.mark.parametrize("kind", ["windows and sinks", "gated delta rule", "pictures, too"])
 def test_pairs_with_shared_prompts_give_the_curve_of_pairs_with_two_and_go_on_bit_for_bit(kind, tiny, bases, tmp_path):
     curves = []
     for shares in (True, False):

@@ -167,7 +167,7 @@ REFUSED = {
     # kinds of model
     "no_type": (config_with(model_type=None), "config.json has no model_type"),
     "unknown_type": (config_with(model_type="qwen9"), f"'qwen9', which transformers {transformers.__version__} does not know"),
-    "vision": (config_with(vision_config={"depth": 1}), "is a vision-language model"),
+    "vision": (config_with(mm_vision_tower="clip"), "is a vision-language model in its maker's own form"),
     "encoder_decoder": (config_with(is_encoder_decoder=True), "is an encoder-decoder model"),
     "classifier": (config_with(architectures=["Qwen3ForSequenceClassification"]), "is a model for another task"),
     "not_causal": (config_with(model_type="vit"), "type 'vit', which is not a causal language model"),

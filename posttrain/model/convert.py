@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from posttrain.common import hub
 from posttrain.data import tokenization
 from posttrain.engine.checkpoint_folder import is_checkpoint, model_description, read_manifest
 from posttrain.model import ckpt_pt
+from posttrain.model.classes import class_in
 from posttrain.model.export import write_description, write_model
 from posttrain.model.forms import is_ckpt_pt
 from posttrain.model.loading import load_model
@@ -41,7 +42,7 @@ def convert(src: Path, dst: Path, tokenizer: str | None) -> None:
         else:
             describe = partial(_describe, src, model, tokenizer)
             write_model(model, model.state_dict(), describe, dst, f"Converted from `{src}` by posttrain.\n")
-            found = _logits(AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32, trust_remote_code=False), ids)
+            found = _logits(class_in(dst).from_pretrained(dst, dtype=torch.float32), ids)
         difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
         if not difference <= LIMIT:
             raise ValueError(

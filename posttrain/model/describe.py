@@ -26,12 +26,12 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     """Write config.json: the config in memory, with the template's end token, and readable by transformers 4 and 5."""
     config = type(model.config).from_dict({**model.config.to_dict(), "use_cache": True})
     config.architectures = [type(model).__name__]
-    if chat is not None:
-        own = model.config.pad_token_id
-        config.eos_token_id = _stops(chat, model.config.eos_token_id)
-        config.bos_token_id = chat.tokenizer.bos_token_id if model.config.bos_token_id is None else model.config.bos_token_id
+    for part in (config, config.get_text_config()) if chat is not None else ():
+        own, eos, bos = (getattr(part, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
+        part.eos_token_id = _stops(chat, eos)
+        part.bos_token_id = chat.tokenizer.bos_token_id if bos is None else bos
         # transformers trains no input embedding of the pad token, so it must be none that training teaches
-        config.pad_token_id = None if own in _taught(chat) else own
+        part.pad_token_id = None if own in _taught(chat) else own
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = read_object(path)

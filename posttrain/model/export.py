@@ -12,16 +12,17 @@ import psutil
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.common import files
 from posttrain.common.errors import reason
 from posttrain.data.chat import ChatFormat
+from posttrain.model.classes import PICTURES, class_in
 from posttrain.model.describe import write_config, write_generation_config, write_tokenizer
 from posttrain.model.sample_rows import plain_logps, sample_rows
 from posttrain.operators.layers import multiplies_in_float32, plain_rotary
-from posttrain.operators.saved_form import count_as_saved
+from posttrain.operators.saved_form import count_as_saved, persistent_buffers
 
 SYSTEM_PROMPT = "system_prompt.txt"  # holds the system prompt that conversations of the data got where they had none
 FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}  # mean difference in nats a token that rounding explains
@@ -92,6 +93,9 @@ def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: P
     if system_prompt:
         (folder / SYSTEM_PROMPT).write_text(system_prompt, encoding="utf-8")
     write_config(model, chat, folder)
+    for name in PICTURES:
+        if (own := Path(model.name_or_path, name)).is_file():
+            shutil.copyfile(own, folder / name)
     if chat is None:
         return []
     write_generation_config(model, chat, folder)
@@ -100,7 +104,7 @@ def write_description(model: PreTrainedModel, chat: ChatFormat | None, folder: P
 
 def written_bytes(model: PreTrainedModel) -> int:
     """Return the size in bytes of the model's weights as write_model writes them."""
-    return count_as_saved(model) * model.dtype.itemsize
+    return count_as_saved(model) * model.dtype.itemsize + sum(buffer.nbytes for buffer in persistent_buffers(model).values())
 
 
 def as_in_files(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,7 +149,7 @@ def _open_again(folder: Path, name: str, dtype: torch.dtype, expected: torch.Ten
     is_slow = multiplies_in_float32(torch.device("cpu"), dtype)  # then in float32, if that fits
     computed_in = torch.float32 if is_slow and MEMORY * size * torch.float32.itemsize / dtype.itemsize < free else dtype
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in, output_loading_info=True, trust_remote_code=False)
+        model, report = class_in(folder).from_pretrained(folder, dtype=computed_in, output_loading_info=True)
         seen = (
             torch.cat([plain_logps(model.eval(), row) for row in sample_rows(model.config.get_text_config())])
             if expected is not None

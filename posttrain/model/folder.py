@@ -86,7 +86,7 @@ def examine(folder: Path, weights: bool = True) -> None:
 
 
 def examine_config(folder: Path) -> dict:
-    """Return the folder's config.json. Raises ValueError for a model that is not a plain causal language model of text."""
+    """Return the folder's config.json. Raises ValueError for a model that is not a causal language model."""
     hub.refuse_pointers(folder, ["config.json"])
     config = read_object(folder / "config.json")
     for name in OBJECTS:
@@ -103,7 +103,7 @@ def examine_config(folder: Path) -> dict:
     if how := _quantization(config, names):
         raise quantized(folder, how)
     if kind := _other_kind(config):
-        raise ValueError(f"{folder} is {kind}, which this package does not train: name a causal language model of text alone")
+        raise ValueError(f"{folder} is {kind}, which this package does not train: name a causal language model")
     return config
 
 
@@ -234,8 +234,8 @@ def _other_kind(config: dict) -> str | None:
     """Return what a model is that is not a causal language model of text; None for one that seems to be."""
     architectures = config.get("architectures")
     name = str(architectures[0] if isinstance(architectures, list) and architectures else config["model_type"])
-    if any(config.get(key) for key in ("vision_config", "visual", "vision_tower", "mm_vision_tower")):
-        return f"a vision-language model ({name})"
+    if any(config.get(key) for key in ("visual", "vision_tower", "mm_vision_tower")):
+        return f"a vision-language model in its maker's own form ({name})"
     if config.get("audio_config"):
         return f"a model of speech and sound ({name})"
     if config.get("is_encoder_decoder"):

@@ -17,9 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +29,7 @@ from posttrain.common.errors import reason, shown, shown_name
 from posttrain.common.files import read_object
 from posttrain.engine import checkpoint_folder, shards
 from posttrain.model import ckpt_pt, folder
+from posttrain.model.classes import class_of
 from posttrain.model.forms import find_model, is_ckpt_pt
 from posttrain.model.left_out import WRAPPERS, sort_out, unwrapped
 from posttrain.model.torch_file import refuse_damaged, why_not_plain
@@ -85,9 +84,10 @@ def read_config(path: str) -> PreTrainedConfig:
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=_is_here(path), trust_remote_code=False)
         _take_from(config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if class_of(config) is None:
         raise ValueError(f"{path} is a model of type {kind!r}, which is not a causal language model; name one that is")
-    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and rows > 0 and not -rows <= pad < rows:
         raise ValueError(f"{path}/config.json has pad_token_id {pad}, but vocab_size {rows}, whose ids end at {rows - 1}: set it to null")
     return config
@@ -106,7 +106,7 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
         shapes = _shapes_in(path)
         _refuse_shapes(path, config, shapes)
     with _in_one_sentence(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = class_of(config).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -114,7 +114,6 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
             ignore_mismatched_sizes=True,  # else transformers' error says only that there are some; they are refused below
             output_loading_info=True,
             local_files_only=_is_here(path),
-            trust_remote_code=False,
         )
     if not is_folder:
         shapes = _shapes_in(path)  # transformers has downloaded the files by now
@@ -179,7 +178,7 @@ def _refuse_shapes(path: str, config: PreTrainedConfig, shapes: dict[str, tuple[
     """
     with _in_one_sentence(path):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+            model = class_of(config)._from_config(copy.deepcopy(config), dtype=torch.float32)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, seen in ((unwrapped(name), shape) for name, shape in shapes.items()):
         whole = name if name in expected else f"{model.base_model_prefix}.{name}"  # a base model's file lacks the prefix

@@ -13,15 +13,10 @@ from transformers import PreTrainedModel
 
 from posttrain.data.packing import MicroBatch, Packing
 from posttrain.operators import attention_segments
+from posttrain.operators.layers import text_model
 from posttrain.operators.mixers import PackedMixers, mixers_of, rectangles_of, with_calls
 from posttrain.operators.positions import RowFrequencies
 from posttrain.parallel.ranks import gathered
-
-
-def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that reads and writes text, without its head: of one that also sees pictures the language model."""
-    base = model.base_model
-    return getattr(base, "language_model", getattr(base, "model", base) if base is model else base)  # Llama 4's base is itself
 
 
 class Packed:

@@ -20,6 +20,7 @@ from posttrain.common.errors import reason
 from posttrain.data import tokenization
 from posttrain.data.packing import MicroBatch
 from posttrain.model import proof
+from posttrain.model.classes import freeze_all_but_text
 from posttrain.model.forms import source_of
 from posttrain.model.loading import load_model
 from posttrain.model.passes import Apart, Packed, PackedByItself, Whole
@@ -142,6 +143,8 @@ def _read(recipe: Recipe, tokenizer, device: torch.device, frozen: bool) -> tupl
     choices = [("model", note) for note in notes]
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
+    if frozen_parts := freeze_all_but_text(model):
+        choices.append(("frozen", f"{frozen_parts:,} parameters, which do not read text, are not trained, and are written as they were"))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold

@@ -32,9 +32,15 @@ ROUNDING = 0.005  # relative error that is allowed besides
 PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary embedding, which liger-kernel replaces for all models
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads and writes text, without its head: of one that also sees pictures the language model."""
+    base = model.base_model
+    return getattr(base, "language_model", getattr(base, "model", base) if base is model else base)  # Llama 4's base is itself
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's decoder layers, whatever its architecture calls them. Raises ValueError where they cannot be told."""
-    for part in model.base_model.modules():
+    for part in text_model(model).modules():
         if isinstance(part, nn.ModuleList) and len(part) and all(isinstance(layer, GradientCheckpointingLayer) for layer in part):
             return part
     raise ValueError(

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from posttrain.operators.layers import ARCHITECTURES, WHOLE
 
@@ -17,9 +18,9 @@ def widen_feed_forward(model: PreTrainedModel) -> str | None:
 
     The zeros change nothing: they add 0 to every output, and their gradient is 0. The config keeps the width that is saved.
     """
-    width = getattr(model.config, "intermediate_size", 0)
-    if type(model).__name__ not in ARCHITECTURES or width % ALIGNED == 0:
+    if not is_widened(model.config):
         return None
+    width = model.config.intermediate_size
     added = -width % WHOLE
     for layer in model.base_model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
@@ -30,6 +31,11 @@ def widen_feed_forward(model: PreTrainedModel) -> str | None:
         layer.mlp.down_proj.weight = nn.Parameter(F.pad(layer.mlp.down_proj.weight.detach(), (0, added)))
         layer.mlp.down_proj.in_features += added
     return f"feed-forward: width {width} is padded with zeros to {width + added} in memory only, since kernels work in tiles of {WHOLE}"
+
+
+def is_widened(config: PreTrainedConfig) -> bool:
+    """Whether widen_feed_forward pads a config's model."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in ARCHITECTURES and config.intermediate_size % ALIGNED != 0
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -44,6 +50,8 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def saved_shape(name: str, shape: torch.Size, config) -> tuple[int, ...]:
     """Return a parameter's shape as it is saved, without widen_feed_forward's padding; `name` is its name in the model."""
+    if not is_widened(config):
+        return tuple(shape)
     if ".mlp.gate_proj." in name or ".mlp.up_proj." in name:
         return (min(shape[0], config.intermediate_size), *shape[1:])
     if name.endswith(".mlp.down_proj.weight"):

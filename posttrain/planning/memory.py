@@ -76,6 +76,7 @@ class Layout:
     ranks: int
     dtype: torch.dtype
     on_gpu: bool
+    frozen: int = 0  # parameters that are not trained, as those that see pictures; every rank has them
 
     @property
     def has_own_optimizer(self) -> bool:
@@ -93,10 +94,11 @@ class States:
 
 
 def states(count: int, layout: Layout) -> States:
-    """Return what each rank keeps of a model with `count` parameters."""
+    """Return what each rank keeps of a model with `count` trained parameters."""
     size, share, stage = layout.dtype.itemsize, count / layout.ranks, layout.zero.stage
+    weights = 0.0 if layout.zero.offload_parameters else size * (share if stage == 3 else count)
     return States(
-        weights=0.0 if layout.zero.offload_parameters else size * (share if stage == 3 else count),
+        weights=weights + size * layout.frozen,
         gradients=(size * count, FLOAT32 * count, FLOAT32 * share, FLOAT32 * share)[stage],
         optimizer=0.0 if layout.zero.offload_optimizer else STATE_BYTES * (share if stage else count),
     )
@@ -141,7 +143,7 @@ def peak(count: int, piece: int, layout: Layout, largest: Working, usual: Workin
         gradients=gradients,
         optimizer=kept.optimizer,
         buffers=_buffer_bytes(count, layout) + layers,
-        reference=size * count / layout.ranks + gathered if has_reference else 0.0,
+        reference=size * (count / layout.ranks + layout.frozen) + gathered if has_reference else 0.0,
         activations=working - head,
         head=head,
     )

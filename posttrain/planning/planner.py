@@ -78,8 +78,8 @@ class Planner:
         self.recipe, self.device, self.nodes, self.ranks = recipe, device, nodes, gpus * nodes
         self.on_gpu = device.name != "CPU"
         self.dtype = getattr(torch, recipe.dtype)
-        self.config, self.count, self.model_summary = read_model_shape(recipe, assumed)
-        self.weights = self.dtype.itemsize * self.count  # bytes
+        self.config, self.count, self.frozen, self.model_summary = read_model_shape(recipe, assumed)
+        self.weights = self.dtype.itemsize * (self.count + self.frozen)  # bytes
         embedding = self.config.vocab_size * self.config.hidden_size
         self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
         self.piece = embedding + (self.count - embedding) // self.config.num_hidden_layers
@@ -111,7 +111,7 @@ class Planner:
         return peak(self.count, self.piece, self._layout(way, ranks or self.ranks), largest, usual, self.reference)
 
     def _layout(self, way: Way, ranks: int) -> Layout:
-        return Layout(Zero.of(read_ds_config(way.ds_config)), ranks, self.dtype, self.on_gpu)
+        return Layout(Zero.of(read_ds_config(way.ds_config)), ranks, self.dtype, self.on_gpu, self.frozen)
 
     def on_host(self, way: Way, ranks: int | None = None) -> float:
         """Return the bytes that a node's ranks, some of the planner's ranks or of so many others, keep in its memory: what is offloaded."""

@@ -1,11 +1,11 @@
 """Reads what a run has to compute: its model's shape and the lengths of its examples, or assumes them where they are not there yet."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from posttrain.common import hub
 from posttrain.data.packing import MicroBatch, RowBuilder
@@ -13,6 +13,7 @@ from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.engine import checkpoint_folder
 from posttrain.model import ckpt_pt
+from posttrain.model.classes import class_of, freeze_all_but_text
 from posttrain.model.forms import is_ckpt_pt
 from posttrain.model.loading import read_config
 from posttrain.planning.shapes import assumed_shape
@@ -76,26 +77,28 @@ class Work:
 
 
 def read_model_shape(recipe: Recipe, assumed: str | None):
-    """Return the config of the recipe's model, its number of parameters, and a sentence about it for plan.py.
+    """Return the config of the recipe's model, or its text part, its numbers of trained and other parameters, and a sentence for plan.py.
 
     Where the model is not there yet, a shape of assumed_shape stands in. Raises ValueError where there is none.
     """
     if shape := assumed_shape(recipe, assumed):
         config = shape.config()
-        return config, count_parameters(config), f"none at {recipe.model_path} yet: assumed {shape.name}'s shape"
+        return config, *count_parameters(config), f"none at {recipe.model_path} yet: assumed {shape.name}'s shape"
     if is_ckpt_pt(recipe.model_path):
         config = ckpt_pt.read_config(recipe.model_path)
     else:
         place = Path(recipe.model_path)
         described = checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
         config = read_config(hub.snapshot_in(str(described)))
-    return config, count_parameters(config), recipe.model_path
+    return config.get_text_config(), *count_parameters(config), recipe.model_path
 
 
-def count_parameters(config) -> int:
-    """Return the number of parameters of a transformers config's model, without allocating it."""
+def count_parameters(config) -> tuple[int, int]:
+    """Return how many parameters of a transformers config's model are trained and how many are not, without allocating it."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        model = class_of(config)._from_config(copy.deepcopy(config))
+    frozen = freeze_all_but_text(model)
+    return model.num_parameters(), frozen
 
 
 def read_work(recipe: Recipe) -> tuple[Work, str]:
