@@ -43,22 +43,8 @@ WORDS = {
 }  # fmt: skip
 # last words of a name that say something about such a text
 ABOUT = {"id", "ids", "url", "urls", "uri", "link", "type", "kind", "title", "name", "names", "length", "len", "count", "tokens", "lang"}
-ABOUT |= {
-    "language",
-    "source",
-    "date",
-    "category",
-    "topic",
-    "topics",
-    "model",
-    "hash",
-    "score",
-    "scores",
-    "index",
-    "idx",
-    "domain",
-    "label",
-}
+ABOUT |= {"language", "source", "date", "category", "topic", "topics", "model", "hash", "score", "scores", "index", "idx", "domain"}
+ABOUT |= {"label"}
 # choices of a question, each in a column of its own: opa, option_a, choice1, A
 CHOICE = re.compile(r"(op|opt|option|choice|ending|distractor|alternative|answer)_?[a-e1-5]|[a-e]|(in)?correct_answer_?[1-5]")
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
