@@ -4,6 +4,7 @@ Imports no torch, so that a command answers at once. Of the weights it reads the
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -20,11 +21,15 @@ SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vo
 OBJECTS = ("generation_config.json", "tokenizer_config.json")  # transformers leaves out the first, without a word, where it is damaged
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them
 MERGE = "PEFT's merge_and_unload(), then save_pretrained()"
+DEQUANTIZED = {"fp8": "FP8", "mxfp4": "MXFP4"}  # what transformers multiplies out while it loads, by quant_method in config.json
+# tensors of theirs: what a weight, and an activation, are divided by; of MXFP4 the weights, too
+SCALES = re.compile(r"\.(weight_scale_inv|activation_scale|(gate_up|down)_proj_(blocks|scales))$")
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of ModelOpt, AutoGPTQ and AutoAWQ
 # tensors that only a quantized layer has: of GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors, MXFP4
 QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)|weight_(scale|scale_inv|scale_2|packed)|(gate_up|down)_proj_(blocks|scales))$"
 )
+FP8 = ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2")
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # safetensors' names and torch's
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors bounds them
 OTHER_TASKS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)|RewardModel|ForReward")
@@ -70,7 +75,7 @@ def examine(folder: Path, weights: bool = True) -> None:
         return
     hub.refuse_pointers(folder, [*SMALL_FILES, *(str(file.relative_to(folder)) for file in weight_files(folder, config))])
     tensors = read_headers(folder, config)
-    refuse_quantized(folder, tensors)
+    refuse_quantized(folder, tensors, config)
     for name, tensor in tensors.items():
         if 0 in tensor.shape:
             raise ValueError(
@@ -100,7 +105,7 @@ def examine_config(folder: Path) -> dict:
             f"{folder} holds {_adapter(folder)} ({min(beside)}) beside a whole model: merge it ({MERGE}), or remove its files if the model "
             "is wanted without it"
         )
-    if how := _quantization(config, names):
+    if not dequantization(config) and (how := _quantization(config, names)):
         raise quantized(folder, how)
     if kind := _other_kind(config):
         raise ValueError(f"{folder} is {kind}, which this package does not train: name a causal language model")
@@ -162,11 +167,36 @@ def refuse_twice(file: Path, before: Iterable[str], names: Iterable[str]) -> Non
         )
 
 
-def refuse_quantized(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if these tensors are those of a quantized model."""
+def refuse_quantized(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """Raise ValueError if these tensors are those of a quantized model, unless it is one that is multiplied out on loading."""
+    method = dequantization(config)
     for name, tensor in tensors.items():
-        if QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
+        is_weight = (method == "FP8" and tensor.dtype in FP8) or (method == "MXFP4" and name.endswith("_blocks"))
+        scale = f"{name.removesuffix('_blocks')}_scales" if method == "MXFP4" else f"{name}_scale_inv"
+        if is_weight and scale not in tensors:
+            raise ValueError(f"{folder} is not whole: {name} is {method}, and {scale}, its scale, is missing: copy the files again")
+        if is_weight and method == "FP8":
+            _refuse_odd_blocks(folder, name, tensor, tensors[scale], config["quantization_config"].get("weight_block_size"))
+        elif method and SCALES.search(name):
+            continue
+        elif QUANTIZED.search(name) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
             raise quantized(folder, f"its weights hold {name}, {tensor.dtype}")
+
+
+def _refuse_odd_blocks(folder: Path, name: str, weight: Tensor, scale: Tensor, block) -> None:
+    """Raise ValueError for an FP8 weight whose blocks, of the size that config.json says, transformers would not multiply out.
+
+    Transformers 5.23 divides a weight's rows and columns by those of its scales to find the size of a block, whatever config.json says:
+    where the last block is smaller than the others, it multiplies by the wrong ones, or fails.
+    """
+    sizes, grid = weight.shape[-2:], scale.shape[-2:]
+    if block is None and math.prod(grid) == 1:
+        return  # one scale for the whole weight
+    if not (isinstance(block, list) and len(block) == len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+        raise ValueError(f"{folder}/config.json has weight_block_size {block!r}, and {name}_scale_inv is {list(grid)}: copy both again")
+    if tuple(size / one for size, one in zip(sizes, block, strict=True)) != grid:
+        how = f"{name}, of {list(sizes)} with {list(grid)} scales, is not of whole blocks of {block}, which transformers would take it for"
+        raise quantized(folder, how)
 
 
 def refuse_adapter_state(path, names: Iterable[str]) -> None:
@@ -211,6 +241,12 @@ def _without_weights(folder: Path, names: set[str], choices: list[str]) -> str:
     loose = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth")))
     held = f"; it holds {', '.join(loose[:3])}, but no index that says which tensor is where: copy it, too" if loose else ""
     return f"{folder} has no weights: expected {' or '.join(choices)}{held}"
+
+
+def dequantization(config: dict) -> str | None:
+    """Return in what a config.json's model is quantized, one of DEQUANTIZED's values; None for another or none."""
+    settings = config.get("quantization_config")
+    return DEQUANTIZED.get(str(settings.get("quant_method"))) if isinstance(settings, dict) else None
 
 
 def _quantization(config: dict, names: set[str]) -> str | None:

@@ -105,6 +105,10 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
     if is_folder:
         shapes = _shapes_in(path)
         _refuse_shapes(path, config, shapes)
+    method = folder.dequantization({"quantization_config": getattr(config, "quantization_config", None)})
+    if method:
+        config.quantization_config["dequantize"] = True
+        dtype = dtype or config.dtype or torch.bfloat16
     with _in_one_sentence(path):
         model, report = class_of(config).from_pretrained(
             path,
@@ -121,11 +125,28 @@ def _from_folder(path: str, config: PreTrainedConfig, dtype: torch.dtype | None,
     _refuse_differences(path, report, unexpected)
     if len(names := {unwrapped(name) for name in shapes}) < len(shapes):
         raise ValueError(f"{path} has {len(shapes) - len(names)} tensors twice, with and without a wrapper's prefix: save the model again")
+    if method:
+        _forget_quantization(model, dtype)
+        form = str(dtype).removeprefix("torch.")
+        say(f"its weights are {method}: they are multiplied out to {form}, and never rounded to {method} again")
     for note in notes:
         say(note)
     if _untie(model):
         say("config.json says that the head is the embedding, but the file holds two matrices: both are used, and written")
     return model
+
+
+def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a model whose weights were multiplied out on loading one like any other.
+
+    Transformers 5.23 leaves what was not quantized in the file's dtype, and would quantize all weights again when it saves them, those of
+    embedding and head, too.
+    """
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    model._weight_conversions, model.is_quantized = None, False
 
 
 def _untie(model: PreTrainedModel) -> bool:
@@ -216,11 +237,12 @@ def _shapes_in(path: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the files of a folder or hub name, by its name there. Raises ValueError."""
     place = _files(path)
     found: dict[str, folder.Tensor] = {}
-    for file in folder.weight_files(place, read_object(place / "config.json")):
+    config = read_object(place / "config.json")
+    for file in folder.weight_files(place, config):
         one = folder.read_header(file) if file.suffix == ".safetensors" else _tensors_of(file)
         folder.refuse_twice(file, found, one)
         found |= one
-    folder.refuse_quantized(place, found)
+    folder.refuse_quantized(place, found, config)
     return {name: tensor.shape for name, tensor in found.items()}
 
 
