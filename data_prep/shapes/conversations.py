@@ -47,6 +47,7 @@ CHAT_MARKS = (
 CHAT_SIGNS = re.compile(r"\[/INST\]|<\|?/?(im_start|start_header_id|start_of_turn|user|assistant)\|?>|<｜User｜>", re.IGNORECASE)
 LOOKED_AT = 2000  # characters of a text in which they are looked for
 IN_CHAT_FORM = "texts that look like a chat, trained whole, questions too: write chats as messages to train the answers alone"
+LONGEST_CAUSE = 600  # characters
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
 
@@ -92,7 +93,15 @@ def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
         return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
     except Refused as cause:
-        return type(cause)(str(cause))  # without the traceback, which holds the row
+        return type(cause)(_short(str(cause)))  # without the traceback, which holds the row
+    except RecursionError:
+        return Refused("its values are nested too deeply")
+
+
+def _short(cause: str) -> str:
+    """A cause in one line of bounded length, also where it shows a value or a name of any length."""
+    line = " ".join(cause.splitlines())
+    return line if len(line) <= LONGEST_CAUSE else f"{line[: LONGEST_CAUSE // 2]} ... {line[-LONGEST_CAUSE // 2 :]}"
 
 
 def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
@@ -240,7 +249,7 @@ def _take_copies(row: Row, messages: list[dict]) -> None:
 def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
     """The Chat of some messages with the row's tools and its arguments for the template. Raises Refused unless it ends with an answer."""
     _mask(row, messages)
-    messages = finished(messages, columns.train_on)
+    messages = finished(messages, columns.train_on, row)
     check_order(messages)
     if len(messages) > 1 and messages[-1]["role"] == "user":
         messages = messages[:-1]

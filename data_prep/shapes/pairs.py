@@ -228,7 +228,7 @@ def _answers(
 
     `before` are the messages of a prompt column, which must not contradict what the lists share.
     """
-    chosen, rejected = as_context(chosen), as_context(rejected)
+    chosen, rejected = as_context(chosen, row), as_context(rejected, row)
     if chosen[:-1] != rejected[:-1]:
         raise Refused("chosen and rejected differ before their last message")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -239,7 +239,7 @@ def _answers(
         row.notes.append("a name of an answer left out: pairs have none")
     shared = chosen[:-1]
     if before is not None:
-        before = as_context(before)
+        before = as_context(before, row)
         shared = _agreeing(before, shared)
     return _checked(prompt + shared, whole_text(chosen[-1]), whole_text(rejected[-1]), row, tools=tools)
 
@@ -261,7 +261,7 @@ def _agreeing(before: list[dict], shared: list[dict]) -> list[dict]:
 
 def _checked(prompt: list[dict], chosen: str, rejected: str, row: Row, *, tools=None) -> Pair:
     """The Pair, unless roles are out of order, or the answers equal."""
-    prompt = as_context(prompt)
+    prompt = as_context(prompt, row)
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Refused("the prompt does not end with a user message")
     check_order(prompt)

@@ -136,10 +136,8 @@ def _beside(row: Row, name: str, answers: list[str]) -> list[tuple[float | None,
 def _rank(answer: dict) -> float | None:
     """A number that is smaller for a better answer; None where it has neither rank nor score."""
     rank, score = answer.get("rank"), next((answer[name] for name in SCORED if answer.get(name) is not None), None)
-    try:
-        return float(rank) if rank is not None else -float(score) if score is not None else None
-    except (TypeError, ValueError):
-        return None
+    value = number_of(score if rank is None else rank)
+    return (value if rank is not None else -value) if isinstance(value, float) else None
 
 
 def _text(answer: dict, column: str) -> str:
