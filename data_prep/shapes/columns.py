@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-from data_prep.shapes.names import NAMES, is_content, near
+from data_prep.shapes.names import NAMES, is_content, is_switch, near
 from data_prep.shapes.structures import PYTHON, json_of, python_of
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
@@ -221,6 +221,8 @@ class Row:
             raise Refused(self.unused(lost[0]))
         for name in left:
             what = near(self.shown[name])
+            if (name in NAMES["thinking"] or what == "thinking") and is_switch(self.values[name]):
+                continue
             if name.strip() in missed - named:
                 likely[name] = None
             elif what and what not in self.named and is_content(what, self.values[name]):

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from data_prep.shapes.calls import SURROGATE, calls_of, json_text, text_of_id
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import in_messages, text_of
-from data_prep.shapes.names import MEDIA
+from data_prep.shapes.names import MEDIA, is_switch, near
 from data_prep.shapes.structures import json_of, says_nothing, structure_of
+from data_prep.shapes.verdicts import refuse_rated_message
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
@@ -221,7 +222,7 @@ def _message(message: dict, columns: Columns) -> dict | None:
         return None
     read = {"role": role, "as": name} | ({"left": left} if left else {})
     calls = [message[key] for key in ("tool_calls", "function_call") if not says_nothing(message.get(key))]
-    lost = [key for key in ("tool_calls", "function_call", *THINKING) if not says_nothing(message.get(key))]
+    lost = [key for key in ("tool_calls", "function_call", *THINKING) if not says_nothing(message.get(key)) and key not in left]
     if lost and role != "assistant":
         raise Refused(f"a message of the role {name} has {lost[0]}, which would be lost")
     if role == "tool":
@@ -230,10 +231,10 @@ def _message(message: dict, columns: Columns) -> dict | None:
         read["name"] = clean(message["name"], "a message's name")
     if role == "assistant":
         read |= _train_flag(message)
-        if thinking := [message[key] for key in THINKING if message.get(key)]:
-            if any(one != thinking[0] for one in thinking):
-                raise Refused(f"a message has thinking in two keys that differ ({', '.join(key for key in THINKING if message.get(key))})")
-            read["reasoning_content"] = clean(thinking[0], "a message's reasoning")
+        if thinking := {key: message[key] for key in THINKING if message.get(key) and not is_switch(message[key])}:
+            if any(one != next(iter(thinking.values())) for one in thinking.values()):
+                raise Refused(f"a message has thinking in two keys that differ ({', '.join(thinking)})")
+            read["reasoning_content"] = clean(next(iter(thinking.values())), "a message's reasoning")
         calls, content = ([content, *calls], "") if name.lower() in CALLS else (calls, content)
         if calls:
             content = "" if content is None else content
@@ -259,14 +260,20 @@ def _left(message: dict, columns: Columns) -> tuple[str, ...]:
     if not columns.content_key and None not in (both := (message.get("content"), message.get("value"))) and both[0] != both[1]:
         raise Refused("a message has content and value, which differ: name the one to take with --content_key")
     for key, value in message.items():
+        if key in THINKING and value not in (None, "") and is_switch(value):
+            left.append(key)
         if key in SAID or value in (None, [], {}, ""):
             continue
         if key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float)):
             unclear = "which may say that it is trained, or that it is not"
             raise Refused(f"a message has {key}, {unclear}: write weight, 0 or 1, or leave it out with --ignore {key}")
+        refuse_rated_message(key, value)
         if key in METADATA or key in (columns.role_key, columns.content_key):
             continue
         if key == "recipient" and value == "all":
+            continue
+        if near(key) == "thinking" and is_switch(value):
+            left.append(key)
             continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
             raise Refused(f"a message has {key}, which would be lost: leave it out with --ignore {key}")
