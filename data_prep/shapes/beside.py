@@ -16,6 +16,8 @@ def with_system(row: Row, messages: list[dict]) -> list[dict]:
     content = clean(text_of(row.take(name)), name)
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != content:
+            if name in row.named:
+                raise Refused(row.unused(name, "the messages begin with another system message"))
             row.notes.append(f"a system message in the messages taken, not the one in the column {row.shown[name]}")
         return messages
     return [{"role": "system", "content": content}, *messages]

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 
 from data_prep.shapes.columns import Row
-from data_prep.shapes.structures import python_of
+from data_prep.shapes.structures import json_of, python_of, says_nothing
+from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -16,55 +17,90 @@ NULLS = "nulls taken out of descriptions of tools: no schema has them, a table f
 NULL_ARGUMENTS = "null arguments taken out of tool calls: the function has none of that name, a table fills them in"
 OTHER_FORM = "descriptions of tools in the form of another API, brought into OpenAI's"
 ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "kwargs")  # names of a call's arguments
-ABOUT_CALLS = {"name", "type", "id", "index", "description"}  # what else a call may say
+# what else a call may say
+ABOUT_CALLS = {"name", "type", "id", "index", "description", "cache_control", "extra_content", "thought_signature", "thoughtSignature"}
+SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool, which may be JSON text
 TYPES = ("OBJECT", "ARRAY", "STRING", "NUMBER", "INTEGER", "BOOLEAN", "NULL")
 KEPT_NULLS = "a tool call has null arguments, which are trained as they are"
 
 
-def calls_of(value) -> list[dict]:
-    """Read tool calls, given as [{type: function, function: {name, arguments}, id}] or as {name, arguments}, in JSON text or objects."""
-    value = _parsed(value, "a tool call")
-    calls = []
-    for call in as_list(value):
-        function = (call.get("function") or call) if isinstance(call, dict) else None
-        if isinstance(function, str) and isinstance(call, dict):  # {function: name, arguments}
-            function = {"name": function, "arguments": call.get("arguments")}
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise Refused("a tool call has no name")
-        name = next((key for key in ARGUMENTS if function.get(key) is not None), "arguments")
-        if name not in function and (lost := [key for key in function if key not in ABOUT_CALLS and function[key]]):
-            raise Refused(f"a tool call has no arguments, and {lost[0]}, which would be lost")
-        given = python_of(function.get(name))
-        arguments = _parsed(given, "a tool call's arguments") if given not in ("", None) else {}
-        _refuse_halves([function["name"], arguments], "a tool call")
-        known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **known})
+def calls_of(value, ignore: Iterable[str] = ()) -> list[dict]:
+    """Read tool calls, given as [{type: function, function: {name, arguments}, id}] or as {name, arguments}, in JSON text or objects.
+
+    Raises Refused for whatever a call says besides, except under a key of `ignore`.
+    """
+    calls = [_call(json_of(call), {*ABOUT_CALLS, *ignore}) for call in as_list(_parsed(value, "a tool call"))]
     if not calls:
         raise Refused("a tool call is empty")
     return calls
 
 
+def _call(call, about: set[str]) -> dict:
+    """Read one call; keys of `about` say nothing that would be lost."""
+    outer = {key: inner for key, inner in call.items() if key != "function"} if isinstance(call, dict) else {}
+    function = json_of(call.get("function")) if isinstance(call, dict) else None
+    if isinstance(function, str) or says_nothing(function):  # {function: name, arguments}, or {name, arguments}
+        function, outer = outer | ({"name": function} if isinstance(function, str) else {}), {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise Refused("a tool call has no name")
+    given = [key for key in ARGUMENTS if not says_nothing(function.get(key)) and key not in about]
+    name = given[0] if given else next((key for key in ARGUMENTS if function.get(key) is not None), "arguments")
+    rest = outer | {key: inner for key, inner in function.items() if key not in (name, "name")}
+    if lost := [key for key, inner in rest.items() if key not in about and inner is not False and not says_nothing(inner)]:
+        has = f"no arguments, and {lost[0]}" if name not in function else lost[0]
+        raise Refused(f"a tool call has {has}, which would be lost: leave it out with --ignore {shown_name(lost[0])}")
+    arguments = python_of(function.get(name))
+    if not isinstance(arguments, dict):
+        arguments = {} if says_nothing(arguments) else _parsed(arguments, "a tool call's arguments")
+    if not isinstance(arguments, dict):
+        raise Refused(f"a tool call's arguments are a {type(arguments).__name__}, not an object or its JSON text")
+    json_text([function["name"], arguments], "a tool call")
+    identity = text_of_id(call.get("id"))
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}} | ({"id": identity} if identity else {})
+
+
+def text_of_id(value) -> str | None:
+    """The id of a call as text; None without one."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
+
+
 def tools_of(row: Row, messages: Iterable[dict] = ()) -> list[dict] | None:
     """The tools that a row describes, None without any; nulls that a table has filled into them, and into calls of them, are taken out."""
     name = row.find("tools", full=True)
-    given = (_parsed(row.structure(name), name) if name else None) or []
+    given = row.structure(name) if name else None
+    given = [] if says_nothing(given) else _parsed(given, "tools")
     if not given and not any("tool_calls" in message for message in messages):
         return None
     if isinstance(given, list):
         given = [_parsed(tool, "tools") for tool in given]
     elif isinstance(given, dict) and {"name", "function", "functionDeclarations"} & given.keys():
         given = [given]
+    given = [_with_schema(tool) for tool in given] if isinstance(given, list) else given
     tools = _in_openais_form(given)
     if tools != given:
         row.notes.append(OTHER_FORM)
-    if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Refused("tools is not a list of objects")
-    _refuse_halves(tools, "a description of tools")
+    json_text(tools, "a description of tools")
+    if any(not isinstance(function_of(tool).get("name", ""), str | None) for tool in tools):
+        raise Refused("a description of tools has a name that is no text")
     sound = [_without_nulls(tool) for tool in tools]
     if sound != tools:
         row.notes.append(NULLS)
     _take_nulls_out(messages, sound, row)
     return sound or None
+
+
+def _with_schema(tool):
+    """A description of a tool whose parameters, and those of its function, are no JSON text, but what that holds."""
+    if not isinstance(tool, dict):
+        return tool
+    given = {key: tool[key] for key in SCHEMAS if isinstance(tool.get(key), str)}
+    read = {key: {} if says_nothing(text) else _parsed(text, f"{key} of a tool") for key, text in given.items()}
+    if other := [key for key, schema in read.items() if not isinstance(schema, dict)]:
+        raise Refused(f"{other[0]} of a tool is a text that holds no object")
+    inner = json_of(tool.get("function"))
+    return tool | read | ({"function": _with_schema(inner)} if isinstance(inner, dict) else {})
 
 
 def _in_openais_form(tools):
@@ -81,6 +117,8 @@ def _functions(tool: dict) -> list[dict]:
     if declared := tool.get("functionDeclarations") or tool.get("function_declarations"):
         return [{"type": "function", "function": _in_small_letters(function)} for function in as_list(declared)]
     spec = tool.get("toolSpec") or tool
+    if not isinstance(spec, dict):
+        raise Refused("tools is not a list of objects")
     schema = spec.get("input_schema") or spec.get("inputSchema")
     if not isinstance(schema, dict):
         return [tool]
@@ -116,7 +154,7 @@ def _take_nulls_out(messages: Iterable[dict], tools: list[dict], row: Row) -> No
     """Take out null arguments that the called function does not have, as a table fills them in; say of others that they are there."""
     known = {}
     for tool in tools:
-        function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+        function = function_of(tool)
         parameters = function.get("parameters")
         properties = parameters.get("properties", parameters) if isinstance(parameters, dict) else None
         if isinstance(properties, dict):
@@ -133,10 +171,20 @@ def _take_nulls_out(messages: Iterable[dict], tools: list[dict], row: Row) -> No
     row.notes += sorted(notes)
 
 
-def _refuse_halves(value, what: str) -> None:
-    """Raise Refused where a text in a value holds half a surrogate pair, which no text file can."""
-    if SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str)):
+def json_text(value, what: str) -> str:
+    """A value as JSON. Raises Refused where it holds something that no JSON has: half a surrogate pair, NaN, a date."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{what} holds what JSON has not: {error}") from None
+    if SURROGATE.search(text):
         raise Refused(f"{what} holds half a surrogate pair")
+    return text
+
+
+def function_of(tool: dict) -> dict:
+    """What describes the function of a tool in OpenAI's form."""
+    return tool["function"] if isinstance(tool.get("function"), dict) else tool
 
 
 def _parsed(value, what: str):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-from data_prep.shapes.names import NAMES, is_content, near
+from data_prep.shapes.names import NAMES, is_content, is_switch, near
 from data_prep.shapes.structures import PYTHON, json_of, python_of
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
@@ -203,20 +203,26 @@ class Row:
 
     def found(self, what: str, full: bool = False) -> list[str]:
         """Return the names of all columns that may hold `what`, the likeliest first."""
-        if what in self.named:
-            return [what] if what in self.values else []
-        return [name for name in NAMES[what] if name in self.values and not (full and is_empty(self.values[name]))]
+        names = (what,) if what in self.named else NAMES[what]
+        return [name for name in names if name in self.values and not (full and is_empty(self.values[name]))]
 
     def left(self) -> Iterator[str]:
         """Yield the columns that hold something and were not taken."""
         return (name for name, value in self.values.items() if name not in self.taken and not is_empty(value))
 
     def finish(self, missed: set[str]) -> tuple[str, ...]:
-        """Return notes about the row, with one for each column that is not used. Raises Refused where it is one of `missed`."""
+        """Return notes about the row, with one for each column that is not used.
+
+        Raises Refused where it is one of `missed`, and where the user has named it.
+        """
         named = {name for what in self.named for name in NAMES[what]}  # others that could be meant were not, as the user says
         left, likely = [*self.left()], {}
+        if lost := [name for name in left if name in self.named]:
+            raise Refused(self.unused(lost[0]))
         for name in left:
             what = near(self.shown[name])
+            if (name in NAMES["thinking"] or what == "thinking") and is_switch(self.values[name]):
+                continue
             if name.strip() in missed - named:
                 likely[name] = None
             elif what and what not in self.named and is_content(what, self.values[name]):
@@ -225,6 +231,13 @@ class Row:
             raise Refused(self._lost(likely))
         self.notes += [IGNORED + shown_name(self.shown[name]) for name in left]
         return tuple(self.notes)
+
+    def unused(self, what: str, because: str = "") -> str:
+        """The cause of a row that is read without a column that the user has named as `what`."""
+        name = self.shown[what]
+        others = ", ".join(sorted(shown_name(self.shown[one]) for one in self.taken & self.shown.keys() - {what}))
+        why = because or f"nothing takes it beside {others}"
+        return f"column {shown_name(name)}, named by --columns {what}={name}, would be lost: {why}; leave it out with --ignore {name}"
 
     def _lost(self, likely: dict[str, str | None]) -> str:
         """The cause of a row of which columns would be lost; what each likely holds, where its name says so."""

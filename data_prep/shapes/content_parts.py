@@ -82,6 +82,8 @@ def _read(part) -> tuple[str, str | dict]:
     if (text := _text(part)) is not None:
         return "thinking" if is_thought else "text", text
     kind = part.get("type", "text")
+    if not isinstance(kind, str):
+        raise Refused("a message holds a part whose type is no text")
     kind = next((key for key in part if key not in ("type", "text")), "nothing") if kind in TEXTS else kind
     inner = part[kind] if isinstance(part.get(kind), dict) else part  # a part of Bedrock's or Gemini's is {kind: {...}}
     if kind in THOUGHTS:

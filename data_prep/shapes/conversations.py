@@ -14,6 +14,7 @@ from data_prep.shapes.beside import asked, one_of, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, USUAL, Columns, Keep, Row, UnknownShape
+from data_prep.shapes.content_parts import in_messages, text_of
 from data_prep.shapes.messages import (
     TURNS,
     Chat,
@@ -27,18 +28,17 @@ from data_prep.shapes.messages import (
     messages_in,
     messages_of,
 )
-from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, refuse_rating
+from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, is_switch, words_of
 from data_prep.shapes.pairs import pair_of
 from data_prep.shapes.plain import plain_chat
 from data_prep.shapes.ratings import number_of
 from data_prep.shapes.structures import structure_of
-from data_prep.splits import role_of
+from data_prep.shapes.verdicts import OF_ANSWERS, WEIGHTS, refuse_bad, refuse_rating
 from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
-SWITCHES = ("on", "off", "true", "false", "yes", "no", "none", "enabled", "disabled")  # of a column that says whether there is thinking
 # what a chat written as one text has: a speaker's name at the start of a line for each side, or the signs of a known chat form
 CHAT_MARKS = (
     re.compile(r"^\W{0,5}(human|user|instruction|question|q|prompt|input)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
@@ -47,6 +47,7 @@ CHAT_MARKS = (
 CHAT_SIGNS = re.compile(r"\[/INST\]|<\|?/?(im_start|start_header_id|start_of_turn|user|assistant)\|?>|<｜User｜>", re.IGNORECASE)
 LOOKED_AT = 2000  # characters of a text in which they are looked for
 IN_CHAT_FORM = "texts that look like a chat, trained whole, questions too: write chats as messages to train the answers alone"
+LONGEST_CAUSE = 600  # characters
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
 
@@ -86,13 +87,33 @@ def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair
     try:
         for keep in columns.keep:
             _refuse_unwanted(row, given, keep)
-        _refuse_held_out(row, columns)
+        _refuse_unusable(kind, row, columns)
         if kind == "sft" and TREE_COLUMNS.issubset(given):
             raise Refused("a message of a tree among rows of other shapes: give the trees as a file of their own")
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
         return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
     except Refused as cause:
-        return type(cause)(str(cause))  # without the traceback, which holds the row
+        return type(cause)(_short(str(cause)))  # without the traceback, which holds the row
+    except RecursionError:
+        return Refused("its values are nested too deeply")
+
+
+def _refuse_unusable(kind: str, row: Row, columns: Columns) -> None:
+    """Raise Refused for a row that says itself that it is not to be trained, is held out, or is to count for more or less than others."""
+    for name in [name for name in row.left() if name not in row.named]:
+        if kind == "dpo" and not OF_ANSWERS.isdisjoint(words_of(row.shown[name])):
+            continue
+        refuse_bad(row.shown[name], row.values[name], held_out=columns.held_out)
+    for name in WEIGHTS:
+        if name in row and number_of(row.take(name)) != 1:
+            how = f"--keep {row.shown[name]}=1 takes those, --ignore {row.shown[name]} all"
+            raise Refused(f"{row.shown[name]} is {row.values[name]!r}, and rows are trained by 1: {how}")
+
+
+def _short(cause: str) -> str:
+    """A cause in one line of bounded length, also where it shows a value or a name of any length."""
+    line = " ".join(cause.splitlines())
+    return line if len(line) <= LONGEST_CAUSE else f"{line[: LONGEST_CAUSE // 2]} ... {line[-LONGEST_CAUSE // 2 :]}"
 
 
 def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
@@ -127,14 +148,6 @@ def _refuse_unwanted(row: Row, given: dict, keep: Keep) -> None:
     row.take_all([keep.column.lower()])
     if not keep.holds(given[keep.column]):
         raise Refused(f"{KEPT}{keep}")
-
-
-def _refuse_held_out(row: Row, columns: Columns) -> None:
-    """Raise Refused for a row that says it is of a validation or test split, unless those are read."""
-    said = row.values.get("split")
-    if isinstance(said, str) and "split" not in row.taken and not columns.held_out and role_of(said.strip()) in ("validation", "test"):
-        name = row.shown["split"]
-        raise Refused(f"its {name} is {said}: take the others alone with --keep {name}=train, or all with --ignore {name}")
 
 
 def sft_of(row: Row, columns: Columns) -> Chat | Document:
@@ -206,10 +219,13 @@ def _thinking(row: Row) -> dict:
     name = row.find("thinking", full=True)
     if name is None:
         return {}
-    value = row.take(name)
-    if str(value).lower() in SWITCHES:
+    value = text_of(row.take(name))
+    if is_switch(value):
         row.notes.append(f"{IGNORED}{row.shown[name]}")
         return {}
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        (read, *more) = in_messages({}, value, "role", "content")
+        value = read.get("thinking") if not more and not read["content"] else value
     return {"reasoning_content": clean(value, name)}
 
 
@@ -240,7 +256,7 @@ def _take_copies(row: Row, messages: list[dict]) -> None:
 def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
     """The Chat of some messages with the row's tools and its arguments for the template. Raises Refused unless it ends with an answer."""
     _mask(row, messages)
-    messages = finished(messages, columns.train_on)
+    messages = finished(messages, columns.train_on, row)
     check_order(messages)
     if len(messages) > 1 and messages[-1]["role"] == "user":
         messages = messages[:-1]
@@ -258,9 +274,7 @@ def _chat(messages: list[dict], row: Row, columns: Columns) -> Chat:
 
 
 def _mask(row: Row, messages: list[dict]) -> None:
-    """Take a row's loss_mask, a 0 or 1 for each message or for each answer, or its weight of 1."""
-    if "weight" in row and number_of(row.take("weight")) != 1:
-        raise Refused(f"weight is {row.values['weight']!r}, and rows are trained by 1: --keep weight=1 takes those, --ignore weight all")
+    """Take a row's loss_mask, a 0 or 1 for each message or for each answer."""
     if "loss_mask" not in row:
         return
     mask, answers = row.structure("loss_mask"), [message for message in messages if message["role"] == "assistant"]

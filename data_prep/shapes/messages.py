@@ -5,15 +5,15 @@ context only. Whatever cannot be trained on raises Refused with the cause.
 """
 
 import itertools
-import json
 import re
 from typing import NamedTuple
 
-from data_prep.shapes.calls import SURROGATE, calls_of
+from data_prep.shapes.calls import SURROGATE, calls_of, json_text, text_of_id
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import in_messages, text_of
-from data_prep.shapes.names import MEDIA
-from data_prep.shapes.structures import json_of, structure_of
+from data_prep.shapes.names import MEDIA, is_switch, near
+from data_prep.shapes.structures import json_of, says_nothing, structure_of
+from data_prep.shapes.verdicts import refuse_rated_message
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
@@ -160,8 +160,8 @@ def message_columns(row: Row, full: bool = False) -> list[str]:
 
 
 def _unnamed(message: dict) -> dict:
-    """A message without its role as the row calls it."""
-    return {key: value for key, value in message.items() if key != "as"}
+    """A message without its role as the row calls it, and without the keys that are only told."""
+    return {key: value for key, value in message.items() if key not in ("as", "left")}
 
 
 def messages_in(row: Row, name: str):
@@ -216,28 +216,29 @@ def _message(message: dict, columns: Columns) -> dict | None:
         raise Refused(f"a message does not say who speaks; it has {keys}: name the keys with --role_key and --content_key")
     if role is None:
         raise Refused(f"unknown role {name!r}: name it with --roles {name}=user, assistant, system or tool")
-    _refuse_lost(message, columns)
+    left = _left(message, columns)
     content = text_of(content)
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
-    read = {"role": role, "as": name}
+    read = {"role": role, "as": name} | ({"left": left} if left else {})
+    calls = [message[key] for key in ("tool_calls", "function_call") if not says_nothing(message.get(key))]
+    lost = [key for key in ("tool_calls", "function_call", *THINKING) if not says_nothing(message.get(key)) and key not in left]
+    if lost and role != "assistant":
+        raise Refused(f"a message of the role {name} has {lost[0]}, which would be lost")
     if role == "tool":
         return read | _tool_result(message, content)
-    if isinstance(message.get("name"), str) and message["name"]:
+    if message.get("name") not in (None, ""):
         read["name"] = clean(message["name"], "a message's name")
     if role == "assistant":
         read |= _train_flag(message)
-        if thinking := [message[key] for key in THINKING if message.get(key)]:
-            if any(one != thinking[0] for one in thinking):
-                raise Refused(f"a message has thinking in two keys that differ ({', '.join(key for key in THINKING if message.get(key))})")
-            read["reasoning_content"] = clean(thinking[0], "a message's reasoning")
-        if name.lower() in CALLS:
-            return read | {"content": "", "tool_calls": calls_of(content)}
-        if calls := message.get("tool_calls") or message.get("function_call"):
+        if thinking := {key: message[key] for key in THINKING if message.get(key) and not is_switch(message[key])}:
+            if any(one != next(iter(thinking.values())) for one in thinking.values()):
+                raise Refused(f"a message has thinking in two keys that differ ({', '.join(thinking)})")
+            read["reasoning_content"] = clean(next(iter(thinking.values())), "a message's reasoning")
+        calls, content = ([content, *calls], "") if name.lower() in CALLS else (calls, content)
+        if calls:
             content = "" if content is None else content
-            return read | {"content": clean(content, "a message", empty=True), "tool_calls": calls_of(calls)}
-    elif lost := [key for key in ("tool_calls", "function_call", *THINKING) if message.get(key)]:
-        raise Refused(f"a message of the role {name} has {lost[0]}, which would be lost")
+            return read | {"content": clean(content, "a message", empty=True), "tool_calls": _only(calls, columns)}
     elif _train_flag(message, asks=True):
         raise Refused(f"a message of the role {name} asks to be trained; only answers are")
     if isinstance(content, list):
@@ -245,29 +246,48 @@ def _message(message: dict, columns: Columns) -> dict | None:
     return read | {"content": clean(content, "a message")}
 
 
-def _refuse_lost(message: dict, columns: Columns) -> None:
-    """Raise Refused for a message with something that would be lost."""
+def _only(given: list, columns: Columns) -> list[dict]:
+    """The calls that a message has in one or more of its keys. Raises Refused where they differ."""
+    first, *others = [calls_of(calls, columns.ignore) for calls in given]
+    if any([call["function"] for call in other] != [call["function"] for call in first] for other in others):
+        raise Refused("a message has tool calls in two keys that differ: leave one out with --ignore function_call, or --ignore tool_calls")
+    return first
+
+
+def _left(message: dict, columns: Columns) -> tuple[str, ...]:
+    """The keys of a message that are only told as not used. Raises Refused for what would be lost."""
+    left = []
     if not columns.content_key and None not in (both := (message.get("content"), message.get("value"))) and both[0] != both[1]:
         raise Refused("a message has content and value, which differ: name the one to take with --content_key")
     for key, value in message.items():
+        if key in THINKING and value not in (None, "") and is_switch(value):
+            left.append(key)
         if key in SAID or value in (None, [], {}, ""):
             continue
         if key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float)):
             unclear = "which may say that it is trained, or that it is not"
             raise Refused(f"a message has {key}, {unclear}: write weight, 0 or 1, or leave it out with --ignore {key}")
+        refuse_rated_message(key, value)
         if key in METADATA or key in (columns.role_key, columns.content_key):
             continue
         if key == "recipient" and value == "all":
             continue
+        if near(key) == "thinking" and is_switch(value):
+            left.append(key)
+            continue
         if key.lower() in MEDIA or isinstance(value, str | list | dict):
             raise Refused(f"a message has {key}, which would be lost: leave it out with --ignore {key}")
+        left.append(key)
+    return tuple(left)
 
 
 def _tool_result(message: dict, content) -> dict:
     """What a tool answered: a text, also an empty one, or anything else as JSON; with the tool's name and the call's id."""
     if not isinstance(content, str):
-        content = "" if content is None else json.dumps(content, ensure_ascii=False)
-    about = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        content = "" if content is None else json_text(content, "a tool's result")
+    about = {} if message.get("name") is None else {"name": clean(message["name"], "a message's name", empty=True)}
+    if identity := text_of_id(message.get("tool_call_id")):
+        about["tool_call_id"] = identity
     return {"content": clean(content, "a tool's result", empty=True)} | about
 
 
@@ -293,16 +313,24 @@ def _train_flag(message: dict, asks: bool = False) -> dict:
     return {"train": False} if said == {False} else {}
 
 
-def as_context(messages: list[dict]) -> list[dict]:
+def as_context(messages: list[dict], row: Row) -> list[dict]:
     """Return the messages of a pair as the chat format takes them: which of their answers SFT would train says nothing there."""
-    return [{key: value for key, value in message.items() if key not in ("as", "train")} for message in messages]
+    _tell_left(messages, row)
+    return [{key: value for key, value in _unnamed(message).items() if key != "train"} for message in messages]
 
 
-def finished(messages: list[dict], train_on: str) -> list[dict]:
+def _tell_left(messages: list[dict], row: Row) -> None:
+    """Note the keys of messages that are not used."""
+    told = sorted({f"key of messages not used: {shown_name(key)}" for message in messages for key in message.get("left", ())})
+    row.notes += [note for note in told if note not in row.notes]
+
+
+def finished(messages: list[dict], train_on: str, row: Row) -> list[dict]:
     """Return the messages as the chat format takes them, with train: False at the answers that --train_on leaves out.
 
-    Raises Refused where no answer is left to train.
+    What their keys say besides is noted in the row. Raises Refused where no answer is left to train.
     """
+    _tell_left(messages, row)
     answers = [message for message in messages if message["role"] == "assistant"]
     if train_on == "last":
         for message in answers[:-1]:

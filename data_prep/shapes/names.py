@@ -1,9 +1,8 @@
 """The names that public datasets and trainers give to columns: what each holds, and which would be missed where no reader takes them."""
 
+import functools
 import re
 from collections.abc import Iterator
-
-from posttrain.data.parts import Refused
 
 # What a column holds, and the names for it, in the order in which they are looked for. A name may stand in several lines: what it holds is
 # then decided by the columns beside it.
@@ -36,11 +35,33 @@ VERDICTS |= {"helpful", "is_helpful", "liked"}
 # words in the name of a column whose text belongs before an answer, by the key of NAMES that they come near
 WORDS = {
     "thinking": {"cot", "thought", "thoughts", "think", "thinking", "rationale", "rationales", "reason", "reasoning", "scratchpad"},
-    "system": {"sys", "system", "persona", "preamble"},
+    "system": {"sys", "system", "persona", "preamble", "instructions"},
     "context": {"context", "contexts", "paragraph", "paragraphs", "evidence", "evidences", "facts", "hint", "hints", "snippet", "snippets",
-                "passage", "passages", "document", "documents", "docs", "article", "background", "schema", "excerpt", "premise", "story"},
+                "passage", "passages", "document", "documents", "docs", "article", "background", "schema", "excerpt", "premise", "story",
+                "ctx", "ctxs", "retrieved", "grounding", "knowledge", "table", "tables", "shot", "shots", "fewshot",
+                "demonstrations", "exemplars"},
     "history": {"history", "dialog", "dialogue", "dialogs", "conversation", "turns"},
 }  # fmt: skip
+# words that a tool's name goes with where a column describes tools, and a result's where one holds what was found
+OF_TOOLS = {"available", "definition", "definitions", "defs", "list", "schema", "schemas", "spec", "specs", "descriptions"}
+OF_RESULTS = {"search", "web", "google", "bing", "retrieval", "retrieved", "retriever"}
+# what says whether, or how much, is thought
+SWITCHES = {"on", "off", "true", "false", "yes", "no", "none", "enabled", "disabled", "enable", "disable", "low", "medium", "high", "max"}
+SWITCHES |= {
+    "xhigh",
+    "min",
+    "minimal",
+    "auto",
+    "adaptive",
+    "default",
+    "think",
+    "no_think",
+    "nothink",
+    "short",
+    "long",
+    "detailed",
+    "concise",
+}
 # last words of a name that say something about such a text
 ABOUT = {"id", "ids", "url", "urls", "uri", "link", "type", "kind", "title", "name", "names", "length", "len", "count", "tokens", "lang"}
 ABOUT |= {"language", "source", "date", "category", "topic", "topics", "model", "hash", "score", "scores", "index", "idx", "domain"}
@@ -50,11 +71,13 @@ CHOICE = re.compile(r"(op|opt|option|choice|ending|distractor|alternative|answer
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
+@functools.lru_cache(1024)
 def words_of(name: str) -> list[str]:
     """The words of a column's name, in small letters: those between other signs, and those of humps, as in reasonSteps."""
     return [*dict.fromkeys(re.findall(r"[a-z]+", f"{name} {HUMP.sub(' ', name.replace('CoT', 'Cot'))}".lower()))]
 
 
+@functools.lru_cache(1024)
 def near(name: str) -> str | None:
     """What a column likely holds whose name has a word for it, a key of WORDS; or a choice of a question; None for any other."""
     if CHOICE.fullmatch(name.lower()):
@@ -62,6 +85,10 @@ def near(name: str) -> str | None:
     words = words_of(name)
     if not words or words[-1] in ABOUT:
         return None
+    if not {"tool", "tools", "function", "functions"}.isdisjoint(words) and not OF_TOOLS.isdisjoint(words):
+        return "tools"
+    if "results" in words and not OF_RESULTS.isdisjoint(words):
+        return "context"
     return next((what for what, known in WORDS.items() if not known.isdisjoint(words)), None)
 
 
@@ -69,6 +96,8 @@ def is_content(what: str, value) -> bool:
     """Whether the value of a column that is near to `what` would be missed: sentences, not one word; of a choice, any text."""
     if what == "choice":
         return isinstance(value, str)
+    if what == "tools":
+        return isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
     return any(len(text.split()) > 1 for text in _texts(value))
 
 
@@ -85,10 +114,8 @@ def is_truth(value) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false", "yes", "no"))
 
 
-def refuse_rating(name: str, shown: str, value) -> None:
-    """Raise Refused for a column that rates the row's answer as good or bad: the name in small letters, and as the row has it."""
-    is_one = is_truth(value) if name in VERDICTS else isinstance(value, int | float) or (isinstance(value, str) and len(value.split()) < 3)
-    if name in VERDICTS | LABELS and is_one:
-        good = "true" if is_truth(value) or value in (0, 1, "0", "1") else "VALUE"
-        how = f"take the good ones with --keep {shown}={good}, or all with --ignore {shown}"
-        raise Refused(f"{shown} rates the answer (unpaired preferences): {how}")
+def is_switch(value) -> bool:
+    """Whether a value says if or how much is thought, as low, auto or a number of tokens, and is no thinking itself."""
+    if isinstance(value, dict):
+        return value.keys() <= {"type", "budget_tokens", "enabled", "effort"} and all(map(is_switch, value.values()))
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and value.strip().lower().removeprefix("/") in SWITCHES)

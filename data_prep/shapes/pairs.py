@@ -16,10 +16,10 @@ from data_prep.shapes.messages import (
     messages_of,
     transcript,
 )
-from data_prep.shapes.ratings import number_of, refuse_tie
+from data_prep.shapes.ratings import number_of, refuse_contrary
 from data_prep.shapes.structures import json_of
 from data_prep.shapes.thinking import whole_text
-from data_prep.shapes.two_answers import best_and_worst, list_of_answers, two_answers
+from data_prep.shapes.two_answers import best_and_worst, best_of_columns, list_of_answers, more_answers, two_answers
 from posttrain.data.parts import Refused
 
 
@@ -27,7 +27,10 @@ def pair_of(row: Row, columns: Columns) -> Pair:
     """Read a row with two answers. Raises Refused."""
     for shape, read in SHAPES:
         if shape(row):
-            return read(row, columns)
+            pair = read(row, columns)
+            if read not in (_two, _several, _shp):  # which find out themselves which answer is the better one
+                refuse_contrary(row)
+            return pair
     if missing := [name for name in ("chosen", "rejected") if name in row.empty]:
         raise Refused(f"{missing[0]} is null")
     raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")
@@ -43,7 +46,7 @@ def _chosen(row: Row, columns: Columns) -> Pair:
     texts, both = [row.take(name) for name in (better, worse)], [messages_in(row, name) for name in (better, worse)]
     if any(isinstance(one, str) for one in both):  # JSON that is no list of messages, or one answer of which only looks so, is text
         both = texts
-    refuse_tie(row)
+    both = [_only_text(one, name) for one, name in zip(both, (better, worse), strict=True)]
     asked = _prompt_columns(row, columns)
     if all(isinstance(one, str) for one in both):
         chosen, rejected = both
@@ -58,6 +61,15 @@ def _chosen(row: Row, columns: Columns) -> Pair:
     pair = _answers([], chosen, rejected, row, before=asked)
     _copy_of_answer(row, pair, columns)
     return pair
+
+
+def _only_text(value, name: str):
+    """The text of a list that holds one; any other value as it is. Raises Refused for several texts."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        return value
+    if len(value) > 1:
+        raise Refused(f"{name} holds {len(value)} texts, of which one can be trained: write the answer as one text")
+    return value[0]
 
 
 def _listed(value):
@@ -121,7 +133,10 @@ def _paired(row: Row, columns: Columns) -> Pair:
 def _two(row: Row, columns: Columns) -> Pair:
     """Read two answers, or conversations that end with one, in columns of their own, and what says which is the better one."""
     found = two_answers(row)
-    names = (found.first, found.second)[:: -1 if found.winner(row) else 1]
+    if several := more_answers(row, found):
+        names = best_of_columns(row, found, several)
+    else:
+        names = (found.first, found.second)[:: -1 if found.winner(row) else 1]
     chosen, rejected = (messages_in(row, name) for name in names)
     if isinstance(chosen, list) and isinstance(rejected, list):
         chosen, rejected = (messages_of(one, name, columns) for one, name in zip((chosen, rejected), names, strict=True))
@@ -228,7 +243,7 @@ def _answers(
 
     `before` are the messages of a prompt column, which must not contradict what the lists share.
     """
-    chosen, rejected = as_context(chosen), as_context(rejected)
+    chosen, rejected = as_context(chosen, row), as_context(rejected, row)
     if chosen[:-1] != rejected[:-1]:
         raise Refused("chosen and rejected differ before their last message")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -239,7 +254,7 @@ def _answers(
         row.notes.append("a name of an answer left out: pairs have none")
     shared = chosen[:-1]
     if before is not None:
-        before = as_context(before)
+        before = as_context(before, row)
         shared = _agreeing(before, shared)
     return _checked(prompt + shared, whole_text(chosen[-1]), whole_text(rejected[-1]), row, tools=tools)
 
@@ -261,7 +276,7 @@ def _agreeing(before: list[dict], shared: list[dict]) -> list[dict]:
 
 def _checked(prompt: list[dict], chosen: str, rejected: str, row: Row, *, tools=None) -> Pair:
     """The Pair, unless roles are out of order, or the answers equal."""
-    prompt = as_context(prompt)
+    prompt = as_context(prompt, row)
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Refused("the prompt does not end with a user message")
     check_order(prompt)

@@ -8,6 +8,7 @@ import functools
 from data_prep.shapes.columns import IGNORED, is_empty
 from data_prep.shapes.messages import ROLES, Chat, clean
 from data_prep.shapes.names import MISSED, NAMES, VERDICTS, near
+from data_prep.shapes.verdicts import may_say
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
@@ -21,7 +22,7 @@ def _columns(names: tuple[str, ...]) -> tuple[str, dict[str, str]] | None:
     messages = [name for name in names if name in NAMES["messages"]]
     others = [name for name in names if name not in messages]
     alike = len({name.lower() for name in names}) < len(names)
-    if alike or len(messages) != 1 or any(name.lower() in KNOWN or near(name) for name in others):
+    if alike or len(messages) != 1 or any(name.lower() in KNOWN or near(name) or may_say(name) for name in others):
         return None
     return messages[0], {name: IGNORED + shown_name(name) for name in others}
 

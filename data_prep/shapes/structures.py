@@ -7,6 +7,7 @@ import json
 import tokenize
 import warnings
 
+NOTHING = ("", "null", "none", "[]", "{}")  # texts that say nothing where a list or an object is expected
 LONGEST_PYTHON = 2**20  # characters; its syntax tree takes hundreds of times as much memory
 PYTHON = "a column read as Python writes lists and objects, where JSON was expected"
 
@@ -26,6 +27,14 @@ def structure_of(value):
     return python_of(json_of(value))
 
 
+def says_nothing(value) -> bool:
+    """Whether a value that should be a list or an object holds nothing but nulls, as a table fills them in, also as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in NOTHING
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return (value is None or value != value) if inner is None else all(map(says_nothing, inner))
+
+
 def python_of(value):
     """Return what a text holds that is a list or object as Python writes it; any other value as it is.
 
@@ -37,7 +46,7 @@ def python_of(value):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that Python does not know
-            found = ast.literal_eval(text)
+            found = json.loads(json.dumps(ast.literal_eval(text)))  # tuples as lists, and all keys as text
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
         return value

@@ -4,13 +4,15 @@ The answers stand in two columns, as response_0 and response_1, and a verdict or
 a rank or a score each.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from data_prep.shapes.columns import Row
 from data_prep.shapes.content_parts import text_of
 from data_prep.shapes.messages import clean
-from data_prep.shapes.ratings import RANKS, SCORES, is_tie, number_of
+from data_prep.shapes.names import LABELS, words_of
+from data_prep.shapes.ratings import PRAISE, RANKS, SCORES, SIGNED, is_tie, number_of, other_side, rated
 from data_prep.shapes.structures import structure_of
 from posttrain.data.parts import Refused
 
@@ -18,8 +20,7 @@ STEMS = ("response", "answer", "completion", "output", "conversation", "model_re
 ENDS = (("_0", "_1"), ("_1", "_2"), ("_a", "_b"), ("0", "1"), ("1", "2"), ("_left", "_right"))
 WINNERS = ("better_response_id", "better_response", "better", "preferred_response", "preferred", "preference", "human_preference", "winner",
            "chosen", "choice", "verdict", "label", "labels", "vote")  # fmt: skip
-SIGNED = ("overall_preference", "preference_strength")  # below 0 where the first is the better one
-SCALES = ("score", "rating", "reward")  # of one of two answers
+BETTER = PRAISE | {"winner", "helpfulness"}  # words in the names of two columns of which the higher is of the better answer
 SCORED = ("overall_score", "score", "rating", "fine-grained_score", "pm_score", "reward")  # of one of several, the higher the better
 TEXTS = ("answer", "response", "text", "answer_text", "content", "completion", "output")  # keys of its text
 LISTS = ("completions", "answers", "responses", "candidates", "generations")
@@ -49,8 +50,35 @@ def two_answers(row: Row) -> TwoAnswers | None:
         for one, other in ENDS:
             if stem + one in row and stem + other in row:
                 found = TwoAnswers(stem + one, stem + other, (one.strip("_"), other.strip("_")))
-                return found if _verdicts(row, found.sides) else None
+                return found if more_answers(row, found) or _verdicts(row, found.sides) else None
     return None
+
+
+def more_answers(row: Row, two: TwoAnswers) -> list[str]:
+    """The names of all columns with answers where there are more than two, as response_1, response_2 and response_3; else none."""
+    stem, last = two.second.removesuffix(two.sides[1]), two.sides[1]
+    names = [two.first, two.second]
+    while len(last) == 1 and last.isalnum() and stem + (last := chr(ord(last) + 1)) in row:
+        names.append(stem + last)
+    return names if len(names) > 2 else []
+
+
+def best_of_columns(row: Row, two: TwoAnswers, names: list[str]) -> tuple[str, str]:
+    """The names of the best and the worst of several columns with answers, by scores or ranks of the same ends. Raises Refused."""
+    ends = [name.removeprefix(two.first.removesuffix(two.sides[0])) for name in names]
+    for first in [name for name in row.values if name not in names and not {*words_of(name)}.isdisjoint(SCORES | RANKS)]:
+        scales = [first, *(other_side(first, (ends[0], end), row.values) for end in ends[1:])]
+        values = [number_of(row.values[name]) if name else None for name in scales]
+        if all(isinstance(value, float) for value in values):
+            row.take_all([*names, *(name for name in scales if name)])
+            upwards = {*words_of(first)}.isdisjoint(RANKS)
+            ranked = sorted(zip(((-value if upwards else value) for value in values if isinstance(value, float)), names, strict=True))
+            if ranked[0][0] == ranked[-1][0]:
+                raise Refused(f"tied: all of {', '.join(names)} have the same rank or score")
+            row.notes.append(f"of {len(names)} answers the best and the worst by {first}")
+            return ranked[0][1], ranked[-1][1]
+    all_of = f"{', '.join(names)} are {len(names)} answers"
+    raise Refused(f"{all_of}, without a score or a rank for each, as in score_{ends[0]}: leave all but two out with --ignore")
 
 
 def _verdicts(row: Row, sides: tuple[str, str]) -> list[tuple[str, Callable[[], int | None]]]:
@@ -59,18 +87,18 @@ def _verdicts(row: Row, sides: tuple[str, str]) -> list[tuple[str, Callable[[], 
     for name in SIGNED:
         if name in row:
             found.append((name, lambda name=name: _by_sign(row, name)))
-    for scale in SCALES:
-        for between in ("_", ""):
-            names = [f"{scale}{between}{side}" for side in sides]
-            if all(name in row for name in names):
-                found.append((names[0], lambda names=names: _by_score(row, names)))
-    for prefix in ("winner_model_", "winner_"):
-        names = [prefix + side for side in sides]
-        if all(name in row for name in names):
-            found.append((names[0], lambda names=names: _by_score(row, names)))
-    if not found:
-        found += [(name, lambda name=name: _by_name(row, name, sides)) for name in WINNERS if name in row][:1]
-    return found
+    for name in row.values:
+        other, words = other_side(name, sides, row.values), {*words_of(name), *re.findall("[0-9]+", name)}
+        are_numbers = other and all(isinstance(rated(row.values[one]), float) for one in (name, other))
+        if other and not words.isdisjoint(SCORES | RANKS | (BETTER if are_numbers else set())):
+            found.append((name, lambda names=(name, other): _by_score(row, names)))
+        elif not other and sides[0] in words and not words.isdisjoint(PRAISE) and rated(row.values[name]) in (0, 1):
+            found.append((name, lambda name=name: 1 - int(rated(row.take(name)))))
+    named = [name for name in WINNERS if name in row]
+    names = [name for name in named if is_tie(row.values[name]) or _place(row.values[name], sides) is not None]
+    if not found and not names:
+        names = named[:1]  # which is refused with its value
+    return found + [(name, lambda name=name: _by_name(row, name, sides)) for name in names]
 
 
 def _by_sign(row: Row, name: str) -> int | None:
@@ -80,11 +108,11 @@ def _by_sign(row: Row, name: str) -> int | None:
     return None if value == 0 else int(value > 0)
 
 
-def _by_score(row: Row, names: list[str]) -> int | None:
-    first, second = (number_of(row.take(name)) for name in names)
+def _by_score(row: Row, names: tuple[str, str]) -> int | None:
+    first, second = (rated(row.take(name)) for name in names)
     if not isinstance(first, float) or not isinstance(second, float):
         raise Refused(f"{names[0]} or {names[1]} is not a number")
-    return None if first == second else int(second > first)
+    return None if first == second else int((second > first) is RANKS.isdisjoint(words_of(names[0])))
 
 
 def _by_name(row: Row, name: str, sides: tuple[str, str]) -> int | None:
@@ -92,11 +120,17 @@ def _by_name(row: Row, name: str, sides: tuple[str, str]) -> int | None:
     value = row.take(name)
     if is_tie(value):
         return None
-    number = None if isinstance(value, bool) else number_of(value)
-    text = str(int(number)) if isinstance(number, float) and number.is_integer() else str(value).strip().lower().split("_")[-1]
-    if text not in sides or isinstance(value, bool):
+    place = _place(value, sides)
+    if place is None:
         raise Refused(f"{name} is {value!r}; expected {sides[0]} or {sides[1]}")
-    return sides.index(text)
+    return place
+
+
+def _place(value, sides: tuple[str, str]) -> int | None:
+    """Which side a verdict names, 0 or 1; None where it names neither."""
+    number = None if isinstance(value, bool) else number_of(value)
+    text = str(int(number)) if isinstance(number, float) and number.is_integer() else re.split("[_ -]", str(value).strip().lower())[-1]
+    return sides.index(text) if text in sides and not isinstance(value, bool) else None
 
 
 def list_of_answers(row: Row) -> str | None:
@@ -108,38 +142,53 @@ def best_and_worst(row: Row, name: str) -> tuple[str, str]:
     """Read several answers with a rank (1 is the best) or a score (the highest is the best): the best and the worst. Raises Refused."""
     answers = row.structure(name)
     if all(isinstance(one, str) for one in answers):
-        ranked = _beside(row, name, answers)
+        scales = _beside(row, name, len(answers))
+        texts = [clean(text, f"an answer in {name}") for text in answers]
     elif all(isinstance(one, dict) for one in answers):
-        ranked = [(_rank(one), _text(one, name)) for one in answers]
+        scales = {scale: [_number(one, scale) for one in answers] for scale in ("rank", "score")}
+        texts = [_text(one, name) for one in answers]
     else:
         raise Refused(f"{name} is not a list of answers with a rank or a score")
-    ranked = [(rank, text) for rank, text in ranked if rank is not None]
-    if len(ranked) < 2:
+    orders = {scale: [(value, text) for value, text in zip(values, texts, strict=True) if value is not None]
+              for scale, values in scales.items()}  # fmt: skip
+    orders = {scale: order for scale, order in orders.items() if len(order) > 1}
+    if not orders:
         raise Refused(f"{name} holds fewer than two answers with a rank or a score")
+    (scale, ranked), *others = orders.items()
     (best, chosen), (last, rejected) = (pick(ranked, key=lambda one: one[0]) for pick in (min, max))
     if best == last:
         raise Refused(f"tied: all {name} have the same rank or score")
+    for other, order in others:
+        values = {text: value for value, text in order}
+        if chosen in values and rejected in values and values[chosen] > values[rejected]:
+            raise Refused(f"{scale} and {other} of {name} contradict each other about the better answer")
+    if len(ranked) < len(texts):
+        row.notes.append(f"answers in {name} without a rank or a score left out")
     row.take_all(name for name in ("models",) if name in row)
     return chosen, rejected
 
 
-def _beside(row: Row, name: str, answers: list[str]) -> list[tuple[float | None, str]]:
-    """Answers with their ranks, from a column beside theirs."""
-    scale = next((other for other in row.values if other in SCORES | RANKS and isinstance(structure_of(row.values[other]), list)), None)
-    values = [number_of(value) for value in row.structure(scale)] if scale else []
-    if len(values) != len(answers) or not all(isinstance(value, float) for value in values):
+def _beside(row: Row, name: str, count: int) -> dict[str, list[float]]:
+    """Columns beside several answers that have a number for each, smaller for a better one."""
+    scales = {}
+    for scale in row.values:
+        values = structure_of(row.values[scale]) if scale in SCORES | RANKS | LABELS else None
+        numbers = [rated(value) for value in values] if isinstance(values, list) else []
+        if len(numbers) == count and all(isinstance(value, float) for value in numbers):
+            scales[scale] = [value if scale in RANKS else -value for value in numbers]
+    if not scales:
         raise Refused(f"{name} is a list of texts, without a number for each in scores, ratings or ranks")
-    sign = 1 if scale in RANKS else -1
-    return [(sign * value, clean(text, f"an answer in {name}")) for value, text in zip(values, answers, strict=True)]
+    for scale in scales:
+        row.structure(scale)
+    return scales
 
 
-def _rank(answer: dict) -> float | None:
-    """A number that is smaller for a better answer; None where it has neither rank nor score."""
-    rank, score = answer.get("rank"), next((answer[name] for name in SCORED if answer.get(name) is not None), None)
-    try:
-        return float(rank) if rank is not None else -float(score) if score is not None else None
-    except (TypeError, ValueError):
-        return None
+def _number(answer: dict, scale: str) -> float | None:
+    """A number that is smaller for a better answer, its rank or its score; None where it has none."""
+    value = number_of(
+        answer.get("rank") if scale == "rank" else next((answer[name] for name in SCORED if answer.get(name) is not None), None)
+    )
+    return (value if scale == "rank" else -value) if isinstance(value, float) else None
 
 
 def _text(answer: dict, column: str) -> str:
