@@ -5,10 +5,12 @@ what a family needs besides is in OWN.
 """
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY = 128
+from posttrain.model.classes import class_of
+
+VOCABULARY = ("vocab_size", "vocab_size_per_layer_input")  # attributes
 # models that are not asked for text alone: decoders of encoder-decoder models, encoders with a head, models of sound
 OTHERS = """
 bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cpmant ctrl data2vec-text electra ernie
@@ -36,7 +38,6 @@ SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "experts_top_k", "moe_top_k"), 2),
     **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx"), 256),
     **dict.fromkeys(("sliding_window", "attention_window_size"), 8),
     **dict.fromkeys(("attention_chunk_size",), 8),
@@ -101,11 +102,11 @@ def families() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(OTHERS.split()))
 
 
-def tiny_config(kind: str) -> PreTrainedConfig:
-    """Return the config of a small model of a family."""
+def tiny_config(kind: str, vocabulary: int) -> PreTrainedConfig:
+    """Return the config of a small model of a family that knows so many tokens."""
     config = CONFIG_MAPPING[kind]()
     text = config.get_text_config()
-    made = type(text)(**sized(text) | OWN.get(text.model_type, {}))
+    made = type(text)(**sized(text) | {name: vocabulary for name in VOCABULARY if name in text.to_dict()} | OWN.get(text.model_type, {}))
     if text is config:
         return made
     parts = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and value is not text}
@@ -124,10 +125,11 @@ def sized(config: PreTrainedConfig) -> dict:
     return given | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def tiny_model(kind: str) -> PreTrainedModel:
+def tiny_model(kind: str, vocabulary: int = 128) -> PreTrainedModel:
     """Return a small random model of a family, in float32."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32, trust_remote_code=False)
+    config = tiny_config(kind, vocabulary)
+    model = class_of(config)._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # many start at ones and zeros, with which a wrong one would not show
