@@ -152,7 +152,7 @@ def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _untie(model: PreTrainedModel) -> bool:
     """Correct the config of a model whose head is not its embedding although the config says so; returns whether it is such a one."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is embedding.weight or not model.config.tie_word_embeddings:
+    if head is None or head.weight is embedding.weight or not getattr(model.config, "tie_word_embeddings", False):
         return False
     model.config.tie_word_embeddings = False
     return True
