@@ -8,6 +8,7 @@ from torch.nn import attention as flash
 from posttrain.data.packing import Segment, pack, to_device
 from posttrain.operators.attention_segments import SEGMENTS, attend_segments
 from posttrain.operators.attention_varlen import VARLEN, attend_varlen
+from posttrain.operators.heads import heads_of
 from posttrain.operators.layers import distances
 from posttrain.operators.proof import tried
 
@@ -23,6 +24,8 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, dropout: floa
         return SEGMENTS, "variable-length flash attention needs an Ampere or newer GPU"
     if dtype == torch.float32 or dropout:
         return SEGMENTS, "variable-length flash attention takes bfloat16 and no dropout"
+    if len(heads := {*heads_of(config)}) != 1:
+        return SEGMENTS, f"its layers have {'heads of several kinds' if heads else 'no heads'}, and variable-length flash attention one"
     _activate("FA2")  # FA3 and FA4 would also replace what attend_segments calls
     expected, passed_over = trial(attend_segments, config, device, dtype), ""
     for name in FLASH_VERSIONS.get(torch.cuda.get_device_capability(device)[0], ("FA2",)):
@@ -69,9 +72,7 @@ def trial(function, config, device: torch.device, dtype: torch.dtype) -> list[to
         middle = start + prompt + chosen
         segments += [Segment(start, middle), Segment(middle, middle + rejected, start, start + prompt)]
     packing, rows = to_device(pack(segments), device), segments[-1].end
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, kv_heads, width = heads_of(config)[0]
     draw = torch.Generator().manual_seed(0)
     *inputs, grad = (
         torch.randn(shape, generator=draw).to(device, dtype)

@@ -1,4 +1,6 @@
-"""Reads from a model's config how its head makes logits of what a linear layer gives: what they are multiplied by, and bounded to."""
+"""Reads from a model's config how its head makes logits of what a linear layer gives, and how wide the heads of its attention are."""
+
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -6,6 +8,27 @@ from transformers import PreTrainedConfig
 MULTIPLIED, DIVIDED = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 BOUNDED = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 MULTIPLIES = ("hyperclovax",)  # model types that multiply by what all others divide by
+
+
+class Heads(NamedTuple):
+    """The heads of a layer's attention."""
+
+    queries: int
+    keys: int  # and values; fewer than queries where several share them
+    width: int
+
+
+def heads_of(config: PreTrainedConfig) -> list[Heads]:
+    """Return the heads of each layer, which may differ (Gemma 4); of a model without any (Mamba) an empty list."""
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    if not getattr(config, "num_attention_heads", None):
+        return []
+    found = []
+    for layer in layers:
+        queries = layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or config.hidden_size // queries
+        found.append(Heads(queries, getattr(layer, "num_key_value_heads", None) or queries, width))
+    return found
 
 
 def scale_and_cap(config: PreTrainedConfig) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import moe
 
 from posttrain.common.errors import first_line
 from posttrain.data.packing import MicroBatch
@@ -150,6 +151,17 @@ def _logits_in_one_pass():
         logprob.compiled_parts = compiled
 
 
+@contextlib.contextmanager
+def _experts_of_any_dtype():
+    """Let transformers multiply experts by its operator that has shapes for every dtype; torch 2.13's grouped_mm has bfloat16's only."""
+    possible = getattr(moe, "_can_use_grouped_mm", None)
+    moe._can_use_grouped_mm = lambda *tensors: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = possible
+
+
 class Peaks(NamedTuple):
     """The most bytes that forward and backward take, weights and finished gradients left out."""
 
@@ -201,7 +213,8 @@ def batch_without_values(batch: MicroBatch, fake: FakeTensorMode) -> MicroBatch:
 @contextlib.contextmanager
 def allocating_as_counted(policy: Policy, fused: bool):
     """Let forward and backward of policy_without_values allocate at their peak what they would with values, with `fused` on a GPU."""
-    with _few_pieces(), _logits_in_one_pass(), _rotary_without_memory(policy.model) if fused else contextlib.nullcontext():
+    rotary = _rotary_without_memory(policy.model) if fused else contextlib.nullcontext()
+    with _few_pieces(), _logits_in_one_pass(), rotary, _experts_of_any_dtype():
         yield
 
 
@@ -260,11 +273,12 @@ def _kinds_of_layers(config) -> dict[int, int]:
 
 def _lists_of_layers(config) -> dict[str, list]:
     """Return those attributes of a config that say something of each layer: which attention it has, or whether it has experts."""
-    named = {*vars(config), "layer_types", "layers_block_type"}  # which some configs derive
-    found = {name: getattr(config, name, None) for name in sorted(named)}
+    found = {**vars(config), **{name: getattr(config, name, None) for name in ("layer_types", "layers_block_type")}}  # some derive these
+    if names := getattr(config, "per_layer_attributes", None):  # Gemma 4's heads, which are wider in some layers
+        found["per_layer_config"] = [tuple((name, getattr(one, name)) for name in sorted(names)) for one in config.per_layer_config]
     return {
         name: value
-        for name, value in found.items()
+        for name, value in sorted(found.items())
         if "layer" in name and isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
     }
 
@@ -274,9 +288,12 @@ def _with_layers(config, numbers: list[int]):
     config = copy.deepcopy(config)
     of_layers = _lists_of_layers(config)
     config.num_hidden_layers = len(numbers)
+    if getattr(config, "num_kv_shared_layers", 0):
+        config.num_kv_shared_layers = 0  # no layer takes the keys of one that is left out
     for name, values in of_layers.items():
+        chosen = [values[number] for number in numbers]
         with contextlib.suppress(AttributeError):  # of a config that derives them, as Mamba's
-            setattr(config, name, [values[number] for number in numbers])
+            setattr(config, name, {n: dict(one) for n, one in enumerate(chosen)} if name == "per_layer_config" else chosen)
     if same_frequencies_until(config):  # which frequencies a row gets is read from its positions
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     return config

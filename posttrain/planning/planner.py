@@ -12,6 +12,7 @@ import torch
 
 from posttrain.data import batches
 from posttrain.engine.ds_config import REFERENCE, read_ds_config
+from posttrain.operators.heads import heads_of
 from posttrain.operators.layers import ARCHITECTURES
 from posttrain.operators.logprob import PLAIN, way_on_gpu
 from posttrain.planning.activations import architecture_of, count_working, possible_ways
@@ -279,19 +280,17 @@ class Planner:
     def flops(self, checkpointing: str) -> float:
         """Return the FLOPs of a mean step over all ranks: 2 a weight and token forward, 4 backward; attention by its query-key pairs."""
         c = self.config
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        attend = (
-            c.hidden_size * width * (2 * c.num_attention_heads + 2 * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads))
-        )
+        heads, depth = heads_of(c), c.num_hidden_layers  # of a mean layer:
+        attend = c.hidden_size * sum(one.width * (2 * one.queries + 2 * one.keys) for one in heads) / depth
         inner = getattr(c, "intermediate_size", None)  # GPT-2 has none: what else a layer has then counts as its feed-forward block
-        feed = 3 * c.hidden_size * inner if inner else self.piece - self.embedding - attend
+        feed = 3 * c.hidden_size * inner if isinstance(inner, int) else self.piece - self.embedding - attend
         tokens, trained = self.work.lengths.mean(), self._log_probs().mean()
-        pairs = 2 * 2 * c.num_attention_heads * width * self.work.attended().mean()
+        pairs = 2 * 2 * sum(one.queries * one.width for one in heads) / depth * self.work.attended().mean()
         layer, head = 2 * (attend + feed) * tokens + pairs, 2 * c.vocab_size * c.hidden_size * trained
         again = {"none": 0, "selective": 2 * feed * tokens}.get(checkpointing, layer)
-        whole = c.num_hidden_layers * (3 * layer + again) + 3 * head
+        whole = depth * (3 * layer + again) + 3 * head
         if self.reference:
-            whole += c.num_hidden_layers * layer + head
+            whole += depth * layer + head
         return self.batch * whole
 
     def _log_probs(self) -> np.ndarray:

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from posttrain.common.errors import first_line
 from posttrain.model.assistant import Assistant
+from posttrain.operators.heads import heads_of
 from posttrain.serving.sampling import Sampling, choose
 
 PAGE = 64  # tokens of a page of the KV cache; requests with the same beginning share whole pages
@@ -221,8 +222,7 @@ def _cpu_blocks(assistant: Assistant, most: int, size: int) -> int:
     A model that is small gets less than `size`, however many positions its config.json claims, and none gets half of the free memory.
     """
     config, pages = assistant.model.config.get_text_config(), -(-assistant.context_in_batches // PAGE)
-    heads, head = config.num_attention_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head + CPU_BATCH_TOKENS
+    of_token = 2 * sum(heads.keys * heads.width for heads in heads_of(config)) + CPU_BATCH_TOKENS
     weights = sum(weight.nbytes for weight in assistant.model.parameters())
     size = min(size, max(SMALL_CACHE, weights), psutil.virtual_memory().available // 2)
     wanted = max(pages, most * min(pages, USUAL_REQUEST // PAGE)) + 1
