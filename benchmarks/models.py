@@ -25,6 +25,7 @@ from tiny import make_tiny
 
 from benchmarks.side_by_side import RESULTS, as_text, machine, versions
 from benchmarks.tiny_models import families, tiny_model
+from data_prep.prepare import prepare
 from posttrain.common.errors import first_line
 from posttrain.common.files import read_json_lines
 from posttrain.data.parts import IGNORE
@@ -53,10 +54,11 @@ def main() -> None:
     rows = {row["family"]: row for row in json.loads(file.read_text(encoding="utf-8"))["families"]} if file.is_file() else {}
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
-        tiny = make_tiny(Path(name))
+        make_tiny(Path(name))
+        sft, dpo, tokenizer = _rows(Path(name))
         warm.own()
         warm.run("posttrain/sft.py", "--help")  # starts the process that all others are forked from
-        asked = [(family, tiny.sft, tiny.dpo, tiny.base, f"{name}/{family}") for family in options.families or families()]
+        asked = [(family, sft, dpo, tokenizer, f"{name}/{family}") for family in options.families or families()]
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
             for row in pool.imap_unordered(tried, asked):
                 print(row, flush=True)
@@ -69,44 +71,49 @@ def main() -> None:
         PAGE.write_text(before + BEGIN + table(found["families"]) + END + after, encoding="utf-8")
 
 
+def _rows(folder: Path) -> tuple[str, str, str]:
+    """Prepare the tiny world's rows with a byte-level tokenizer; return the folders of SFT, of DPO and of the tokenizer.
+
+    Beside a config.json of Qwen2 or Qwen3.5, transformers 5.23 opens any tokenizer as Qwen's, so it is one.
+    """
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator([(folder / "text.txt").read_text().splitlines()], vocab_size=400)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for kind in ("sft", "dpo"):
+        paths = ["--source", f"{folder}/{kind}.jsonl", "--output_dir", f"{folder}/rows_{kind}", "--tokenizer", f"{folder}/tokenizer"]
+        prepare(kind, [*paths, "--val_size", "7"])
+    return f"{folder}/rows_sft", f"{folder}/rows_dpo", f"{folder}/tokenizer"
+
+
 def tried(asked: tuple) -> dict:
     """Return the row of a family: how it is trained, and how far that is from plain transformers."""
     torch.set_num_threads(1)
     family, sft, dpo, tokenizer, folder = asked
     base = Path(folder, "base")
     try:
-        _make(family, tokenizer, base)
+        tiny_model(family, len(transformers.AutoTokenizer.from_pretrained(tokenizer))).save_pretrained(base)
         split = load_prepared(sft, "sft", "").train
         loss, norm = first_step(str(base), split)
     except Exception as error:  # of any kind: transformers' own code fails with it
         return {"family": family, "trained": "not tried", "why": f"{type(error).__name__}: {first_line(error)}"[:200]}
-    paths = [f"--checkpoint_path={base}", f"--sft_data_dir={sft}", f"--out_dir={folder}/sft", f"--global_batch_size={len(split)}"]
-    done = warm.run("posttrain/sft.py", *paths, *NUMBERS, "--max_iters=1", timeout=PATIENCE)
+    paths = [f"--checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--sft_data_dir={sft}", f"--out_dir={folder}/sft"]
+    done = warm.run("posttrain/sft.py", *paths, *NUMBERS, f"--global_batch_size={len(split)}", "--max_iters=1", timeout=PATIENCE)
     if done.returncode:
         return {"family": family, "trained": "refused", "why": _sentence(done.stdout)[:300]}
     step = read_json_lines(Path(folder, "sft", "metrics.jsonl"))[0]
     apart = re.search(r"attention: transformers' own, .*?, which is slower \((.*)\)", done.stdout)
     row = {"family": family, "trained": "a row at a time" if apart else "packed"}
     row |= {"loss_differs": abs(step["loss"] - loss), "norm_differs": abs(step["grad_norm"] / norm - 1)}
-    return row | _pairs(base, dpo, folder) | ({"why": apart[1][:300]} if apart else {})
-
-
-def _make(family: str, tokenizer: str, base: Path) -> None:
-    """Write a small model of a family, with the tokenizer."""
-    read = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    tiny_model(family, len(read)).save_pretrained(base)
-    read.save_pretrained(base)
+    return (
+        row
+        | _pairs([f"--sft_checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--dpo_data_dir={dpo}"], folder)
+        | ({"why": apart[1][:300]} if apart else {})
+    )
 
 
 def first_step(base: str, split: Split) -> tuple[float, float]:
     """Return the loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
-    model = class_in(base).from_pretrained(base, dtype=torch.float32).train()
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = class_in(base).from_pretrained(base, dtype=torch.float32)  # computes as in use, without dropout or noise
     total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
     for index in range(len(split)):
         ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))
@@ -117,12 +124,12 @@ def first_step(base: str, split: Split) -> tuple[float, float]:
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
-def _pairs(base: Path, dpo: str, folder: str) -> dict:
+def _pairs(paths: list[str], folder: str) -> dict:
     """Return by how much DPO's curve with shared prompts differs from that with two prompts."""
     curves = []
     for shares in (True, False):
-        paths = [f"--sft_checkpoint_path={base}", f"--dpo_data_dir={dpo}", f"--out_dir={folder}/dpo_{shares}", f"--share_prompt={shares}"]
-        done = warm.run("posttrain/dpo.py", *paths, *NUMBERS, "--max_iters=2", "--global_batch_size=8", timeout=PATIENCE)
+        way = [f"--out_dir={folder}/dpo_{shares}", f"--share_prompt={shares}"]
+        done = warm.run("posttrain/dpo.py", *paths, *way, *NUMBERS, "--max_iters=2", "--global_batch_size=8", timeout=PATIENCE)
         if done.returncode:
             return {"pairs": "refused", "why": _sentence(done.stdout)[:300]}
         steps = read_json_lines(Path(folder, f"dpo_{shares}", "metrics.jsonl"))

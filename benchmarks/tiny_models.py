@@ -18,6 +18,8 @@ git marian mbart megatron-bert mllama moshi moss_transcribe_diarize musicgen mus
 roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod reformer emu3 fuyu got_ocr2
 aria_text gemma4_assistant gemma4_unified_assistant phi4_multimodal
 """
+# those that are asked for pictures, too, and whose text part has no class of its own
+WRAPPED = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v paddleocr_vl"
 LAYERS = 4
 # by the names of attributes (transformers 5.23); those that a config lacks are left out
 SIZES = {
@@ -52,6 +54,7 @@ SIZES = {
     **dict.fromkeys(("initializer_range",), 0.2),
 }
 WINDOWS = ["sliding_attention", "full_attention"] * 2
+THREE_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}  # of positions: time, height and width
 OWN: dict[str, dict] = {
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in WINDOWS[:2]}},
@@ -77,6 +80,10 @@ OWN: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"head_dim": 16},
+    "qwen2_vl_text": {"rope_parameters": THREE_AXES},
+    "qwen2_5_vl_text": {"rope_parameters": THREE_AXES},
+    "glm4v_text": {"rope_parameters": THREE_AXES},
+    "paddleocr_vl_text": {"rope_parameters": THREE_AXES},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -99,7 +106,7 @@ OWN: dict[str, dict] = {
 
 def families() -> list[str]:
     """Return the model types whose models read and write text."""
-    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(OTHERS.split()))
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPED.split()} - {*OTHERS.split()})
 
 
 def tiny_config(kind: str, vocabulary: int) -> PreTrainedConfig:

@@ -477,15 +477,26 @@ def test_a_config_that_asks_for_tuples_or_all_hidden_states_trains_alike(folder)
     assert plain_logps(model, sample_rows(model.config)[0]).isfinite().all()
 
 
-def test_noise_of_routers_is_off_and_said(tiny, tmp_path, alone):
-    """Mixtral's and PhiMoE's jitter: drawn anew by each rank, it would make another curve in every layout."""
-    base = bases.make(tiny, tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1)
+@pytest.mark.parametrize(
+    ("kind", "said", "noise"),
+    [
+        ("mixtral", "jitter_noise is off", {"router_jitter_noise": 0.1}),
+        # its router draws experts at random in training, and router_jitter_noise is a threshold, in use, too
+        ("phimoe", "input_jitter_noise and what PhimoeTopKRouter does in training only is off", {"input_jitter_noise": 0.1}),
+    ],
+)
+def test_noise_of_routers_is_off_and_said(kind, said, noise, tiny, tmp_path, alone):
+    """Drawn anew by each rank, it would make another curve in every layout."""
+    base = bases.make(tiny, tmp_path / "base", kind, num_local_experts=4, num_experts_per_tok=2, **noise)
     paths = {"checkpoint_path": str(base), "sft_data_dir": tiny.sft, "out_dir": "run"}
     recipe = build_recipe(SFTRecipe, {**paths, "max_iters": 1, "global_batch_size": 1, "dtype": "float32"}, {})
     model, choices = policy.load_policy(recipe, tiny.tokenizer, torch.device("cpu"), sharded=False)
-    assert "jitter_noise is set to 0" in dict(choices)["noise"]
-    rows = packed_rows(sample_rows(model.model.config))
-    assert torch.equal(model.train()(rows), model(rows))
+    assert said in dict(choices)["noise"]
+    rows = sample_rows(model.model.config)
+    assert torch.equal(model.train()(packed_rows(rows)), model(packed_rows(rows)))
+    own = load_model(str(base), torch.float32, "")
+    plain = torch.cat([plain_logps(own, row) for row in rows])
+    assert torch.allclose(model(packed_rows(rows)), plain, atol=1e-5)
 
 
 def test_no_embedding_of_a_model_has_a_row_that_is_not_trained(tiny, tmp_path, alone):

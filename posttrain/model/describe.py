@@ -7,7 +7,8 @@ writes some keys under new names only; those that transformers 4, and programs w
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from posttrain.common.files import read_object
 from posttrain.data import tokenization
@@ -28,7 +29,7 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     config.architectures = [type(model).__name__]
     for part in (config, config.get_text_config()) if chat is not None else ():
         own, eos, bos = (getattr(part, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
-        part.eos_token_id = _stops(chat, eos)
+        _set_stops(part, _stops(chat, eos))
         part.bos_token_id = chat.tokenizer.bos_token_id if bos is None else bos
         # transformers trains no input embedding of the pad token, so it must be none that training teaches
         part.pad_token_id = None if own in _taught(chat) else own
@@ -47,6 +48,14 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
         _write(path, values)
 
 
+def _set_stops(config: PreTrainedConfig, stops: list[int]) -> None:
+    """Set the tokens that end an answer; where a family's config takes a single one, the template's. generation_config.json has all."""
+    try:
+        config.eos_token_id = stops
+    except StrictDataclassFieldValidationError:
+        config.eos_token_id = stops[0]
+
+
 def older_names(config: dict, aliases: dict[str, str]) -> dict:
     """Return the keys by which transformers 4 knows what config.json's content says in transformers 5's form.
 
@@ -57,7 +66,7 @@ def older_names(config: dict, aliases: dict[str, str]) -> dict:
     rope = config.get("rope_parameters") or {}
     if local := rope.get("sliding_attention"):  # a rotary embedding for each kind of layer, as in Gemma 3
         keys["rope_local_base_freq"] = local.get("rope_theta")
-    rope = rope.get("full_attention", rope)
+    rope = (rope["full_attention"] or {}) if "full_attention" in rope else rope
     if "rope_theta" not in rope:
         return keys
     base, share = OLD_ROTARY_NAMES.get(config["model_type"], NOT_SCALING)

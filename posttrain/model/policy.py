@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,6 +40,7 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # a decoder l
 KNOWN = f"known to work: {', '.join(layers.ARCHITECTURES)}"
 Way = Packed | Apart | Whole
 WAYS: dict[str, Callable[..., Way]] = {way.name: way for way in (Packed, PackedByItself, Apart, Whole)}
+NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}  # attributes of routers and blocks of experts
 ABSURD = 1e5  # nats per token that no model is surprised by, unless some of its weights are
 
 
@@ -149,7 +151,7 @@ def _read(recipe: Recipe, tokenizer, device: torch.device, frozen: bool) -> tupl
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
     if jitter := still(model):
-        choices.append(("noise", f"{jitter} is set to 0: noise on what routers see would be drawn anew by each rank and layout"))
+        choices.append(("noise", f"{jitter} is off: noise on what routers see would be drawn anew by each rank and layout"))
     set_dropout(model, recipe.dropout)
     if recipe.dropout:
         choices.append(("dropout", f"{recipe.dropout}: the loss curve also depends on the number of GPUs and the micro-batches"))
@@ -211,14 +213,27 @@ def set_dropout(model: PreTrainedModel, dropout: float) -> None:
             module.p = 0.0
 
 
+def _as_in_use(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stand in for a module's `train`, and change nothing."""
+    return module
+
+
 def still(model: PreTrainedModel) -> str:
-    """Set the noise that routers of some experts add in training to 0; returns the setting's name, "" where there is none."""
-    found = sorted({name for module in model.modules() for name, value in vars(module).items() if name.endswith("jitter_noise") and value})
+    """Turn off the noise that routers of some experts add in training; returns the settings' names, "" where there is none.
+
+    A router that computes otherwise in training than in use, as PhiMoE's, which draws experts at random, computes as in use. Its
+    router_jitter_noise is no noise but a threshold.
+    """
+    found = set()
     for module in model.modules():
-        for name in found:
-            if hasattr(module, name):
-                setattr(module, name, 0.0)
-    return " and ".join(found)
+        for name in NOISE.intersection(name for name, value in vars(module).items() if value):
+            found.add(name)
+            setattr(module, name, None if name == "moe_jitter_eps" else 0.0)  # DBRX draws noise unless it is None
+        kind = type(module)
+        if "Router" in kind.__name__ and "training" in inspect.unwrap(kind.forward).__code__.co_names:
+            found.add(f"what {kind.__name__} does in training only")
+            module.training, module.train = False, partial(_as_in_use, module)
+    return " and ".join(sorted(found))
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
@@ -237,7 +252,10 @@ def build_policy(model: PreTrainedModel, attention_name: str, checks: bool, devi
     if kind in layers.ARCHITECTURES and not checks:
         return fastest_policy(model, attention_name)
     device = device or model.device
-    plain = proof.plain(model, device)
+    try:
+        plain = proof.plain(model, device)
+    except Exception as error:  # of any kind: what a config.json of somebody else's holds may fail anywhere in an architecture's code
+        raise ValueError(f"transformers' own code of the {kind} cannot compute a row of text: {reason(error)}") from error
     if not plain.logps.abs().max() < ABSURD:
         seen = f"of {plain.logps.abs().max():.1g} nats" if plain.logps.isfinite().all() else "that are not finite"
         raise ValueError(f"the {kind} gives log-probs {seen}: its weights are damaged, or its training diverged")
