@@ -106,7 +106,8 @@ def test_keys_of_messages_are_left_out_where_the_user_says_so():
     assert read_row("sft", row, Columns(ignore=("mood", "mask", "reasoning", "content"))) == Chat([USER, ASSISTANT])
     speakers = {"messages": [{"speaker": "x", "text": "q"}]}
     assert (
-        read("sft", speakers) == "a message does not say who speaks; it has speaker, text: name the keys with --role_key and --content_key"
+        read("sft", speakers)
+        == "a message does not say who speaks; it has speaker, text: name the keys with --role_key speaker and --content_key text"
     )
 
 

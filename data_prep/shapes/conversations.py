@@ -9,17 +9,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
-from data_prep.shapes.advice import describe, is_texts, readings
+from data_prep.shapes.advice import describe, is_texts, readings, remedy
 from data_prep.shapes.beside import asked, one_of, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, USUAL, Columns, Keep, Row, UnknownShape
 from data_prep.shapes.content_parts import in_messages, text_of
+from data_prep.shapes.forms import TURNS
 from data_prep.shapes.messages import (
-    TURNS,
     Chat,
     Document,
     Pair,
+    answer_in,
     check_order,
     clean,
     conversation,
@@ -123,13 +124,15 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
         "dpo": "chosen and rejected (texts or messages), with prompt, question, instruction or conversations where they do not hold it",
     }[kind]
     other = ""
-    if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), UnknownShape) for row in rows[:20]):
+    others = Refused if kind == "sft" else UnknownShape  # a pair that is refused may as well be no pair
+    if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), others) for row in rows[:20]):
         other = in_this_form(
             "\nThese look like preference pairs: use data_prep/prepare_dpo.py"
             if kind == "sft"
             else "\nThese look like rows with one answer: use data_prep/prepare_sft.py"
         )
     how = f"\nThis would probably read them: {line}" if not other and (line := _advice(kind, rows[:100])) else ""
+    other = other or ("" if how else remedy(rows[:100], kind))
     return f"rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
 
 
@@ -195,6 +198,10 @@ def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns
     answer = one_of(row, "answer", answers)
     messages, is_text = asked(row, prompts, columns)
     answered = row.take(answer) if is_text else messages_in(row, answer)  # after a question that is a text, JSON is the answer
+    if is_text and (message := answer_in(answered)) is not None:  # but for a message of the assistant
+        if isinstance(answered, str):
+            row.notes.append(f"{row.shown[answer]} read as the JSON text of a message")
+        answered = message
     if isinstance(answered, list) and answered and all(isinstance(text, str) for text in answered):
         answered = _only_answer(row, answer, answered)
     if isinstance(answered, list) and all(isinstance(message, dict) for message in answered):
