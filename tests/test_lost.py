@@ -3,9 +3,10 @@
 import pytest
 
 from data_prep.shapes.columns import USUAL, Columns, keep_of
-from data_prep.shapes.conversations import IN_CHAT_FORM, conversations, read_row
+from data_prep.shapes.conversations import conversations, read_row
 from data_prep.shapes.messages import Chat, Document
 from data_prep.shapes.names import near
+from data_prep.shapes.odd_texts import IN_CHAT_FORM
 from posttrain.data.parts import Refused
 
 ROW = {"prompt": "Which tree bears plums?", "response": "The plum tree."}

@@ -4,7 +4,6 @@ A reader returns a Document, a Chat or a Pair, or raises Refused with the cause 
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -30,6 +29,7 @@ from data_prep.shapes.messages import (
     messages_of,
 )
 from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, is_switch, words_of
+from data_prep.shapes.odd_texts import looked_at
 from data_prep.shapes.pairs import pair_of
 from data_prep.shapes.plain import plain_chat
 from data_prep.shapes.ratings import number_of
@@ -40,14 +40,6 @@ from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
-# what a chat written as one text has: a speaker's name at the start of a line for each side, or the signs of a known chat form
-CHAT_MARKS = (
-    re.compile(r"^\W{0,5}(human|user|instruction|question|q|prompt|input)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
-    re.compile(r"(^|\s)\W{0,5}(assistant|gpt|response|answer|a|bot|model|output|ai)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
-)
-CHAT_SIGNS = re.compile(r"\[/INST\]|<\|?/?(im_start|start_header_id|start_of_turn|user|assistant)\|?>|<｜User｜>", re.IGNORECASE)
-LOOKED_AT = 2000  # characters of a text in which they are looked for
-IN_CHAT_FORM = "texts that look like a chat, trained whole, questions too: write chats as messages to train the answers alone"
 LONGEST_CAUSE = 600  # characters
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
@@ -82,17 +74,17 @@ def conversations(kind: str, rows: Iterable[FileRow], columns: Columns = USUAL) 
 
 def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair | Refused:
     """Read one row; a Refused says why it cannot be used."""
-    if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
-        return plain
-    row = Row(given, columns)
     try:
+        if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
+            return looked_at(plain)
+        row = Row(given, columns)
         for keep in columns.keep:
             _refuse_unwanted(row, given, keep)
         _refuse_unusable(kind, row, columns)
         if kind == "sft" and TREE_COLUMNS.issubset(given):
             raise Refused("a message of a tree among rows of other shapes: give the trees as a file of their own")
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
-        return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
+        return looked_at(item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS)))
     except Refused as cause:
         return type(cause)(_short(str(cause)))  # without the traceback, which holds the row
     except RecursionError:
@@ -173,18 +165,10 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_texts(structure_of(row.values.get(TURNS))):
         return _chat(with_system(row, messages_of(row.structure(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
-        return _document(clean(row.take(name), name), row)
+        return Document(clean(row.take(name), name))
     if (name := _null(row)) is not None:
         raise Refused(f"{name} is null")
     raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")
-
-
-def _document(text: str, row: Row) -> Document:
-    """A plain text; it is told where it looks like a chat, of which the questions would be trained, too."""
-    start = text[:LOOKED_AT]
-    if all(marks.search(start) for marks in CHAT_MARKS) or CHAT_SIGNS.search(start):
-        row.notes.append(IN_CHAT_FORM)
-    return Document(text)
 
 
 def _null(row: Row) -> str | None:
