@@ -76,6 +76,14 @@ def test_an_answer_that_is_a_message_is_read_as_one(answer):
     assert read_row("dpo", pair, USUAL) == Pair([USER], "a", "b")
 
 
+def test_objects_of_lists_are_read_as_prompts_and_answers():
+    prompt, chosen, rejected = (
+        {"role": [role], "content": [text]} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
+    )
+    assert read_row("sft", {"prompt": prompt, "completion": chosen}, USUAL) == READ
+    assert read_row("dpo", {"prompt": prompt, "chosen": chosen, "rejected": rejected}, USUAL) == Pair([USER], "a", "b")
+
+
 @pytest.mark.parametrize("answer", [json.dumps(USER), json.dumps([USER, ASSISTANT]), '{"role": "admin"}', '{"content": "a"}', "[1]", "{}"])
 def test_json_that_is_no_answer_is_the_answers_text(answer):
     assert read_row("sft", {"prompt": "q", "completion": answer}, USUAL) == Chat([USER, ASSISTANT | {"content": answer}])

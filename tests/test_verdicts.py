@@ -32,7 +32,9 @@ OF_ROWS = {
 
 
 @pytest.mark.parametrize("name", [*ANSWER, *OF_ROWS])
-@pytest.mark.parametrize("row", [ROW, PAIR, {"messages": [USER, ASSISTANT]}], ids=["exchange", "pair", "messages"])
+@pytest.mark.parametrize(
+    "row", [ROW, PAIR, {"messages": [USER, ASSISTANT]}, {"text": "a text"}], ids=["exchange", "pair", "messages", "text"]
+)
 def test_a_row_that_says_that_it_is_not_to_be_trained_is_refused(row, name):
     kind = "dpo" if row is PAIR else "sft"
     if kind == "dpo" and name in ANSWER:

@@ -28,7 +28,7 @@ from data_prep.shapes.messages import (
     messages_in,
     messages_of,
 )
-from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, is_switch, words_of
+from data_prep.shapes.names import LABELS, MISSED, MISSED_OF_PAIRS, is_switch, words_of
 from data_prep.shapes.odd_texts import looked_at
 from data_prep.shapes.pairs import pair_of
 from data_prep.shapes.plain import plain_chat
@@ -165,7 +165,10 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_texts(structure_of(row.values.get(TURNS))):
         return _chat(with_system(row, messages_of(row.structure(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
-        return Document(clean(row.take(name), name))
+        text = clean(row.take(name), name)
+        for other in [other for other in row.left() if other not in LABELS]:
+            refuse_rating(other, row.shown[other], row.values[other])
+        return Document(text)
     if (name := _null(row)) is not None:
         raise Refused(f"{name} is null")
     raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")

@@ -156,6 +156,8 @@ def _unnamed(message: dict) -> dict:
 def messages_in(row: Row, name: str):
     """Take a column; return the messages that it holds as text, or its value: also a text that is only like a list of messages."""
     value, notes = row.take(name), list(row.notes)
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        return listed(value, name, USUAL)
     if (message := message_in(value)) is not None:
         return message
     if isinstance(value, str) and not value.lstrip().startswith("["):
