@@ -3,9 +3,10 @@
 import pytest
 
 from data_prep.shapes.columns import USUAL, Columns, keep_of
-from data_prep.shapes.conversations import IN_CHAT_FORM, conversations, read_row
+from data_prep.shapes.conversations import conversations, read_row
 from data_prep.shapes.messages import Chat, Document
 from data_prep.shapes.names import near
+from data_prep.shapes.odd_texts import IN_CHAT_FORM
 from posttrain.data.parts import Refused
 
 ROW = {"prompt": "Which tree bears plums?", "response": "The plum tree."}
@@ -106,7 +107,8 @@ def test_keys_of_messages_are_left_out_where_the_user_says_so():
     assert read_row("sft", row, Columns(ignore=("mood", "mask", "reasoning", "content"))) == Chat([USER, ASSISTANT])
     speakers = {"messages": [{"speaker": "x", "text": "q"}]}
     assert (
-        read("sft", speakers) == "a message does not say who speaks; it has speaker, text: name the keys with --role_key and --content_key"
+        read("sft", speakers)
+        == "a message does not say who speaks; it has speaker, text: name the keys with --role_key speaker and --content_key text"
     )
 
 

@@ -1,5 +1,7 @@
 """What says of a row or of a message that it is bad, held out or rated: it is refused with the option that takes the others."""
 
+import shlex
+
 import pytest
 
 from data_prep.shapes.columns import USUAL, Columns, keep_of
@@ -30,14 +32,16 @@ OF_ROWS = {
 
 
 @pytest.mark.parametrize("name", [*ANSWER, *OF_ROWS])
-@pytest.mark.parametrize("row", [ROW, PAIR, {"messages": [USER, ASSISTANT]}], ids=["exchange", "pair", "messages"])
+@pytest.mark.parametrize(
+    "row", [ROW, PAIR, {"messages": [USER, ASSISTANT]}, {"text": "a text"}], ids=["exchange", "pair", "messages", "text"]
+)
 def test_a_row_that_says_that_it_is_not_to_be_trained_is_refused(row, name):
     kind = "dpo" if row is PAIR else "sft"
     if kind == "dpo" and name in ANSWER:
         return  # of which answer it speaks is not said
     bad, good, option = (ANSWER | OF_ROWS)[name]
     cause = str(read_row(kind, row | {name: bad}, USUAL))
-    assert f"--keep {name}{option}" in cause and f"--ignore {name}" in cause, cause
+    assert f"--keep {shlex.quote(name + option)}" in cause and f"--ignore {name}" in cause, cause
     keep = Columns(keep=(keep_of(name + option),))
     assert isinstance(read_row(kind, row | {name: bad}, keep), Refused)
     for columns in (keep, Columns(ignore=(name,))):

@@ -23,17 +23,16 @@ def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # rows are bounded
     with open_text(file) as binary:
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        size = 0  # of the row so far
+        size, number, first = 0, 0, 1  # the size of the row so far, lines that were read, and the first one of the row
 
         def lines() -> Iterator[str]:
-            nonlocal size
+            nonlocal size, number
             while line := text.readline(opening.LONGEST_LINE + 1):
-                size += len(line)
+                size, number = size + len(line), number + 1
                 if size > opening.LONGEST_LINE:
-                    raise too_long(file, f"the row from line {reader.line_num + 1 if reader else 1} on (is a quote not closed?)")
+                    raise too_long(file, f"the row from line {first} on (is a quote not closed?)")
                 yield line
 
-        reader = None
         filled = itertools.dropwhile(lambda line: not line.strip(), lines())
         header = next(filled, "")
         if said := re.fullmatch(r'"?sep=(.)"?', header.strip("\r\n")):  # as Excel writes it
@@ -43,8 +42,9 @@ def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             if len(set(reader.fieldnames)) < len(reader.fieldnames):
                 raise ValueError(f"{file}: two columns have the same name: {shown(reader.fieldnames)}")
+            size, first = 0, number + 1
             for row in reader:
-                size = 0
+                size, first = 0, number + 1
                 if None in row:
                     yield Refused("more fields than the header has columns")
                 elif any(isinstance(value, str) and undecodable(value) for value in row.values()):
@@ -52,7 +52,8 @@ def delimited_rows(file: File, delimiter: str | None) -> Iterator[Row]:
                 else:
                     yield {name: None if value in NULLS else value for name, value in row.items()}
         except csv.Error as error:
-            raise ValueError(f"{file}: line {reader.line_num} is not valid CSV: {error}") from None
+            where = f"line {number}" if first >= number else f"the row of lines {first} to {number}"
+            raise ValueError(f"{file}: {where} is not valid CSV: {error}") from None
 
 
 def _delimiter(header: str) -> str:

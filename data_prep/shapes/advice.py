@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from data_prep.shapes.columns import Columns
-from data_prep.shapes.names import near
+from data_prep.shapes.names import LISTS, SPEAKER_KEYS, TEXT_KEYS, near, quoted, words_of
 from posttrain.common.errors import shown_name
 
 EXAMPLE = 60  # characters of a value that an error shows
@@ -16,9 +16,10 @@ HINTS = {
     "chosen": ("chosen", "better", "prefer", "win", "good", "best", "positive", "accept", "_w", "pos"),
     "rejected": ("reject", "worse", "lose", "loss", "bad", "worst", "negative", "disprefer", "_l", "neg"),
 }  # parts of names, by what such a column likely holds
-SPEAKERS = ("speaker", "author", "sender", "who", "user_type", "by")  # keys of a message that say who speaks
-SAYINGS = ("text", "message", "body", "utterance", "said", "content", "value")  # and what
 ORDINARY = ("role", "from")
+# last words of the names of columns that hold no text to be trained
+NO_TEXT = {"metadata", "meta", "uuid", "guid", "id", "ids", "url", "timestamp", "time", "date", "at", "created", "updated", "info", "extra"}
+NO_TEXT |= {"license", "version", "tags", "hash", "split", "lang", "language"}
 
 
 class Reading(NamedTuple):
@@ -55,10 +56,14 @@ def readings(rows: list[dict], kind: str) -> Iterator[Reading]:
     texts: dict[str, None] = {}  # names of columns that hold texts, in their order
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if row.get(name)]
+        if not NO_TEXT.isdisjoint(words_of(name)[-1:]):
+            continue
         if any(isinstance(value, str) and value.strip() and not re.fullmatch(r"[\w./:-]{0,40}", value) for value in values):
             texts[name] = None
         elif kind == "sft" and values and all(isinstance(value, list) and all(isinstance(one, dict) for one in value) for value in values):
             yield from _messages(name, [message for value in values for message in value])
+        elif kind == "sft" and name in LISTS and values and all(isinstance(value, list) and len(value) == 1 for value in values):
+            texts[name] = None
     wanted = ("prompt", "answer") if kind == "sft" else ("prompt", "chosen", "rejected")
     common = [name for name in texts if all(name in row for row in rows)]
     guessed = _guess(common, wanted)
@@ -74,19 +79,32 @@ def readings(rows: list[dict], kind: str) -> Iterator[Reading]:
 
 
 def _named(names: dict[str, str]) -> Reading:
-    return Reading(Columns(names=names), "--columns " + ",".join(f"{what}={name}" for what, name in names.items()))
+    return Reading(Columns(names=names), quoted("--columns", ",".join(f"{what}={name}" for what, name in names.items())))
 
 
 def _messages(name: str, messages: list[dict]) -> Iterator[Reading]:
     """Yield how a column of objects may be read as messages."""
     keys = set.intersection(*(set(message) for message in messages)) if messages else set()
     column = _named({"messages": name})
-    if keys & set(ORDINARY):
-        yield column
-    speaker, said = (next((key for key in known if key in keys), None) for known in (SPEAKERS, SAYINGS))
+    yield column
+    speaker, said = (next((key for key in known if key in keys), None) for known in (SPEAKER_KEYS, TEXT_KEYS))
+    if said and keys & set(ORDINARY):
+        yield Reading(Columns(names=column.columns.names, content_key=said), f"{column.line} --content_key {said}")
     if speaker and said:
         columns = Columns(names=column.columns.names, role_key=speaker, content_key=said)
         yield Reading(columns, f"{column.line} --role_key {speaker} --content_key {said}")
+
+
+def remedy(rows: list[dict], kind: str) -> str:
+    """What is to be written otherwise where no option reads it: texts inside objects, as those of translations, and several answers."""
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values, shown = [row[name] for row in rows if row.get(name)], shown_name(name)
+        if values and all(isinstance(value, dict) for value in values) and NO_TEXT.isdisjoint(words_of(name)[-1:]):
+            keys = ", ".join(shown_name(key) for key in dict.fromkeys(key for value in values for key in value))
+            return f"\n{shown} holds objects ({keys}): write what is asked and answered into columns of their own, as prompt and response"
+        if kind == "sft" and name in LISTS and any(is_texts(value) for value in values):
+            return f"\n{shown} holds several answers, of which one can be trained: write that one as a text, in a column answer"
+    return ""
 
 
 def _guess(names: list[str], wanted: tuple[str, ...]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from data_prep.shapes.columns import Columns, Row
 from data_prep.shapes.content_parts import text_of
 from data_prep.shapes.messages import clean, messages_in, messages_of, transcript
+from data_prep.shapes.odd_texts import refuse_null
 from posttrain.data.parts import Refused
 
 EXCHANGES = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))  # keys of an object
@@ -55,6 +56,8 @@ def asked(row: Row, names: list[str], columns: Columns) -> tuple[list[dict], boo
     if isinstance(question, list):
         return earlier + messages_of(question, prompt, columns), False
     texts = [clean(question, prompt), *(clean(row.take(name), name) for name in contexts)]
+    for name, text in zip(contexts, texts[1:], strict=True):
+        refuse_null(text, row.shown[name])
     if texts[0].startswith("\n\nHuman:") or (texts[0].startswith("Human:") and "\n\nAssistant:" in texts[0]):  # Anthropic's HH
         return [*earlier, *transcript("\n\n".join(texts).rstrip().removesuffix("\n\nAssistant:"))], True
     return [*earlier, {"role": "user", "content": "\n\n".join(texts)}], True

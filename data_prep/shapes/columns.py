@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-from data_prep.shapes.names import NAMES, is_content, is_switch, near
+from data_prep.shapes.names import NAMES, is_content, is_switch, near, quoted
 from data_prep.shapes.structures import PYTHON, json_of, python_of
 from posttrain.common.errors import nearest, shown_name
 from posttrain.data.parts import Refused
@@ -48,10 +48,10 @@ class Keep(NamedTuple):
 
 
 def _comparable(value) -> float | str:
-    """A value as a number, true and false included, else as text in small letters."""
-    text = str(value).lower()
+    """A value as a number, true and false and yes and no included, else as text in small letters."""
+    text = str(value).strip().lower()
     try:
-        return float({"true": "1", "false": "0"}.get(text, text))
+        return float({"true": "1", "yes": "1", "false": "0", "no": "0"}.get(text, text))
     except ValueError:
         return text
 
@@ -237,15 +237,17 @@ class Row:
         name = self.shown[what]
         others = ", ".join(sorted(shown_name(self.shown[one]) for one in self.taken & self.shown.keys() - {what}))
         why = because or f"nothing takes it beside {others}"
-        return f"column {shown_name(name)}, named by --columns {what}={name}, would be lost: {why}; leave it out with --ignore {name}"
+        named = quoted("--columns", f"{what}={name}")
+        return f"column {shown_name(name)}, named by {named}, would be lost: {why}; leave it out with {quoted('--ignore', name)}"
 
     def _lost(self, likely: dict[str, str | None]) -> str:
         """The cause of a row of which columns would be lost; what each likely holds, where its name says so."""
         names = [shown_name(self.shown[name]) for name in likely]
         what = next((f"{what}={self.shown[name]}" for name, what in likely.items() if what), "")
-        named = f"name what {'it holds' if len(names) == 1 else 'they hold'} with --columns{' ' + what if what else ''}"
+        named = f"name what {'it holds' if len(names) == 1 else 'they hold'} with {quoted('--columns', what) if what else '--columns'}"
         columns = f"column {names[0]}" if len(names) == 1 else f"columns {', '.join(names)}"
-        return f"{columns} would be lost: {named}, or leave {'it' if len(names) == 1 else 'them'} out with --ignore {','.join(names)}"
+        left_out = quoted("--ignore", ",".join(names))
+        return f"{columns} would be lost: {named}, or leave {'it' if len(names) == 1 else 'them'} out with {left_out}"
 
 
 def is_empty(value) -> bool:

@@ -4,22 +4,22 @@ A reader returns a Document, a Chat or a Pair, or raises Refused with the cause 
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from data_prep.formats.rows import Row as FileRow
-from data_prep.shapes.advice import describe, is_texts, readings
+from data_prep.shapes.advice import describe, is_texts, readings, remedy
 from data_prep.shapes.beside import asked, one_of, options_of, with_system
 from data_prep.shapes.call_data import glaive, is_glaive, is_xlam, xlam
 from data_prep.shapes.calls import tools_of
 from data_prep.shapes.columns import IGNORED, USUAL, Columns, Keep, Row, UnknownShape
 from data_prep.shapes.content_parts import in_messages, text_of
+from data_prep.shapes.forms import TURNS
 from data_prep.shapes.messages import (
-    TURNS,
     Chat,
     Document,
     Pair,
+    answer_in,
     check_order,
     clean,
     conversation,
@@ -28,7 +28,8 @@ from data_prep.shapes.messages import (
     messages_in,
     messages_of,
 )
-from data_prep.shapes.names import MISSED, MISSED_OF_PAIRS, is_switch, words_of
+from data_prep.shapes.names import LABELS, MISSED, MISSED_OF_PAIRS, is_switch, words_of
+from data_prep.shapes.odd_texts import looked_at
 from data_prep.shapes.pairs import pair_of
 from data_prep.shapes.plain import plain_chat
 from data_prep.shapes.ratings import number_of
@@ -39,14 +40,6 @@ from posttrain.data.parts import Refused
 
 TREE_COLUMNS = {"message_id", "parent_id", "role", "text"}
 UNKNOWN = 1000  # rows of no known shape after which, without one of a known shape, a source is refused
-# what a chat written as one text has: a speaker's name at the start of a line for each side, or the signs of a known chat form
-CHAT_MARKS = (
-    re.compile(r"^\W{0,5}(human|user|instruction|question|q|prompt|input)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
-    re.compile(r"(^|\s)\W{0,5}(assistant|gpt|response|answer|a|bot|model|output|ai)\W{0,3}:", re.IGNORECASE | re.MULTILINE),
-)
-CHAT_SIGNS = re.compile(r"\[/INST\]|<\|?/?(im_start|start_header_id|start_of_turn|user|assistant)\|?>|<｜User｜>", re.IGNORECASE)
-LOOKED_AT = 2000  # characters of a text in which they are looked for
-IN_CHAT_FORM = "texts that look like a chat, trained whole, questions too: write chats as messages to train the answers alone"
 LONGEST_CAUSE = 600  # characters
 KEPT = "left out by --keep "  # the start of the cause of a row that the user did not want
 
@@ -81,17 +74,17 @@ def conversations(kind: str, rows: Iterable[FileRow], columns: Columns = USUAL) 
 
 def read_row(kind: str, given: dict, columns: Columns) -> Document | Chat | Pair | Refused:
     """Read one row; a Refused says why it cannot be used."""
-    if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
-        return plain
-    row = Row(given, columns)
     try:
+        if kind == "sft" and columns.are_usual and (plain := plain_chat(given)) is not None:
+            return looked_at(plain)
+        row = Row(given, columns)
         for keep in columns.keep:
             _refuse_unwanted(row, given, keep)
         _refuse_unusable(kind, row, columns)
         if kind == "sft" and TREE_COLUMNS.issubset(given):
             raise Refused("a message of a tree among rows of other shapes: give the trees as a file of their own")
         item = sft_of(row, columns) if kind == "sft" else pair_of(row, columns)
-        return item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS))
+        return looked_at(item._replace(notes=row.finish(MISSED if kind == "sft" else MISSED_OF_PAIRS)))
     except Refused as cause:
         return type(cause)(_short(str(cause)))  # without the traceback, which holds the row
     except RecursionError:
@@ -123,13 +116,15 @@ def _no_shape(kind: str, rows: list[dict], columns: Columns) -> str:
         "dpo": "chosen and rejected (texts or messages), with prompt, question, instruction or conversations where they do not hold it",
     }[kind]
     other = ""
-    if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), UnknownShape) for row in rows[:20]):
+    others = Refused if kind == "sft" else UnknownShape  # a pair that is refused may as well be no pair
+    if any(not isinstance(read_row("dpo" if kind == "sft" else "sft", row, columns), others) for row in rows[:20]):
         other = in_this_form(
             "\nThese look like preference pairs: use data_prep/prepare_dpo.py"
             if kind == "sft"
             else "\nThese look like rows with one answer: use data_prep/prepare_sft.py"
         )
     how = f"\nThis would probably read them: {line}" if not other and (line := _advice(kind, rows[:100])) else ""
+    other = other or ("" if how else remedy(rows[:100], kind))
     return f"rows have these columns, with an example of each:\n{describe(rows[:100])}\nexpected {expected}{other}{how}"
 
 
@@ -170,18 +165,13 @@ def sft_of(row: Row, columns: Columns) -> Chat | Document:
     if is_texts(structure_of(row.values.get(TURNS))):
         return _chat(with_system(row, messages_of(row.structure(TURNS), TURNS, columns)), row, columns)
     if (name := row.find("text")) is not None:
-        return _document(clean(row.take(name), name), row)
+        text = clean(row.take(name), name)
+        for other in [other for other in row.left() if other not in LABELS]:
+            refuse_rating(other, row.shown[other], row.values[other])
+        return Document(text)
     if (name := _null(row)) is not None:
         raise Refused(f"{name} is null")
     raise UnknownShape(f"its columns are of no known shape: {', '.join(sorted(row.shown.values()))}")
-
-
-def _document(text: str, row: Row) -> Document:
-    """A plain text; it is told where it looks like a chat, of which the questions would be trained, too."""
-    start = text[:LOOKED_AT]
-    if all(marks.search(start) for marks in CHAT_MARKS) or CHAT_SIGNS.search(start):
-        row.notes.append(IN_CHAT_FORM)
-    return Document(text)
 
 
 def _null(row: Row) -> str | None:
@@ -195,6 +185,10 @@ def _exchange(row: Row, prompts: list[str], answers: list[str], columns: Columns
     answer = one_of(row, "answer", answers)
     messages, is_text = asked(row, prompts, columns)
     answered = row.take(answer) if is_text else messages_in(row, answer)  # after a question that is a text, JSON is the answer
+    if is_text and (message := answer_in(answered)) is not None:  # but for a message of the assistant
+        if isinstance(answered, str):
+            row.notes.append(f"{row.shown[answer]} read as the JSON text of a message")
+        answered = message
     if isinstance(answered, list) and answered and all(isinstance(text, str) for text in answered):
         answered = _only_answer(row, answer, answered)
     if isinstance(answered, list) and all(isinstance(message, dict) for message in answered):

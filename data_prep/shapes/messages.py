@@ -4,26 +4,19 @@ Besides role and content these are tool_calls, reasoning_content, name, a tool's
 context only. Whatever cannot be trained on raises Refused with the cause.
 """
 
-import itertools
 import re
 from typing import NamedTuple
 
 from data_prep.shapes.calls import SURROGATE, calls_of, json_text, text_of_id
-from data_prep.shapes.columns import Columns, Row
+from data_prep.shapes.columns import USUAL, Columns, Row
 from data_prep.shapes.content_parts import in_messages, text_of
-from data_prep.shapes.names import MEDIA, is_switch, near
+from data_prep.shapes.forms import ROLES, listed, message_in, parts_of, role_of
+from data_prep.shapes.names import MEDIA, SPEAKER_KEYS, TEXT_KEYS, is_switch, near, quoted
 from data_prep.shapes.structures import json_of, says_nothing, structure_of
 from data_prep.shapes.verdicts import refuse_rated_message
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response"), "tool"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-TURNS = "data"  # UltraChat's column of texts, the user's and the assistant's in turn
 CALLS = {"function_call", "tool_call"}  # roles whose content is a call
 # which role may follow which; None is the start
 MAY_FOLLOW = {
@@ -47,7 +40,7 @@ SAID = {"role", "from", "content", "value", "tool_calls", "function_call", "tool
 METADATA = {"id", "timestamp", "created", "language", "lang", "model", "turn_identifier", "toxic", "redacted", "state", "country", "header"}
 METADATA |= {"hashed_ip", "user-agent", "type", "end_turn", "refusal", "annotations", "openai_id", "system_fingerprint"}
 METADATA |= {"usage", "finish_reason", "source", "provider"}
-NUMPY = re.compile(r"\}\s+\{")
+PARTS = "contents of messages read as JSON text of their parts"
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -78,28 +71,36 @@ class Pair(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class Lost(Refused):
+    """A message of which keys would be lost, its `args`."""
+
+
 def messages_of(value, column: str, columns: Columns) -> list[dict]:
     """Read [{role, content}, ...] or ShareGPT's [{from, value}, ...], also as JSON text; empty system messages are left out.
 
     Tool calls may be in OpenAI's form or turns of their own; calls that follow each other are one turn. The key `as` holds a message's role
     as the row calls it, until `finished` has taken it out.
     """
-    value = json_of(value)
-    if isinstance(value, str):
-        how = "as numpy prints objects, without commas between them" if NUMPY.search(value) else "that is neither JSON nor Python's"
-        raise Refused(f"{column} is not a list of messages, but a text {how}: write it as JSON")
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        value = _in_turns(value, column, columns)
+    value = listed(value, column, columns)
     if columns.ignore:
         kept = {"role", "from", "content", "value", columns.role_key, columns.content_key}
         value = [{key: inner for key, inner in one.items() if key in kept or key not in columns.ignore} for one in value]
-    if all({"input", "output"} <= one.keys() and "role" not in one for one in value):
-        value = [message for one in value for message in _exchange(one)]
-    if any(isinstance(given.get(columns.content_key or "content"), list) or "parts" in given for given in value):
+    key = columns.content_key or "content"
+    as_text = [
+        one for one in value if isinstance(one.get(key), str) and _role(one, columns) != "tool" and parts_of(one[key]) is not one[key]
+    ]
+    if as_text:
+        value = [one | {key: parts_of(one[key])} if one in as_text else one for one in value]
+    if any(isinstance(given.get(key), list) or "parts" in given for given in value):
         value = [message for given in value for message in _of_parts(given, columns)]
     messages: list[dict] = []
+    lost: dict[str, None] = {}
     for given in value:
-        message = _message(given, columns)
+        try:
+            message = _message(given, columns)
+        except Lost as cause:  # all are named at once
+            lost |= dict.fromkeys(cause.args)
+            continue
         if message is None:
             continue
         before = messages[-1] if messages else {}
@@ -107,27 +108,15 @@ def messages_of(value, column: str, columns: Columns) -> list[dict]:
             before["tool_calls"] += message["tool_calls"]
         else:
             messages.append(message)
+    if lost:
+        them = "it" if len(lost) == 1 else "them"
+        how = f"leave {them} out with {quoted('--ignore', ','.join(lost))}"
+        raise Refused(f"a message has {', '.join(map(shown_name, lost))}, which would be lost: {how}")
     if not messages:
         raise Refused(f"{column} is empty")
+    if as_text:
+        messages[0]["told"] = (*messages[0].get("told", ()), PARTS)
     return messages
-
-
-def _in_turns(value, column: str, columns: Columns) -> list[dict]:
-    """The messages of a list of texts, the user's and the assistant's in turn, where it is known that it is one. Raises Refused."""
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise Refused(f"{column} is not a list of messages")
-    if column != TURNS and not (column == "messages" and column in columns.names):
-        how = f"--columns messages={column} reads the user's and the assistant's in turn"
-        raise Refused(f"{column} is not a list of messages, but of texts: {how}")
-    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), value)]
-
-
-def _exchange(one: dict) -> list[dict]:
-    """The messages of an exchange {input, output}, as Capybara and XTuner have them, with what else it says about the answer."""
-    more = {key: value for key, value in one.items() if key not in ("input", "output", "system", "output_with_loss")}
-    answer = {"role": "assistant", "content": one["output"], **more, "loss": one.get("output_with_loss")}
-    system = [{"role": "system", "content": one["system"]}] if one.get("system") else []
-    return [*system, {"role": "user", "content": one["input"]}, answer]
 
 
 def conversation(row: Row, columns: Columns, full: bool = False) -> list[dict] | None:
@@ -161,12 +150,16 @@ def message_columns(row: Row, full: bool = False) -> list[str]:
 
 def _unnamed(message: dict) -> dict:
     """A message without its role as the row calls it, and without the keys that are only told."""
-    return {key: value for key, value in message.items() if key not in ("as", "left")}
+    return {key: value for key, value in message.items() if key not in ("as", "told")}
 
 
 def messages_in(row: Row, name: str):
     """Take a column; return the messages that it holds as text, or its value: also a text that is only like a list of messages."""
     value, notes = row.take(name), list(row.notes)
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        return listed(value, name, USUAL)
+    if (message := message_in(value)) is not None:
+        return message
     if isinstance(value, str) and not value.lstrip().startswith("["):
         return value
     found = row.structure(name)
@@ -176,20 +169,33 @@ def messages_in(row: Row, name: str):
     return value
 
 
+def answer_in(value) -> list[dict] | None:
+    """The messages of the assistant that an answer is, or holds as JSON text; None for any other answer."""
+    is_text = isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', value)
+    found = json_of(value) if is_text else message_in(value) or []
+    is_answer = isinstance(found, list) and found and all((message_in(one) or [{}])[0] is one for one in found)
+    return found if is_answer and role_of(found[0].get("role", found[0].get("from")), USUAL) == "assistant" else None
+
+
 def _of_parts(message: dict, columns: Columns) -> list[dict]:
     """The messages that one whose content is a list of parts says; any other message as it is, and the result of a tool, as JSON."""
-    content_key, role = columns.content_key or "content", _first(message, columns.role_key, "role", "from")
+    content_key = columns.content_key or "content"
     key = content_key if message.get(content_key) else "parts"
-    is_result = key != "parts" and isinstance(role, str) and columns.roles.get(role.lower(), ROLES.get(role.lower())) == "tool"
+    is_result = key != "parts" and _role(message, columns) == "tool"
     if is_result or not isinstance(message.get(key), list):
         return [message]
     rest = {name: value for name, value in message.items() if name != key}
     return in_messages(rest, message[key], columns.role_key or "role", content_key)
 
 
+def _role(message: dict, columns: Columns) -> str | None:
+    """The role that a message has; None where it has none, or an unknown one."""
+    return role_of(_first(message, columns.role_key, "role", "from"), columns)
+
+
 def _is_call(message: dict, columns: Columns) -> bool:
     role = _first(message, columns.role_key, "role", "from")
-    return isinstance(role, str) and role.lower() in CALLS
+    return isinstance(role, str) and role.strip().lower() in CALLS
 
 
 def _first(message: dict, named: str | None, *usual: str):
@@ -208,21 +214,23 @@ def _message(message: dict, columns: Columns) -> dict | None:
         if isinstance(name, str) and name in SPEAKERS and isinstance(content, str):
             return {"role": SPEAKERS[name], "as": name, "content": clean(content, "a message")}
     name, content = _first(message, columns.role_key, "role", "from"), _first(message, columns.content_key, "content", "value")
-    role = columns.roles.get(name.lower(), ROLES.get(name.lower())) if isinstance(name, str) else None
+    role = role_of(name, columns)
     if name is None and not {"role", "from", columns.role_key}.isdisjoint(message):
         raise Refused("the role of a message is null")
     if name is None:
-        keys = ", ".join(map(shown_name, message)) or "nothing"
-        raise Refused(f"a message does not say who speaks; it has {keys}: name the keys with --role_key and --content_key")
+        keys, speaker, said = ", ".join(map(shown_name, message)) or "nothing", one_key(SPEAKER_KEYS, message), one_key(TEXT_KEYS, message)
+        how = f"--role_key {speaker} and --content_key {said}" if speaker and said else "--role_key and --content_key"
+        raise Refused(f"a message does not say who speaks; it has {keys}: name the keys with {how}")
     if role is None:
-        raise Refused(f"unknown role {name!r}: name it with --roles {name}=user, assistant, system or tool")
-    left = _left(message, columns)
+        raise Refused(f"unknown role {name!r}: name it with {quoted('--roles', str(name) + '=user')}, assistant, system or tool")
+    _refuse_without_content(message, columns)
+    told = _left(message, columns)
     content = text_of(content)
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
-    read = {"role": role, "as": name} | ({"left": left} if left else {})
+    read = {"role": role, "as": name} | ({"told": told} if told else {})
     calls = [message[key] for key in ("tool_calls", "function_call") if not says_nothing(message.get(key))]
-    lost = [key for key in ("tool_calls", "function_call", *THINKING) if not says_nothing(message.get(key)) and key not in left]
+    lost = [key for key in ("tool_calls", "function_call", *THINKING) if not says_nothing(message.get(key)) and not is_switch(message[key])]
     if lost and role != "assistant":
         raise Refused(f"a message of the role {name} has {lost[0]}, which would be lost")
     if role == "tool":
@@ -235,7 +243,7 @@ def _message(message: dict, columns: Columns) -> dict | None:
             if any(one != next(iter(thinking.values())) for one in thinking.values()):
                 raise Refused(f"a message has thinking in two keys that differ ({', '.join(thinking)})")
             read["reasoning_content"] = clean(next(iter(thinking.values())), "a message's reasoning")
-        calls, content = ([content, *calls], "") if name.lower() in CALLS else (calls, content)
+        calls, content = ([content, *calls], "") if name.strip().lower() in CALLS else (calls, content)
         if calls:
             content = "" if content is None else content
             return read | {"content": clean(content, "a message", empty=True), "tool_calls": _only(calls, columns)}
@@ -244,6 +252,18 @@ def _message(message: dict, columns: Columns) -> dict | None:
     if isinstance(content, list):
         raise Refused("a message holds something other than text")
     return read | {"content": clean(content, "a message")}
+
+
+def _refuse_without_content(message: dict, columns: Columns) -> None:
+    """Raise Refused for a message whose text stands under another key."""
+    usual = {columns.content_key} if columns.content_key else {"content", "value", "parts", "tool_calls", "function_call"}
+    if usual.isdisjoint(message) and (said := one_key(TEXT_KEYS, message)):
+        raise Refused(f"a message has no content, but {said}: name it with --content_key {said}")
+
+
+def one_key(known: tuple[str, ...], message: dict) -> str | None:
+    """The first of the known keys under which a message has a text."""
+    return next((key for key in known if isinstance(message.get(key), str)), None)
 
 
 def _only(given: list, columns: Columns) -> list[dict]:
@@ -256,7 +276,7 @@ def _only(given: list, columns: Columns) -> list[dict]:
 
 def _left(message: dict, columns: Columns) -> tuple[str, ...]:
     """The keys of a message that are only told as not used. Raises Refused for what would be lost."""
-    left = []
+    left, lost, unclear = [], [], []
     if not columns.content_key and None not in (both := (message.get("content"), message.get("value"))) and both[0] != both[1]:
         raise Refused("a message has content and value, which differ: name the one to take with --content_key")
     for key, value in message.items():
@@ -265,8 +285,8 @@ def _left(message: dict, columns: Columns) -> tuple[str, ...]:
         if key in SAID or value in (None, [], {}, ""):
             continue
         if key in UNCLEAR or (MASKING.search(key) and isinstance(value, bool | int | float)):
-            unclear = "which may say that it is trained, or that it is not"
-            raise Refused(f"a message has {key}, {unclear}: write weight, 0 or 1, or leave it out with --ignore {key}")
+            unclear.append(key)
+            continue
         refuse_rated_message(key, value)
         if key in METADATA or key in (columns.role_key, columns.content_key):
             continue
@@ -275,10 +295,13 @@ def _left(message: dict, columns: Columns) -> tuple[str, ...]:
         if near(key) == "thinking" and is_switch(value):
             left.append(key)
             continue
-        if key.lower() in MEDIA or isinstance(value, str | list | dict):
-            raise Refused(f"a message has {key}, which would be lost: leave it out with --ignore {key}")
-        left.append(key)
-    return tuple(left)
+        (lost if key.lower() in MEDIA or isinstance(value, str | list | dict) else left).append(key)
+    if lost:
+        raise Lost(*lost)
+    if unclear:
+        how = "which may say that it is trained, or that it is not: write weight, 0 or 1, or leave it out with --ignore"
+        raise Refused(f"a message has {unclear[0]}, {how} {unclear[0]}")
+    return tuple(f"key of messages not used: {shown_name(key)}" for key in left)
 
 
 def _tool_result(message: dict, content) -> dict:
@@ -315,13 +338,13 @@ def _train_flag(message: dict, asks: bool = False) -> dict:
 
 def as_context(messages: list[dict], row: Row) -> list[dict]:
     """Return the messages of a pair as the chat format takes them: which of their answers SFT would train says nothing there."""
-    _tell_left(messages, row)
+    _tell(messages, row)
     return [{key: value for key, value in _unnamed(message).items() if key != "train"} for message in messages]
 
 
-def _tell_left(messages: list[dict], row: Row) -> None:
+def _tell(messages: list[dict], row: Row) -> None:
     """Note the keys of messages that are not used."""
-    told = sorted({f"key of messages not used: {shown_name(key)}" for message in messages for key in message.get("left", ())})
+    told = sorted({note for message in messages for note in message.get("told", ())})
     row.notes += [note for note in told if note not in row.notes]
 
 
@@ -330,7 +353,7 @@ def finished(messages: list[dict], train_on: str, row: Row) -> list[dict]:
 
     What their keys say besides is noted in the row. Raises Refused where no answer is left to train.
     """
-    _tell_left(messages, row)
+    _tell(messages, row)
     answers = [message for message in messages if message["role"] == "assistant"]
     if train_on == "last":
         for message in answers[:-1]:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from collections.abc import Iterator
 
 # What a column holds, and the names for it, in the order in which they are looked for. A name may stand in several lines: what it holds is
@@ -62,6 +63,9 @@ SWITCHES |= {
     "detailed",
     "concise",
 }
+LISTS = ("completions", "answers", "responses", "candidates", "generations")  # columns with several answers
+SPEAKER_KEYS = ("speaker", "author", "sender", "who", "user_type", "by")  # keys of a message that say who speaks
+TEXT_KEYS = ("text", "message", "body", "utterance", "said", "content", "value")  # and what
 # last words of a name that say something about such a text
 ABOUT = {"id", "ids", "url", "urls", "uri", "link", "type", "kind", "title", "name", "names", "length", "len", "count", "tokens", "lang"}
 ABOUT |= {"language", "source", "date", "category", "topic", "topics", "model", "hash", "score", "scores", "index", "idx", "domain"}
@@ -69,6 +73,11 @@ ABOUT |= {"label"}
 # choices of a question, each in a column of its own: opa, option_a, choice1, A
 CHOICE = re.compile(r"(op|opt|option|choice|ending|distractor|alternative|answer)_?[a-e1-5]|[a-e]|(in)?correct_answer_?[1-5]")
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+def quoted(option: str, value: str) -> str:
+    """An option with its value as a shell takes it."""
+    return f"{option} {shlex.quote(value)}"
 
 
 @functools.lru_cache(1024)

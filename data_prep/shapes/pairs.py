@@ -57,7 +57,7 @@ def _chosen(row: Row, columns: Columns) -> Pair:
         if asked is None:
             return _answers([], transcript(chosen), transcript(rejected), row)
         return _checked(asked, clean(chosen, better), clean(rejected, worse), row)
-    chosen, rejected = (messages_of(_listed(one), name, columns) for one, name in zip(both, (better, worse), strict=True))
+    chosen, rejected = (messages_of(one, name, columns) for one, name in zip(both, (better, worse), strict=True))
     pair = _answers([], chosen, rejected, row, before=asked)
     _copy_of_answer(row, pair, columns)
     return pair
@@ -70,11 +70,6 @@ def _only_text(value, name: str):
     if len(value) > 1:
         raise Refused(f"{name} holds {len(value)} texts, of which one can be trained: write the answer as one text")
     return value[0]
-
-
-def _listed(value):
-    """A single message in a list."""
-    return [value] if isinstance(value, dict) else value
 
 
 def _prompt_columns(row: Row, columns: Columns) -> list[dict] | None:

@@ -6,13 +6,15 @@ What it reads it reads as conversations.sft_of does, which is tested row by row.
 import functools
 
 from data_prep.shapes.columns import IGNORED, is_empty
-from data_prep.shapes.messages import ROLES, Chat, clean
+from data_prep.shapes.forms import ROLES, parts_of
+from data_prep.shapes.messages import Chat, clean
 from data_prep.shapes.names import MISSED, NAMES, VERDICTS, near
 from data_prep.shapes.verdicts import may_say
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
 
 SPEAKERS = {name: ROLES[name] for name in ("user", "human", "assistant", "gpt", "system")}
+JSON = ("[", " ", "\n", "\t")  # how a text begins that may hold JSON
 KNOWN = {*MISSED, *VERDICTS, "contents", "split"}
 
 
@@ -44,7 +46,7 @@ def plain_chat(row: dict) -> Chat | None:
         role = SPEAKERS.get(speaker) if type(speaker) is str else None
         if role is None or role == before or (role == "system" and before) or (role == "assistant" and before != "user"):
             return None
-        if type(content) is not str or not _is_plain(content):
+        if type(content) is not str or not _is_plain(content) or (content[:1] in JSON and parts_of(content) is not content):
             return None
         messages.append({"role": role, "content": content})
         before = role

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from data_prep.shapes.columns import Row
 from data_prep.shapes.content_parts import text_of
 from data_prep.shapes.messages import clean
-from data_prep.shapes.names import LABELS, words_of
+from data_prep.shapes.names import LABELS, LISTS, words_of
 from data_prep.shapes.ratings import PRAISE, RANKS, SCORES, SIGNED, is_tie, number_of, other_side, rated
 from data_prep.shapes.structures import structure_of
+from posttrain.common.places import in_this_form
 from posttrain.data.parts import Refused
 
 STEMS = ("response", "answer", "completion", "output", "conversation", "model_response")
@@ -23,7 +24,6 @@ WINNERS = ("better_response_id", "better_response", "better", "preferred_respons
 BETTER = PRAISE | {"winner", "helpfulness"}  # words in the names of two columns of which the higher is of the better answer
 SCORED = ("overall_score", "score", "rating", "fine-grained_score", "pm_score", "reward")  # of one of several, the higher the better
 TEXTS = ("answer", "response", "text", "answer_text", "content", "completion", "output")  # keys of its text
-LISTS = ("completions", "answers", "responses", "candidates", "generations")
 
 
 class TwoAnswers(NamedTuple):
@@ -141,6 +141,9 @@ def list_of_answers(row: Row) -> str | None:
 def best_and_worst(row: Row, name: str) -> tuple[str, str]:
     """Read several answers with a rank (1 is the best) or a score (the highest is the best): the best and the worst. Raises Refused."""
     answers = row.structure(name)
+    if len(answers) < 2:
+        how = in_this_form(f"one answer is for data_prep/prepare_sft.py, with --columns answer={name}")
+        raise Refused(f"{name} holds fewer than two answers, which a pair takes: {how}")
     if all(isinstance(one, str) for one in answers):
         scales = _beside(row, name, len(answers))
         texts = [clean(text, f"an answer in {name}") for text in answers]

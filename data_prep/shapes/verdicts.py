@@ -3,7 +3,7 @@
 What such a column is called is known by the last word of its name: is_safe, answer_correct, data_split.
 """
 
-from data_prep.shapes.names import LABELS, VERDICTS, is_truth, words_of
+from data_prep.shapes.names import LABELS, VERDICTS, is_truth, quoted, words_of
 from data_prep.splits import role_of
 from posttrain.common.errors import shown_name
 from posttrain.data.parts import Refused
@@ -49,7 +49,7 @@ def refuse_rating(name: str, shown: str, value) -> None:
     is_one = is_truth(value) if name in VERDICTS else isinstance(value, int | float) or (isinstance(value, str) and len(value.split()) < 3)
     if name in VERDICTS | LABELS and is_one:
         good = "true" if is_truth(value) or value in (0, 1, "0", "1") else "VALUE"
-        how = f"take the good ones with --keep {shown}={good}, or all with --ignore {shown}"
+        how = f"take the good ones with {quoted('--keep', f'{shown}={good}')}, or all with {quoted('--ignore', shown)}"
         raise Refused(f"{shown} rates the answer (unpaired preferences): {how}")
     if words_of(shown)[-1:] and words_of(shown)[-1] in GOOD | GRADED and (_is(value, False, words_of(shown)[-1]) or _says_bad(value)):
         raise Refused(_bad(shown, value))
@@ -61,7 +61,8 @@ def refuse_bad(shown: str, value, *, held_out: bool) -> None:
     last, text = words[-1] if words else "", str(value).strip().lower()
     if last in SPLITS and isinstance(value, str) and not held_out:
         if (words[-1] == "split" or text in HELD_OUT) and role_of(text) in ("validation", "test"):
-            raise Refused(f"its {shown} is {value.strip()}: take the others alone with --keep {shown}=train, or all with --ignore {shown}")
+            how = f"take the others alone with {quoted('--keep', f'{shown}=train')}, or all with {quoted('--ignore', shown)}"
+            raise Refused(f"its {shown} is {value.strip()}: {how}")
         return
     is_out = last in HELD_OUT - {"valid"} and (len(words) > 1 or isinstance(value, bool))  # a number called test may be anything
     is_out = (is_out or words[-2:] == ["held", "out"]) and not held_out
@@ -94,4 +95,5 @@ def _bad(shown: str, value) -> str:
     """The cause of a row that a column says is not to be trained."""
     text = str(value).strip()
     how = f"={'false' if text.lower() == 'true' else 'true'}" if text.lower() in ("true", "false") else f"!={text}"
-    return f"its {shown} is {text}, so it is not to be trained: take the others with --keep {shown}{how}, or all with --ignore {shown}"
+    how = f"take the others with {quoted('--keep', shown + how)}, or all with {quoted('--ignore', shown)}"
+    return f"its {shown} is {text}, so it is not to be trained: {how}"
