@@ -76,7 +76,9 @@ def _rows(folder: Path) -> tuple[str, str, str]:
 
     Beside a config.json of Qwen2 or Qwen3.5, transformers 5.23 opens any tokenizer as Qwen's, so it is one.
     """
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator([(folder / "text.txt").read_text().splitlines()], vocab_size=400)
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
+        [(folder / "text.txt").read_text(encoding="utf-8").splitlines()], vocab_size=400
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(folder / "tokenizer")
     for kind in ("sft", "dpo"):
