@@ -26,6 +26,8 @@ def cause(row: dict, columns: Columns = USUAL) -> str:
         ({"positive_reward": 0, "negative_reward": 0.0}, "tied: positive_reward equals negative_reward"),
         ({"scores": {"chosen": 1, "rejected": 5}}, "scores.chosen is below scores.rejected"),
         ({"chosen_annotations": {"score": 1}, "rejected_annotations": '{"score": 5}'}, "chosen_annotations.score is below"),
+        ({"scores": {"chosen": 5, "rejected": 5.0}}, "tied: scores.chosen equals scores.rejected"),
+        ({"metadata": {"score_chosen": 1, "score_rejected": 5}}, "metadata.score_chosen is below metadata.score_rejected"),
         ({"scores": [4, 4.0]}, "tied: both answers are rated the same"),
         ({"chosen_correct": False, "rejected_correct": True}, "chosen_correct is below rejected_correct"),
         ({"is_chosen_better": False}, "is_chosen_better is False: the chosen answer would not be the better one"),
@@ -41,6 +43,12 @@ def cause(row: dict, columns: Columns = USUAL) -> str:
 def test_what_contradicts_chosen_and_rejected_refuses_the_pair(more, why):
     assert why in cause(CHOSEN | more)
     assert read_row("dpo", CHOSEN | more, Columns(ignore=tuple(more))) == PAIR
+
+
+def test_equal_ratings_in_an_object_that_is_no_rating_are_told():
+    item = read_row("dpo", CHOSEN | {"metadata": {"score_chosen": 4, "score_rejected": "4.0"}}, USUAL)
+    assert item._replace(notes=()) == PAIR
+    assert "metadata.score_chosen equals metadata.score_rejected, which is told only: the row's own order stands" in item.notes
 
 
 def test_ratings_are_compared_beside_every_shape_whose_order_is_said():

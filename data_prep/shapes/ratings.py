@@ -114,6 +114,10 @@ def _compare(better: str, worse: str, words: list[str], said: dict, row: Row) ->
     if is_rating or ({high, low} <= {0, 1} and not PRAISE.isdisjoint({*words} - {"chosen"})):
         row.take_all({better, worse} & row.values.keys())
         if high == low and is_rating:
+            # an object beside the row that is no rating itself, as UltraFeedback's metadata, where one pair in nine is so
+            if better not in row.values and SCORES.isdisjoint(words_of(better.partition(".")[0])):
+                row.notes.append(f"{first} equals {second}, which is told only: the row's own order stands")
+                return
             raise Refused(f"tied: {first} equals {second}")
         if high != low and (high < low) is upwards:
             raise Refused(contrary)
