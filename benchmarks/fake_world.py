@@ -106,7 +106,7 @@ def measure(ranks: int, ds_config: str, model: str) -> dict:
     live, counting, host = activations.LiveBytes(), Counting(), Host()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live, host, activations.matmuls_without_copies():
         policy = activations.policy_without_values(
-            planner.config, planner.dtype, recipe.activation_checkpointing, fused=True, head=planner.head
+            planner.counted, planner.dtype, recipe.activation_checkpointing, fused=True, head=planner.head
         )
         # DeepSpeed asks for the device and dtype that it has, and torch (2.13) cannot set the data of a parameter without values
         policy._apply = lambda *_: policy

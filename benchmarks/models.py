@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "tests"))
 import torch
 import transformers
 import warm
+from bases import first_step
 from tiny import make_tiny
 
 from benchmarks.side_by_side import RESULTS, as_text, machine, versions
@@ -28,9 +29,7 @@ from benchmarks.tiny_models import families, tiny_model
 from data_prep.prepare import prepare
 from posttrain.common.errors import first_line
 from posttrain.common.files import read_json_lines
-from posttrain.data.parts import IGNORE
-from posttrain.data.prepared import Split, load_prepared
-from posttrain.model.classes import class_in
+from posttrain.data.prepared import load_prepared
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- written by benchmarks/models.py --all -->\n", "<!-- to here -->\n"
@@ -111,19 +110,6 @@ def tried(asked: tuple) -> dict:
         | _pairs([f"--sft_checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--dpo_data_dir={dpo}"], folder)
         | ({"why": apart[1][:300]} if apart else {})
     )
-
-
-def first_step(base: str, split: Split) -> tuple[float, float]:
-    """Return the loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
-    model = class_in(base).from_pretrained(base, dtype=torch.float32)  # computes as in use, without dropout or noise
-    total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
-    for index in range(len(split)):
-        ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum") / count
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
 def _pairs(paths: list[str], folder: str) -> dict:

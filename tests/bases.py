@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from posttrain.data.parts import IGNORE
+from posttrain.data.prepared import Split
+from posttrain.model.classes import class_in
+
 MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -88,3 +92,16 @@ def as_released(tiny, folder: Path) -> Path:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     edit(folder, {"chat_template": templates}, "tokenizer_config.json")
     return folder
+
+
+def first_step(base: str, split: Split) -> tuple[float, float]:
+    """Return the loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
+    model = class_in(base).from_pretrained(base, dtype=torch.float32)  # computes as in use, without dropout or noise
+    total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
+    for index in range(len(split)):
+        ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bases import first_step
 from conftest import last_of_each, launch, metrics
 from test_architectures import EXPERTS, GATED, SMALL
 
-from posttrain.data.parts import IGNORE
 from posttrain.data.prepared import load_prepared
 from posttrain.model.classes import class_in, class_of
 
@@ -57,22 +57,6 @@ def bases(tiny, tmp_path_factory) -> dict[str, str]:
         (folder / str(number) / "preprocessor_config.json").write_text('{"image_size": 28}')
         tiny.tokenizer.save_pretrained(folder / str(number))
     return {kind: str(folder / str(number)) for number, kind in enumerate(KINDS)}
-
-
-def first_step(base: str, split) -> tuple[float, float]:
-    """The loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
-    model = class_in(base).from_pretrained(base, dtype=torch.float32).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
-    for index in range(len(split)):
-        ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum") / count
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import dpo, sft  # noqa: E402
+from benchmarks import dpo, models, sft  # noqa: E402
 from benchmarks.side_by_side import as_text, committed, make_world, model_flops, run_once, summarise, table  # noqa: E402
 
 
@@ -33,6 +34,25 @@ def test_the_table_of_model_folders_is_that_of_its_file():
     text = (ROOT / "docs" / "correctness.md").read_text()
     rows = "\n".join(f"| {case['case']} | {case['before']} | {case['after']} |" for case in cases)
     assert f"| folder | before | now |\n|---|---|---|\n{rows}\n\n" in text
+
+
+def test_the_table_of_families_is_that_of_its_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text())["families"]
+    assert models.BEGIN + models.table(rows) + models.END in (ROOT / "docs" / "models.md").read_text()
+    numbers = [models.verdict(row) for row in rows]
+    assert numbers.count("packed") >= 90
+    assert numbers.count("packed") + numbers.count("a row at a time") >= 105
+
+
+@pytest.mark.slow
+def test_families_are_tried_through_the_real_commands(tmp_path):
+    """One whose text part has no class of its own, and one that is not packed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "models.py"), "--out", str(tmp_path), "qwen2_5_vl", "bloom"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "models.json").read_text())["families"]
+    assert {row["family"]: models.verdict(row) for row in rows} == {"bloom": "a row at a time", "qwen2_5_vl": "packed"}
+    assert all(row["pairs_differ"] < models.CURVE for row in rows)
 
 
 def test_the_tables_in_the_texts_are_those_of_the_result_files():

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Qwe
 from benchmarks import fake_world
 from benchmarks.plan import CONFIGURATIONS, name
 from benchmarks.sft import QWEN3_1_7B
+from benchmarks.tiny_models import tiny_config
 from posttrain.data.packing import RowBuilder
 from posttrain.data.parts import IGNORE
+from posttrain.operators.heads import heads_of
 from posttrain.operators.logprob import Way
 from posttrain.planning.activations import count_working
 from posttrain.planning.machines import GPUS, find_gpu
@@ -167,6 +169,22 @@ def test_each_kind_of_layer_is_counted_as_often_as_there_are_such():
     first, second, mixed = most.values()
     assert first > 1.2 * second
     assert mixed == pytest.approx((first + second) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("gemma4_text", {(4, 2, 8), (4, 2, 16)}),  # wider in some layers
+        ("mamba2", set()),
+        ("qwen2_5_vl", {(4, 2, 8)}),  # whose text part has no class of its own
+        ("mixtral", {(4, 2, 8)}),  # experts, of which torch's own operator has shapes for bfloat16 only
+    ],
+)
+def test_models_of_every_kind_are_counted(kind, heads):
+    config = tiny_config(kind, 100)
+    assert {*heads_of(config.get_text_config())} == heads
+    little, much = (count_working(config, rows(count, 50, 20), torch.float32, "none", fused=False).most for count in (2, 8))
+    assert 0 < little < much / 2
 
 
 def on_8_gpus(zero: Zero, count: int, has_reference: bool = False) -> Parts:

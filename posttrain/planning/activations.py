@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import moe
 
 from posttrain.common.errors import first_line
 from posttrain.data.packing import MicroBatch
+from posttrain.model.classes import class_of
 from posttrain.model.policy import Policy, checkpoint_activations, fastest_policy, set_dropout
 from posttrain.operators import logprob
 from posttrain.operators.attention_segments import SEGMENTS
@@ -195,7 +196,7 @@ def peak_bytes(config, batch: MicroBatch, dtype: torch.dtype, checkpointing: str
 
 def policy_without_values(config, dtype: torch.dtype, checkpointing: str, fused: bool, head: logprob.Way) -> Policy:
     """Build a policy of a transformers config whose weights, within a FakeTensorMode, have shapes and no values."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+    model = model_of(config, dtype).train()
     set_dropout(model, 0.0)
     policy = fastest_policy(model, SEGMENTS)
     policy.head.way = head
@@ -236,8 +237,8 @@ def count_working(
     with matmuls_without_copies() if fused or on_gpu else contextlib.nullcontext():
         kept, besides = 0, []  # bytes that the layers keep, and the most that is there besides, by kind of layer
         try:
-            for layer, count in _kinds_of_layers(config).items():
-                one, two = (peak_bytes(_with_layers(config, [layer] * n), batch, dtype, checkpointing, fused, head) for n in (1, 2))
+            for layer, count in _kinds_of_layers(config.get_text_config()).items():
+                one, two = (peak_bytes(with_layers(config, [layer] * n), batch, dtype, checkpointing, fused, head) for n in (1, 2))
                 kept += count * (two.layers - one.layers)
                 besides.append(Peaks(2 * one.layers - two.layers, one.embedding))
         except Exception as error:
@@ -249,7 +250,7 @@ def count_working(
                 "max_tokens_per_gpu: auto is possible with it; give max_tokens_per_gpu a number"
             ) from error
         most = max(kept + max(peaks.layers for peaks in besides), *(peaks.embedding for peaks in besides))
-        return Working(most, peak_bytes_of_head(config, len(batch.rows), dtype, head))
+        return Working(most, peak_bytes_of_head(config.get_text_config(), len(batch.rows), dtype, head))
 
 
 def possible_ways(config, ways) -> list[str]:
@@ -257,7 +258,7 @@ def possible_ways(config, ways) -> list[str]:
     found = []
     for way in ways:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_with_layers(config, [0]), trust_remote_code=False)
+            model = model_of(with_layers(config, [0]), torch.float32)
         with contextlib.suppress(ValueError):
             checkpoint_activations(model, way)
             found.append(way)
@@ -283,9 +284,10 @@ def _lists_of_layers(config) -> dict[str, list]:
     }
 
 
-def _with_layers(config, numbers: list[int]):
+def with_layers(whole: PreTrainedConfig, numbers: list[int]) -> PreTrainedConfig:
     """Return a copy of a config for a model with some of the layers, by their numbers, whose forward pass asks for no values."""
-    config = copy.deepcopy(config)
+    whole = copy.deepcopy(whole)
+    config = whole.get_text_config()
     of_layers = _lists_of_layers(config)
     config.num_hidden_layers = len(numbers)
     if getattr(config, "num_kv_shared_layers", 0):
@@ -296,12 +298,21 @@ def _with_layers(config, numbers: list[int]):
             setattr(config, name, {n: dict(one) for n, one in enumerate(chosen)} if name == "per_layer_config" else chosen)
     if same_frequencies_until(config):  # which frequencies a row gets is read from its positions
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-    return config
+    return whole
 
 
-def architecture_of(config) -> str:
-    """Return the name of the class of a config's causal language model."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+def architecture_of(config: PreTrainedConfig) -> str:
+    """Return the name of the class of a config's model."""
+    kind = class_of(config)
+    assert kind is not None  # read_config has looked
+    return kind.__name__
+
+
+def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model of a config with random weights, or none within a FakeTensorMode or on the meta device."""
+    kind = class_of(config)
+    assert kind is not None
+    return kind._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def peak_bytes_of_head(config, rows: int, dtype: torch.dtype, way: logprob.Way) -> int:

@@ -79,7 +79,8 @@ class Planner:
         self.recipe, self.device, self.nodes, self.ranks = recipe, device, nodes, gpus * nodes
         self.on_gpu = device.name != "CPU"
         self.dtype = getattr(torch, recipe.dtype)
-        self.config, self.count, self.frozen, self.model_summary = read_model_shape(recipe, assumed)
+        self.counted, self.count, self.frozen, self.model_summary = read_model_shape(recipe, assumed)
+        self.config = self.counted.get_text_config()
         self.weights = self.dtype.itemsize * (self.count + self.frozen)  # bytes
         embedding = self.config.vocab_size * self.config.hidden_size
         self.embedding, self.tied = embedding, getattr(self.config, "tie_word_embeddings", False)
@@ -93,7 +94,7 @@ class Planner:
         if self.longest > recipe.max_tokens_per_gpu:
             raise ValueError(f"the longest example has {self.longest:,} tokens, more than max_tokens_per_gpu={recipe.max_tokens_per_gpu:,}")
         self.usable = device.memory * (1 - FRAGMENTS) - KEPT_BACK
-        self.fused = self.on_gpu and recipe.kernels == "auto" and (recipe.compile or architecture_of(self.config) in ARCHITECTURES)
+        self.fused = self.on_gpu and recipe.kernels == "auto" and (recipe.compile or architecture_of(self.counted) in ARCHITECTURES)
         self.head = way_on_gpu(device.memory, self.weights) if self.on_gpu and recipe.kernels == "auto" else PLAIN
         self.host = math.inf  # bytes that a node's ranks may keep in its memory
         self.usual_tokens = int(self.work.lengths[self.micro_batches()[0]].sum())
@@ -103,7 +104,7 @@ class Planner:
         """Return the ways to run that there are for this model on these devices, the preferred first; zero0 only to compare with."""
         node = Zero.of(read_ds_config(ZEROPP)).ranks_of_node
         stages = [*STAGES, *[ZEROPP] * (self.nodes > 1 and self.ranks == self.nodes * node)]
-        found = [Way(stage, mode) for stage in stages for mode in possible_ways(self.config, CHECKPOINTING)]
+        found = [Way(stage, mode) for stage in stages for mode in possible_ways(self.counted, CHECKPOINTING)]
         return [way for way in found if way.ds_config != OFFLOAD or (self.on_gpu and way == OFFLOADED)]  # a CPU has nothing to offload from
 
     def parts(self, way: Way, tokens: int, ranks: int | None = None) -> Parts:
@@ -138,7 +139,7 @@ class Planner:
     @cache  # noqa: B019 - there is one planner
     def _counted(self, tokens: int, checkpointing: str) -> Working:
         batch = self.work.micro_batch(tokens)
-        return count_working(self.config, batch, self.dtype, checkpointing, self.fused, self.head, on_gpu=self.on_gpu)
+        return count_working(self.counted, batch, self.dtype, checkpointing, self.fused, self.head, on_gpu=self.on_gpu)
 
     def most_tokens(self, way: Way) -> int:
         """Return the tokens of the largest micro-batch that fits, a multiple of 1,024 or, if it is smaller, of STEP.

@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import torch
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM
 
 from posttrain.common import terminal
 from posttrain.common.errors import is_mistake
@@ -23,6 +22,7 @@ from posttrain.engine.update import free_engine
 from posttrain.model.policy import Policy, checkpoint_activations, fastest_policy
 from posttrain.operators import attention, layers
 from posttrain.parallel import watchdog
+from posttrain.planning.activations import model_of, with_layers
 from posttrain.planning.planner import MANY, Planner, Seconds
 from posttrain.planning.work import Work
 
@@ -106,10 +106,10 @@ def _typical_micro_batch(planner: Planner) -> np.ndarray:
 
 def _random_policy(planner: Planner, depth: int, mode: str, device: torch.device) -> Policy:
     """Build a policy of `depth` layers with random weights, with the kernels that a run would take."""
-    config = type(planner.config).from_dict({**planner.config.to_dict(), "num_hidden_layers": depth, "layer_types": None})
+    config = with_layers(planner.counted, list(range(depth)))
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=planner.dtype, trust_remote_code=False).train()
-    name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config)
+        model = model_of(config, planner.dtype).train()
+    name, _ = attention.choose(planner.recipe.kernels, device, planner.dtype, 0.0, config.get_text_config())
     layers.choose(model, planner.recipe.kernels, compiled=False, device=device)
     policy = fastest_policy(model, name)
     policy.head.choose(planner.recipe.kernels, device, planner.dtype.itemsize * planner.count)

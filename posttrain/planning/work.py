@@ -77,7 +77,9 @@ class Work:
 
 
 def read_model_shape(recipe: Recipe, assumed: str | None):
-    """Return the config of the recipe's model, or its text part, its numbers of trained and other parameters, and a sentence for plan.py.
+    """Return the config of the recipe's model, its numbers of trained and other parameters, and a sentence for plan.py.
+
+    Of a model that also sees pictures it is the text part's config, if there is a model of it alone.
 
     Where the model is not there yet, a shape of assumed_shape stands in. Raises ValueError where there is none.
     """
@@ -90,7 +92,8 @@ def read_model_shape(recipe: Recipe, assumed: str | None):
         place = Path(recipe.model_path)
         described = checkpoint_folder.model_description(place) if checkpoint_folder.is_checkpoint(place) else recipe.model_path
         config = read_config(hub.snapshot_in(str(described)))
-    return config.get_text_config(), *count_parameters(config), recipe.model_path
+    text = config.get_text_config()
+    return text if class_of(text) else config, *count_parameters(config), recipe.model_path
 
 
 def count_parameters(config) -> tuple[int, int]:

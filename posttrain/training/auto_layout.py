@@ -139,7 +139,7 @@ def _ways(planner: Planner, recipe: Recipe) -> list[Way]:
     """Return the ways to run that the recipe leaves open. Raises ValueError where there are none."""
     ways = [way for way in planner.ways() if way.ds_config != ZERO0]
     if recipe.ds_config != AUTO:
-        ways = [Way(recipe.ds_config, mode) for mode in possible_ways(planner.config, CHECKPOINTING)]
+        ways = [Way(recipe.ds_config, mode) for mode in possible_ways(planner.counted, CHECKPOINTING)]
     elif recipe.activation_checkpointing != AUTO:
         ways = [Way(ds_config, recipe.activation_checkpointing) for ds_config in dict.fromkeys(way.ds_config for way in ways)]
     ways = [way for way in ways if way.checkpointing == "full" or not _checkpoints_itself(way.ds_config)]
