@@ -32,7 +32,6 @@ SIZES = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "attention_num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "d_kv"), 8),
-    **dict.fromkeys(("global_head_dim",), 16),
     **dict.fromkeys(("kv_lora_rank",), 16),
     **dict.fromkeys(("q_lora_rank",), 24),
     **dict.fromkeys(("qk_rope_head_dim",), 4),
@@ -83,6 +82,8 @@ OWN: dict[str, dict] = {
     "mamba2": {"head_dim": 16},
     "qwen2_vl_text": {"rope_parameters": THREE_AXES},
     "qwen2_5_vl_text": {"rope_parameters": THREE_AXES},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "glm4v_text": {"rope_parameters": THREE_AXES},
     "paddleocr_vl_text": {"rope_parameters": THREE_AXES},
     "qwen4_exp_text": {
