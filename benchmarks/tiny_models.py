@@ -19,7 +19,7 @@ roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm
 aria_text gemma4_assistant gemma4_unified_assistant phi4_multimodal
 """
 # those that are asked for pictures, too, and whose text part has no class of its own
-WRAPPED = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v paddleocr_vl"
+WRAPPED = "mistral3 llava internvl qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v paddleocr_vl"
 LAYERS = 4
 # by the names of attributes (transformers 5.23); those that a config lacks are left out
 SIZES = {

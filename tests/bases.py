@@ -97,6 +97,9 @@ def as_released(tiny, folder: Path) -> Path:
 def first_step(base: str, split: Split) -> tuple[float, float]:
     """Return the loss of all examples together by plain transformers, one at a time, and the norm of its gradient."""
     model = class_in(base).from_pretrained(base, dtype=torch.float32)  # computes as in use, without dropout or noise
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
     total, count = 0.0, sum(int(split[index]["num_trained"]) for index in range(len(split)))
     for index in range(len(split)):
         ids, labels = (torch.tensor(split[index][name]) for name in ("input_ids", "labels"))

@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 
 from posttrain.data.packing import MicroBatch, RowBuilder
 from posttrain.model import proof
+from posttrain.model.classes import freeze_all_but_text
 from posttrain.model.policy import Policy, build_policy, fastest_policy
 from posttrain.operators import attention_segments, mixers
 from posttrain.operators.attention_segments import SEGMENTS, attend_on_cpu, attend_segments, in_chunks, segments_of
@@ -46,6 +47,18 @@ PACKED = {
 }
 APART = {
     "an attention of its own": transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4),
+    "a head of several layers": transformers.ModernBertDecoderConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
 }
 each_packed = pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
 
@@ -86,12 +99,17 @@ def test_a_pair_that_shares_its_prompt_is_that_with_two_prompts(config):
 @pytest.mark.parametrize("config", APART.values(), ids=APART)
 def test_what_cannot_be_packed_is_computed_a_row_at_a_time(config):
     policy = policy_of(config)
-    assert not policy.way.is_packed and policy.why_slower.startswith("not packed: its attention is its own")
+    assert not policy.way.is_packed and policy.why_slower.startswith("not packed: its ")
     rows = draw(13, 4, 21, 9)
     assert_equals_each_alone(policy, pack_rows(rows), [alone(config, ids) for ids in rows])
     prompt, *answers = draw(7, 3, 9)
     expected = [*(alone(config, prompt + answer, len(answer)) for answer in answers), alone(config, prompt[::-1])]
     assert_equals_each_alone(policy, pair(prompt, answers, True), expected)
+
+
+@pytest.mark.parametrize("config", [*PACKED.values(), *APART.values()], ids=[*PACKED, *APART])
+def test_all_of_a_model_that_reads_text_alone_is_trained(config):
+    assert freeze_all_but_text(model_of(config)) == 0
 
 
 def test_a_gradient_that_is_wrong_is_seen_at_load():

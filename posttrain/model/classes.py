@@ -32,13 +32,16 @@ def class_in(folder) -> type[PreTrainedModel]:
 def freeze_all_but_text(model: PreTrainedModel) -> int:
     """Make buffers of all parameters but those of the language model and the head; returns how many numbers they hold.
 
-    So they are saved and written, but have neither gradients nor optimizer states, and no engine shards or gathers them.
+    So are parameters that an architecture never trains, such as the state that HRM begins with. They are saved and written, but have
+    neither gradients nor optimizer states, and no engine shards or gathers them.
     """
-    trained = {id(one) for part in (text_model(model), model.get_output_embeddings()) if part is not None for one in part.parameters()}
+    sees_text_only = model.config.get_text_config() is model.config  # then all is trained: some have more than one matrix as their head
+    parts = [model] if sees_text_only else [text_model(model), model.get_output_embeddings()]
+    trained = {id(one) for part in parts if part is not None for one in part.parameters()}
     count = 0
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in trained:
+            if id(parameter) not in trained or not parameter.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, parameter.data)
                 count += parameter.numel()

@@ -29,10 +29,12 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     config.architectures = [type(model).__name__]
     for part in (config, config.get_text_config()) if chat is not None else ():
         own, eos, bos = (getattr(part, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
-        _set_stops(part, _stops(chat, eos))
+        _set(part, "eos_token_id", _stops(chat, eos))
         part.bos_token_id = chat.tokenizer.bos_token_id if bos is None else bos
-        # transformers trains no input embedding of the pad token, so it must be none that training teaches
-        part.pad_token_id = None if own in _taught(chat) else own
+        # transformers trains no input embedding of the pad token, so it must be none that training teaches; but models that also see
+        # pictures put it where these are
+        if own in _taught(chat) and part is config.get_text_config() is config:
+            _set(part, "pad_token_id", None)
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = read_object(path)
@@ -48,12 +50,16 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
         _write(path, values)
 
 
-def _set_stops(config: PreTrainedConfig, stops: list[int]) -> None:
-    """Set the tokens that end an answer; where a family's config takes a single one, the template's. generation_config.json has all."""
+def _set(config: PreTrainedConfig, name: str, value: list[int] | None) -> None:
+    """Set a token, or several, in a config; where its family takes a single one, the first of them, and where it must have one, no other.
+
+    generation_config.json has all.
+    """
     try:
-        config.eos_token_id = stops
+        setattr(config, name, value)
     except StrictDataclassFieldValidationError:
-        config.eos_token_id = stops[0]
+        if value is not None:
+            setattr(config, name, value[0])
 
 
 def older_names(config: dict, aliases: dict[str, str]) -> dict:

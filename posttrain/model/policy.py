@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, activations
 
 from posttrain.common.errors import reason
 from posttrain.data import tokenization
@@ -146,8 +147,12 @@ def _read(recipe: Recipe, tokenizer, device: torch.device, frozen: bool) -> tupl
     if added := tokenization.grow_embeddings(model, tokenizer):
         choices.append(("embeddings", f"{added} rows added for tokens that the checkpoint lacks; they start at the mean of the others"))
     if frozen_parts := freeze_all_but_text(model):
-        choices.append(("frozen", f"{frozen_parts:,} parameters, which do not read text, are not trained, and are written as they were"))
+        what = f"{frozen_parts:,} parameters, which do not read text or are constants"
+        choices.append(("frozen", f"{what}, are not trained, and are written as they were"))
     for module in model.modules():
+        for name, part in module.named_children():
+            if part is activations.gelu_new:  # one for all models of the process (GPT-1): engines would hook into each other's
+                setattr(module, name, copy.deepcopy(part))
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # torch computes no gradient for the row of a padding token, which data may hold
     if jitter := still(model):

@@ -35,7 +35,8 @@ PLAIN_ROTARY: dict[str, Callable] = {}  # by module of transformers: its rotary 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that reads and writes text, without its head: of one that also sees pictures the language model."""
     base = model.base_model
-    return getattr(base, "language_model", getattr(base, "model", base) if base is model else base)  # Llama 4's base is itself
+    part = getattr(base, "language_model", getattr(base, "model", base) if base is model else base)  # Llama 4's base is itself
+    return part if part.get_output_embeddings() is None else getattr(part, "model", part.base_model)  # and its language model has the head
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
