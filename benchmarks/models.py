@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -93,33 +94,37 @@ def tried(asked: tuple) -> dict:
     base = Path(folder, "base")
     try:
         tiny_model(family, len(transformers.AutoTokenizer.from_pretrained(tokenizer))).save_pretrained(base)
-        split = load_prepared(sft, "sft", "").train
-        loss, norm = first_step(str(base), split)
+        expected = first_step(str(base), load_prepared(sft, "sft", "").train)
     except Exception as error:  # of any kind: transformers' own code fails with it
         return {"family": family, "trained": "not tried", "why": f"{type(error).__name__}: {first_line(error)}"[:200]}
+    try:
+        return {"family": family} | _answers(base, sft, tokenizer, folder, expected) | _pairs(base, dpo, tokenizer, folder)
+    except subprocess.TimeoutExpired:
+        return {"family": family, "trained": "not tried", "why": f"a run took longer than {PATIENCE} s"}
+
+
+def _answers(base: Path, sft: str, tokenizer: str, folder: str, expected: tuple[float, float]) -> dict:
+    """Return how SFT trains a model, and by how much its first step's loss and gradient norm differ from the expected ones."""
     paths = [f"--checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--sft_data_dir={sft}", f"--out_dir={folder}/sft"]
-    done = warm.run("posttrain/sft.py", *paths, *NUMBERS, f"--global_batch_size={len(split)}", "--max_iters=1", timeout=PATIENCE)
+    count = len(load_prepared(sft, "sft", "").train)
+    done = warm.run("posttrain/sft.py", *paths, *NUMBERS, f"--global_batch_size={count}", "--max_iters=1", timeout=PATIENCE)
     if done.returncode:
-        return {"family": family, "trained": "refused", "why": _sentence(done.stdout)[:300]}
+        return {"trained": "refused", "why": _sentence(done.stdout)[:300]}
     step = read_json_lines(Path(folder, "sft", "metrics.jsonl"))[0]
     apart = re.search(r"attention: transformers' own, .*?, which is slower \((.*)\)", done.stdout)
-    row = {"family": family, "trained": "a row at a time" if apart else "packed"}
-    row |= {"loss_differs": abs(step["loss"] - loss), "norm_differs": abs(step["grad_norm"] / norm - 1)}
-    return (
-        row
-        | _pairs([f"--sft_checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--dpo_data_dir={dpo}"], folder)
-        | ({"why": apart[1][:300]} if apart else {})
-    )
+    row = {"trained": "a row at a time", "why": apart[1][:300]} if apart else {"trained": "packed"}
+    return row | {"loss_differs": abs(step["loss"] - expected[0]), "norm_differs": abs(step["grad_norm"] / expected[1] - 1)}
 
 
-def _pairs(paths: list[str], folder: str) -> dict:
+def _pairs(base: Path, dpo: str, tokenizer: str, folder: str) -> dict:
     """Return by how much DPO's curve with shared prompts differs from that with two prompts."""
     curves = []
     for shares in (True, False):
-        way = [f"--out_dir={folder}/dpo_{shares}", f"--share_prompt={shares}"]
-        done = warm.run("posttrain/dpo.py", *paths, *way, *NUMBERS, "--max_iters=2", "--global_batch_size=8", timeout=PATIENCE)
+        paths = [f"--sft_checkpoint_path={base}", f"--tokenizer={tokenizer}", f"--dpo_data_dir={dpo}", f"--out_dir={folder}/dpo_{shares}"]
+        way = [f"--share_prompt={shares}", "--max_iters=2", "--global_batch_size=8"]
+        done = warm.run("posttrain/dpo.py", *paths, *NUMBERS, *way, timeout=PATIENCE)
         if done.returncode:
-            return {"pairs": "refused", "why": _sentence(done.stdout)[:300]}
+            return {"pairs": f"refused: {_sentence(done.stdout)[:200]}"}
         steps = read_json_lines(Path(folder, f"dpo_{shares}", "metrics.jsonl"))
         curves.append(torch.tensor([[step["loss"], step["grad_norm"]] for step in steps]))
     return {"pairs_differ": (curves[0] / curves[1] - 1).abs().max().item()}

@@ -11,9 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from posttrain.model.classes import class_of
 
 VOCABULARY = ("vocab_size", "vocab_size_per_layer_input")  # attributes
-# models that are not asked for text alone: decoders of encoder-decoder models, encoders with a head, models of sound
+# models that are not asked for text alone: decoders of encoder-decoder models, encoders with a head, models of sound, of bytes (blt)
 OTHERS = """
-bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cpmant ctrl data2vec-text electra ernie
+bart bert bert-generation big_bird bigbird_pegasus blenderbot blt blenderbot-small camembert cpmant ctrl data2vec-text electra ernie
 git marian mbart megatron-bert mllama moshi moss_transcribe_diarize musicgen musicgen_melody mvp pegasus plbart prophetnet rembert
 roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod reformer emu3 fuyu got_ocr2
 aria_text gemma4_assistant gemma4_unified_assistant phi4_multimodal
@@ -77,6 +77,7 @@ OWN: dict[str, dict] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"head_dim": 16},
