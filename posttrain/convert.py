@@ -16,6 +16,7 @@ from pathlib import Path
 def main() -> None:
     """Read the command line and convert."""
     from posttrain.common.options import Parser, place
+    from posttrain.model.command_line import add_code_option
     from posttrain.model.forms import find_model
 
     parser = Parser("convert", __doc__)
@@ -24,11 +25,15 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=place, metavar="T", help="a Hugging Face folder or a SentencePiece .model file, put into a new folder"
     )
+    add_code_option(parser)
     options = parser.parse_args()
     find_model(options.src, "Name a ckpt.pt file, a Hugging Face folder or a folder of a run's checkpoints")
     os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU: conversions need none
+    from posttrain.model import own_code
     from posttrain.model.convert import convert
 
+    if options.trust_remote_code:
+        own_code.register(options.src)
     convert(Path(options.src), Path(options.dst), options.tokenizer)
 
 

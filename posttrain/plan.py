@@ -40,8 +40,11 @@ def main() -> None:
     assumed_shape(recipe, options.model)
     if Path(recipe.data_dir).exists():
         read_manifest(recipe.data_dir, prepare_command(recipe), recipe.kind)
-    from posttrain.planning.table import table  # only now: it imports torch and transformers, which takes seconds
+    from posttrain.model import own_code
+    from posttrain.planning.table import table  # only now: they import torch and transformers, which takes seconds
 
+    if recipe.trust_remote_code:
+        own_code.register(recipe.model_path)
     device = device or this_machine(options.gpus)
     print(table(recipe, device, gpus=options.gpus, nodes=options.nodes, assumed=options.model, here=here))
 

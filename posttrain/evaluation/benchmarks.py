@@ -16,7 +16,7 @@ from posttrain.evaluation.measure import Item, measure
 from posttrain.evaluation.tasks import BENCHMARKS, UNREAD, load_tasks, task_name, write_tasks
 from posttrain.model import assistant
 from posttrain.model.assistant import dtype_on
-from posttrain.model.command_line import places_by_name
+from posttrain.model.command_line import trusted_places
 from posttrain.parallel.launched import read_launch
 from posttrain.parallel.ranks import gathered, on_rank_0
 from posttrain.run import charts
@@ -30,7 +30,7 @@ def evaluate(options: argparse.Namespace, names: list[str], notes: list[str]) ->
     `notes` are remarks on the choice of benchmarks. All ranks.
     """
     assistant.quiet_libraries()
-    places = places_by_name(options.checkpoint, options.tokenizer)
+    places = trusted_places(options.checkpoint, options)
     device = _connect()
     notes = notes + on_rank_0(lambda: _prepare(names, options))
     items = {name: _measure(name, place, names, device, options) for name, place in places.items()}

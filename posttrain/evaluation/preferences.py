@@ -21,7 +21,7 @@ from posttrain.evaluation.judge import Judgement, judge
 from posttrain.evaluation.pairs import margins
 from posttrain.model import assistant
 from posttrain.model.assistant import Assistant, dtype_on
-from posttrain.model.command_line import places_by_name
+from posttrain.model.command_line import trusted_places
 from posttrain.serving.batching import Batcher
 from posttrain.serving.sampling import Sampling
 
@@ -32,7 +32,7 @@ def _load(options: argparse.Namespace, given: list[str]) -> list[Assistant]:
     """Load checkpoints given as [NAME=]DIR, on the GPU where there is one."""
     device = gpus.usual_device()
     assistant.quiet_libraries()
-    found = places_by_name(given, options.tokenizer)
+    found = trusted_places(given, options)
     dtype = dtype_on(device, options.dtype)
     return [assistant.load(place, name, options.tokenizer, dtype, device) for name, place in found.items()]
 

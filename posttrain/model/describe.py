@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from posttrain.common.files import read_object
 from posttrain.data import tokenization
 from posttrain.data.chat import THINKS, ChatFormat
+from posttrain.model import own_code
 
 # model type -> the names that transformers 4 has for the base of the rotary frequencies and for the rotated share of a head
 OLD_ROTARY_NAMES = {
@@ -39,6 +40,8 @@ def write_config(model: PreTrainedModel, chat: ChatFormat | None, folder: Path) 
     path = folder / "config.json"
     values = read_object(path)
     values.pop("auto_map", None)  # names files of code that are not here, and that transformers' own class does not need
+    if names := own_code.write(model, folder):
+        values["auto_map"] = names
     if values.get("num_nextn_predict_layers"):
         values["num_nextn_predict_layers"] = 0  # layers of multi-token prediction, which transformers neither trains nor holds
     _write(path, values | older_names(values, config.attribute_map))

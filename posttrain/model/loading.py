@@ -1,7 +1,7 @@
 """Loads a model from any accepted form: a Hugging Face folder or hub name, a ckpt.pt file, or a checkpoint of a run.
 
 A folder is opened by transformers. What transformers would leave out, make up or ask about is refused here by name, or done and said; code
-that comes with a model is never run.
+that comes with a model is never run, unless own_code has registered it.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Call
     if place != path:
         say(f"{path} is a folder of the hub's cache: its snapshot {Path(place).name} is taken")
     config = read_config(place)
-    if getattr(config, "auto_map", None):
+    if getattr(config, "auto_map", None) and type(config).__module__.startswith("transformers."):
         say(f"config.json names code of its own (auto_map), which is not run: the model is transformers' own {config.model_type}")
     return _from_folder(place, config, dtype, say)
 
@@ -67,20 +67,14 @@ def load_model(path: str, dtype: torch.dtype | None, how_to_make: str, say: Call
 def read_config(path: str) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder or hub name. Raises ValueError unless it is a causal language model's."""
     raw = folder.examine_config(_files(path))
-    kind, version = raw["model_type"], transformers.__version__
+    kind = raw["model_type"]
     for name in ("dtype", "torch_dtype"):
         if (value := raw.get(name)) is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
             raise ValueError(f"{path}/config.json has {name} {value!r}; expected the name of one, such as float32 or bfloat16")
     for name in positions.MOST_POSITIONS:
         if isinstance(most := raw.get(name), int) and most < 2:
             raise ValueError(f"{path}/config.json has {name} {most}, how many tokens a row may have; expected 2 or more")
-    if kind not in CONFIG_MAPPING:
-        if raw.get("auto_map"):
-            raise ValueError(
-                f"{path} is a model of type {kind!r}, which only the code that comes with it can compute (auto_map in config.json), and "
-                f"such code is never run here: name a model of a type that transformers {version} knows"
-            )
-        raise ValueError(f"{path} is a model of type {kind!r}, which transformers {version} does not know; a newer one may")
+    _refuse_unknown_type(path, raw)
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=_is_here(path), trust_remote_code=False)
         _take_from(config)
@@ -91,6 +85,19 @@ def read_config(path: str) -> PreTrainedConfig:
     if isinstance(pad, int) and isinstance(rows, int) and rows > 0 and not -rows <= pad < rows:
         raise ValueError(f"{path}/config.json has pad_token_id {pad}, but vocab_size {rows}, whose ids end at {rows - 1}: set it to null")
     return config
+
+
+def _refuse_unknown_type(path, config: dict) -> None:
+    """Raise ValueError for the content of a config.json whose type transformers does not know; own_code may have told it of one."""
+    kind, version = config["model_type"], transformers.__version__
+    if kind not in CONFIG_MAPPING:
+        if config.get("auto_map"):
+            raise ValueError(
+                f"{path} is a model of type {kind!r}, which only the code that comes with it can compute (auto_map in config.json), and "
+                "such code is not run unasked: read it, and set trust_remote_code, or name a model of a type that transformers "
+                f"{version} knows"
+            )
+        raise ValueError(f"{path} is a model of type {kind!r}, which transformers {version} does not know; a newer one may")
 
 
 def _take_from(config: PreTrainedConfig) -> None:
@@ -324,10 +331,11 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     saved = shards.Saved(path, facts["state"])
     dtype = dtype or getattr(torch, facts.get("recipe", {"dtype": "float32"})["dtype"])
     description = checkpoint_folder.model_description(path)
+    _refuse_unknown_type(path, read_object(description / "config.json"))
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(description, trust_remote_code=False)
         _take_from(config)
-        kind = getattr(transformers, config.architectures[0])
+        kind = getattr(transformers, config.architectures[0], None) or class_of(config)
     state = {name: as_saved(name, saved.parameter(name), config).to(dtype) for name in saved.shapes} | saved.buffers()
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     with _in_one_sentence(path):

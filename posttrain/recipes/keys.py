@@ -188,6 +188,7 @@ class Recipe(BaseModel):
         "recompute activations in backward, which saves memory and costs time: none, selective (feed-forward blocks), full (whole layers), "
         "offload (whole layers, whose inputs are kept in host memory); auto: as little as memory allows",
     )
+    trust_remote_code: bool = key(False, "run code that comes with a model of a type that transformers does not know: read it first")
     compile: bool = free_key(False, "apply torch.compile to each decoder layer")
     kernels: Literal["auto", "torch"] = free_key("auto", "auto: the fastest kernels that work on this machine; torch: plain PyTorch")
     deterministic: bool = free_key(

@@ -13,7 +13,7 @@ import torch
 from posttrain.common import gpus, terminal
 from posttrain.model import assistant
 from posttrain.model.assistant import dtype_on
-from posttrain.model.command_line import places_by_name
+from posttrain.model.command_line import trusted_places
 from posttrain.serving.access import is_loopback
 from posttrain.serving.answers import Model
 from posttrain.serving.app import LAST_WORDS, Limits, build
@@ -97,7 +97,7 @@ def _engine(asked: str, device: str) -> Engine:
 
 def _load(options: argparse.Namespace, engine: Engine) -> list[assistant.Assistant]:
     """Load all checkpoints."""
-    places = places_by_name(options.checkpoint, options.tokenizer)
+    places = trusted_places(options.checkpoint, options)
     if options.device == "cpu":  # each model generates in a thread of its own
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     dtype = dtype_on(options.device, options.dtype)

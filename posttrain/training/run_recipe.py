@@ -6,6 +6,8 @@ from posttrain.common.errors import first_line
 from posttrain.common.terminal import keep_noise
 from posttrain.engine.devices import look_at_gpus
 from posttrain.engine.start import check_versions, start_distributed
+from posttrain.model import own_code
+from posttrain.model.forms import source_of
 from posttrain.parallel.launched import read_launch
 from posttrain.recipes.keys import Recipe
 from posttrain.run.directory import Run
@@ -25,13 +27,14 @@ def run_recipe(recipe: Recipe) -> None:
     if already_finished(recipe, here.rank):
         return
     keep_noise()
+    code = own_code.register(source_of(recipe.model_path, recipe.out_dir)) if recipe.trust_remote_code else None
     inputs = read_inputs(recipe)
     device = start_distributed(recipe.watchdog_seconds, recipe.deterministic)
     same_inputs_on_all_ranks(recipe, inputs.data)
     look_at_gpus(device, recipe.checks)
     settled, said = auto_layout.settle(recipe, inputs.data, device)
     try:
-        _train(recipe, settled, said, inputs, device)
+        _train(recipe, settled, [*said, *([("code", code)] if code else [])], inputs, device)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             # not a mistake of the user's, after which --max_restarts would not start again: another process may have taken the memory
