@@ -28,12 +28,16 @@ KINDS = {
         **small, head_dim=8, **LONG, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, mamba_d_state=8, mamba_n_groups=1
     ),
     "pictures, too": lambda small: transformers.Gemma3Config(
-        text_config=transformers.Gemma3TextConfig(**small, head_dim=8, **LONG, sliding_window=8).to_dict(),
+        text_config=transformers.Gemma3TextConfig(**small, head_dim=8, **LONG, sliding_window=64).to_dict(),
         vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
     ),
     "an attention of its own": lambda small: transformers.BloomConfig(
         vocab_size=small["vocab_size"], hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
     ),
+}
+SAID = {
+    "windows and sinks": "window     windows of 8 tokens in 1 of 2 layers: the longest example has ",
+    "pictures, too": "window     windows of 64 tokens in 2 of 2 layers: no example is longer, so they see all, as full attention does",
 }
 NUMBERS = [
     "--max_iters=5",
@@ -68,6 +72,8 @@ def test_five_steps_on_two_ranks_at_zero_3(kind, tiny, bases, tmp_path):
     done = launch("posttrain/sft.py", *arguments)
     assert done.returncode == 0, done.stdout
     assert ("a row at a time" in done.stdout) == (kind == "an attention of its own")
+    if kind in SAID:
+        assert SAID[kind] in done.stdout
     rows = metrics(tmp_path / "run")
     loss, norm = first_step(bases[kind], split)
     assert rows[0]["loss"] == pytest.approx(loss, abs=2e-4)

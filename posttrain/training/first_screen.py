@@ -38,10 +38,22 @@ def describe(training: Training, run: Run, steps: int, choices: list[tuple[str, 
         ("run", f"{steps} steps = {passes:.2f} passes over the data"),
         ("into", f"{run.path}/: checkpoints/, final/ (the model), metrics.jsonl, logs/; curves: tensorboard --logdir {run.path.parent}"),
         *choices,
+        *(("window", text) for text in _windows(model.config.get_text_config(), data.longest)),
         *(("warning", text) for text in _warnings(recipe, steps, passes)),
     ]
     for label, text in lines:
         run.say(f"{label:10} {text}")
+
+
+def _windows(config, longest: int) -> Iterator[str]:
+    """Say how far layers look back that do not see the whole text, and whether that leaves anything out of an example."""
+    kinds = getattr(config, "layer_types", None) or []
+    for name, kind, what in (("sliding_window", "sliding_attention", "windows"), ("attention_chunk_size", "chunked_attention", "chunks")):
+        size, layers = getattr(config, name, None), kinds.count(kind) if kinds else config.num_hidden_layers
+        if not size or not layers or (not kinds and getattr(config, "use_sliding_window", True) is False):
+            continue
+        seen = f"the longest example has {longest:,}" if longest > size else "no example is longer, so they see all, as full attention does"
+        yield f"{what} of {size:,} tokens in {layers} of {config.num_hidden_layers} layers: {seen}"
 
 
 def _warnings(recipe: Recipe, steps: int, passes: float) -> Iterator[str]:
