@@ -347,6 +347,25 @@ MUTATIONS = {
         "pass",
         ARCHITECTURES + "test_the_proof_shortens_windows_so_that_its_rows_are_longer",
     ),
+    "layers_of_the_head_taken_for_pictures": Mutation(
+        "posttrain/model/classes.py",
+        "parts = [model] if sees_text_only else [",
+        "parts = [",
+        ARCHITECTURES + "test_all_of_a_model_that_reads_text_alone_is_trained[a head of several layers]",
+    ),
+    "quantized_again_when_saved": Mutation(
+        "posttrain/model/loading.py",
+        "model._weight_conversions, model.is_quantized = None, False",
+        "pass",
+        "tests/test_quantized.py::test_fp8_is_multiplied_out_exactly_and_never_written_again[dtype1]",
+    ),
+    "router_draws_experts": Mutation(
+        "posttrain/model/policy.py",
+        "module.training, module.train = False, partial(_as_in_use, module)",
+        "pass",
+        "tests/test_model_folders.py::test_noise_of_routers_is_off_and_said[phimoe-input_jitter_noise and what PhimoeTopKRouter does in "
+        "training only is off-noise1]",
+    ),
     "rejected_answer_sees_the_chosen_one": Mutation(
         "posttrain/data/packing.py", "prefix=(start, start + len(prompt))", "prefix=(start, start + len(prompt) + len(chosen))", DPO_PARITY
     ),

@@ -482,7 +482,11 @@ def test_a_config_that_asks_for_tuples_or_all_hidden_states_trains_alike(folder)
     [
         ("mixtral", "jitter_noise is off", {"router_jitter_noise": 0.1}),
         # its router draws experts at random in training, and router_jitter_noise is a threshold, in use, too
-        ("phimoe", "input_jitter_noise and what PhimoeTopKRouter does in training only is off", {"input_jitter_noise": 0.1}),
+        (
+            "phimoe",
+            "input_jitter_noise and what PhimoeTopKRouter does in training only is off",
+            {"input_jitter_noise": 0.1, "router_jitter_noise": 2.0},
+        ),
     ],
 )
 def test_noise_of_routers_is_off_and_said(kind, said, noise, tiny, tmp_path, alone):
