@@ -42,8 +42,9 @@ def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
     if options.duplicates != "keep":
         for group in (~held_out, held_out):
             members = np.flatnonzero(group)
-            first = members[np.unique(rows[members], return_index=True)[1]]
-            leave_out(group & ~np.isin(np.arange(len(rows)), first), DUPLICATE)
+            copy = group.copy()
+            copy[members[np.unique(rows[members], return_index=True)[1]]] = False
+            leave_out(copy, DUPLICATE)
     if options.duplicates == "near":
         leave_out(overlap.near_copies(flat, left & ~held_out), NEAR_DUPLICATE)
     if held_out.any():
@@ -62,8 +63,9 @@ def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
         mine = np.flatnonzero((owner == index) & (counts > 0))
         whole, rest = divmod(source.weight * len(mine), len(mine)) if len(mine) else (0, 0)
         counts[mine] = int(whole)
-        order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
-        counts[order[: round(rest)]] += 1
+        if round(rest):
+            order = mine[np.argsort(_ranks(rows[mine], options.seed + 1), kind="stable")]
+            counts[order[: round(rest)]] += 1
         if source.weight < 1 and len(mine):
             leave_out((owner == index) & left & ~validation & (counts == 0), f"left out by the weight {source.weight:g}")
     if not counts.any():
@@ -74,7 +76,7 @@ def choose(chunks: list[list[Chunk]], sources: Sources, options) -> Chosen:
         why = "the upstream's own split has no more" if held_out.any() else "rows that begin with the same message stay together"
         notes.append(f"--val_size {options.val_size} was asked for, {found} rows are there: {why}")
     kept = rows[counts > 0]
-    copies = len(kept) - len(np.unique(kept))
+    copies = len(kept) - len(np.unique(kept)) if options.duplicates == "keep" else 0
     if copies:
         notes.append(f"{copies:,} of {len(kept):,} training rows are exact copies of others; --duplicates drop leaves them out")
     return Chosen({"train": counts, "validation": (validation & left).astype(int)}, left_out, copies, notes)
